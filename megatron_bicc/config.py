@@ -1,0 +1,253 @@
+"""Every setting of a run: nested dataclasses, read from YAML and `section.name=value` overrides.
+
+A setting of None in `loss`, `bicc.enabled` or `rcc.enabled` takes its value from the preset that
+`algorithm` names (megatron_bicc.algorithms.presets).
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class ModelConfig:
+    """The policy."""
+
+    path: str = ""
+    """Hugging Face directory of the policy: config.json, tokenizer and safetensors."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the weights in the forward and backward pass; the optimiser keeps fp32 copies."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that the backward pass computes again instead of keeping."""
+
+
+@dataclass
+class DataConfig:
+    """Prompts to train on."""
+
+    train: str = ""
+    """Training prompts: .parquet or .jsonl in the DAPO-Math-17k, GSM8K or MATH schema."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt, in tokens, chat template included."""
+    overlong_prompts: Literal["error", "drop"] = "error"
+    """What to do with a longer prompt."""
+
+
+@dataclass
+class RolloutConfig:
+    """Generation of the rollouts that the policy learns from."""
+
+    engine: Literal["local"] = "local"
+    """local: transformers' generate, in the training processes."""
+    prompts_per_step: int = 32
+    """Prompts (groups) sampled for every batch of rollouts."""
+    group_size: int = 8
+    """G: rollouts of each prompt."""
+    max_new_tokens: int = 2048
+    """Longest response in tokens, the end-of-sequence token included."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probs are taken at the same temperature."""
+    batch_size: int = 256
+    """Rollouts that the local engine generates at once."""
+
+
+@dataclass
+class RewardConfig:
+    """Scoring of a finished response."""
+
+    verifier: str = "math"
+    """Name of a registered verifier (megatron_bicc.rewards)."""
+    threshold: float = 0.5
+    """A rollout is correct if its reward is greater than this."""
+
+
+@dataclass
+class BiccConfig:
+    """Bilateral Context Conditioning (arXiv 2603.13134, section on BICC)."""
+
+    enabled: bool | None = None
+    """Train each response with the opposite partition in its context; None: as the preset says."""
+    denominator: Literal["plain", "conditioned"] = "plain"
+    """pi_old of the ratio: given the prompt alone (the paper), or given the same context."""
+    weight: float = 1.0
+    """w in J = w J_bicc + (1 - w) J_grpo, within [0, 1]; 1 is the paper."""
+    context_ratio: float = 0.4
+    """Share of train.max_sequence_tokens that a context may take, within [0, 1]."""
+    context_source: Literal["partition", "pair"] = "partition"
+    """The whole opposite partition in one context, or one opposite rollout a context."""
+    truncation: Literal["equal", "in_order"] = "equal"
+    """Opposite rollouts share the budget equally, or fill it one after another."""
+    keep: Literal["head", "tail", "both_ends"] = "head"
+    """The part of a truncated opposite rollout that stays."""
+    wrong_header: str = "\n\nAn incorrect attempt:\n"
+    """Text before each incorrect rollout in a context."""
+    right_header: str = "\n\nA correct attempt:\n"
+    """Text before each correct rollout in a context."""
+    answer_header: str = "\n\nAnswer:\n"
+    """Text between the context and the response that is trained."""
+
+
+@dataclass
+class RccConfig:
+    """Reward-Confidence Correction of the baseline (arXiv 2603.13134, section on RCC)."""
+
+    enabled: bool | None = None
+    """Correct the baseline; None: as the preset says."""
+    form: Literal["first_order", "exact"] = "first_order"
+    """E[R] + 2 Cov(R, delta) (the paper), or the self-normalised E[w^2 R] / E[w^2]."""
+    delta: Literal["token_mean", "sequence_sum"] = "token_mean"
+    """Confidence of a rollout: mean or sum of its token log-ratios."""
+    reference: Literal["ref", "rollout"] = "ref"
+    """Log-ratio against the frozen reference policy, or against the rollout engine."""
+
+
+@dataclass
+class LossConfig:
+    """The three choices that make a variant, and what may be added. None: as the preset says."""
+
+    advantage: Literal["normalized", "centered"] | None = None
+    """(r - b) / std of the group, or r - b."""
+    objective: Literal["token", "sequence", "geometric", "aspo", "cispo"] | None = None
+    """Ratio and clip: see docs/algorithms.md."""
+    clip_low: float | None = None
+    """Lower clip distance: the ratio is clipped at 1 - clip_low (geometric: log ratio at -clip_low)."""
+    clip_high: float | None = None
+    """Upper clip distance: the ratio is clipped at 1 + clip_high (geometric: log ratio at clip_high)."""
+    dual_clip: float | None = None
+    """c > 1 bounds the loss of a token with negative advantage by c |A|; 0 is off."""
+    aggregation: Literal["sequence_mean", "constant", "token_mean"] | None = None
+    """Mean over tokens then sequences; sum over tokens by max_new_tokens; mean over all tokens."""
+    kl_coefficient: float = 0.0
+    """Weight of the KL penalty towards the reference policy; 0 is off."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that KL."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the penalty enters."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus; 0 is off."""
+    tis_cap: float = 0.0
+    """Cap c of the truncated importance weight min(pi_old / mu, c) for engine mismatch; 0 is off."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the policy is laid out over the processes; data parallel takes what is left."""
+
+    tensor: int = 1
+    """Tensor-parallel size."""
+    sequence: bool = False
+    """Sequence parallel beside tensor parallel."""
+    pipeline: int = 1
+    """Pipeline-parallel size."""
+    virtual_pipeline: int = 1
+    """Model chunks a pipeline stage."""
+    expert: int = 1
+    """Expert-parallel size."""
+    context: int = 1
+    """Context-parallel size; only 1 is supported."""
+
+
+@dataclass
+class TrainConfig:
+    """The shape of a training step."""
+
+    steps: int = 100
+    """Batches of rollouts to learn from."""
+    updates_per_step: int = 1
+    """Optimiser steps that a batch of rollouts is cut into, by groups."""
+    max_sequence_tokens: int = 4096
+    """Longest training sequence: prompt, context and response together."""
+    max_tokens_per_microbatch: int = 16384
+    """Rows that a packed micro-batch may hold."""
+    overlong: Literal["error", "drop"] = "error"
+    """What to do with a response that does not fit into a micro-batch with its prefix."""
+
+
+@dataclass
+class OptimizerConfig:
+    """Adam with decoupled weight decay, by megatron-core's distributed optimizer."""
+
+    lr: float = 1e-6
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of a decaying schedule."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Optimiser steps of linear warm-up."""
+    beta1: float = 0.9
+    """Adam's first decay."""
+    beta2: float = 0.999
+    """Adam's second decay."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 is off."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out evaluation while training: pass@1, sampled."""
+
+    data: str = ""
+    """Held-out prompts in any schema that data.train takes; empty: no evaluation."""
+    every: int = 10
+    """Steps between evaluations; step 0 and the last are always evaluated."""
+    samples: int = 4
+    """Samples a prompt, averaged."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    prompts: int = 0
+    """Use only the first so many prompts; 0 is all."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Saved state of the run."""
+
+    every: int = 50
+    """Steps between checkpoints; the last step is always saved; 0: only the last."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+    resume: bool = False
+    """Go on from the newest checkpoint in output_dir."""
+
+
+@dataclass
+class MonitoringConfig:
+    """What the run writes beside metrics.jsonl and report.html."""
+
+    tensorboard: bool = True
+    """Write a TensorBoard directory."""
+    wandb_project: str = ""
+    """Weights & Biases project; empty is off."""
+    report_groups: int = 6
+    """Groups shown side by side in report.html."""
+    compare: str = ""
+    """Another run's directory whose curves report.html shows beside this one's."""
+
+
+@dataclass
+class Config:
+    """A run of megatron_bicc."""
+
+    output_dir: str = "runs/default"
+    """Directory of this run: metrics.jsonl, checkpoints, report.html."""
+    seed: int = 1
+    """Seed of data order, sampling and initialisation."""
+    algorithm: str = "bicc"
+    """Preset: grpo, dr_grpo, dapo, gspo, gmpo, aspo or cispo, with +bicc and +rcc; bicc means grpo+bicc+rcc."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    bicc: BiccConfig = field(default_factory=BiccConfig)
+    rcc: RccConfig = field(default_factory=RccConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
