@@ -1,0 +1,40 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench
+
+export PYTHON ?= $(or $(shell command -v python3.11),python3)
+VENV_PYTHON := $(CURDIR)/.venv/bin/python
+PACKAGES := .venv/.packages
+BUILD := .venv/.build
+# One thread a process: the tests and the demo start several processes on few cores.
+export OMP_NUM_THREADS ?= 1
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+setup: $(BUILD) ## .venv with pinned packages, csrc built in place
+
+demo: export PYTHON := $(VENV_PYTHON)
+demo: $(BUILD) ## Train the tiny policy: STEPS=n SEED=n ALGORITHM=bicc|grpo ENGINE=local OUT=dir
+	@examples/run_bicc_tiny.sh
+
+test: $(BUILD) ## All tests; TESTS=path picks some
+	@$(VENV_PYTHON) -m pytest $(TESTS)
+
+lint: $(BUILD) ## ruff, and shellcheck where it is installed
+	@$(VENV_PYTHON) -m ruff check .
+	@$(VENV_PYTHON) -m ruff format --check .
+	@if command -v shellcheck >/dev/null; then shellcheck $$(git ls-files '*.sh' .ci/run); \
+	else echo "shellcheck is not installed: shell scripts not checked"; fi
+
+bench: $(BUILD) ## Every benchmark, tools/bench_*.py
+	@for benchmark in tools/bench_*.py; do echo "== $$benchmark"; $(VENV_PYTHON) "$$benchmark"; done
+
+$(PACKAGES): requirements.lock tools/setup.sh
+	@tools/setup.sh packages
+	@touch $@
+
+$(BUILD): $(PACKAGES) setup.py pyproject.toml $(shell find csrc -type f)
+	@tools/setup.sh build
+	@touch $@

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# The development environment, one stage a call; the Makefile decides which stages are stale.
+#   setup.sh packages   .venv with the packages of requirements.lock
+#   setup.sh build      csrc built in place, the package installed editable
+# An interrupted call leaves nothing that the next one would take for finished work.
+set -Eeuo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly venv_python=.venv/bin/python
+
+fail() {
+    echo "setup: $*" >&2
+    exit 1
+}
+
+has_nvidia_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }
+
+make_venv() {
+    "$venv_python" -m pip --version >/dev/null 2>&1 && return
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+        fail "$PYTHON is not Python 3.11 or newer; name one: make setup PYTHON=python3.11"
+    # Without ensurepip (Debian's python3-venv) a venv has no pip.
+    "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
+        fail "$PYTHON cannot make a virtual environment; on Debian: apt-get install python3-venv"
+    "$PYTHON" -m venv --clear .venv
+}
+
+# pip writes INSTALLER last: without it the package was cut off, and pip would take it for installed.
+forget_unfinished_packages() {
+    find .venv/lib -maxdepth 3 -name '*.dist-info' ! -exec test -e '{}/INSTALLER' ';' -prune -exec rm -r '{}' +
+}
+
+install_packages() {
+    forget_unfinished_packages
+    # Compiling thousands of .pyc files that are never imported costs more than it saves.
+    "$venv_python" -m pip install --disable-pip-version-check --progress-bar off --no-compile -r requirements.lock
+    if has_nvidia_gpu; then
+        "$venv_python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' ||
+            echo "setup: there is an NVIDIA GPU, but pip's configuration gave a CPU build of torch" >&2
+    fi
+}
+
+build_extensions() {
+    command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler; on Debian: apt-get install build-essential"
+    "$venv_python" -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' \
+        2>/dev/null || fail "Python.h is missing; on Debian: apt-get install python3-dev"
+    "$venv_python" -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .
+}
+
+case "${1:-}" in
+packages)
+    make_venv
+    install_packages
+    ;;
+build) build_extensions ;;
+*) fail "usage: tools/setup.sh packages|build" ;;
+esac
