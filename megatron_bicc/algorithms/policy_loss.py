@@ -1,0 +1,150 @@
+"""The policy loss of a micro-batch: ratio and clip by objective, KL, entropy bonus, engine-mismatch weight.
+
+With x = log pi_theta - log pi_old of a token and A its advantage, the clipped objectives differ only in
+where the mean over the response stands:
+
+    token      -A exp(clip(x))          PPO clip per token (GRPO, Dr. GRPO, DAPO)
+    sequence   -A exp(clip(mean x))     GSPO, arXiv 2507.18071
+    geometric  -A exp(mean clip(x))     GMPO, arXiv 2507.20673
+
+clip is one-sided, as min(rho A, clip(rho) A) is: from above for A > 0, from below for A < 0.
+
+Shape suffix: T response rows of the micro-batch.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from megatron_bicc.algorithms.clipping import ClipBounds, clip_bounds
+from megatron_bicc.algorithms.kl import kl_penalty
+from megatron_bicc.config import LossConfig
+
+
+@dataclass(frozen=True)
+class LossRows:
+    """What the loss needs of each response row; one-dimensional, of one length and device.
+
+    Floating tensors are float32 or float64. A response's rows are all here: it is never split.
+    """
+
+    old_logp: torch.Tensor
+    """Log-prob of the row's label under the denominator of the ratio."""
+    advantage: torch.Tensor
+    """Advantage of the row's rollout."""
+    weight: torch.Tensor
+    """Weight of the row in the step's loss (aggregation.token_weights, times mixing and pair scale)."""
+    response: torch.Tensor
+    """int64: index of the row's response segment in this micro-batch, from 0, without gaps."""
+    ref_logp: torch.Tensor | None = None
+    """Log-prob under the reference policy; needed for a KL in the loss."""
+    rollout_logp: torch.Tensor | None = None
+    """Log-prob as the rollout engine computed it; needed for TIS, where exp(old_logp - rollout_logp) weighs.
+    Where old_logp is given a context that the engine never saw, add to this what the context changed."""
+    entropy: torch.Tensor | None = None
+    """Entropy of the policy at the row, with its gradient; needed for an entropy bonus."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            if tensor is not None and tensor.shape != self.old_logp.shape:
+                raise ValueError(f"LossRows.{field.name} has shape {tuple(tensor.shape)}, "
+                                 f"but old_logp has {tuple(self.old_logp.shape)}")
+        if self.response.dtype != torch.int64:
+            raise ValueError(f"LossRows.response has dtype {self.response.dtype}; it must be torch.int64")
+
+
+def policy_loss(logp: torch.Tensor, rows: LossRows, loss: LossConfig) -> torch.Tensor:
+    """The micro-batch's share of the step's loss: the SUM over rows of weight times token loss, a scalar.
+
+    logp [T] are the log-probs of the rows' labels under the policy in training. Shares of all micro-batches
+    and ranks add up to the step's loss, and their gradients likewise. loss must be resolved
+    (presets.resolve). Raises ValueError for a shape that does not fit, a setting left None, or rows without
+    what a setting needs.
+    """
+    if logp.shape != rows.old_logp.shape:
+        raise ValueError(f"logp has shape {tuple(logp.shape)}, but LossRows.old_logp has "
+                         f"{tuple(rows.old_logp.shape)}")
+    loss_T = _OBJECTIVES[loss.objective](logp, rows, clip_bounds(loss))
+    if loss.tis_cap:
+        rollout_logp_T = _needed(rows, "rollout_logp", "tis_cap")
+        loss_T = loss_T * (rows.old_logp - rollout_logp_T).exp().clamp(max=loss.tis_cap).detach()
+    if loss.kl_coefficient and loss.kl_in == "loss":
+        ref_logp_T = _needed(rows, "ref_logp", "kl_coefficient")
+        loss_T = loss_T + loss.kl_coefficient * kl_penalty(logp, ref_logp_T, loss.kl_estimator)
+    if loss.entropy_coefficient:
+        loss_T = loss_T - loss.entropy_coefficient * _needed(rows, "entropy", "entropy_coefficient")
+    return (rows.weight * loss_T).sum()
+
+
+def _needed(rows: LossRows, name: str, setting: str) -> torch.Tensor:
+    tensor = getattr(rows, name)
+    if tensor is None:
+        raise ValueError(f"loss.{setting} is set, but LossRows.{name} was not given")
+    return tensor
+
+
+def _clip(log_ratio_T: torch.Tensor, advantage_T: torch.Tensor, bounds: ClipBounds) -> torch.Tensor:
+    """Bounded from above where A >= 0, from below where A < 0; the gradient stays at an edge, ends beyond."""
+    return torch.where(advantage_T < 0, log_ratio_T.clamp(min=bounds.low), log_ratio_T.clamp(max=bounds.high))
+
+
+def _dual_clip(log_ratio_T: torch.Tensor, advantage_T: torch.Tensor, bounds: ClipBounds) -> torch.Tensor:
+    """|loss| <= c |A| where A < 0 (arXiv 1912.09729)."""
+    return torch.where(advantage_T < 0, log_ratio_T.clamp(max=bounds.dual), log_ratio_T)
+
+
+def _response_mean(values_T: torch.Tensor, response_T: torch.Tensor) -> torch.Tensor:
+    """[T]: the mean over the row's response, at each of its rows."""
+    # As many slots as rows: there are never more responses, and no count has to come back from the device.
+    sums = torch.zeros_like(values_T).index_add(0, response_T, values_T)
+    counts = torch.zeros_like(values_T).index_add(0, response_T, torch.ones_like(values_T))
+    return sums[response_T] / counts[response_T]
+
+
+def _token(logp_T: torch.Tensor, rows: LossRows, bounds: ClipBounds) -> torch.Tensor:
+    return _clipped_loss(logp_T - rows.old_logp, rows.advantage, bounds)
+
+
+def _sequence(logp_T: torch.Tensor, rows: LossRows, bounds: ClipBounds) -> torch.Tensor:
+    return _clipped_loss(_response_mean(logp_T - rows.old_logp, rows.response), rows.advantage, bounds)
+
+
+def _geometric(logp_T: torch.Tensor, rows: LossRows, bounds: ClipBounds) -> torch.Tensor:
+    clipped_T = _clip(logp_T - rows.old_logp, rows.advantage, bounds)
+    mean_T = _response_mean(clipped_T, rows.response)
+    return -rows.advantage * _dual_clip(mean_T, rows.advantage, bounds).exp()
+
+
+def _clipped_loss(log_ratio_T: torch.Tensor, advantage_T: torch.Tensor, bounds: ClipBounds) -> torch.Tensor:
+    log_ratio_T = _clip(log_ratio_T, advantage_T, bounds)
+    return -advantage_T * _dual_clip(log_ratio_T, advantage_T, bounds).exp()
+
+
+def _aspo(logp_T: torch.Tensor, rows: LossRows, bounds: ClipBounds) -> torch.Tensor:
+    """Tokens beyond the clip interval are masked; for A > 0 the ratio is flipped (arXiv 2510.06062).
+
+    The flipped ratio pi_old pi / sg(pi^2) has value pi_old / pi and that times grad log pi for gradient. Its
+    dual clip is soft: it bounds the value and keeps the gradient. For A < 0 ratio and dual clip are PPO's.
+    """
+    log_ratio_T = logp_T - rows.old_logp
+    negative_T = rows.advantage < 0
+    flipped_T = (-log_ratio_T.detach()).clamp(max=bounds.dual) + (logp_T - logp_T.detach())
+    log_weight_T = torch.where(negative_T, _dual_clip(log_ratio_T, rows.advantage, bounds), flipped_T)
+    masked_T = torch.where(negative_T, log_ratio_T < bounds.low, log_ratio_T > bounds.high)
+    return -rows.advantage * log_weight_T.exp().masked_fill(masked_T, 0.0)
+
+
+def _cispo(logp_T: torch.Tensor, rows: LossRows, bounds: ClipBounds) -> torch.Tensor:
+    """-A sg(clip(rho)) log pi (arXiv 2506.13585); the dual clip bounds the weight where A < 0."""
+    log_weight_T = (logp_T - rows.old_logp).detach().clamp(bounds.low, bounds.high)
+    return -rows.advantage * _dual_clip(log_weight_T, rows.advantage, bounds).exp() * logp_T
+
+
+_OBJECTIVES = {
+    "token": _token,
+    "sequence": _sequence,
+    "geometric": _geometric,
+    "aspo": _aspo,
+    "cispo": _cispo,
+}

@@ -1,0 +1,77 @@
+"""Named algorithms: each is a choice of advantage, ratio-and-clip and aggregation, and nothing else."""
+
+from dataclasses import dataclass, fields, replace
+from difflib import SequenceMatcher
+from itertools import product
+from types import MappingProxyType
+from typing import Literal
+
+from megatron_bicc.config import Config, LossConfig
+
+BICC_DUAL_CLIP = 3.0
+ALIASES = MappingProxyType({"bicc": "grpo+bicc+rcc"})
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What an algorithm sets in `config.loss`; names and meanings are those of LossConfig."""
+
+    advantage: Literal["normalized", "centered"]
+    objective: Literal["token", "sequence", "geometric", "aspo", "cispo"]
+    clip_low: float
+    clip_high: float
+    aggregation: Literal["sequence_mean", "constant", "token_mean"]
+    dual_clip: float = 0.0
+
+
+PRESETS = MappingProxyType({
+    "grpo": Preset("normalized", "token", 0.2, 0.2, "sequence_mean"),  # arXiv 2402.03300
+    "dr_grpo": Preset("centered", "token", 0.2, 0.2, "constant"),  # arXiv 2503.20783
+    "dapo": Preset("normalized", "token", 0.2, 0.28, "token_mean"),  # arXiv 2503.14476
+    "gspo": Preset("normalized", "sequence", 3e-4, 4e-4, "sequence_mean"),  # arXiv 2507.18071
+    "gmpo": Preset("normalized", "geometric", 0.4, 0.4, "sequence_mean"),  # arXiv 2507.20673
+    "aspo": Preset("normalized", "aspo", 0.2, 0.2, "token_mean", dual_clip=3.0),  # arXiv 2510.06062
+    "cispo": Preset("normalized", "cispo", 1.0, 4.0, "token_mean"),  # arXiv 2506.13585
+})
+"""The table of docs/algorithms.md."""
+
+
+def parse_algorithm(name: str) -> tuple[str, bool, bool]:
+    """(preset, bicc, rcc) of an algorithm's name such as "dapo+bicc"; "bicc" is "grpo+bicc+rcc".
+
+    Raises ValueError with the nearest known name.
+    """
+    base, *additions = ALIASES.get(name, name).split("+")
+    known = base in PRESETS and set(additions) <= {"bicc", "rcc"} and len(set(additions)) == len(additions)
+    if not known:
+        names = [*ALIASES, *("".join(parts) for parts in product(PRESETS, ("", "+bicc"), ("", "+rcc")))]
+        nearest = max(names, key=lambda known_name: SequenceMatcher(None, name, known_name).ratio())
+        raise ValueError(f"algorithm: unknown name '{name}'; the nearest is '{nearest}' "
+                         f"(one of {', '.join(PRESETS)}, with +bicc, +rcc or both; or bicc)")
+    return base, "bicc" in additions, "rcc" in additions
+
+
+def resolve(config: Config) -> Config:
+    """A copy of config in which every None of loss, bicc.enabled and rcc.enabled comes from the preset.
+
+    Explicit values win. Where BICC ends up enabled, a dual clip that nobody set is 3. Raises ValueError for
+    an unknown algorithm and for a loss setting out of its range.
+    """
+    base, bicc, rcc = parse_algorithm(config.algorithm)
+    bicc = bicc if config.bicc.enabled is None else config.bicc.enabled
+    rcc = rcc if config.rcc.enabled is None else config.rcc.enabled
+    preset = replace(PRESETS[base], dual_clip=BICC_DUAL_CLIP) if bicc else PRESETS[base]
+    missing = [f.name for f in fields(preset) if getattr(config.loss, f.name) is None]
+    loss = replace(config.loss, **{name: getattr(preset, name) for name in missing})
+    _check_ranges(loss)
+    return replace(
+        config, loss=loss, bicc=replace(config.bicc, enabled=bicc), rcc=replace(config.rcc, enabled=rcc)
+    )
+
+
+def _check_ranges(loss: LossConfig) -> None:
+    for name in ("clip_low", "clip_high", "kl_coefficient", "entropy_coefficient", "tis_cap"):
+        if not getattr(loss, name) >= 0:
+            raise ValueError(f"loss.{name} is {getattr(loss, name)}; it must be at least 0")
+    if loss.dual_clip != 0 and not loss.dual_clip > 1:
+        raise ValueError(f"loss.dual_clip is {loss.dual_clip}; it must be greater than 1, or 0 for off")
