@@ -1,0 +1,133 @@
+"""Weights between Hugging Face safetensors and the policy's shards."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import save_torch_state_dict
+from megatron.core import parallel_state
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from megatron_bicc.policy.hf_mapping import Rule, cut, from_whole, join, rule_for, to_whole
+from megatron_bicc.policy.model import PolicyModel
+
+COPIED_FILES = ("config.json", "generation_config.json", "chat_template.jinja", "*token*", "merges.txt", "vocab.*")
+
+
+class SafetensorsDirectory:
+    """Reads single tensors out of a Hugging Face directory, sharded or in one file."""
+
+    def __init__(self, path: str) -> None:
+        """Raises ValueError if the directory holds no readable safetensors."""
+        self.path = Path(path)
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            self.file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        else:
+            self.file_of = dict.fromkeys(self._names("model.safetensors"), "model.safetensors")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU. Raises ValueError if it is missing or its file is damaged."""
+        if name not in self.file_of:
+            raise ValueError(f"{self.path}: tensor {name} is missing")
+        try:
+            with safe_open(self.path / self.file_of[name], framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.path / self.file_of[name]}: cannot be read: {error}") from error
+
+    def _names(self, file_name: str) -> list[str]:
+        try:
+            with safe_open(self.path / file_name, framework="pt") as file:
+                return list(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.path / file_name}: cannot be read: {error}") from error
+
+
+def _parameters(chunk: PolicyModel) -> Iterator[tuple[Rule, Tensor]]:
+    """The chunk's parameters and their rules; a tied output layer's copy on a later stage is left out."""
+    layers = chunk.decoder.layers
+    first_layer = layers[0].layer_number - 1 if len(layers) else 0
+    for name, parameter in chunk.named_parameters():
+        if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+            continue
+        yield rule_for(name, first_layer), parameter
+
+
+def load_weights(chunks: list[PolicyModel], hf_config: PretrainedConfig, path: str) -> None:
+    """Fills every parameter of this rank from a Hugging Face directory.
+
+    Raises ValueError naming the tensor that is missing or has the wrong shape.
+    """
+    source = SafetensorsDirectory(path)
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    for chunk in chunks:
+        for rule, parameter in _parameters(chunk):
+            tensors = [source.read(name) for name in rule.hf]
+            try:
+                part = cut(
+                    rule.kind, to_whole(rule.kind, tensors, hf_config, size), rank, size, parameter.shape
+                )
+            except RuntimeError as error:
+                shapes = [tuple(x.shape) for x in tensors]
+                raise ValueError(f"{path}: {', '.join(rule.hf)}: shape {shapes} does not fit config.json") from error
+            parameter.data.copy_(part)
+        _load_tied_output(chunk, hf_config, source, rank, size)
+
+
+def _load_tied_output(
+    chunk: PolicyModel, hf_config: PretrainedConfig, source: SafetensorsDirectory, rank: int, size: int
+) -> None:
+    """A later stage's copy of the tied embedding."""
+    if chunk.share_embeddings_and_output_weights and chunk.post_process and not chunk.pre_process:
+        weight = chunk.output_layer.weight
+        whole = to_whole("vocab", [source.read("model.embed_tokens.weight")], hf_config, size)
+        weight.data.copy_(cut("vocab", whole, rank, size, weight.shape))
+
+
+@torch.no_grad()
+def hf_tensors(chunks: list[PolicyModel], hf_config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
+    """Every Hugging Face tensor of the policy, whole, on every rank, one at a time. Collective.
+
+    All ranks of the tensor- and pipeline-parallel groups must exhaust it together.
+    """
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    pp_group = parallel_state.get_pipeline_model_parallel_group()
+    own = [(rule, parameter) for chunk in chunks for rule, parameter in _parameters(chunk)]
+    tables: list = [None] * pp_group.size()
+    dist.all_gather_object(tables, [(rule, tuple(p.shape), p.dtype) for rule, p in own], group=pp_group)
+    for stage, table in enumerate(tables):
+        for i, (rule, shape, dtype) in enumerate(table):
+            mine = stage == pp_group.rank()
+            part = own[i][1].data.contiguous() if mine else torch.empty(shape, dtype=dtype, device=own[0][1].device)
+            dist.broadcast(part, group=pp_group, group_src=stage)
+            parts = [torch.empty_like(part) for _ in range(tp_group.size())]
+            dist.all_gather(parts, part, group=tp_group)
+            yield from zip(rule.hf, from_whole(rule.kind, join(rule.kind, parts, hf_config), hf_config), strict=True)
+
+
+def save_hf(
+    chunks: list[PolicyModel], hf_config: PretrainedConfig, source: str, target: str, is_writer: bool
+) -> None:
+    """Writes a Hugging Face directory: the policy's weights beside `source`'s configuration and tokenizer.
+
+    Collective; one process has `is_writer`. Written aside and renamed, so `target` is whole or absent.
+    """
+    tensors = {name: tensor.cpu().clone() for name, tensor in hf_tensors(chunks, hf_config) if is_writer}
+    if not is_writer:
+        return
+    partial = Path(f"{target}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for pattern in COPIED_FILES:
+        for file in Path(source).glob(pattern):
+            shutil.copy(file, partial)
+    save_torch_state_dict(tensors, partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)

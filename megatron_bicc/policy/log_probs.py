@@ -1,0 +1,127 @@
+"""Log-probs and entropy of labels over a vocabulary that tensor-parallel ranks share, chunk by chunk.
+
+Shape suffixes: N rows, C rows of a chunk, V this rank's part of the vocabulary, H hidden size.
+No [N, V] tensor outlives a chunk: backward computes each chunk's logits again.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHUNK_ELEMENTS = 2**23
+"""Logits that a chunk may hold on this rank."""
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """This rank's part of the vocabulary."""
+
+    first: int
+    """Token id of its first row."""
+    size: int
+    """Rows that are tokens; the padding after them can't be chosen."""
+    group: dist.ProcessGroup
+    """The tensor-parallel group."""
+
+
+class VocabParallelLogProbs(torch.autograd.Function):
+    """(hidden [N, H], weight [V, H], labels int64 [N], temperature, shard) -> (log-probs [N], entropy [N]).
+
+    float32 for inputs of lower precision. The gradient of `hidden` is this rank's part: the caller reduces it
+    over the tensor-parallel group.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, shard: VocabShard
+    ) -> tuple[Tensor, Tensor]:
+        chunks = [
+            _forward_chunk(hidden[rows], weight, labels[rows], temperature, shard)
+            for rows in _chunks(hidden, weight)
+        ]
+        log_probs, entropy, lse = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        ctx.save_for_backward(hidden, weight, labels, lse, entropy)
+        ctx.temperature, ctx.shard = temperature, shard
+        return log_probs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, lse, entropy = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
+        for rows in _chunks(hidden, weight):
+            grad_logits = _backward_chunk(
+                _logits(hidden[rows], weight, ctx.temperature, ctx.shard),
+                labels[rows],
+                lse[rows],
+                entropy[rows],
+                grad_log_probs[rows],
+                grad_entropy[rows],
+                ctx.shard,
+            )
+            grad_logits = (grad_logits / ctx.temperature).to(weight.dtype)
+            grad_hidden[rows] = grad_logits @ weight
+            grad_weight += grad_logits.t() @ hidden[rows]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Slices of the rows; one empty slice if there are none, so that every rank makes the same calls."""
+    rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    return [slice(i, i + rows) for i in range(0, max(1, hidden.shape[0]), rows)]
+
+
+def _logits(hidden_CH: Tensor, weight: Tensor, temperature: float, shard: VocabShard) -> Tensor:
+    """Logits [C, V] in at least float32; those of padding are -inf."""
+    logits = hidden_CH @ weight.t()
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    logits[:, max(0, shard.size) :] = float("-inf")
+    return logits.div_(temperature)
+
+
+def _forward_chunk(
+    hidden_CH: Tensor, weight: Tensor, labels_C: Tensor, temperature: float, shard: VocabShard
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probs, entropy, log-sum-exp), each [C]."""
+    logits = _logits(hidden_CH, weight, temperature, shard)
+    largest = logits.amax(-1)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=shard.group)
+    local, is_local = _local_labels(labels_C, shard)
+    label_logit = logits.gather(-1, local).squeeze(-1).where(is_local, torch.zeros_like(largest))
+    exp = torch.exp(logits - largest.unsqueeze(-1))
+    weighted = (exp * logits.clamp(min=torch.finfo(logits.dtype).min)).sum(-1)
+    sums = torch.stack([exp.sum(-1), weighted, label_logit])
+    dist.all_reduce(sums, group=shard.group)
+    total, weighted, label_logit = sums
+    lse = total.log() + largest
+    return label_logit - lse, lse - weighted / total, lse
+
+
+def _backward_chunk(
+    logits: Tensor,
+    labels_C: Tensor,
+    lse_C: Tensor,
+    entropy_C: Tensor,
+    grad_log_probs_C: Tensor,
+    grad_entropy_C: Tensor,
+    shard: VocabShard,
+) -> Tensor:
+    """d log p / d z = onehot - p and d entropy / d z = -p (log p + entropy), [C, V]."""
+    log_p = logits.sub_(lse_C.unsqueeze(-1))
+    p = log_p.exp()
+    log_p.clamp_(min=torch.finfo(log_p.dtype).min)
+    slope = grad_log_probs_C.unsqueeze(-1) + grad_entropy_C.unsqueeze(-1) * (log_p + entropy_C.unsqueeze(-1))
+    grad = -p * slope
+    local, is_local = _local_labels(labels_C, shard)
+    return grad.scatter_add_(-1, local, (grad_log_probs_C * is_local).unsqueeze(-1))
+
+
+def _local_labels(labels_C: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """(this rank's column of each label, 0 where another rank has it, as [C, 1]; whether it is this rank's)."""
+    local = labels_C - shard.first
+    is_local = (local >= 0) & (local < shard.size)
+    return local.where(is_local, torch.zeros_like(local)).unsqueeze(-1), is_local

@@ -1,0 +1,89 @@
+"""A packed micro-batch as the policy reads it: tensors on the device, and the boundaries of its attention.
+
+Shape suffixes: T rows, N response rows, S response segments.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_bicc.packing.types import MicroBatch
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Boundaries of one variable-length attention call, on the host for CPU kernels, on the device for CUDA.
+
+    Rows bounds_q[i]:bounds_q[i + 1] attend to keys bounds_k[i]:bounds_k[i + 1].
+    """
+
+    bounds_q: list[int]
+    bounds_k: list[int]
+    cu_q: Tensor
+    """int32 [segments + 1], on the device"""
+    cu_k: Tensor
+    """int32 [segments + 1], on the device"""
+    max_q: int
+    max_k: int
+    keyless_rows: Tensor | None
+    """bool [queries]: rows whose segment has no keys; None where every segment has some"""
+
+    @classmethod
+    def make(cls, cu_q: np.ndarray, cu_k: np.ndarray, device: torch.device) -> "Segments":
+        """From int32 cumulative lengths [segments + 1] of queries and keys; segments without queries go."""
+        q_lens, k_lens = np.diff(cu_q), np.diff(cu_k)
+        if np.array_equal(cu_q, cu_k):
+            cu_q = cu_k = np.concatenate([[0], q_lens[q_lens > 0].cumsum()])
+        keyless = np.repeat(k_lens == 0, q_lens)
+        to_device = lambda cu: torch.from_numpy(cu.astype(np.int32)).to(device)  # noqa: E731
+        return cls(
+            bounds_q=cu_q.tolist(),
+            bounds_k=cu_k.tolist(),
+            cu_q=to_device(cu_q),
+            cu_k=to_device(cu_k),
+            max_q=int(q_lens.max(initial=0)),
+            max_k=int(k_lens.max(initial=0)),
+            keyless_rows=torch.from_numpy(keyless).to(device) if keyless.any() else None,
+        )
+
+
+@dataclass
+class PackedBatch(PackedSeqParams):
+    """What every pipeline stage needs of a micro-batch; rides through megatron-core as packed_seq_params.
+
+    `qkv_format` stays "sbhd" with a batch of one: under "thd" megatron-core restarts the rotary positions at
+    every segment, and a response's positions go on from its prefix.
+    """
+
+    tokens_T: Tensor = None
+    """int64 [T]"""
+    positions_T: Tensor = None
+    """int64 [T]"""
+    labels_N: Tensor = None
+    """int64 [N]: the token that each response row predicts"""
+    response_N: Tensor = None
+    """int64 [N]: response segment (0..S-1) of each response row"""
+    response_rows: slice = None
+    """The response rows among the T rows"""
+    causal: Segments = None
+    cross: Segments = None
+
+    @classmethod
+    def make(cls, batch: MicroBatch, device: torch.device) -> "PackedBatch":
+        """Tensors of a micro-batch on `device`."""
+        to_long = lambda array: torch.from_numpy(array.astype(np.int64)).to(device)  # noqa: E731
+        first, rows = batch.num_prefix_rows, batch.num_response_rows
+        lengths_S = np.diff(batch.cu_response)
+        return cls(
+            qkv_format="sbhd",
+            tokens_T=to_long(batch.tokens_T),
+            positions_T=to_long(batch.positions_T),
+            labels_N=to_long(batch.labels_T[first : first + rows]),
+            response_N=to_long(np.repeat(np.arange(len(lengths_S)), lengths_S)),
+            response_rows=slice(first, first + rows),
+            causal=Segments.make(batch.cu_seqlens, batch.cu_seqlens, device),
+            cross=Segments.make(batch.cu_response_side, batch.cu_prefix, device),
+        )

@@ -1,0 +1,220 @@
+"""The policy in training: model chunks, optimizer, and the passes that a step makes over packed micro-batches.
+
+Shape suffixes: N response rows of a micro-batch.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from megatron_bicc import platform
+from megatron_bicc.config import Config
+from megatron_bicc.policy.architecture import transformer_config
+from megatron_bicc.policy.hf_weights import load_weights
+from megatron_bicc.policy.model import PolicyModel
+from megatron_bicc.policy.packed import PackedBatch
+
+
+def start_model_parallel(config: Config) -> None:
+    """Makes megatron-core's process groups and random states; once a process."""
+    parallel = config.parallel
+    with platform.megatron():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=(
+                parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+            ),
+            expert_model_parallel_size=parallel.expert,
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+
+
+class Policy:
+    """megatron-core model chunks of this rank under its data-parallel wrapper, and their optimizer."""
+
+    def __init__(self, config: Config) -> None:
+        """Builds the policy that `config` names and loads its weights.
+
+        Raises ValueError for an unsupported architecture or unreadable weights.
+        """
+        self.hf_config: PretrainedConfig = AutoConfig.from_pretrained(config.model.path)
+        self.megatron_config = transformer_config(self.hf_config, config)
+        self.megatron_config.finalize_model_grads_func = _sum_gradients
+        with platform.megatron():
+            self.modules = self._build(config.rollout.temperature)
+            load_weights(self.modules, self.hf_config, config.model.path)
+            self.chunks = [self._data_parallel(module) for module in self.modules]
+            self.optimizer = _optimizer(config, self.chunks)
+            self.scheduler = _scheduler(config, self.optimizer)
+
+    def _build(self, temperature: float) -> list[PolicyModel]:
+        virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+        stages: list[int | None] = [None] if virtual is None else list(range(virtual))
+        modules = [PolicyModel(self.megatron_config, self.hf_config, temperature, stage) for stage in stages]
+        return [module.to(platform.device(), self.megatron_config.params_dtype) for module in modules]
+
+    def _data_parallel(self, module: PolicyModel) -> DistributedDataParallel:
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        return DistributedDataParallel(self.megatron_config, ddp, module)
+
+    def log_probs(self, batches: list[PackedBatch]) -> list[Tensor]:
+        """Forward pass: float32 [2, N] (log-probs, entropy) of every micro-batch.
+
+        On the last pipeline stage; an empty list on the others.
+        """
+        found: dict[int, Tensor] = {}
+
+        def keep(index: int, output: Tensor) -> tuple[Tensor, Tensor, dict]:
+            found[index] = output.detach()
+            return output.sum(), _ONE, {}
+
+        with torch.no_grad():
+            self._run(batches, keep, forward_only=True)
+        return [found[i] for i in range(len(found))]
+
+    def accumulate_gradients(
+        self, batches: list[PackedBatch], loss: Callable[[int, Tensor, Tensor], Tensor]
+    ) -> tuple[float, list[Tensor]]:
+        """Forward and backward over all micro-batches.
+
+        `loss(index, log_probs_N, entropy_N)` is a micro-batch's share of the step's loss: shares and their
+        gradients are summed over micro-batches and data-parallel ranks, nothing is averaged. Returns this
+        rank's sum and the detached log-probs of every micro-batch (last pipeline stage; else 0 and []).
+        """
+        losses: dict[int, float] = {}
+        found: dict[int, Tensor] = {}
+
+        def weigh(index: int, output: Tensor) -> tuple[Tensor, Tensor, dict]:
+            share = loss(index, output[0], output[1])
+            losses[index], found[index] = float(share.detach()), output[0].detach()
+            return share, _ONE, {}
+
+        self.zero_gradients()
+        self._run(batches, weigh, forward_only=False)
+        return sum(losses[i] for i in range(len(losses))), [found[i] for i in range(len(found))]
+
+    def zero_gradients(self) -> None:
+        """Clears the gradient buffers before a step."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def update(self) -> float:
+        """One optimizer step with the accumulated gradients; returns their global norm before clipping."""
+        with platform.megatron():
+            successful, grad_norm, _ = self.optimizer.step()
+        if not successful:
+            raise FloatingPointError("the gradient is not finite; the policy was left as it was")
+        self.scheduler.step(increment=1)
+        return float(grad_norm)
+
+    def learning_rate(self) -> float:
+        """Learning rate of the next optimizer step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def host_copy(self) -> list[Tensor]:
+        """This rank's weights, copied to the host."""
+        return [parameter.detach().to("cpu", copy=True) for parameter in self._all_parameters()]
+
+    @contextmanager
+    def weights(self, host_weights: list[Tensor]) -> Iterator[None]:
+        """Inside it the policy has other weights, such as the reference's `host_copy`; then its own again."""
+        own = self.host_copy()
+        self._fill(host_weights)
+        try:
+            yield
+        finally:
+            self._fill(own)
+
+    @torch.no_grad()
+    def _fill(self, host_weights: list[Tensor]) -> None:
+        for parameter, weight in zip(self._all_parameters(), host_weights, strict=True):
+            parameter.copy_(weight)
+
+    def _all_parameters(self) -> list[Tensor]:
+        return [parameter for module in self.modules for parameter in module.parameters()]
+
+    def _run(
+        self,
+        batches: list[PackedBatch],
+        on_output: Callable[[int, Tensor], tuple[Tensor, Tensor, dict]],
+        forward_only: bool,
+    ) -> None:
+        """Megatron-core's schedule over the micro-batches; `on_output(index, output)` on the last stage."""
+
+        def forward_step(batches: Iterator[tuple[int, PackedBatch]], chunk: torch.nn.Module) -> Any:
+            index, packed = next(batches)
+            module = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+            return module.run(packed), lambda output: on_output(index, output)
+
+        iterators = [iter(list(enumerate(batches))) for _ in self.chunks]
+        with platform.megatron():
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.chunks,
+                num_microbatches=len(batches),
+                seq_length=max(len(batch.tokens_T) for batch in batches),
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+
+
+_ONE = torch.ones((), dtype=torch.int)
+
+
+def _sum_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """Gradients are already weighted per token: megatron-core is not to divide by its own count."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    c = config.optimizer
+    dtype = getattr(torch, config.model.dtype)
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=c.lr,
+            min_lr=c.min_lr,
+            weight_decay=c.weight_decay,
+            adam_beta1=c.beta1,
+            adam_beta2=c.beta2,
+            adam_eps=c.eps,
+            clip_grad=c.clip_grad,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+        ),
+        chunks,
+    )
+
+
+def _scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    c = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=c.lr,
+        min_lr=c.min_lr,
+        lr_warmup_steps=c.warmup_steps,
+        lr_decay_steps=max(config.train.steps * config.train.updates_per_step, c.warmup_steps + 1),
+        lr_decay_style=c.schedule,
+        start_wd=c.weight_decay,
+        end_wd=c.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,46 @@
+"""Rotary embedding indexed by position id, with the Hugging Face configuration's scaling."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from megatron_bicc.policy.packed import PackedBatch
+
+
+def rotary_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
+    """(inverse frequencies float32 [head_dim / 2], factor on cos and sin), by transformers' own functions.
+
+    Raises ValueError for a scaling whose frequencies depend on the sequence's length.
+    """
+    parameters = hf_config.rope_parameters
+    kind = parameters.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise ValueError(f"model.path: rope_type '{kind}' is not supported; use default, linear, llama3 or yarn")
+    if kind == "default":
+        dim = torch.arange(0, hf_config.head_dim, 2, dtype=torch.int64).float()
+        return 1.0 / parameters["rope_theta"] ** (dim / hf_config.head_dim), 1.0
+    return ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
+
+
+class PositionRotary(torch.nn.Module):
+    """Stands in for GPTModel.rotary_pos_emb: megatron-core asks it for a length and hands that length back.
+
+    Here the "length" is the micro-batch's position ids, so each row gets the angles of its own position.
+    """
+
+    def __init__(self, inverse_frequencies: Tensor) -> None:
+        super().__init__()
+        self.inverse_frequencies = inverse_frequencies
+
+    def get_rotary_seq_len(self, *args: Any) -> Tensor:
+        """Position ids int64 [T] of the micro-batch, the last argument that megatron-core passes."""
+        packed: PackedBatch = args[-1]
+        return packed.positions_T
+
+    def forward(self, positions_T: Tensor, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
+        """Angles float32 [T, 1, 1, head_dim]."""
+        angles = torch.outer(positions_T.float(), self.inverse_frequencies.to(positions_T.device))
+        return torch.cat([angles, angles], dim=-1)[:, None, None, :]

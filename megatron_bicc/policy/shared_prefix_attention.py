@@ -1,0 +1,99 @@
+"""Attention of responses to a prefix that they share, computed once: two variable-length calls and a merge.
+
+Rows are prefix-major: P prefix rows of all sides, then the response rows.
+
+    out, lse   = every segment by itself, causal                   (prefixes and responses)
+    outx, lsex = response rows against their own side's prefix     (not causal)
+    response rows: lse' = logaddexp(lse, lsex), out' = e^(lse - lse') out + e^(lsex - lse') outx
+
+Backward calls the two kernels again, both fed the merged out' and lse': torch's kernels drop the gradient
+through the log-sum-exp, so a merge left to autograd gives wrong dq and dk.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_bicc.policy.packed import PackedBatch, Segments
+from megatron_bicc.policy.varlen_attention import varlen_backward, varlen_forward
+
+
+class SharedPrefixAttention(torch.autograd.Function):
+    """(q [T, H, D], k [T, G, D], v [T, G, D], first response row, causal, cross, scale) -> [T, H, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        first: int,
+        causal: Segments,
+        cross: Segments,
+        scale: float,
+    ) -> Tensor:
+        out, lse = varlen_forward(q, k, v, causal, True, scale)
+        rows = slice(first, first + cross.bounds_q[-1])
+        if rows.start > 0 and rows.stop > rows.start:
+            out_cross, lse_cross = varlen_forward(q[rows], k[:first], v[:first], cross, False, scale)
+            merged = torch.logaddexp(lse[:, rows], lse_cross)
+            out[rows] = _share(lse[:, rows], merged) * out[rows] + _share(lse_cross, merged) * out_cross
+            lse[:, rows] = merged
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rows, ctx.causal, ctx.cross, ctx.scale = rows, causal, cross, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        rows, first, grad = ctx.rows, ctx.rows.start, grad.contiguous()
+        dq, dk, dv = varlen_backward(grad, q, k, v, out, lse, ctx.causal, True, ctx.scale)
+        if rows.start > 0 and rows.stop > rows.start:
+            dq_cross, dk_cross, dv_cross = varlen_backward(
+                grad[rows],
+                q[rows],
+                k[:first],
+                v[:first],
+                out[rows],
+                lse[:, rows].contiguous(),
+                ctx.cross,
+                False,
+                ctx.scale,
+            )
+            dq[rows] += dq_cross
+            dk[:first] += dk_cross
+            dv[:first] += dv_cross
+        return dq, dk, dv, None, None, None, None
+
+
+def _share(part_HN: Tensor, whole_HN: Tensor) -> Tensor:
+    """Share of the softmax mass that one part holds, [N, H, 1]."""
+    return torch.exp(part_HN - whole_HN).t().unsqueeze(-1)
+
+
+class SharedPrefixCoreAttention(torch.nn.Module):
+    """The `core_attention` of megatron-core's layer spec; reads its layout from packed_seq_params."""
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__()
+        self.scale = config.softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedBatch | None = None,
+    ) -> Tensor:
+        """Query [T, 1, H, D], key and value [T, 1, G, D] -> [T, 1, H * D]."""
+        packed = packed_seq_params
+        first = packed.response_rows.start
+        q, k, v = (x.squeeze(1) for x in (query, key, value))
+        out = SharedPrefixAttention.apply(q, k, v, first, packed.causal, packed.cross, self.scale)
+        return out.reshape(out.shape[0], 1, -1)
