@@ -1,0 +1,156 @@
+"""Whether a run's settings make sense together, before anything is loaded."""
+
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_bicc.algorithms.presets import resolve
+from megatron_bicc.config import Config
+
+POSITIVE_COUNTS = (
+    "train.steps",
+    "train.updates_per_step",
+    "train.max_sequence_tokens",
+    "train.max_tokens_per_microbatch",
+    "data.max_prompt_tokens",
+    "rollout.prompts_per_step",
+    "rollout.max_new_tokens",
+    "rollout.batch_size",
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.virtual_pipeline",
+    "parallel.expert",
+    "parallel.context",
+    "evaluation.every",
+    "evaluation.samples",
+    "checkpoint.keep",
+)
+NOT_NEGATIVE = (
+    "evaluation.prompts",
+    "checkpoint.every",
+    "monitoring.report_groups",
+    "optimizer.lr",
+    "optimizer.min_lr",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad",
+)
+POSITIVE = ("rollout.temperature", "evaluation.temperature", "optimizer.eps")
+SHARES = ("bicc.weight", "bicc.context_ratio")
+DECAYS = ("optimizer.beta1", "optimizer.beta2")
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Raises ValueError, one line that names setting, value and remedy, for the first mistake found.
+
+    world_size: number of processes of the run. Files are looked for, not read.
+    """
+    resolve(config)
+    _check_ranges(_flatten(asdict(config)))
+    _check_layout(config, world_size)
+    _check_batches(config)
+    _check_budget(config)
+    _check_files(config)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _check_ranges(values: dict[str, Any]) -> None:
+    """values: every setting by its dotted name."""
+    finite = {name: not isinstance(value, float) or math.isfinite(value) for name, value in values.items()}
+    _require(values, finite, "it must be finite")
+    _require(values, {n: values[n] >= 1 for n in POSITIVE_COUNTS}, "it must be at least 1")
+    _require(values, {n: values[n] >= 0 for n in NOT_NEGATIVE}, "it must be at least 0")
+    _require(values, {n: values[n] > 0 for n in POSITIVE}, "it must be greater than 0")
+    _require(values, {n: 0 <= values[n] <= 1 for n in SHARES}, "it must be within 0 and 1")
+    _require(values, {n: 0 <= values[n] < 1 for n in DECAYS}, "it must be at least 0 and less than 1")
+    group_size = {"rollout.group_size": values["rollout.group_size"] >= 2}
+    _require(values, group_size, "it must be at least 2: rollouts learn from the others of their group")
+
+
+def _require(values: dict[str, Any], holds: dict[str, bool], remedy: str) -> None:
+    for name, good in holds.items():
+        if not good:
+            raise ValueError(f"{name} is {values[name]}; {remedy}")
+
+
+def _check_layout(config: Config, world_size: int) -> None:
+    layout = config.parallel
+    if layout.context != 1:
+        raise ValueError(
+            f"parallel.context is {layout.context}; context parallel is not supported, set it to 1"
+        )
+    if layout.sequence and layout.tensor == 1:
+        raise ValueError("parallel.sequence is true; it needs parallel.tensor of at least 2, which is 1")
+    if layout.virtual_pipeline > 1 and layout.pipeline == 1:
+        raise ValueError(
+            f"parallel.virtual_pipeline is {layout.virtual_pipeline}; "
+            "it needs parallel.pipeline of at least 2, which is 1"
+        )
+    for first, size in (("tensor", layout.tensor), ("expert", layout.expert)):
+        if world_size % (size * layout.pipeline):
+            raise ValueError(
+                f"parallel.{first} is {size} and parallel.pipeline is {layout.pipeline}; their product "
+                f"{size * layout.pipeline} must divide the number of processes, {world_size}"
+            )
+
+
+def _check_batches(config: Config) -> None:
+    prompts, updates = config.rollout.prompts_per_step, config.train.updates_per_step
+    if prompts % updates:
+        raise ValueError(
+            f"train.updates_per_step is {updates}; it must divide rollout.prompts_per_step = {prompts}"
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        raise ValueError(
+            f"optimizer.min_lr is {config.optimizer.min_lr}; "
+            f"it must not exceed optimizer.lr = {config.optimizer.lr}"
+        )
+
+
+def _check_budget(config: Config) -> None:
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    sequence, microbatch = config.train.max_sequence_tokens, config.train.max_tokens_per_microbatch
+    if sequence < prompt + response:
+        raise ValueError(
+            f"train.max_sequence_tokens is {sequence}; it must be at least data.max_prompt_tokens + "
+            f"rollout.max_new_tokens = {prompt} + {response} = {prompt + response}"
+        )
+    if microbatch < sequence:
+        raise ValueError(
+            f"train.max_tokens_per_microbatch is {microbatch}; it must hold the longest sequence, "
+            f"train.max_sequence_tokens = {sequence} (of it data.max_prompt_tokens = {prompt} and "
+            f"rollout.max_new_tokens = {response})"
+        )
+
+
+def _check_files(config: Config) -> None:
+    for name, path, content in (
+        ("model.path", config.model.path, "the Hugging Face directory of the policy"),
+        ("data.train", config.data.train, "the file of training prompts"),
+    ):
+        if not path:
+            raise ValueError(f"{name} is not set; set it to {content}")
+    if not (Path(config.model.path) / "config.json").is_file():
+        raise ValueError(f"model.path is {config.model.path}; there is no Hugging Face config.json in it")
+    _check_file("data.train", config.data.train)
+    if config.evaluation.data:
+        _check_file("evaluation.data", config.evaluation.data)
+    if config.monitoring.compare and not (Path(config.monitoring.compare) / "metrics.jsonl").is_file():
+        raise ValueError(
+            f"monitoring.compare is {config.monitoring.compare}; there is no metrics.jsonl in it"
+        )
+
+
+def _check_file(name: str, path: str) -> None:
+    if not Path(path).is_file():
+        raise ValueError(f"{name} is {path}; there is no such file")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{name} is {path}; the file cannot be read, check its permissions")
