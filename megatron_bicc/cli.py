@@ -50,7 +50,7 @@ class Setting:
     @property
     def metavar(self) -> str:
         """What the setting takes, for --help."""
-        return "{" + ",".join([*(kind.__name__ for kind in self._free_types), *self.choices]) + "}"
+        return "|".join([*(kind.__name__ for kind in self._free_types), *self.choices])
 
     @property
     def _free_types(self) -> list[type]:
