@@ -65,7 +65,8 @@ def policy_loss(logp: torch.Tensor, rows: LossRows, loss: LossConfig) -> torch.T
     if logp.shape != rows.old_logp.shape:
         raise ValueError(f"logp has shape {tuple(logp.shape)}, but LossRows.old_logp has "
                          f"{tuple(rows.old_logp.shape)}")
-    loss_T = _OBJECTIVES[loss.objective](logp, rows, clip_bounds(loss))
+    bounds = clip_bounds(loss)
+    loss_T = _OBJECTIVES[loss.objective](logp, rows, bounds)
     if loss.tis_cap:
         rollout_logp_T = _needed(rows, "rollout_logp", "tis_cap")
         loss_T = loss_T * (rows.old_logp - rollout_logp_T).exp().clamp(max=loss.tis_cap).detach()

@@ -1,0 +1,83 @@
+"""Names of algorithms and what they resolve to."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+from megatron_bicc.algorithms.presets import PRESETS, parse_algorithm, resolve
+from megatron_bicc.config import BiccConfig, Config, LossConfig, RccConfig
+
+
+@pytest.mark.parametrize("base", PRESETS)
+@pytest.mark.parametrize("bicc", [False, True])
+@pytest.mark.parametrize("rcc", [False, True])
+def test_every_preset_with_and_without_bicc_and_rcc(base: str, bicc: bool, rcc: bool) -> None:
+    name = base + "+bicc" * bicc + "+rcc" * rcc
+    assert parse_algorithm(name) == (base, bicc, rcc)
+    config = resolve(Config(algorithm=name))
+    assert (config.bicc.enabled, config.rcc.enabled) == (bicc, rcc)
+    for field in fields(PRESETS[base]):
+        if not (field.name == "dual_clip" and bicc):
+            assert getattr(config.loss, field.name) == getattr(PRESETS[base], field.name)
+    assert all(getattr(config.loss, field.name) is not None for field in fields(LossConfig))
+
+
+def test_the_parts_of_a_name_come_in_any_order() -> None:
+    assert parse_algorithm("dapo+rcc+bicc") == ("dapo", True, True)
+
+
+def test_bicc_is_short_for_grpo_bicc_rcc() -> None:
+    assert parse_algorithm("bicc") == ("grpo", True, True)
+    assert replace(resolve(Config(algorithm="bicc")), algorithm="") == replace(
+        resolve(Config(algorithm="grpo+bicc+rcc")), algorithm=""
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("gpro", "grpo"),
+        ("drgrpo", "dr_grpo"),
+        ("dapo+bic", "dapo+bicc"),
+        ("bicc+rcc", "grpo+bicc+rcc"),
+        ("grpo+rcc+rcc", "grpo+bicc+rcc"),
+        ("", ""),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(ValueError, match="algorithm: unknown name") as error:
+        parse_algorithm(name)
+    assert f"'{name}'; the nearest is '{nearest}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_explicit_values_win_and_the_given_config_stays_as_it_was() -> None:
+    config = Config(
+        algorithm="dapo+bicc+rcc",
+        loss=LossConfig(clip_high=0.5, dual_clip=10.0, aggregation="constant"),
+        rcc=RccConfig(enabled=False),
+    )
+    resolved = resolve(config)
+    assert resolved.loss == LossConfig("normalized", "token", 0.2, 0.5, 10.0, "constant")
+    assert (resolved.bicc.enabled, resolved.rcc.enabled) == (True, False)
+    assert config.loss.clip_low is None and config.bicc.enabled is None
+
+
+def test_zero_is_an_explicit_dual_clip() -> None:
+    assert resolve(Config(algorithm="bicc", loss=LossConfig(dual_clip=0.0))).loss.dual_clip == 0.0
+
+
+def test_the_dual_clip_follows_bicc_however_it_was_enabled() -> None:
+    assert resolve(Config(algorithm="bicc")).loss.dual_clip == 3.0
+    assert resolve(Config(algorithm="grpo", bicc=BiccConfig(enabled=True))).loss.dual_clip == 3.0
+    assert resolve(Config(algorithm="bicc", bicc=BiccConfig(enabled=False))).loss.dual_clip == 0.0
+    assert resolve(Config(algorithm="grpo")).loss.dual_clip == 0.0
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("clip_low", -0.1), ("clip_high", float("nan")), ("dual_clip", 0.5), ("tis_cap", -1)],
+)
+def test_a_setting_out_of_range_is_named(setting: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"loss.{setting} is "):
+        resolve(Config(algorithm="grpo", loss=LossConfig(**{setting: value})))
