@@ -53,8 +53,12 @@ class PackingSettings:
     eos_token_id: int = -1
     """A trailing one is left out where a rollout stands in a context; -1: none."""
     overlong: Literal["error", "drop"] = "error"
+    """For a response that exceeds max_sequence_tokens after its prompt, or a micro-batch after its prefix."""
     alignment: int = 1
     """Every micro-batch's rows are padded to a multiple of this."""
+    token_cost: int = 24576
+    """Cost of a row outside attention in units of one query-key pair, for the balance between ranks.
+    About 6 x hidden size: 24 h^2 FLOPs of dense layers against 4 h a pair."""
 
 
 @dataclass(frozen=True)
@@ -91,3 +95,5 @@ class MicroBatch:
     """float32 [S]: 1 / number of segments in the whole step that train this rollout (pair source)"""
     gather: np.ndarray
     """int64 [num_response_rows]: index into RolloutBatch.tokens of each response row's label"""
+    channels: np.ndarray
+    """float32 [K, num_response_rows]: the per-token channels given to the packer, gathered; K may be 0"""

@@ -1,0 +1,229 @@
+// megatron_bicc._C: checks what Python hands over and runs the two phases without the GIL.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <initializer_list>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "error.h"
+#include "fill.h"
+
+namespace py = pybind11;
+
+namespace bicc {
+namespace {
+
+// An array of the very type, laid out for plain pointers: a silent copy would hide the caller's mistake.
+template <class T>
+py::array checked(const py::object& object, const std::string& name, int dimensions) {
+  if (!py::isinstance<py::array>(object)) fail(name, " must be a NumPy array");
+  py::array array = py::reinterpret_borrow<py::array>(object);
+  if (!py::dtype::of<T>().equal(array.dtype())) {
+    fail(name, " must be of dtype ", std::string(py::str(py::dtype::of<T>())), ", not ",
+         std::string(py::str(array.dtype())));
+  }
+  if (array.ndim() != dimensions) fail(name, " must have ", dimensions, " dimension(s), not ", array.ndim());
+  constexpr int kNeeded = py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+  if ((array.flags() & kNeeded) != kNeeded) fail(name, " must be C-contiguous and aligned");
+  return array;
+}
+
+template <class T>
+Span<T> view(const py::array& array) {
+  return {static_cast<const T*>(array.data()), static_cast<int64_t>(array.size())};
+}
+
+template <class T>
+std::vector<T> copy_of(const py::object& batch, const char* field) {
+  const Span<T> span = view<T>(checked<T>(batch.attr(field), std::string("RolloutBatch.") + field, 1));
+  return std::vector<T>(span.data, span.data + span.size);
+}
+
+class SettingsReader {
+ public:
+  explicit SettingsReader(const py::object& settings) : settings_(settings) {}
+
+  template <class T>
+  T get(const char* field) const {
+    try {
+      return settings_.attr(field).cast<T>();
+    } catch (const py::cast_error&) {
+      fail("PackingSettings.", field, " is ", std::string(py::repr(settings_.attr(field))),
+           ", which is of the wrong type or too large");
+    }
+  }
+
+  template <class E>
+  E choice(const char* field, std::initializer_list<std::pair<const char*, E>> values) const {
+    const std::string given = get<std::string>(field);
+    std::string known;
+    for (const auto& [name, value] : values) {
+      if (given == name) return value;
+      known += std::string(known.empty() ? "" : ", ") + name;
+    }
+    fail("PackingSettings.", field, " is '", given, "'; it must be one of ", known);
+  }
+
+ private:
+  const py::object& settings_;
+};
+
+Settings read_settings(const py::object& object) {
+  const SettingsReader from(object);
+  Settings s;
+  s.layout = from.choice<Layout>("layout", {{"plain", Layout::kPlain}, {"bilateral", Layout::kBilateral}});
+  s.max_sequence_tokens = from.get<int64_t>("max_sequence_tokens");
+  s.max_tokens_per_microbatch = from.get<int64_t>("max_tokens_per_microbatch");
+  s.vocab_size = from.get<int64_t>("vocab_size");
+  s.contrast_only = from.get<bool>("contrast_only");
+  s.reward_threshold = static_cast<float>(from.get<double>("reward_threshold"));
+  s.context_ratio = from.get<double>("context_ratio");
+  s.context_source =
+      from.choice<Source>("context_source", {{"partition", Source::kPartition}, {"pair", Source::kPair}});
+  s.truncation =
+      from.choice<Truncation>("truncation", {{"equal", Truncation::kEqual}, {"in_order", Truncation::kInOrder}});
+  s.keep = from.choice<Keep>("keep", {{"head", Keep::kHead}, {"tail", Keep::kTail}, {"both_ends", Keep::kBothEnds}});
+  s.wrong_header = from.get<std::vector<int64_t>>("wrong_header");
+  s.right_header = from.get<std::vector<int64_t>>("right_header");
+  s.answer_header = from.get<std::vector<int64_t>>("answer_header");
+  s.eos_token_id = from.get<int64_t>("eos_token_id");
+  s.overlong = from.choice<Overlong>("overlong", {{"error", Overlong::kError}, {"drop", Overlong::kDrop}});
+  s.alignment = from.get<int64_t>("alignment");
+  s.token_cost = from.get<int64_t>("token_cost");
+  return s;
+}
+
+// A plan and the arrays that its batch borrows from.
+class PlanHandle {
+ public:
+  PlanHandle(const py::object& batch, const py::object& settings, int64_t dp_size)
+      : prompt_tokens_(checked<int32_t>(batch.attr("prompt_tokens"), "RolloutBatch.prompt_tokens", 1)),
+        tokens_(checked<int32_t>(batch.attr("tokens"), "RolloutBatch.tokens", 1)) {
+    Settings read = read_settings(settings);
+    Batch b;
+    b.prompt_tokens = view<int32_t>(prompt_tokens_);
+    b.tokens = view<int32_t>(tokens_);
+    b.prompt_offsets = copy_of<int64_t>(batch, "prompt_offsets_G");
+    b.offsets = copy_of<int64_t>(batch, "offsets_R");
+    b.group_offsets = copy_of<int64_t>(batch, "group_offsets_G");
+    b.rewards = copy_of<float>(batch, "rewards_R");
+    py::gil_scoped_release release;
+    plan_ = make_plan(std::move(b), std::move(read), dp_size);
+    extent_ = extent_of(plan_);
+  }
+
+  // int64 [micro-batches, 5]: rows, prefix rows, response rows, sides, segments.
+  py::array_t<int64_t> sizes() const {
+    py::array_t<int64_t> out({static_cast<py::ssize_t>(plan_.sizes.size()), py::ssize_t{5}});
+    int64_t* to = out.mutable_data();
+    for (const MicroBatchSize& size : plan_.sizes) {
+      for (const int64_t value : {size.rows, size.prefix_rows, size.response_rows, size.sides, size.segments}) {
+        *to++ = value;
+      }
+    }
+    return out;
+  }
+
+  // The fields of megatron_bicc.packing.plan.SideTable.
+  py::dict side_table() const {
+    py::array_t<int64_t> group(plan_.sides.sides.size()), parts_at(plan_.sides.sides.size() + 1),
+        responses_at(plan_.sides.sides.size() + 1), parts({static_cast<py::ssize_t>(plan_.sides.parts.size()), py::ssize_t{3}});
+    parts_at.mutable_at(0) = responses_at.mutable_at(0) = 0;
+    int64_t i = 0;
+    for (const Side& side : plan_.sides.sides) {
+      group.mutable_at(i++) = side.group;
+      parts_at.mutable_at(i) = side.last_part;
+      responses_at.mutable_at(i) = side.last_response;
+    }
+    int64_t* to = parts.mutable_data();
+    for (const Part& part : plan_.sides.parts) {
+      for (const int64_t value : {part.rollout, part.head, part.tail}) *to++ = value;
+    }
+    const auto& responses = plan_.sides.responses;
+    return py::dict(py::arg("group_D") = group, py::arg("part_offsets_D") = parts_at, py::arg("parts") = parts,
+                    py::arg("response_offsets_D") = responses_at,
+                    py::arg("responses") = py::array_t<int64_t>(responses.size(), responses.data()));
+  }
+
+  py::dict counts() const {
+    int64_t rows = 0, prefix_rows = 0, one_row_a_rollout = 0, context = 0;
+    for (const MicroBatchSize& size : plan_.sizes) {
+      rows += size.prefix_rows + size.response_rows;
+      prefix_rows += size.prefix_rows;
+    }
+    for (const Side& side : plan_.sides.sides) {
+      context += side.context_tokens;
+      for (int64_t i = side.first_response; i < side.last_response; ++i) {
+        one_row_a_rollout += side.prefix_tokens + plan_.batch.length(plan_.sides.responses[i]);
+      }
+    }
+    return py::dict(py::arg("tokens_packed") = rows, py::arg("tokens_prefix") = prefix_rows,
+                    py::arg("tokens_rows") = one_row_a_rollout, py::arg("tokens_context") = context,
+                    py::arg("overlong_dropped") = plan_.sides.dropped,
+                    py::arg("groups_skipped") = plan_.sides.skipped_groups,
+                    py::arg("microbatches") = plan_.filled_bins, py::arg("rank_costs") = plan_.rank_costs);
+  }
+
+  void fill(const py::dict& buffers, const py::object& channels, int64_t threads) const {
+    if (threads < 0 || threads > 1024) fail("threads is ", threads, "; it must be in [0, 1024], 0 for all cores");
+    if (threads == 0) threads = std::max(1u, std::thread::hardware_concurrency());
+    const py::array channel_array = checked<float>(channels, "channels", 2);
+    if (channel_array.shape(1) != tokens_.size()) {
+      fail("channels must be of shape [K, ", tokens_.size(), "], one column a response token, not [",
+           channel_array.shape(0), ", ", channel_array.shape(1), "]");
+    }
+    const Buffers out = buffers_of(buffers, channel_array.shape(0));
+    py::gil_scoped_release release;
+    bicc::fill(plan_, view<float>(channel_array), threads, out);
+  }
+
+ private:
+  template <class T>
+  static T* buffer(const py::dict& buffers, const char* name, int64_t size) {
+    if (!buffers.contains(name)) fail("buffer ", name, " is missing");
+    py::array array = checked<T>(buffers[name], std::string("buffer ") + name, 1);
+    if (!array.writeable()) fail("buffer ", name, " is read-only");
+    if (array.size() != size) fail("buffer ", name, " holds ", array.size(), " items; the plan needs ", size);
+    return static_cast<T*>(array.mutable_data());
+  }
+
+  Buffers buffers_of(const py::dict& given, int64_t channels) const {
+    const Extent& n = extent_;
+    Buffers out;
+    out.tokens = buffer<int32_t>(given, "tokens_T", n.rows);
+    out.positions = buffer<int32_t>(given, "positions_T", n.rows);
+    out.labels = buffer<int32_t>(given, "labels_T", n.rows);
+    out.cu_seqlens = buffer<int32_t>(given, "cu_seqlens", n.seqlens);
+    out.cu_prefix = buffer<int32_t>(given, "cu_prefix", n.sides + n.micro_batches);
+    out.cu_response_side = buffer<int32_t>(given, "cu_response_side", n.sides + n.micro_batches);
+    out.cu_response = buffer<int32_t>(given, "cu_response", n.segments + n.micro_batches);
+    out.rollout = buffer<int32_t>(given, "rollout_S", n.segments);
+    out.group = buffer<int32_t>(given, "group_S", n.segments);
+    out.scale = buffer<float>(given, "scale_S", n.segments);
+    out.gather = buffer<int64_t>(given, "gather", n.response_rows);
+    out.channels = buffer<float>(given, "channels", channels * n.response_rows);
+    return out;
+  }
+
+  py::array prompt_tokens_;
+  py::array tokens_;
+  Plan plan_;
+  Extent extent_;
+};
+
+}  // namespace
+}  // namespace bicc
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The bilateral packer; use megatron_bicc.packing.";
+  py::class_<bicc::PlanHandle>(m, "Plan")
+      .def(py::init<const py::object&, const py::object&, int64_t>(), py::arg("batch"), py::arg("settings"),
+           py::arg("dp_size"))
+      .def_property_readonly("sizes", &bicc::PlanHandle::sizes)
+      .def_property_readonly("side_table", &bicc::PlanHandle::side_table)
+      .def_property_readonly("counts", &bicc::PlanHandle::counts)
+      .def("fill", &bicc::PlanHandle::fill, py::arg("buffers"), py::arg("channels"), py::arg("threads"));
+}

@@ -1,0 +1,31 @@
+// A loop over independent items on several threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <thread>
+#include <vector>
+
+namespace bicc {
+
+// Calls body(i) for every i in [0, n), each once, in any order; the caller's thread takes part. `body` must not
+// throw. Where the system refuses a thread, those that run do the work.
+template <class Body>
+void parallel_for(int64_t n, int64_t threads, const Body& body) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t i = next++; i < n; i = next++) body(i);
+  };
+  std::vector<std::thread> helpers;
+  helpers.reserve(static_cast<size_t>(std::min(threads, n)));
+  try {
+    for (int64_t t = 1; t < threads && t < n; ++t) helpers.emplace_back(work);
+  } catch (const std::exception&) {
+  }
+  work();
+  for (std::thread& helper : helpers) helper.join();
+}
+
+}  // namespace bicc

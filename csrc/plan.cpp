@@ -1,0 +1,89 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <numeric>
+#include <queue>
+
+#include "validate.h"
+
+namespace bicc {
+namespace {
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+int64_t cost_of(const Pieces& pieces, const Bin& bin) {
+  int64_t cost = 0;
+  for (const int64_t piece : bin) cost += pieces.pieces[piece].cost;
+  return cost;
+}
+
+std::vector<Bin> make_bins(const Pieces& pieces, int64_t capacity, int64_t dp_size) {
+  std::vector<int64_t> rows;
+  for (const Piece& piece : pieces.pieces) rows.push_back(piece.rows);
+  std::vector<Bin> bins = fill_bins(rows, capacity);
+  if (dp_size == 1) return bins;
+  const int64_t wanted = round_up(bins.size(), dp_size);
+  bins = fill_bins(rows, even_limit(rows, capacity, wanted));
+  bins.resize(wanted);
+  return bins;
+}
+
+// Costliest bin first, to the rank of least cost that still has a free slot (ties: lowest rank).
+// So a rank's own micro-batches come in order of decreasing cost: what runs out of memory does so at once.
+void assign_to_ranks(Plan& plan, std::vector<Bin> bins, int64_t dp_size) {
+  std::vector<int64_t> costs(bins.size()), order(bins.size());
+  for (size_t b = 0; b < bins.size(); ++b) costs[b] = cost_of(plan.pieces, bins[b]);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return costs[a] > costs[b]; });
+  const int64_t slots = static_cast<int64_t>(bins.size()) / dp_size;
+  using CostAndRank = std::pair<int64_t, int64_t>;
+  std::priority_queue<CostAndRank, std::vector<CostAndRank>, std::greater<>> open;
+  for (int64_t rank = 0; slots > 0 && rank < dp_size; ++rank) open.push({0, rank});
+  std::vector<int64_t> used(dp_size, 0);
+  plan.rank_costs.assign(dp_size, 0);
+  plan.micro_batches.resize(bins.size());
+  for (const int64_t bin : order) {
+    const int64_t rank = open.top().second;
+    open.pop();
+    plan.rank_costs[rank] += costs[bin];
+    plan.micro_batches[rank * slots + used[rank]++] = std::move(bins[bin]);
+    if (used[rank] < slots) open.push({plan.rank_costs[rank], rank});
+  }
+}
+
+MicroBatchSize size_of(const Plan& plan, const Bin& bin) {
+  MicroBatchSize size;
+  size.sides = static_cast<int64_t>(bin.size());
+  for (const int64_t p : bin) {
+    const Piece& piece = plan.pieces.pieces[p];
+    const int64_t prefix = plan.sides.sides[piece.side].prefix_tokens - 1;
+    size.prefix_rows += prefix;
+    size.response_rows += piece.rows - prefix;
+    size.segments += piece.last_response - piece.first_response;
+  }
+  const int64_t rows = size.prefix_rows + size.response_rows;
+  size.rows = round_up(std::max<int64_t>(rows, 1), plan.settings.alignment);
+  return size;
+}
+
+}  // namespace
+
+Plan make_plan(Batch batch, Settings settings, int64_t dp_size) {
+  validate(settings, dp_size);
+  validate(batch, settings);
+  Plan plan;
+  plan.batch = std::move(batch);
+  plan.settings = std::move(settings);
+  plan.sides = make_sides(plan.batch, plan.settings);
+  plan.pieces = split_sides(plan.batch, plan.settings, plan.sides);
+  assign_to_ranks(plan, make_bins(plan.pieces, plan.settings.capacity(), dp_size), dp_size);
+  plan.segments_of.assign(plan.batch.rollouts(), 0);
+  for (const int64_t rollout : plan.pieces.responses) ++plan.segments_of[rollout];
+  for (const Bin& bin : plan.micro_batches) {
+    plan.sizes.push_back(size_of(plan, bin));
+    plan.filled_bins += !bin.empty();
+  }
+  return plan;
+}
+
+}  // namespace bicc

@@ -1,0 +1,36 @@
+// The serial phase: every choice of a packing, before any token is moved.
+#pragma once
+
+#include <memory>
+
+#include "binpack.h"
+#include "sides.h"
+
+namespace bicc {
+
+// Sizes of one micro-batch's arrays.
+struct MicroBatchSize {
+  int64_t rows = 0;  // padded to the alignment
+  int64_t prefix_rows = 0;
+  int64_t response_rows = 0;
+  int64_t sides = 0;
+  int64_t segments = 0;
+  int64_t padded() const { return rows > prefix_rows + response_rows; }
+};
+
+struct Plan {
+  Batch batch;
+  Settings settings;
+  Sides sides;
+  Pieces pieces;
+  std::vector<Bin> micro_batches;  // rank after rank, an equal number each
+  std::vector<MicroBatchSize> sizes;
+  std::vector<int64_t> rank_costs;
+  std::vector<int32_t> segments_of;  // [rollouts]: segments that train the rollout
+  int64_t filled_bins = 0;           // micro-batches that are not padding only
+};
+
+// Throws InputError for anything invalid in the batch or the settings.
+Plan make_plan(Batch batch, Settings settings, int64_t dp_size);
+
+}  // namespace bicc

@@ -1,0 +1,132 @@
+"""A packed step: the micro-batches of every rank and what each response was conditioned on.
+
+Shape suffixes: D sides.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_bicc.packing.types import MicroBatch, PackingSettings, RolloutBatch
+
+
+@dataclass(frozen=True)
+class SideTable:
+    """Every side of the step, before large ones are split; a side is a prefix and its responses."""
+
+    group_D: np.ndarray
+    """int64 [D]"""
+    part_offsets_D: np.ndarray
+    """int64 [D + 1], into parts"""
+    parts: np.ndarray
+    """int64 [parts, 3]: rollout shown in the context, tokens kept of its head, tokens kept of its tail;
+    a trailing end-of-sequence token is no part of the rollout here"""
+    response_offsets_D: np.ndarray
+    """int64 [D + 1], into responses"""
+    responses: np.ndarray
+    """int64 [responses]: rollouts trained under the side's prefix"""
+
+
+@dataclass(frozen=True)
+class ContextPart:
+    """What a context shows of one rollout."""
+
+    rollout: int
+    ranges: tuple[tuple[int, int], ...]
+    """Kept tokens, each [start, stop) within the rollout."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """The prefix under which a rollout is trained."""
+
+    group: int
+    parts: tuple[ContextPart, ...]
+    prefix_tokens: np.ndarray
+    """int32 [prefix length]: prompt, then the parts with their headers and the answer header."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Micro-batches of a step for every data-parallel rank."""
+
+    ranks: list[list[MicroBatch]]
+    """An equal number each, costliest first; none where nothing is to be trained."""
+    stats: dict[str, float]
+    """Keys: megatron_bicc.packing.plan.step_stats."""
+    sides: SideTable
+    batch: RolloutBatch
+    settings: PackingSettings
+
+    def contexts(self, rollout: int) -> list[Context]:
+        """Returns the prefixes that `rollout` (index in the batch) is trained under.
+
+        One for the plain layout and the partition source, one an opposite rollout for the pair source,
+        none for a rollout that is not trained.
+        """
+        places = np.flatnonzero(self.sides.responses == rollout)
+        sides = np.searchsorted(self.sides.response_offsets_D, places, side="right") - 1
+        return [self._context(int(side)) for side in sides]
+
+    def _context(self, side: int) -> Context:
+        start, stop = self.sides.part_offsets_D[side : side + 2]
+        parts = tuple(self._part(*part) for part in self.sides.parts[start:stop].tolist())
+        group = int(self.sides.group_D[side])
+        return Context(group, parts, prefix_tokens(self.batch, self.settings, group, parts))
+
+    def _part(self, rollout: int, head: int, tail: int) -> ContextPart:
+        length = attempt_length(self.batch, self.settings, rollout)
+        if head + tail == length:
+            return ContextPart(rollout, ((0, length),))
+        ranges = ((0, head), (length - tail, length))
+        return ContextPart(rollout, tuple((start, stop) for start, stop in ranges if start < stop))
+
+
+def attempt_length(batch: RolloutBatch, settings: PackingSettings, rollout: int) -> int:
+    """Returns the length of a rollout inside a context: without a trailing end-of-sequence token."""
+    start, stop = batch.offsets_R[rollout : rollout + 2].tolist()
+    return stop - start - int(batch.tokens[stop - 1] == settings.eos_token_id)
+
+
+def is_right(batch: RolloutBatch, settings: PackingSettings, rollout: int) -> bool:
+    """Tells whether a rollout is correct; the threshold is compared in float32, as the rewards are."""
+    return bool(batch.rewards_R[rollout] > np.float32(settings.reward_threshold))
+
+
+def prefix_tokens(
+    batch: RolloutBatch, settings: PackingSettings, group: int, parts: tuple[ContextPart, ...]
+) -> np.ndarray:
+    """Returns the prompt followed by the context made of `parts`: int32 [prefix length]."""
+    start, stop = batch.prompt_offsets_G[group : group + 2]
+    tokens = batch.prompt_tokens[start:stop].tolist()
+    for part in parts:
+        right = is_right(batch, settings, part.rollout)
+        tokens += settings.right_header if right else settings.wrong_header
+        first = int(batch.offsets_R[part.rollout])
+        for begin, end in part.ranges:
+            tokens += batch.tokens[first + begin : first + end].tolist()
+    return np.array(tokens + list(settings.answer_header if parts else ()), np.int32)
+
+
+def step_stats(counts: dict[str, int], rank_costs: list[int], settings: PackingSettings) -> dict[str, float]:
+    """Returns `counts` with the two ratios of a packing.
+
+    Args:
+        counts: tokens_packed (rows without padding), tokens_prefix (those of prefixes), tokens_rows (rows
+            that one row a response would have taken for the same training: the sum of |prefix| + |response|),
+            tokens_context (context tokens, each side once), overlong_dropped (response segments),
+            groups_skipped (for want of contrast), microbatches (those that are not padding only).
+        rank_costs: cost of each rank's micro-batches, in query-key pairs.
+        settings: gives the token budget of a micro-batch.
+
+    Returns:
+        counts and fill (rows over the budget of the micro-batches that are not padding only) and imbalance
+        (largest over mean cost of a rank); both 1 where there is nothing to train.
+    """
+    budget = counts["microbatches"] * settings.max_tokens_per_microbatch
+    total = sum(rank_costs)
+    return {
+        **counts,
+        "fill": counts["tokens_packed"] / budget if budget else 1.0,
+        "imbalance": max(rank_costs) * len(rank_costs) / total if total else 1.0,
+    }
