@@ -1,7 +1,7 @@
 """The packer's oracle: slow, obvious, and equal to csrc to the bit.
 
 It takes what `pack` accepts and checks no more than overlong responses. A side's context is chosen one token
-at a time, bins are searched in plain lists, micro-batches are built from Python lists.
+at a time and micro-batches are built from Python lists.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,8 @@ from megatron_bicc.packing.plan import (
     prefix_tokens,
     step_stats,
 )
+from megatron_bicc.packing.reference_bins import assign_to_ranks, make_bins
 from megatron_bicc.packing.types import MicroBatch, PackingSettings, RolloutBatch
-
-PAIR_CANDIDATES = 32
 
 
 @dataclass
@@ -61,17 +60,21 @@ class _Packer:
         self.skipped = 0
 
     def pack(self, dp_size: int) -> StepPlan:
-        sides = [
-            side for group in range(len(self.batch.group_offsets_G) - 1) for side in self.sides_of(group)
-        ]
+        groups = range(len(self.batch.group_offsets_G) - 1)
+        sides = [side for group in groups for side in self.sides_of(group)]
         pieces = [piece for side in sides for piece in self.split(side)]
-        ranks, costs = self.assign(pieces, self.bins(pieces, dp_size), dp_size)
-        segments = np.bincount(
-            [r for piece in pieces for r in piece.rollouts], minlength=len(self.batch.rewards_R)
-        )
-        packed = [[self.micro_batch(bin_, segments) for bin_ in rank] for rank in ranks]
-        stats = step_stats(self.counts(sides, pieces, packed), costs, self.settings)
-        return StepPlan(packed, stats, side_table(sides), self.batch, self.settings)
+        bins = make_bins([self.rows(piece) for piece in pieces], self.budget, dp_size)
+        costs = [sum(self.cost(pieces[p]) for p in bin_) for bin_ in bins]
+        rank_bins = assign_to_ranks(costs, dp_size)
+        trained = [r for piece in pieces for r in piece.rollouts]
+        segments = np.bincount(trained, minlength=len(self.batch.rewards_R))
+        ranks = [
+            [self.micro_batch([pieces[p] for p in sorted(bins[b])], segments) for b in rank]
+            for rank in rank_bins
+        ]
+        rank_costs = [sum(costs[b] for b in rank) for rank in rank_bins]
+        stats = step_stats(self.counts(sides, pieces, ranks), rank_costs, self.settings)
+        return StepPlan(ranks, stats, side_table(sides), self.batch, self.settings)
 
     def sides_of(self, group: int) -> list[Side]:
         rollouts = list(range(*self.batch.group_offsets_G[group : group + 2].tolist()))
@@ -111,8 +114,8 @@ class _Packer:
         if overlong and self.settings.overlong == "error":
             group = int(np.searchsorted(self.batch.group_offsets_G, overlong[0], side="right")) - 1
             raise ValueError(
-                f"group {group}, rollout {overlong[0]}: a response of {self.length(overlong[0])} tokens after "
-                f"a prefix of {before} exceeds the {limit} of {setting}; raise it, or set overlong to drop"
+                f"group {group}, rollout {overlong[0]}: a response of {self.length(overlong[0])} tokens "
+                f"after a prefix of {before} exceeds the {limit} of {setting}; raise it, or set overlong to drop"
             )
         self.dropped += len(overlong)
         return [r for r in rollouts if r not in overlong]
@@ -185,35 +188,6 @@ class _Packer:
                 shares.append([rollout])
         return [Side(side.group, side.parts, side.prefix, sorted(share)) for share in shares]
 
-    def bins(self, pieces: list[Side], dp_size: int) -> list[list[int]]:
-        rows = [self.rows(piece) for piece in pieces]
-        bins = fill_bins(rows, self.budget)
-        if dp_size > 1 and bins:
-            wanted = -(-len(bins) // dp_size) * dp_size
-            low, high = max(rows), self.budget
-            while low < high:
-                middle = (low + high) // 2
-                if len(fill_bins(rows, middle)) <= wanted:
-                    high = middle
-                else:
-                    low = middle + 1
-            bins = fill_bins(rows, high)
-            bins += [[] for _ in range(wanted - len(bins))]
-        return bins
-
-    def assign(
-        self, pieces: list[Side], bins: list[list[int]], dp_size: int
-    ) -> tuple[list[list[list[Side]]], list[int]]:
-        costs = [sum(self.cost(pieces[p]) for p in bin_) for bin_ in bins]
-        ranks: list[list[list[Side]]] = [[] for _ in range(dp_size)]
-        rank_costs = [0] * dp_size
-        for b in sorted(range(len(bins)), key=lambda b: (-costs[b], b)):
-            free = [rank for rank in range(dp_size) if len(ranks[rank]) < len(bins) // dp_size]
-            rank = min(free, key=lambda rank: (rank_costs[rank], rank))
-            ranks[rank].append([pieces[p] for p in sorted(bins[b])])
-            rank_costs[rank] += costs[b]
-        return ranks, rank_costs
-
     def micro_batch(self, sides: list[Side], segments: np.ndarray) -> MicroBatch:
         tokens, positions, labels, gather = [], [], [], []
         cu_seqlens, cu_prefix, cu_side, cu_response, rollouts, groups = [0], [0], [0], [0], [], []
@@ -269,32 +243,6 @@ class _Packer:
             "groups_skipped": self.skipped,
             "microbatches": sum(micro_batch.num_response_rows > 0 for rank in ranks for micro_batch in rank),
         }
-
-
-def fill_bins(rows: list[int], limit: int) -> list[list[int]]:
-    """Returns bins of pieces: each starts with the largest left and takes what fills its gap best."""
-    left = sorted(range(len(rows)), key=lambda piece: (-rows[piece], piece))
-    bins = []
-    while left:
-        bin_ = [left.pop(0)]
-        while chosen := best_choice(rows, left, limit - sum(rows[piece] for piece in bin_)):
-            bin_ += chosen
-            left = [piece for piece in left if piece not in chosen]
-        bins.append(bin_)
-    return bins
-
-
-def best_choice(rows: list[int], left: list[int], gap: int) -> list[int]:
-    """Returns the piece, or the pair with one of the first PAIR_CANDIDATES pieces, that fills `gap` best."""
-    fitting = [piece for piece in left if rows[piece] <= gap]
-    best = fitting[:1]
-    for i, first in enumerate(fitting[:PAIR_CANDIDATES]):
-        for second in fitting[i + 1 :]:
-            if rows[first] + rows[second] <= gap:
-                if rows[first] + rows[second] > sum(rows[piece] for piece in best):
-                    best = [first, second]
-                break
-    return best
 
 
 def side_table(sides: list[Side]) -> SideTable:
