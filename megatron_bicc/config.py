@@ -158,8 +158,6 @@ class TrainConfig:
     """Longest training sequence: prompt, context and response together."""
     max_tokens_per_microbatch: int = 16384
     """Rows that a packed micro-batch may hold."""
-    overlong: Literal["error", "drop"] = "error"
-    """What to do with a response that does not fit into a micro-batch with its prefix."""
 
 
 @dataclass
@@ -238,6 +236,8 @@ class Config:
     """Seed of data order, sampling and initialisation."""
     algorithm: str = "bicc"
     """Preset: grpo, dr_grpo, dapo, gspo, gmpo, aspo or cispo, with +bicc and +rcc; bicc means grpo+bicc+rcc."""
+    dry_run: bool = False
+    """Check settings, files and every prompt, then stop before any training."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

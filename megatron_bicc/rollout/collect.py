@@ -1,0 +1,60 @@
+"""From prompts to scored groups: every process generates its share, then all hold all groups."""
+
+import hashlib
+
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from megatron_bicc.data import Prompt
+from megatron_bicc.rewards import Verifier
+from megatron_bicc.rollout.types import Engine, Group, Request, Sample, Sampling
+
+
+def sample_seed(*parts: int | str) -> int:
+    """A seed in [0, 2**63) from what identifies a sample: the same whatever the number of processes."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def collect_groups(
+    prompts: list[Prompt],
+    engine: Engine,
+    verifier: Verifier,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    group_size: int,
+    seed: tuple[int | str, ...],
+) -> list[Group]:
+    """G scored samples of every prompt, in the prompts' order, the same on every process. Collective.
+
+    A sample depends on the weights, its prompt, its place in the group and `seed`.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine = prompts[rank::world]
+    requests = [
+        Request(prompt.token_ids, sample_seed(*seed, prompt.index, i))
+        for prompt in mine
+        for i in range(group_size)
+    ]
+    samples = engine.generate(requests, sampling) if requests else []
+    groups = _score(mine, samples, verifier, tokenizer, group_size)
+    shares: list[list[Group]] = [[] for _ in range(world)]
+    dist.all_gather_object(shares, groups)
+    return [shares[i % world][i // world] for i in range(len(prompts))]
+
+
+def _score(
+    prompts: list[Prompt],
+    samples: list[Sample],
+    verifier: Verifier,
+    tokenizer: PreTrainedTokenizerBase,
+    group_size: int,
+) -> list[Group]:
+    texts = tokenizer.batch_decode([s.token_ids for s in samples], skip_special_tokens=True)
+    truths = [prompt.ground_truth for prompt in prompts for _ in range(group_size)]
+    rewards = verifier(texts, truths)
+    groups = []
+    for i, prompt in enumerate(prompts):
+        own = slice(i * group_size, (i + 1) * group_size)
+        groups.append(Group(prompt, samples[own], texts[own], rewards[own]))
+    return groups

@@ -1,0 +1,112 @@
+"""The engine inside the training processes: transformers' generate on a Hugging Face copy of the policy."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
+
+from megatron_bicc.rollout.types import Request, Sample, Sampling
+
+
+class LocalEngine:
+    """Every process holds a whole copy of the model and serves its own requests."""
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_size: int,
+    ) -> None:
+        """Reads the Hugging Face directory `path`."""
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+        # a model's own generation config may warp the distribution (top_k, repetition penalty)
+        self.model.generation_config = GenerationConfig()
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.version = 0
+
+    @torch.inference_mode()
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
+        """One sample a request, in the requests' order, batches of similar prompt length."""
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].token_ids), i))
+        samples: dict[int, Sample] = {}
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            samples |= zip(batch, self._generate([requests[i] for i in batch], sampling), strict=True)
+        return [samples[i] for i in range(len(requests))]
+
+    @torch.no_grad()
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copies every tensor into the model. Raises ValueError for a missing or an unknown name."""
+        missing = dict(self.model.named_parameters())
+        for name, tensor in tensors:
+            if name not in missing:
+                raise ValueError(f"weight sync: the rollout engine's model has no parameter {name}")
+            missing.pop(name).copy_(tensor)
+        if missing:
+            raise ValueError(f"weight sync: no new weights came for {', '.join(sorted(missing))}")
+        self.version = version
+
+    def _generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
+        input_ids, mask = _left_padded([r.token_ids for r in requests], self.tokenizer.pad_token_id)
+        sampler = SeededSampler([r.seed for r in requests], sampling.temperature)
+        output = self.model.generate(
+            input_ids=input_ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            do_sample=False,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            logits_processor=LogitsProcessorList([sampler]),
+        )
+        tokens = output[:, input_ids.shape[1] :].cpu().numpy().astype(np.int32)
+        log_probs = torch.stack(sampler.log_probs, dim=1).cpu().numpy()
+        return [self._sample(*row) for row in zip(tokens, log_probs, strict=True)]
+
+    def _sample(self, tokens: np.ndarray, log_probs: np.ndarray) -> Sample:
+        ends = np.flatnonzero(tokens == self.tokenizer.eos_token_id)
+        length = int(ends[0]) + 1 if len(ends) else len(tokens)
+        reason = "stop" if len(ends) else "length"
+        return Sample(tokens[:length].copy(), log_probs[:length].copy(), reason, self.version)
+
+
+class SeededSampler(LogitsProcessor):
+    """Samples inside generate's greedy search, every row from a random stream of its own.
+
+    argmax(p / noise) with exponential noise is a draw from p, so the row that greedy search picks is a sample
+    which depends on its seed alone, not on the rows beside it.
+    """
+
+    def __init__(self, seeds: list[int], temperature: float) -> None:
+        self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.temperature = temperature
+        self.log_probs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [rows, vocabulary] -> scores that are 0 at the sampled token and -inf elsewhere."""
+        log_p = torch.log_softmax(scores.float() / self.temperature, dim=-1)
+        noise = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=g) for g in self.streams])
+        chosen = (log_p - noise.to(log_p.device).log()).argmax(-1, keepdim=True)
+        self.log_probs.append(log_p.gather(-1, chosen).squeeze(-1))
+        return torch.full_like(scores, float("-inf")).scatter_(-1, chosen, 0.0)
+
+
+def _left_padded(rows: list[np.ndarray], pad: int) -> tuple[Tensor, Tensor]:
+    """(token ids int64, attention mask int64), both [rows, longest]."""
+    width = max(len(row) for row in rows)
+    ids = np.full((len(rows), width), pad, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = row
+        mask[i, width - len(row) :] = 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)

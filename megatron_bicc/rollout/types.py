@@ -1,0 +1,63 @@
+"""What an engine is asked for, what it answers, and the protocol that every engine keeps."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from megatron_bicc.data import Prompt
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample to generate."""
+
+    token_ids: np.ndarray
+    """int32 [prompt length], chat template included"""
+    seed: int
+    """Fixes the sample: the same weights, prompt, settings and seed give the same tokens."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling settings of one call."""
+
+    temperature: float
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response, in tokens."""
+
+    token_ids: np.ndarray
+    """int32 [length], the end-of-sequence token included where one was sampled"""
+    log_probs: np.ndarray
+    """float32 [length]: log-prob of each token under the engine's softmax(logits / temperature)"""
+    finish_reason: Literal["stop", "length"]
+    weight_version: int
+    """Version of the weights that sampled it"""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and its G scored samples."""
+
+    prompt: Prompt
+    samples: list[Sample]
+    texts: list[str]
+    """The responses, decoded, without special tokens"""
+    rewards: np.ndarray
+    """float32 [G]"""
+
+
+class Engine(Protocol):
+    """Generates samples with the policy's weights."""
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
+        """One sample a request, in the requests' order."""
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Takes whole tensors under their Hugging Face names, streamed. Every parameter must come once."""

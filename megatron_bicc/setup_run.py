@@ -1,0 +1,98 @@
+"""Everything that a run is made of, checked and built before the first step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_bicc import platform
+from megatron_bicc.algorithms.presets import resolve
+from megatron_bicc.config import Config
+from megatron_bicc.data import Prompt, PromptSampler, load_prompts
+from megatron_bicc.policy.policy import Policy, start_model_parallel
+from megatron_bicc.rewards import Verifier, get_verifier
+from megatron_bicc.rollout.local import LocalEngine
+from megatron_bicc.rollout.types import Engine
+from megatron_bicc.training.learner import Learner
+from megatron_bicc.validation import validate
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads from files."""
+
+    config: Config
+    """Resolved: presets filled in"""
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    heldout: list[Prompt]
+    sampler: PromptSampler
+    verifier: Verifier
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What a run holds in this process."""
+
+    policy: Policy
+    learner: Learner
+    engine: Engine
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Reads and checks every setting and file. Raises ValueError, one line, for the first mistake."""
+    validate(config, platform.world_size())
+    _check_output_dir(config)
+    config = resolve(config)
+    verifier = get_verifier(config.reward.verifier)
+    tokenizer = _tokenizer(config.model.path)
+    prompts = _prompts(config, config.data.train, tokenizer)
+    heldout = _prompts(config, config.evaluation.data, tokenizer) if config.evaluation.data else []
+    heldout = heldout[: config.evaluation.prompts or None]
+    sampler = PromptSampler(len(prompts), config.rollout.prompts_per_step, config.seed)
+    return Inputs(config, tokenizer, prompts, heldout, sampler, verifier)
+
+
+def start_workers(inputs: Inputs) -> Workers:
+    """Joins the other processes and builds policy, learner and engine. Collective.
+
+    Raises ValueError, one line, for an architecture or weights that cannot be used.
+    """
+    config = inputs.config
+    platform.start_distributed()
+    start_model_parallel(config)
+    policy = Policy(config)
+    learner = Learner(config, policy, inputs.tokenizer)
+    engine = LocalEngine(
+        config.model.path,
+        inputs.tokenizer,
+        getattr(torch, config.model.dtype),
+        platform.device(),
+        config.rollout.batch_size,
+    )
+    return Workers(policy, learner, engine)
+
+
+def _check_output_dir(config: Config) -> None:
+    if (Path(config.output_dir) / "metrics.jsonl").exists() and not config.checkpoint.resume:
+        raise ValueError(
+            f"output_dir is {config.output_dir}; it already holds a run: choose another directory, delete it, "
+            "or go on with that run by checkpoint.resume=true"
+        )
+
+
+def _tokenizer(path: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers raises many kinds for a damaged tokenizer
+        raise ValueError(f"model.path is {path}; its tokenizer cannot be read: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model.path is {path}; its tokenizer has no eos_token: responses could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    return load_prompts(path, tokenizer, config.data.max_prompt_tokens, config.data.overlong_prompts)

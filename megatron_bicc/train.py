@@ -1,0 +1,151 @@
+"""The driver: rollouts, learning, weight sync, evaluation, checkpoints; top to bottom.
+
+    torchrun --nproc-per-node 2 -m megatron_bicc.train --config examples/configs/tiny.yaml train.steps=60
+"""
+
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_bicc.cli import abort, parse_config
+from megatron_bicc.config import Config
+from megatron_bicc.evaluation import evaluate
+from megatron_bicc.monitoring import RunLog
+from megatron_bicc.monitoring.timing import Stopwatch
+from megatron_bicc.policy.hf_weights import save_hf
+from megatron_bicc.rollout.collect import collect_groups
+from megatron_bicc.rollout.types import Group, Sampling
+from megatron_bicc.setup_run import Inputs, Workers, read_inputs, start_workers
+from megatron_bicc.training.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
+from megatron_bicc.training.metrics import mean_metrics, rollout_metrics, update_metrics
+from megatron_bicc.training.report_groups import report_groups
+from megatron_bicc.weight_sync import sync_weights
+
+
+def main(argv: list[str]) -> None:
+    """A run from its command line. A mistake in it is one line on stderr and exit status 2."""
+    config = parse_config(argv)
+    try:
+        inputs = read_inputs(config)
+        if config.dry_run:
+            return
+        workers = start_workers(inputs)
+    except ValueError as error:
+        abort(str(error))
+    train(inputs, workers)
+    dist.destroy_process_group()
+
+
+def train(inputs: Inputs, workers: Workers) -> None:
+    """Every step of a run, from its start or its newest checkpoint. Collective."""
+    config = inputs.config
+    first_step = restore(inputs, workers)
+    log = RunLog(config, first_step, enabled=dist.get_rank() == 0)
+    sync_weights(workers.policy, workers.engine, first_step)
+    if first_step == 0:
+        log.step(0, held_out(inputs, workers))
+
+    for step in range(first_step + 1, config.train.steps + 1):
+        clock = Stopwatch()
+        with clock("step"):
+            with clock("rollout"):
+                groups = roll_out(inputs, workers, step)
+            updates = learn(inputs, workers, groups, clock, log, step)
+            with clock("sync"):
+                sync_weights(workers.policy, workers.engine, step)
+            metrics = rollout_metrics(groups, config) | mean_metrics(updates)
+            metrics["train/lr"] = workers.policy.learning_rate()
+            if is_due(step, config.evaluation.every, config):
+                with clock("eval"):
+                    metrics |= held_out(inputs, workers)
+        log.step(step, metrics | clock.metrics())
+        if is_due(step, config.checkpoint.every, config):
+            save(inputs, workers, step)
+    finish(inputs, workers, log)
+
+
+def roll_out(inputs: Inputs, workers: Workers, step: int) -> list[Group]:
+    """G scored rollouts of each of the step's prompts."""
+    config = inputs.config
+    return collect_groups(
+        [inputs.prompts[i] for i in inputs.sampler.next_step()],
+        workers.engine,
+        inputs.verifier,
+        inputs.tokenizer,
+        Sampling(config.rollout.temperature, config.rollout.max_new_tokens),
+        config.rollout.group_size,
+        seed=(config.seed, step),
+    )
+
+
+def learn(
+    inputs: Inputs, workers: Workers, groups: list[Group], clock: Stopwatch, log: RunLog, step: int
+) -> list[dict[str, float]]:
+    """The step's optimiser steps, each on its share of the groups; their metrics."""
+    config, metrics = inputs.config, []
+    size = len(groups) // config.train.updates_per_step
+    for start in range(0, len(groups), size):
+        result = workers.learner.step(groups[start : start + size], clock)
+        if result is None:
+            continue
+        metrics.append(update_metrics(result, config))
+        if start == 0 and is_due(step, config.evaluation.every, config):
+            log.groups(step, report_groups(result, groups[:size], inputs.tokenizer, config))
+    return metrics
+
+
+def held_out(inputs: Inputs, workers: Workers) -> dict[str, float]:
+    """pass@1 on the held-out prompts; nothing without any."""
+    c = inputs.config
+    if not inputs.heldout:
+        return {}
+    result = evaluate(
+        inputs.heldout,
+        workers.engine,
+        inputs.verifier,
+        inputs.tokenizer,
+        Sampling(c.evaluation.temperature, c.rollout.max_new_tokens),
+        c.evaluation.samples,
+        c.seed,
+        c.reward.threshold,
+    )
+    return {"eval/pass_at_1": result.pass_at_1, "eval/pass_at_1_stderr": result.standard_error}
+
+
+def is_due(step: int, every: int, config: Config) -> bool:
+    """Whether something done every so many steps, and at the last, is done at this one."""
+    return step == config.train.steps or (every > 0 and step % every == 0)
+
+
+def save(inputs: Inputs, workers: Workers, step: int) -> None:
+    """A checkpoint from which the run goes on after this step."""
+    c = inputs.config
+    state = workers.policy.scheduler.state_dict()
+    progress = Progress(step, inputs.sampler.state_dict(), state, asdict(c))
+    save_checkpoint(c.output_dir, workers.policy, progress, c.checkpoint.keep)
+
+
+def restore(inputs: Inputs, workers: Workers) -> int:
+    """Loads the newest checkpoint if the run is to go on from one; returns the number of finished steps."""
+    found = checkpoints(inputs.config.output_dir) if inputs.config.checkpoint.resume else []
+    if not found:
+        return 0
+    progress = load_checkpoint(found[-1], workers.policy)
+    inputs.sampler.load_state_dict(progress.sampler)
+    return progress.step
+
+
+def finish(inputs: Inputs, workers: Workers, log: RunLog) -> None:
+    """The trained policy as a Hugging Face directory, the report, and where to look."""
+    config, policy = inputs.config, workers.policy
+    export = Path(config.output_dir) / "hf"
+    save_hf(policy.modules, policy.hf_config, config.model.path, str(export), dist.get_rank() == 0)
+    log.finish(last_checkpoint=checkpoints(config.output_dir)[-1], export=export)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    main(sys.argv[1:])

@@ -1,0 +1,167 @@
+"""One optimiser step from scored groups: log-probs, advantages, packing, gradients, update.
+
+Every denominator and group statistic is computed over the whole step before it is cut into micro-batches;
+they reach the loss as per-token weights and per-rollout advantages. So the gradient does not depend on
+packing, micro-batch size or parallel layout.
+
+Shape suffixes: G groups, R rollouts, T tokens of all responses, N response rows of a micro-batch.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from megatron_bicc import platform
+from megatron_bicc.algorithms.advantages import has_contrast
+from megatron_bicc.algorithms.aggregation import token_weights
+from megatron_bicc.algorithms.policy_loss import policy_loss
+from megatron_bicc.config import Config
+from megatron_bicc.monitoring.timing import Stopwatch
+from megatron_bicc.packing import StepPlan, pack
+from megatron_bicc.policy.policy import Policy
+from megatron_bicc.rollout.types import Group
+from megatron_bicc.training.batch import StepBatch, step_batch
+from megatron_bicc.training.exchange import gather_tokens, sum_scalar
+from megatron_bicc.training.pieces import Piece, loss_rows, packing_settings, pieces_of
+from megatron_bicc.training.weighing import Advantages, TokenLogProbs, advantages, needs_reference
+
+
+@dataclass(frozen=True)
+class RatioTokens:
+    """Numerator and denominator of the ratio as it was trained; float32 [T], NaN where not trained so."""
+
+    new_T: np.ndarray
+    old_T: np.ndarray
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimiser step did, for metrics and the report. Groups without contrast are not in it."""
+
+    batch: StepBatch
+    log_probs: TokenLogProbs
+    advantages: Advantages
+    plans: dict[bool, StepPlan]
+    """By whether a context stands before the responses: the plans that were trained"""
+    ratios: dict[bool, RatioTokens]
+    """Likewise"""
+    loss: float
+    grad_norm: float
+
+
+class Learner:
+    """Turns scored groups into optimiser steps of the policy."""
+
+    def __init__(self, config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
+        """`config` is resolved (algorithms.presets.resolve); the policy as it is now is the reference."""
+        self.config = config
+        self.policy = policy
+        self.reference = policy.host_copy() if needs_reference(config) else None
+        self.bicc_weight = config.bicc.weight if config.bicc.enabled else 0.0
+        self.dp_size = parallel_state.get_data_parallel_world_size()
+        self.dp_rank = parallel_state.get_data_parallel_rank()
+        self.plain, self.bilateral = packing_settings(config, policy.hf_config.vocab_size, tokenizer)
+
+    def step(self, groups: list[Group], clock: Stopwatch) -> StepResult | None:
+        """One optimiser step; None if no group has both right and wrong rollouts. Collective."""
+        everything = step_batch(groups)
+        weight_R = token_weights(
+            everything.lengths_R, self.config.loss.aggregation, self.config.rollout.max_new_tokens
+        )
+        contrast_G = has_contrast(
+            everything.rollouts.rewards_R, everything.rollouts.group_offsets_G, self.config.reward.threshold
+        )
+        if not contrast_G.any():
+            return None
+        batch = step_batch([group for group, kept in zip(groups, contrast_G, strict=True) if kept])
+        weight_R = weight_R[np.repeat(contrast_G, np.diff(everything.rollouts.group_offsets_G))]
+        return self._learn(batch, weight_R, clock)
+
+    def _learn(self, batch: StepBatch, weight_R: np.ndarray, clock: Stopwatch) -> StepResult:
+        with clock("pack"):
+            plain = pack(batch.rollouts, self.plain, self.dp_size)
+            plans = self._plans(batch, plain)
+        with clock("logprob"):
+            log_probs = self._log_probs(batch, plain)
+        adv = advantages(batch.rollouts, log_probs, self.config)
+        with clock("pack"):
+            share = {True: self.bicc_weight, False: 1.0 - self.bicc_weight}
+            pieces = [p for kind in plans for p in pieces_of(plans[kind], self.dp_rank, kind, share[kind])]
+        with clock("logprob"):
+            old = self._denominators(pieces, log_probs)
+        with clock("train"):
+            loss, new = self._accumulate(pieces, old, log_probs, adv, weight_R)
+            grad_norm = self.policy.update()
+        ratios = {kind: self._ratios(pieces, new, old, kind, len(batch.rollouts.tokens)) for kind in plans}
+        return StepResult(batch, log_probs, adv, plans, ratios, loss, grad_norm)
+
+    def _plans(self, batch: StepBatch, plain: StepPlan) -> dict[bool, StepPlan]:
+        """The plans to train on, by whether they are bilateral: one of them, or both mixed by bicc.weight."""
+        plans = {}
+        if self.bicc_weight > 0:
+            plans[True] = pack(batch.rollouts, self.bilateral, self.dp_size)
+        if self.bicc_weight < 1:
+            plans[False] = plain
+        return plans
+
+    def _log_probs(self, batch: StepBatch, plain: StepPlan) -> TokenLogProbs:
+        """Old and reference policy over the plain shared-prefix layout."""
+        pieces = pieces_of(plain, self.dp_rank)
+        packed, batches = [p.packed for p in pieces], [p.batch for p in pieces]
+        num_tokens = len(batch.rollouts.tokens)
+        passes = self.policy.log_probs(packed)
+        old_T, entropy_T = (gather_tokens([x[i] for x in passes], batches, num_tokens) for i in (0, 1))
+        ref_T = None
+        if self.reference is not None:
+            with self.policy.weights(self.reference):
+                ref_T = gather_tokens([x[0] for x in self.policy.log_probs(packed)], batches, num_tokens)
+        return TokenLogProbs(old_T, ref_T, batch.rollout_logp_T, entropy_T)
+
+    def _denominators(self, pieces: list[Piece], log_probs: TokenLogProbs) -> list[Tensor]:
+        """Old log-probs float32 [N] of every piece's rows; [] except on the last pipeline stage."""
+        conditioned = [p.packed for p in pieces if p.conditioned]
+        passes: list[Tensor] = []
+        if conditioned and self.config.bicc.denominator == "conditioned":
+            passes = self.policy.log_probs(conditioned)
+        if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+            return []
+        given_context = iter(passes)
+        return [
+            next(given_context)[0]
+            if piece.conditioned and passes
+            else torch.from_numpy(log_probs.old_T[piece.batch.gather]).to(platform.device())
+            for piece in pieces
+        ]
+
+    def _accumulate(
+        self,
+        pieces: list[Piece],
+        old: list[Tensor],
+        log_probs: TokenLogProbs,
+        adv: Advantages,
+        weight_R: np.ndarray,
+    ) -> tuple[float, list[Tensor]]:
+        """Gradients of the step's loss; (the loss, log-probs of every piece's rows)."""
+
+        def loss(index: int, logp_N: Tensor, entropy_N: Tensor) -> Tensor:
+            piece, old_N = pieces[index], old[index]
+            rows = loss_rows(piece, old_N, entropy_N, log_probs, adv.advantage_R, weight_R)
+            return policy_loss(logp_N, rows, self.config.loss)
+
+        share, new = self.policy.accumulate_gradients([piece.packed for piece in pieces], loss)
+        return sum_scalar(share), new
+
+    def _ratios(
+        self, pieces: list[Piece], new: list[Tensor], old: list[Tensor], conditioned: bool, num_tokens: int
+    ) -> RatioTokens:
+        chosen = [i for i, piece in enumerate(pieces) if piece.conditioned == conditioned]
+        batches = [pieces[i].batch for i in chosen]
+        new_T, old_T = (
+            gather_tokens([values[i] for i in chosen] if values else [], batches, num_tokens)
+            for values in (new, old)
+        )
+        return RatioTokens(new_T, old_T)

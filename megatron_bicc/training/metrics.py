@@ -1,0 +1,68 @@
+"""The numbers of a step, under the names that docs/metrics.md explains.
+
+Shape suffixes: R rollouts, T tokens of all responses.
+"""
+
+import numpy as np
+
+from megatron_bicc.algorithms.statistics import StepTokens, contrast_statistics, ratio_statistics
+from megatron_bicc.config import Config
+from megatron_bicc.rollout.types import Group
+from megatron_bicc.training.batch import step_batch
+from megatron_bicc.training.learner import StepResult
+
+
+def rollout_metrics(groups: list[Group], config: Config) -> dict[str, float]:
+    """Of the rollouts of a step: rewards, lengths, contrast."""
+    batch = step_batch(groups)
+    rewards_R = batch.rollouts.rewards_R
+    correct_R = rewards_R > config.reward.threshold
+    truncated = [s.finish_reason == "length" for group in groups for s in group.samples]
+    return {
+        "reward/mean": float(rewards_R.mean()),
+        "reward/pass_rate": float(correct_R.mean()),
+        "rollout/length_mean": float(batch.lengths_R.mean()),
+        "rollout/length_max": float(batch.lengths_R.max()),
+        "rollout/truncated": float(np.mean(truncated)),
+    } | contrast_statistics(correct_R, batch.rollouts.group_offsets_G)
+
+
+def update_metrics(result: StepResult, config: Config) -> dict[str, float]:
+    """Of one optimiser step: loss, gradient, baselines, ratios by side, tokens."""
+    adv, stats = result.advantages, [plan.stats for plan in result.plans.values()]
+    return {
+        "train/loss": result.loss,
+        "train/grad_norm": result.grad_norm,
+        "train/entropy": float(result.log_probs.entropy_T.mean()),
+        "rcc/cov": float(adv.covariance_G.mean()),
+        "rcc/baseline_shift": float((adv.baseline_G - adv.mean_G).mean()),
+        "tokens/packed": float(sum(s["tokens_packed"] for s in stats)),
+        "tokens/rows": float(sum(s["tokens_rows"] for s in stats)),
+        "tokens/context": float(sum(s["tokens_context"] for s in stats)),
+    } | _ratios(result, config)
+
+
+def _ratios(result: StepResult, config: Config) -> dict[str, float]:
+    """Of the ratios as trained: given a context where BICC trains with one, else given the prompt alone."""
+    conditioned = True in result.ratios
+    ratio, rollouts = result.ratios[conditioned], result.batch.rollouts
+    tokens = StepTokens(
+        old_logp_T=ratio.old_T,
+        new_logp_T=ratio.new_T,
+        offsets_R=rollouts.offsets_R,
+        advantage_R=result.advantages.advantage_R,
+        correct_R=rollouts.rewards_R > config.reward.threshold,
+        ref_logp_T=result.log_probs.ref_T,
+        rollout_logp_T=result.log_probs.rollout_T,
+        plain_logp_T=result.log_probs.old_T,
+    )
+    return ratio_statistics(tokens, config.loss)
+
+
+def mean_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Mean over the optimiser steps of a batch of rollouts; token counts are summed."""
+    names = dict.fromkeys(name for update in updates for name in update)
+    values = {name: [update[name] for update in updates if name in update] for name in names}
+    return {
+        name: float(np.sum(v) if name.startswith("tokens/") else np.mean(v)) for name, v in values.items()
+    }

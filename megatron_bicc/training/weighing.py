@@ -1,0 +1,80 @@
+"""What the algorithm makes of each rollout: its advantage and the weight of its tokens.
+
+Shape suffixes: G groups, R rollouts, T tokens of all responses.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_bicc.algorithms.advantages import group_advantages, mean_baseline
+from megatron_bicc.algorithms.kl import kl_in_reward
+from megatron_bicc.algorithms.rcc import rcc_baseline, sequence_delta
+from megatron_bicc.config import Config
+from megatron_bicc.packing.types import RolloutBatch
+
+
+@dataclass(frozen=True)
+class TokenLogProbs:
+    """Log-probs of every response token given its prompt alone, and the old policy's entropy; float32 [T]."""
+
+    old_T: np.ndarray
+    ref_T: np.ndarray | None
+    """None where neither a KL nor RCC needs the reference policy"""
+    rollout_T: np.ndarray
+    entropy_T: np.ndarray
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """Advantages and the statistics behind them; float64."""
+
+    advantage_R: np.ndarray
+    mean_G: np.ndarray
+    """Mean reward of the group"""
+    baseline_G: np.ndarray
+    """What was subtracted: the mean, or RCC's b*"""
+    covariance_G: np.ndarray
+    """Cov(reward, delta); 0 without RCC"""
+    delta_R: np.ndarray
+    """Confidence of each rollout; 0 without RCC"""
+
+
+def advantages(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config) -> Advantages:
+    """Advantages of groups that all have right and wrong rollouts, by value of their rewards."""
+    rewards_R = _rewards(rollouts, log_probs, config)
+    groups_G = rollouts.group_offsets_G
+    mean_G = baseline_G = mean_baseline(rewards_R, groups_G)
+    covariance_G, delta_R = np.zeros_like(mean_G), np.zeros(len(rewards_R))
+    if config.rcc.enabled:
+        other_T = log_probs.ref_T if config.rcc.reference == "ref" else log_probs.rollout_T
+        delta_R = sequence_delta(log_probs.old_T, other_T, rollouts.offsets_R, config.rcc.delta)
+        corrected = rcc_baseline(rewards_R, delta_R, groups_G, config.rcc.form)
+        baseline_G, covariance_G = corrected.baseline_G, corrected.covariance_G
+    advantage_R = group_advantages(
+        rewards_R,
+        groups_G,
+        baseline_G,
+        config.loss.advantage,
+        config.reward.threshold,
+        contrast_G=np.ones(len(mean_G), dtype=bool),
+    )
+    return Advantages(advantage_R, mean_G, baseline_G, covariance_G, delta_R)
+
+
+def needs_reference(config: Config) -> bool:
+    """Whether a resolved configuration asks for the frozen reference policy's log-probs."""
+    return bool(config.loss.kl_coefficient) or (config.rcc.enabled and config.rcc.reference == "ref")
+
+
+def _rewards(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config) -> np.ndarray:
+    if not (config.loss.kl_coefficient and config.loss.kl_in == "reward"):
+        return rollouts.rewards_R.astype(np.float64)
+    return kl_in_reward(
+        rollouts.rewards_R,
+        log_probs.old_T,
+        log_probs.ref_T,
+        rollouts.offsets_R,
+        config.loss.kl_coefficient,
+        config.loss.kl_estimator,
+    )

@@ -1,0 +1,101 @@
+"""A training step made only of Hugging Face models, one row a response, and plain autograd: slow and obvious.
+
+Nothing of the product is used here but its configuration classes.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from megatron_bicc.config import Config
+
+EOS = 1
+WRONG, RIGHT, ANSWER = [90, 91], [92], [93, 94, 95]
+
+
+@dataclass
+class Example:
+    """A group: a prompt, its responses, their rewards, and the engine's log-probs of the responses."""
+
+    prompt: list[int]
+    responses: list[list[int]]
+    rewards: list[float]
+    rollout_logp: list[torch.Tensor]
+
+
+def response_logp(model: PreTrainedModel, prefix: list[int], response: list[int], temperature: float) -> torch.Tensor:
+    """log p of each response token, by one unpacked forward pass."""
+    logits = model(torch.tensor([prefix + response])).logits[0, len(prefix) - 1 : -1]
+    return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+
+
+def context_of(group: Example, i: int) -> list[int]:
+    """Every opposite response, labelled, without its end of sequence; budgets are not reached here."""
+    right = group.rewards[i] > 0.5
+    tokens: list[int] = []
+    for response, reward in zip(group.responses, group.rewards, strict=True):
+        if (reward > 0.5) != right:
+            body = response[:-1] if response[-1] == EOS else response
+            tokens += (WRONG if right else RIGHT) + body
+    return tokens + ANSWER
+
+
+def baseline(group: Example, delta: list[float], config: Config) -> float:
+    """Mean reward, or b* of RCC."""
+    rewards, n = group.rewards, len(group.rewards)
+    mean = sum(rewards) / n
+    if not config.rcc.enabled:
+        return mean
+    if config.rcc.form == "exact":
+        w2 = [math.exp(2 * d) for d in delta]
+        return sum(w * r for w, r in zip(w2, rewards, strict=True)) / sum(w2)
+    mean_delta = sum(delta) / n
+    return mean + 2 * sum((r - mean) * (d - mean_delta) for r, d in zip(rewards, delta, strict=True)) / n
+
+
+def token_loss(logp: torch.Tensor, old: torch.Tensor, advantage: float, config: Config) -> torch.Tensor:
+    """PPO's clipped loss of each token, with the dual clip where it is on."""
+    ratio = (logp - old).exp()
+    clipped = ratio.clamp(1 - config.loss.clip_low, 1 + config.loss.clip_high)
+    loss = -torch.minimum(ratio * advantage, clipped * advantage)
+    if config.loss.dual_clip and advantage < 0:
+        loss = torch.minimum(loss, torch.tensor(-config.loss.dual_clip * advantage))
+    return loss
+
+
+def reference_loss(
+    policy: PreTrainedModel, old: PreTrainedModel, reference: PreTrainedModel, groups: list[Example], config: Config
+) -> torch.Tensor:
+    """The loss of a whole step under GRPO's aggregation, with gradients for `policy`."""
+    total, count = torch.zeros(()), sum(len(group.responses) for group in groups)
+    weight = config.bicc.weight if config.bicc.enabled else 0.0
+    for group in groups:
+        if len({reward > 0.5 for reward in group.rewards}) == 1:
+            continue
+        with torch.no_grad():
+            temperature = config.rollout.temperature
+            old_logp = [response_logp(old, group.prompt, o, temperature) for o in group.responses]
+            ref_logp = [response_logp(reference, group.prompt, o, temperature) for o in group.responses]
+        others = ref_logp if config.rcc.reference == "ref" else group.rollout_logp
+        difference = [a - b for a, b in zip(old_logp, others, strict=True)]
+        delta = [float(d.mean() if config.rcc.delta == "token_mean" else d.sum()) for d in difference]
+        b = baseline(group, delta, config)
+        mean = sum(group.rewards) / len(group.rewards)
+        std = math.sqrt(sum((r - mean) ** 2 for r in group.rewards) / len(group.rewards))
+        for i, response in enumerate(group.responses):
+            advantage = (group.rewards[i] - b) / std
+            for share, prefix, conditioned in (
+                (weight, group.prompt + context_of(group, i), True),
+                (1 - weight, group.prompt, False),
+            ):
+                if share == 0:
+                    continue
+                denominator = old_logp[i]
+                if conditioned and config.bicc.denominator == "conditioned":
+                    with torch.no_grad():
+                        denominator = response_logp(old, prefix, response, temperature)
+                logp = response_logp(policy, prefix, response, temperature)
+                total = total + share * token_loss(logp, denominator, advantage, config).mean() / count
+    return total
