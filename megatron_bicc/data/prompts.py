@@ -1,0 +1,98 @@
+"""Prompts of a data file as token ids, every fault found before training starts."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from megatron_bicc.data.files import read_rows
+from megatron_bicc.data.schemas import Message, read_question
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question, ready for the rollout engine."""
+
+    index: int
+    """Row in the file, from 0; rows that were dropped or blank are counted."""
+    messages: list[Message]
+    """Chat messages: role and content."""
+    token_ids: np.ndarray
+    """int32 [length]: chat template applied, up to where the response begins"""
+    ground_truth: str
+    """The right final answer."""
+    data_source: str
+    """Where the question comes from; may be empty."""
+    extra: dict[str, Any]
+    """The row's other columns."""
+
+
+def load_prompts(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    overlong: Literal["error", "drop"] = "error",
+) -> list[Prompt]:
+    """Read a .parquet or .jsonl file in the DAPO-Math-17k, GSM8K, MATH or plain {prompt, answer} schema.
+
+    A tokenizer without a chat template gets the contents joined by newlines.
+
+    Raises ValueError, in one line with file and row (from 1): unreadable file, malformed row, unknown
+    schema, empty or (unless dropped) overlong prompt, no ground truth, no prompt left.
+    """
+    path = Path(path)
+    prompts: list[Prompt] = []
+    rows = dropped = 0
+    # DAPO-Math-17k repeats each of its prompts about a hundred times.
+    encoded: dict[str, np.ndarray] = {}
+    for number, row in read_rows(path):
+        rows += 1
+        try:
+            question = read_question(row)
+            key = json.dumps(question.messages)
+            if key not in encoded:
+                encoded[key] = encode_messages(question.messages, tokenizer)
+            if len(encoded[key]) > max_prompt_tokens:
+                _refuse_overlong(len(encoded[key]), max_prompt_tokens, overlong)
+                dropped += 1
+                continue
+        except ValueError as error:
+            raise ValueError(f"{path}, row {number}: {error}") from error
+        prompts.append(Prompt(number - 1, token_ids=encoded[key], **vars(question)))
+    if dropped:
+        logger.warning("%s: dropped %d of %d prompts over %d tokens", path, dropped, rows, max_prompt_tokens)
+    if not prompts:
+        reason = f"all {rows} prompts are over {max_prompt_tokens} tokens" if rows else "the file has no rows"
+        raise ValueError(f"{path}: no prompts: {reason}")
+    return prompts
+
+
+def encode_messages(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """int32 [length]: token ids of the messages, with what the template puts before a response.
+
+    Raises ValueError if the chat template refuses the messages or nothing is left of them.
+    """
+    if tokenizer.chat_template is None:
+        ids = tokenizer.encode("\n".join(m["content"] for m in messages))
+    else:
+        try:
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # templates raise what their authors chose, jinja2 errors among them
+            raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
+    if not ids:
+        raise ValueError("the prompt has no tokens")
+    return np.asarray(ids, dtype=np.int32)
+
+
+def _refuse_overlong(length: int, limit: int, overlong: Literal["error", "drop"]) -> None:
+    if overlong == "error":
+        raise ValueError(
+            f"the prompt has {length} tokens, over data.max_prompt_tokens={limit}; "
+            "raise it, or set data.overlong_prompts=drop"
+        )

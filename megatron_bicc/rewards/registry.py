@@ -1,0 +1,21 @@
+"""Verifiers by the name that reward.verifier gives."""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+
+import numpy as np
+
+from megatron_bicc.rewards import math
+
+Verifier = Callable[[list[str], list[str]], np.ndarray]
+"""(responses, ground truths) -> float32 [N] rewards."""
+
+VERIFIERS: dict[str, Verifier] = {"math": math.score}
+
+
+def get_verifier(name: str) -> Verifier:
+    """The verifier of that name; raises ValueError, with the nearest name, if there is none."""
+    if name not in VERIFIERS:
+        nearest = get_close_matches(name, VERIFIERS, n=1, cutoff=0)[0]
+        raise ValueError(f"reward.verifier: unknown '{name}'; did you mean '{nearest}'?")
+    return VERIFIERS[name]
