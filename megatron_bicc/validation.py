@@ -45,7 +45,7 @@ DECAYS = ("optimizer.beta1", "optimizer.beta2")
 def validate(config: Config, world_size: int) -> None:
     """Raises ValueError, one line that names setting, value and remedy, for the first mistake found.
 
-    world_size: number of processes of the run. Files are looked for, not read.
+    world_size: number of processes of the run. Files are looked for, not read, and so are optional packages.
     """
     resolve(config)
     _check_ranges(_flatten(asdict(config)))
@@ -53,6 +53,11 @@ def validate(config: Config, world_size: int) -> None:
     _check_batches(config)
     _check_budget(config)
     _check_files(config)
+    if config.monitoring.wandb_project:
+        # Imported late: it brings the drawing library along.
+        from megatron_bicc.monitoring.writer import import_wandb
+
+        import_wandb(config.monitoring.wandb_project)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

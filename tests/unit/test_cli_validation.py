@@ -1,5 +1,6 @@
 """Settings that are well typed but make no sense together."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,11 @@ def test_sound_settings_pass(good: list[str], overrides: list[str]):
 def test_unsound_settings_are_named(good: list[str], overrides: list[str], parts: list[str]):
     line = message(good + overrides)
     assert all(part in line for part in parts), line
+
+
+def test_missing_wandb_is_named(good: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "pip install wandb" in message([*good, "monitoring.wandb_project=mine"])
 
 
 def test_unreadable_file_is_named(good: list[str], monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,57 @@
+"""Everything that a run tells: the files it writes, its progress bar, its last words."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_bicc.config import Config
+from megatron_bicc.monitoring.progress import ProgressBar
+from megatron_bicc.monitoring.report import write_report
+from megatron_bicc.monitoring.writer import METRICS_FILE, GroupRecord, MetricsWriter, write_groups
+
+
+class RunLog:
+    """The log of a run in config.output_dir."""
+
+    def __init__(self, config: Config, first_step: int, enabled: bool) -> None:
+        """first_step: finished steps of a resumed run, 0 for a new one; what stands after it is forgotten.
+
+        enabled: true on one process of the run; on the others every call does nothing. Raises ValueError if
+        Weights & Biases is asked for and not installed.
+        """
+        self._config, self._enabled = config, enabled
+        if not enabled:
+            return
+        monitoring = config.monitoring
+        self._writer = MetricsWriter(config.output_dir, monitoring.tensorboard, monitoring.wandb_project)
+        # A run that starts at 0 writes step 0 itself.
+        self._writer.truncate_after(first_step if first_step > 0 else -1)
+        self._bar = ProgressBar(config.train.steps, first_step)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The numbers of a finished step; step 0 is the evaluation before the first."""
+        if not self._enabled:
+            return
+        self._writer.write(step, metrics)
+        self._bar.show(metrics)
+        if step > 0:
+            self._bar.advance()
+
+    def groups(self, step: int, groups: Sequence[GroupRecord]) -> None:
+        """A few groups of a step, for the report."""
+        if self._enabled:
+            write_groups(self._config.output_dir, step, groups)
+
+    def finish(self, last_checkpoint: Path, export: Path) -> None:
+        """Writes report.html and prints where everything is."""
+        if not self._enabled:
+            return
+        self._writer.close()
+        self._bar.close()
+        output_dir, monitoring = Path(self._config.output_dir), self._config.monitoring
+        report = write_report(output_dir, monitoring.compare or None, monitoring.report_groups)
+        print(f"report        {report}")
+        print(f"metrics       {output_dir / METRICS_FILE}")
+        if monitoring.tensorboard:
+            print(f"tensorboard   {output_dir / 'tensorboard'}")
+        print(f"checkpoint    {last_checkpoint}")
+        print(f"Hugging Face  {export}")

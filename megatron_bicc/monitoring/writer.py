@@ -1,0 +1,112 @@
+"""What a run writes down: metrics.jsonl, groups.jsonl, TensorBoard, Weights & Biases."""
+
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypedDict
+
+from megatron_bicc.monitoring import jsonl
+
+METRICS_FILE = "metrics.jsonl"
+GROUPS_FILE = "groups.jsonl"
+
+
+class RolloutRecord(TypedDict):
+    """One rollout of a group, as groups.jsonl holds it."""
+
+    text: str
+    reward: float
+    advantage: float
+    correct: bool
+    context: str
+    """The text between prompt and response that it was trained under; empty without BICC."""
+
+
+class GroupRecord(TypedDict):
+    """One prompt with its rollouts."""
+
+    prompt: str
+    ground_truth: str
+    rollouts: Sequence[RolloutRecord]
+
+
+class MetricsWriter:
+    """Writes the numbers of each step; for one process of the run only. docs/metrics.md lists the keys."""
+
+    def __init__(self, output_dir: str | Path, tensorboard: bool, wandb_project: str) -> None:
+        """Makes output_dir. Raises ValueError if Weights & Biases is asked for and not installed."""
+        self.output_dir = Path(output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self._tensorboard = _open_tensorboard(self.output_dir) if tensorboard else None
+        self._wandb = _open_wandb(self.output_dir, wandb_project) if wandb_project else None
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one line to metrics.jsonl and returns once it is on disk.
+
+        Values are Python, NumPy or zero-dimensional torch numbers; one that is not finite becomes null.
+        Raises ValueError that names a metric that is no number.
+        """
+        numbers = {name: _number(name, value) for name, value in metrics.items()}
+        finite = {n: v if math.isfinite(v) else None for n, v in numbers.items()}
+        jsonl.append(self.output_dir / METRICS_FILE, [{"step": step, **finite}])
+        if self._tensorboard:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+        if self._wandb:
+            self._wandb.log(numbers, step=step)
+
+    def truncate_after(self, step: int) -> None:
+        """Forgets what was written after `step`, before a run goes on from that step's checkpoint."""
+        for name in (METRICS_FILE, GROUPS_FILE):
+            jsonl.keep(self.output_dir / name, lambda record: record["step"] <= step)
+        if self._tensorboard:
+            self._tensorboard.close()
+            self._tensorboard = _open_tensorboard(self.output_dir, purge_step=step + 1)
+
+    def close(self) -> None:
+        """Flushes TensorBoard and finishes the Weights & Biases run."""
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def write_groups(output_dir: str | Path, step: int, groups: Sequence[GroupRecord]) -> None:
+    """Appends the groups of a step to groups.jsonl, one JSON object {step, prompt, ...} a line."""
+    jsonl.append(Path(output_dir) / GROUPS_FILE, ({"step": step, **group} for group in groups))
+
+
+def _number(name: str, value: Any) -> int | float:
+    if isinstance(value, int):
+        return int(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"metric {name} is {value!r}; it must be a number") from None
+
+
+def _open_tensorboard(output_dir: Path, purge_step: int | None = None) -> Any:
+    # Imported late: reading a run back must not load torch.
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge_step)
+
+
+def import_wandb(project: str) -> ModuleType:
+    """The optional package wandb; raises ValueError, with what to do, where it is not installed."""
+    try:
+        return importlib.import_module("wandb")
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"monitoring.wandb_project is {project}, but the package wandb is not installed; "
+            "pip install wandb, or leave the setting empty"
+        ) from None
+
+
+def _open_wandb(output_dir: Path, project: str) -> Any:
+    return import_wandb(project).init(
+        project=project, name=output_dir.name, dir=str(output_dir), resume="auto"
+    )
