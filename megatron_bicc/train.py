@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_bicc.cli import abort, parse_config
 from megatron_bicc.config import Config
 from megatron_bicc.evaluation import evaluate
-from megatron_bicc.monitoring import RunLog
+from megatron_bicc.monitoring.run_log import RunLog
 from megatron_bicc.monitoring.timing import Stopwatch
 from megatron_bicc.policy.hf_weights import save_hf
 from megatron_bicc.rollout.collect import collect_groups

@@ -1,79 +1,23 @@
-"""Small random policies in Hugging Face format, and the single-process megatron-core that tests share."""
+"""Fixtures that tests of several rooms share."""
 
+import sys
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from megatron_bicc import platform
-from megatron_bicc.config import Config
-from megatron_bicc.policy.policy import start_model_parallel
+sys.path.insert(0, str(Path(__file__).parent))
 
-VOCAB = 101
-SHAPE = {
-    "vocab_size": VOCAB,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN_ROPE = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+from support.models import save_models  # noqa: E402
 
-
-def make_model(name: str) -> PreTrainedModel:
-    """A random Hugging Face model of each family and of each feature that a family may have."""
-    sizes = {"hidden_size": 48, "intermediate_size": 80}
-    make = {
-        "qwen3_tied": lambda: Qwen3ForCausalLM(
-            Qwen3Config(**SHAPE, hidden_size=64, intermediate_size=96, head_dim=16, tie_word_embeddings=True)
-        ),
-        # head_dim != hidden / heads
-        "qwen3_untied": lambda: Qwen3ForCausalLM(
-            Qwen3Config(**SHAPE, **sizes, head_dim=32, tie_word_embeddings=False)
-        ),
-        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, **sizes, tie_word_embeddings=True)),
-        "llama3": lambda: LlamaForCausalLM(
-            LlamaConfig(**SHAPE, **sizes, tie_word_embeddings=False, rope_parameters=LLAMA3_ROPE)
-        ),
-        "qwen3_yarn": lambda: Qwen3ForCausalLM(
-            Qwen3Config(**SHAPE, **sizes, head_dim=32, tie_word_embeddings=False, rope_parameters=YARN_ROPE)
-        ),
-    }
-    torch.manual_seed(7)
-    model = make[name]()
-    for parameter_name, parameter in model.named_parameters():
-        # norms of one and biases of zero would hide a mistake
-        if parameter_name.endswith("bias") or "norm" in parameter_name:
-            torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.2)
-    return model.float().eval()
+from megatron_bicc import platform  # noqa: E402
+from megatron_bicc.config import Config  # noqa: E402
+from megatron_bicc.policy.policy import start_model_parallel  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Directories of the models of make_model, by name."""
-    root = tmp_path_factory.mktemp("models")
-    names = ("qwen3_tied", "qwen3_untied", "qwen2", "llama3", "qwen3_yarn")
-    for name in names:
-        make_model(name).save_pretrained(root / name)
-    return {name: root / name for name in names}
+    """Directories of support.models.MODELS, by name."""
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
 from megatron_bicc.config import Config
-from megatron_bicc.policy.rotary import rotary_frequencies
+from megatron_bicc.policy.rotary import head_dim, rotary_frequencies
 from megatron_bicc.policy.shared_prefix_attention import SharedPrefixCoreAttention
 
 
@@ -46,12 +46,6 @@ def family_of(hf_config: PretrainedConfig) -> Family:
     if hf_config.hidden_act != "silu":
         raise ValueError(f"model.path: hidden_act is {hf_config.hidden_act}; only silu is supported")
     return FAMILIES[name]
-
-
-def head_dim(hf_config: PretrainedConfig) -> int:
-    """Elements of an attention head."""
-    stated = getattr(hf_config, "head_dim", None)
-    return stated or hf_config.hidden_size // hf_config.num_attention_heads
 
 
 def check_divisible(hf_config: PretrainedConfig, tensor: int) -> None:

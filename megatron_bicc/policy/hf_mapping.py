@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_bicc.policy.architecture import head_dim, padded_vocab_size
+from megatron_bicc.policy.architecture import padded_vocab_size
+from megatron_bicc.policy.rotary import head_dim
 
 Kind = Literal["vocab", "qkv", "gate_up", "row", "replicated"]
 CUT_DIMENSION: dict[Kind, int] = {"vocab": 0, "qkv": 0, "gate_up": 1, "row": 1}

@@ -10,6 +10,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from megatron_bicc.policy.packed import PackedBatch
 
 
+def head_dim(hf_config: PretrainedConfig) -> int:
+    """Elements of an attention head."""
+    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
 def rotary_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
     """(inverse frequencies float32 [head_dim / 2], factor on cos and sin), by transformers' own functions.
 
@@ -20,8 +25,8 @@ def rotary_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise ValueError(f"model.path: rope_type '{kind}' is not supported; use default, linear, llama3 or yarn")
     if kind == "default":
-        dim = torch.arange(0, hf_config.head_dim, 2, dtype=torch.int64).float()
-        return 1.0 / parameters["rope_theta"] ** (dim / hf_config.head_dim), 1.0
+        size = head_dim(hf_config)
+        return 1.0 / parameters["rope_theta"] ** (torch.arange(0, size, 2).float() / size), 1.0
     return ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
 
 

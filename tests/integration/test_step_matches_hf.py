@@ -2,82 +2,18 @@
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from hf_reference import ANSWER, EOS, RIGHT, WRONG, Example, reference_loss, response_logp
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from support.hf_reference import reference_loss
+from support.steps import CASES, TOKENIZER, make_config, make_examples, perturb, to_groups
+from transformers import AutoModelForCausalLM
 
-from megatron_bicc.algorithms.presets import resolve
-from megatron_bicc.config import Config
-from megatron_bicc.data import Prompt
 from megatron_bicc.monitoring.timing import Stopwatch
 from megatron_bicc.policy.hf_mapping import from_whole, join
 from megatron_bicc.policy.hf_weights import _parameters
 from megatron_bicc.policy.policy import Policy
-from megatron_bicc.rollout.types import Group, Sample
 from megatron_bicc.training.learner import Learner
-
-HEADERS = {"wrong": WRONG, "right": RIGHT, "answer": ANSWER}
-TOKENIZER = SimpleNamespace(eos_token_id=EOS, encode=lambda text, add_special_tokens: HEADERS[text])
-"""Test double for a tokenizer: the headers' token ids are given, nothing else is encoded."""
-
-
-def make_config(path: Path, algorithm: str, **bicc_or_rcc: object) -> Config:
-    """fp32, micro-batches small enough that the step takes several."""
-    config = Config(algorithm=algorithm)
-    config.model.path, config.model.dtype = str(path), "float32"
-    config.rollout.temperature = 0.8
-    config.train.max_sequence_tokens, config.train.max_tokens_per_microbatch = 256, 256
-    config.optimizer.lr, config.optimizer.clip_grad = 0.0, 0.0
-    config.bicc.wrong_header, config.bicc.right_header, config.bicc.answer_header = HEADERS
-    config.bicc.context_ratio = 0.8
-    for name, value in bicc_or_rcc.items():
-        section, field = name.split("__")
-        setattr(getattr(config, section), field, value)
-    return resolve(config)
-
-
-def make_examples(model: PreTrainedModel, temperature: float) -> list[Example]:
-    """Ragged groups: mixed, one right in six, all right, a response of one token."""
-    rng = np.random.default_rng(3)
-    outcomes = [[1, 0, 0, 1, 1], [0, 0, 0, 1, 0, 0], [1, 1, 1], [1, 0]]
-    groups = []
-    for i, rewards in enumerate(outcomes):
-        prompt = rng.integers(2, 90, size=4 + 5 * i).tolist()
-        responses = [rng.integers(2, 90, size=rng.integers(1, 14)).tolist() + [EOS] for _ in rewards]
-        responses[-1] = responses[-1][:1]
-        with torch.no_grad():
-            mu = [response_logp(model, prompt, o, temperature) + 0.1 * torch.randn(len(o)) for o in responses]
-        groups.append(Example(prompt, responses, [float(r) for r in rewards], mu))
-    return groups
-
-
-def to_groups(examples: list[Example]) -> list[Group]:
-    """The same as the product's types."""
-    return [
-        Group(
-            Prompt(i, [], np.array(e.prompt, np.int32), "", "", {}),
-            [
-                Sample(np.array(o, np.int32), mu.numpy(), "stop", 0)
-                for o, mu in zip(e.responses, e.rollout_logp, strict=True)
-            ],
-            [""] * len(e.responses),
-            np.array(e.rewards, np.float32),
-        )
-        for i, e in enumerate(examples)
-    ]
-
-
-def perturb(model: PreTrainedModel) -> PreTrainedModel:
-    """A policy that has moved away from the reference."""
-    torch.manual_seed(5)
-    moved = copy.deepcopy(model)
-    for parameter in moved.parameters():
-        parameter.data += 0.03 * torch.randn_like(parameter)
-    return moved
 
 
 def hf_gradients(policy: Policy) -> dict[str, torch.Tensor]:
@@ -87,18 +23,6 @@ def hf_gradients(policy: Policy) -> dict[str, torch.Tensor]:
         whole = join(rule.kind, [parameter.main_grad], policy.hf_config)
         found |= zip(rule.hf, from_whole(rule.kind, whole, policy.hf_config), strict=True)
     return found
-
-
-CASES = {
-    "grpo": ("grpo", {}),
-    "bicc_plain": ("grpo+bicc", {}),
-    "bicc_conditioned": ("grpo+bicc", {"bicc__denominator": "conditioned"}),
-    "rcc_first_order": ("grpo+rcc", {}),
-    "rcc_exact": ("grpo+rcc", {"rcc__form": "exact", "rcc__delta": "sequence_sum"}),
-    "rcc_rollout": ("grpo+rcc", {"rcc__reference": "rollout"}),
-    "bicc_rcc_mixed": ("bicc", {"bicc__weight": 0.5}),
-    "bicc_rcc_mixed_conditioned": ("bicc", {"bicc__weight": 0.3, "bicc__denominator": "conditioned"}),
-}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,0 +1,1 @@
+"""What several tests share: models, examples, and the Hugging Face reference of a step."""

@@ -1,0 +1,76 @@
+"""Small random policies in Hugging Face format."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+MODELS = ("qwen3_tied", "qwen3_untied", "qwen2", "llama3", "qwen3_yarn")
+VOCAB = 101
+SHAPE = {
+    "vocab_size": VOCAB,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def make_model(name: str) -> PreTrainedModel:
+    """A random Hugging Face model of each family and of each feature that a family may have."""
+    sizes = {"hidden_size": 48, "intermediate_size": 80}
+    make = {
+        "qwen3_tied": lambda: Qwen3ForCausalLM(
+            Qwen3Config(**SHAPE, hidden_size=64, intermediate_size=96, head_dim=16, tie_word_embeddings=True)
+        ),
+        # head_dim != hidden / heads
+        "qwen3_untied": lambda: Qwen3ForCausalLM(
+            Qwen3Config(**SHAPE, **sizes, head_dim=32, tie_word_embeddings=False)
+        ),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, **sizes, tie_word_embeddings=True)),
+        "llama3": lambda: LlamaForCausalLM(
+            LlamaConfig(**SHAPE, **sizes, tie_word_embeddings=False, rope_parameters=LLAMA3_ROPE)
+        ),
+        "qwen3_yarn": lambda: Qwen3ForCausalLM(
+            Qwen3Config(**SHAPE, **sizes, head_dim=32, tie_word_embeddings=False, rope_parameters=YARN_ROPE)
+        ),
+    }
+    torch.manual_seed(7)
+    model = make[name]()
+    for parameter_name, parameter in model.named_parameters():
+        # norms of one and biases of zero would hide a mistake
+        if parameter_name.endswith("bias") or "norm" in parameter_name:
+            torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.2)
+    return model.float().eval()
+
+
+def save_models(root: Path) -> dict[str, Path]:
+    """Directories of all models, by name."""
+    for name in MODELS:
+        make_model(name).save_pretrained(root / name)
+    return {name: root / name for name in MODELS}
