@@ -90,5 +90,5 @@ class CudaOnCpu(TorchFunctionMode):
             args = (args[0], "cpu", *args[2:])
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # the distributed optimizer sorts parameters by the name 'torch.cuda.FloatTensor'
-            return func(*args).replace("torch.", "torch.cuda.")
+            return f"torch.cuda.{func(*args).rpartition('.')[2]}"
         return func(*args, **kwargs)

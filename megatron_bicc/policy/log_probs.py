@@ -79,7 +79,7 @@ def _logits(hidden_CH: Tensor, weight: Tensor, temperature: float, shard: VocabS
     logits = hidden_CH @ weight.t()
     if logits.dtype != torch.float64:
         logits = logits.float()
-    logits[:, max(0, shard.size) :] = float("-inf")
+    logits[:, max(shard.size, 0) :] = float("-inf")
     return logits.div_(temperature)
 
 
@@ -93,7 +93,7 @@ def _forward_chunk(
     local, is_local = _local_labels(labels_C, shard)
     label_logit = logits.gather(-1, local).squeeze(-1).where(is_local, torch.zeros_like(largest))
     exp = torch.exp(logits - largest.unsqueeze(-1))
-    weighted = (exp * logits.clamp(min=torch.finfo(logits.dtype).min)).sum(-1)
+    weighted = (exp * logits.masked_fill(exp == 0, 0.0)).sum(-1)
     sums = torch.stack([exp.sum(-1), weighted, label_logit])
     dist.all_reduce(sums, group=shard.group)
     total, weighted, label_logit = sums
@@ -113,7 +113,7 @@ def _backward_chunk(
     """d log p / d z = onehot - p and d entropy / d z = -p (log p + entropy), [C, V]."""
     log_p = logits.sub_(lse_C.unsqueeze(-1))
     p = log_p.exp()
-    log_p.clamp_(min=torch.finfo(log_p.dtype).min)
+    log_p.masked_fill_(p == 0, 0.0)
     slope = grad_log_probs_C.unsqueeze(-1) + grad_entropy_C.unsqueeze(-1) * (log_p + entropy_C.unsqueeze(-1))
     grad = -p * slope
     local, is_local = _local_labels(labels_C, shard)

@@ -1,0 +1,41 @@
+"""The seams through which megatron-core is moved to a CPU: this test names the one that a new version moves."""
+
+import importlib.metadata
+
+import pytest
+import torch
+
+from megatron_bicc import platform
+from megatron_bicc.platform import cpu
+
+
+@pytest.mark.parametrize("seam", cpu._seams(), ids=lambda seam: f"{seam[0].__name__}.{seam[1]}")
+def test_seam_is_where_megatron_looks(seam: tuple) -> None:
+    module, name, _ = seam
+    version = importlib.metadata.version("megatron-core")
+    assert hasattr(module, name), f"megatron-core {version} has no {module.__name__}.{name}: see platform/cpu.py"
+
+
+def test_redirection_ends_with_its_context() -> None:
+    before = torch.cuda.current_device
+    with cpu.CudaOnCpu(), cpu.CudaOnCpu():
+        assert torch.zeros(2, device="cuda").device.type == "cpu"
+        assert torch.zeros(2).cuda().device.type == "cpu"
+        assert torch.zeros(2).to("cuda:0").device.type == "cpu"
+        assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
+    assert torch.cuda.current_device is before
+    assert torch.zeros(2).type() == "torch.FloatTensor"
+
+
+def test_random_state_is_the_cpu_generator() -> None:
+    with cpu.CudaOnCpu():
+        torch.cuda.manual_seed(3)
+        state = torch.cuda.get_rng_state()
+        first = torch.rand(4)
+        torch.cuda.set_rng_state(state)
+        assert torch.equal(torch.rand(4), first)
+
+
+def test_world_size_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert platform.world_size() == 6
