@@ -42,18 +42,22 @@ std::vector<T> copy_of(const py::object& batch, const char* field) {
   return std::vector<T>(span.data, span.data + span.size);
 }
 
+template <class T>
+T read(const py::object& value, const std::string& name) {
+  try {
+    return value.cast<T>();
+  } catch (const py::cast_error&) {
+    fail(name, " is ", std::string(py::repr(value)), ", which is of the wrong type or too large");
+  }
+}
+
 class SettingsReader {
  public:
   explicit SettingsReader(const py::object& settings) : settings_(settings) {}
 
   template <class T>
   T get(const char* field) const {
-    try {
-      return settings_.attr(field).cast<T>();
-    } catch (const py::cast_error&) {
-      fail("PackingSettings.", field, " is ", std::string(py::repr(settings_.attr(field))),
-           ", which is of the wrong type or too large");
-    }
+    return read<T>(settings_.attr(field), std::string("PackingSettings.") + field);
   }
 
   template <class E>
@@ -99,10 +103,11 @@ Settings read_settings(const py::object& object) {
 // A plan and the arrays that its batch borrows from.
 class PlanHandle {
  public:
-  PlanHandle(const py::object& batch, const py::object& settings, int64_t dp_size)
+  PlanHandle(const py::object& batch, const py::object& settings, const py::object& dp_size)
       : prompt_tokens_(checked<int32_t>(batch.attr("prompt_tokens"), "RolloutBatch.prompt_tokens", 1)),
         tokens_(checked<int32_t>(batch.attr("tokens"), "RolloutBatch.tokens", 1)) {
-    Settings read = read_settings(settings);
+    Settings s = read_settings(settings);
+    const int64_t ranks = read<int64_t>(dp_size, "dp_size");
     Batch b;
     b.prompt_tokens = view<int32_t>(prompt_tokens_);
     b.tokens = view<int32_t>(tokens_);
@@ -111,7 +116,7 @@ class PlanHandle {
     b.group_offsets = copy_of<int64_t>(batch, "group_offsets_G");
     b.rewards = copy_of<float>(batch, "rewards_R");
     py::gil_scoped_release release;
-    plan_ = make_plan(std::move(b), std::move(read), dp_size);
+    plan_ = make_plan(std::move(b), std::move(s), ranks);
     extent_ = extent_of(plan_);
   }
 
@@ -167,7 +172,8 @@ class PlanHandle {
                     py::arg("microbatches") = plan_.filled_bins, py::arg("rank_costs") = plan_.rank_costs);
   }
 
-  void fill(const py::dict& buffers, const py::object& channels, int64_t threads) const {
+  void fill(const py::dict& buffers, const py::object& channels, const py::object& thread_count) const {
+    int64_t threads = read<int64_t>(thread_count, "threads");
     if (threads < 0 || threads > 1024) fail("threads is ", threads, "; it must be in [0, 1024], 0 for all cores");
     if (threads == 0) threads = std::max(1u, std::thread::hardware_concurrency());
     const py::array channel_array = checked<float>(channels, "channels", 2);
@@ -220,7 +226,7 @@ class PlanHandle {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The bilateral packer; use megatron_bicc.packing.";
   py::class_<bicc::PlanHandle>(m, "Plan")
-      .def(py::init<const py::object&, const py::object&, int64_t>(), py::arg("batch"), py::arg("settings"),
+      .def(py::init<const py::object&, const py::object&, const py::object&>(), py::arg("batch"), py::arg("settings"),
            py::arg("dp_size"))
       .def_property_readonly("sizes", &bicc::PlanHandle::sizes)
       .def_property_readonly("side_table", &bicc::PlanHandle::side_table)

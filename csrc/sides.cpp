@@ -45,18 +45,14 @@ class SideMaker {
 
   void add_side(int64_t group, const Rollouts& trained, const Rollouts& attempts, Shown shown) {
     const int64_t prompt = batch_.prompt_length(group);
-    Side side{group, shown, prompt, 0, count(out_.parts), 0, count(out_.responses), 0};
-    const Rollouts fitting = without_overlong(trained, prompt, settings_.max_sequence_tokens, "max_sequence_tokens");
-    if (fitting.empty()) return;
+    const Rollouts responses = without_overlong(trained, prompt);
+    if (responses.empty()) return;
     int64_t longest = 0;
-    for (const int64_t r : fitting) longest = std::max(longest, batch_.length(r));
-    side.context_tokens = add_context(attempts, shown, settings_.max_sequence_tokens - prompt - longest);
+    for (const int64_t r : responses) longest = std::max(longest, batch_.length(r));
+    Side side{group, shown, prompt, 0, count(out_.parts), 0, count(out_.responses), 0};
+    side.context_tokens = add_context(attempts, shown, longest_sequence() - prompt - longest);
     side.prefix_tokens += side.context_tokens;
     side.last_part = count(out_.parts);
-    // A prefix takes one row less than it has tokens.
-    const Rollouts responses =
-        without_overlong(fitting, side.prefix_tokens - 1, settings_.capacity(), "max_tokens_per_microbatch");
-    if (responses.empty()) return out_.parts.resize(side.first_part);
     out_.responses.insert(out_.responses.end(), responses.begin(), responses.end());
     side.last_response = count(out_.responses);
     out_.sides.push_back(side);
@@ -68,19 +64,29 @@ class SideMaker {
     return choose_context(batch_, settings_, attempts, header.size(), std::min(share, room), out_.parts);
   }
 
-  Rollouts without_overlong(const Rollouts& rollouts, int64_t before, int64_t limit, const char* setting) {
+  // In tokens, prefix and response together; the one-token shift makes one row less of them.
+  int64_t longest_sequence() const { return std::min(settings_.max_sequence_tokens, settings_.capacity() + 1); }
+
+  Rollouts without_overlong(const Rollouts& rollouts, int64_t prompt) {
     Rollouts fitting;
     for (const int64_t r : rollouts) {
-      if (before + batch_.length(r) <= limit) {
+      if (prompt + batch_.length(r) <= longest_sequence()) {
         fitting.push_back(r);
       } else if (settings_.overlong == Overlong::kDrop) {
         ++out_.dropped;
       } else {
-        fail(rollout_name(batch_, r), ": a response of ", batch_.length(r), " tokens after a prefix of ", before,
-             " exceeds the ", limit, " of ", setting, "; raise it, or set overlong to drop");
+        fail_overlong(r, prompt);
       }
     }
     return fitting;
+  }
+
+  [[noreturn]] void fail_overlong(int64_t rollout, int64_t prompt) const {
+    const bool sequence = prompt + batch_.length(rollout) > settings_.max_sequence_tokens;
+    fail(rollout_name(batch_, rollout), ": a prompt of ", prompt, " and a response of ", batch_.length(rollout),
+         " tokens exceed ", sequence ? "max_sequence_tokens " : "max_tokens_per_microbatch ",
+         sequence ? settings_.max_sequence_tokens : settings_.max_tokens_per_microbatch,
+         "; raise it, or set overlong to drop");
   }
 
   template <class T>

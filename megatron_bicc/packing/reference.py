@@ -94,28 +94,32 @@ class _Packer:
         return [side for side in sides if side.rollouts]
 
     def side(self, group: int, trained: list[int], shown: list[int]) -> Side:
-        settings = self.settings
-        prompt = len(prefix_tokens(self.batch, settings, group, ()))
-        fitting = self.without_overlong(trained, prompt, settings.max_sequence_tokens, "max_sequence_tokens")
-        if not fitting:
+        prompt = len(prefix_tokens(self.batch, self.settings, group, ()))
+        rollouts = self.without_overlong(trained, prompt)
+        if not rollouts:
             return Side(group, [], [], [])
-        share = int(settings.context_ratio * settings.max_sequence_tokens)
-        room = settings.max_sequence_tokens - prompt - max(map(self.length, fitting))
+        share = int(self.settings.context_ratio * self.settings.max_sequence_tokens)
+        longest_sequence = min(self.settings.max_sequence_tokens, self.budget + 1)
+        room = longest_sequence - prompt - max(map(self.length, rollouts))
         parts = self.context(shown, min(share, room))
-        prefix = self.prefix(group, parts)
-        rollouts = self.without_overlong(fitting, len(prefix) - 1, self.budget, "max_tokens_per_microbatch")
-        return Side(group, parts, prefix, rollouts)
+        return Side(group, parts, self.prefix(group, parts), rollouts)
 
     def length(self, rollout: int) -> int:
         return int(self.batch.offsets_R[rollout + 1] - self.batch.offsets_R[rollout])
 
-    def without_overlong(self, rollouts: list[int], before: int, limit: int, setting: str) -> list[int]:
-        overlong = [r for r in rollouts if before + self.length(r) > limit]
+    def without_overlong(self, rollouts: list[int], prompt: int) -> list[int]:
+        overlong = {}
+        for r in rollouts:
+            if prompt + self.length(r) > self.settings.max_sequence_tokens:
+                overlong[r] = "max_sequence_tokens"
+            elif prompt - 1 + self.length(r) > self.budget:
+                overlong[r] = "max_tokens_per_microbatch"
         if overlong and self.settings.overlong == "error":
-            group = int(np.searchsorted(self.batch.group_offsets_G, overlong[0], side="right")) - 1
+            r, setting = next(iter(overlong.items()))
+            group = int(np.searchsorted(self.batch.group_offsets_G, r, side="right")) - 1
             raise ValueError(
-                f"group {group}, rollout {overlong[0]}: a response of {self.length(overlong[0])} tokens "
-                f"after a prefix of {before} exceeds the {limit} of {setting}; raise it, or set overlong to drop"
+                f"group {group}, rollout {r}: a prompt of {prompt} and a response of {self.length(r)} tokens "
+                f"exceed {setting} {getattr(self.settings, setting)}; raise it, or set overlong to drop"
             )
         self.dropped += len(overlong)
         return [r for r in rollouts if r not in overlong]

@@ -42,6 +42,9 @@ class PackingSettings:
     """plain layout: leave out groups without both right and wrong rollouts (bilateral always does)."""
     reward_threshold: float = 0.5
     context_ratio: float = 0.4
+    """Share of max_sequence_tokens that a context may take, headers included. It gets less, down to nothing,
+    where prompt, context and the side's longest response would exceed max_sequence_tokens or a
+    micro-batch."""
     context_source: Literal["partition", "pair"] = "partition"
     truncation: Literal["equal", "in_order"] = "equal"
     keep: Literal["head", "tail", "both_ends"] = "head"
@@ -53,7 +56,7 @@ class PackingSettings:
     eos_token_id: int = -1
     """A trailing one is left out where a rollout stands in a context; -1: none."""
     overlong: Literal["error", "drop"] = "error"
-    """For a response that exceeds max_sequence_tokens after its prompt, or a micro-batch after its prefix."""
+    """For a response that, after its prompt, exceeds max_sequence_tokens or a micro-batch."""
     alignment: int = 1
     """Every micro-batch's rows are padded to a multiple of this."""
     token_cost: int = 24576
