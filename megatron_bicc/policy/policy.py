@@ -14,8 +14,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
@@ -25,6 +23,7 @@ from megatron_bicc.config import Config
 from megatron_bicc.policy.architecture import transformer_config
 from megatron_bicc.policy.hf_weights import load_weights
 from megatron_bicc.policy.model import PolicyModel
+from megatron_bicc.policy.optimizer import make_optimizer, make_scheduler
 from megatron_bicc.policy.packed import PackedBatch
 
 
@@ -58,8 +57,8 @@ class Policy:
             self.modules = self._build(config.rollout.temperature)
             load_weights(self.modules, self.hf_config, config.model.path)
             self.chunks = [self._data_parallel(module) for module in self.modules]
-            self.optimizer = _optimizer(config, self.chunks)
-            self.scheduler = _scheduler(config, self.optimizer)
+            self.optimizer = make_optimizer(config, self.chunks)
+            self.scheduler = make_scheduler(config, self.optimizer)
 
     def _build(self, temperature: float) -> list[PolicyModel]:
         virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
@@ -180,41 +179,3 @@ _ONE = torch.ones((), dtype=torch.int)
 def _sum_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     """Gradients are already weighted per token: megatron-core is not to divide by its own count."""
     finalize_model_grads(model, None, **kwargs)
-
-
-def _optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    c = config.optimizer
-    dtype = getattr(torch, config.model.dtype)
-    return get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=c.lr,
-            min_lr=c.min_lr,
-            weight_decay=c.weight_decay,
-            adam_beta1=c.beta1,
-            adam_beta2=c.beta2,
-            adam_eps=c.eps,
-            clip_grad=c.clip_grad,
-            bf16=dtype == torch.bfloat16,
-            params_dtype=dtype,
-            use_distributed_optimizer=True,
-        ),
-        chunks,
-    )
-
-
-def _scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    c = config.optimizer
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=c.lr,
-        min_lr=c.min_lr,
-        lr_warmup_steps=c.warmup_steps,
-        lr_decay_steps=max(config.train.steps * config.train.updates_per_step, c.warmup_steps + 1),
-        lr_decay_style=c.schedule,
-        start_wd=c.weight_decay,
-        end_wd=c.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-    )

@@ -1,0 +1,63 @@
+"""The optimizer and its learning-rate schedule, both megatron-core's."""
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_bicc.config import Config
+
+
+def make_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """Adam over the chunks' data-parallel shards, with fp32 main weights where the model is bf16."""
+    c = config.optimizer
+    dtype = getattr(torch, config.model.dtype)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=c.lr,
+            min_lr=c.min_lr,
+            weight_decay=c.weight_decay,
+            adam_beta1=c.beta1,
+            adam_beta2=c.beta2,
+            adam_eps=c.eps,
+            clip_grad=c.clip_grad,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+        ),
+        chunks,
+    )
+    for part in optimizer.chained_optimizers:
+        _start_state(part.optimizer)
+    return optimizer
+
+
+def _start_state(optimizer: torch.optim.Optimizer) -> None:
+    """Gives torch's AdamW the state that it would make at its first step.
+
+    Without it megatron-core can neither save nor load a checkpoint before that step.
+    """
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+
+
+def make_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Warm-up, then the schedule of optimizer.schedule over the run's optimizer steps."""
+    c = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=c.lr,
+        min_lr=c.min_lr,
+        lr_warmup_steps=c.warmup_steps,
+        lr_decay_steps=max(config.train.steps * config.train.updates_per_step, c.warmup_steps + 1),
+        lr_decay_style=c.schedule,
+        start_wd=c.weight_decay,
+        end_wd=c.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,92 @@
+"""Every mistake in a run's settings or files: one line that names it, exit status 2, before any training."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_bicc.train import main
+
+REPOSITORY = Path(__file__).parents[2]
+GOOD_ROW = {"prompt": "1+1=", "answer": "2"}
+
+SETTINGS = {
+    "rollout.grup_size=4": "command line: unknown setting rollout.grup_size; the nearest is rollout.group_size",
+    "rollout.group_size=many": "command line: rollout.group_size is 'many'; it must be a whole number",
+    "rollout.group_size=1": "rollout.group_size is 1; it must be at least 2",
+    "algorithm=gropo": "algorithm: unknown name 'gropo'; the nearest is 'grpo'",
+    "data.train=nowhere.jsonl": "data.train is nowhere.jsonl; there is no such file",
+    "model.path=nowhere": "model.path is nowhere; there is no Hugging Face config.json",
+    "train.max_tokens_per_microbatch=100": "train.max_tokens_per_microbatch is 100; it must hold",
+    "train.max_sequence_tokens=50": "train.max_sequence_tokens is 50; it must be at least",
+    "parallel.tensor=2": "must divide the number of processes, 1",
+    "parallel.context=2": "parallel.context is 2; context parallel is not supported",
+    "bicc.weight=1.5": "bicc.weight is 1.5; it must be within 0 and 1",
+    "reward.verifier=maths": "reward.verifier: unknown 'maths'; did you mean 'math'?",
+    "rollout.prompts_per_step=9": "rollout.prompts_per_step=9 must be within 1 and the number of prompts",
+    "data.max_prompt_tokens=3": "row 1: the prompt has 6 tokens, over data.max_prompt_tokens=3",
+}
+ROWS = {
+    "{not json": "row 2: ",
+    json.dumps(GOOD_ROW | {"prompt": ""}): "row 2: ",
+    json.dumps({"prompt": "1+1="}): "row 2: ",
+    json.dumps({"question": "1+1=", "answer": "it is 2"}): "row 2: ",
+    json.dumps({"text": "1+1="}): "row 2: ",
+}
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    """A run without mistakes on one process."""
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps(GOOD_ROW) + "\n" for _ in range(8)))
+    return [
+        f"model.path={REPOSITORY / 'examples/tiny_policy'}",
+        f"data.train={data}",
+        f"output_dir={tmp_path / 'run'}",
+        "data.max_prompt_tokens=64",
+        "rollout.prompts_per_step=2",
+        "rollout.max_new_tokens=64",
+        "train.max_sequence_tokens=128",
+        "train.max_tokens_per_microbatch=128",
+        "dry_run=true",
+    ]
+
+
+def test_good_input_passes(arguments: list[str]) -> None:
+    main(arguments)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_setting(setting: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert SETTINGS[setting] in run([*arguments, setting], capsys)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_row(row: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.jsonl").write_text(f"{json.dumps(GOOD_ROW)}\n{row}\n")
+    line = run(arguments, capsys)
+    assert str(tmp_path / "prompts.jsonl") in line
+    assert ROWS[row] in line
+
+
+def test_another_runs_directory(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("")
+    assert "it already holds a run" in run(arguments, capsys)
+
+
+def test_unknown_setting_in_a_file(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.yaml").write_text("rollout:\n  grup_size: 4\n")
+    line = run(["--config", str(tmp_path / "bad.yaml"), *arguments], capsys)
+    assert f"{tmp_path / 'bad.yaml'} line 2: unknown setting rollout.grup_size" in line
