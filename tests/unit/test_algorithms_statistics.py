@@ -118,6 +118,14 @@ def test_cispo_counts_the_weights_it_bounds() -> None:
     np.testing.assert_array_equal(masks["dual"], [0, 0, 1, 0])
 
 
+def test_aspo_counts_the_flipped_ratios_that_its_dual_clip_bounds() -> None:
+    loss = resolve(Config(algorithm="aspo")).loss
+    log_ratio_T = np.log([0.3, 0.4, 4.0, 4.0])
+    masks = clip_masks(log_ratio_T, np.array([1.0, -1.0]), np.array([0, 3, 4]), loss)
+    np.testing.assert_array_equal(masks["dual"], [1, 0, 0, 1])
+    np.testing.assert_array_equal(masks["high"], [0, 0, 1, 0])
+
+
 def test_how_groups_split() -> None:
     correct_R = np.array([1, 0, 0, 1, 1, 0, 0, 1, 1], dtype=bool)
     statistics = contrast_statistics(correct_R, np.array([0, 3, 5, 7, 9]))
