@@ -14,10 +14,10 @@ help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 setup: $(BUILD) ## .venv with pinned packages, csrc built in place
+	@echo "ready: .venv/bin/python"
 
-demo: export PYTHON := $(VENV_PYTHON)
 demo: $(BUILD) ## Train the tiny policy: STEPS=n SEED=n ALGORITHM=bicc|grpo ENGINE=local OUT=dir
-	@examples/run_bicc_tiny.sh
+	@PYTHON="$(VENV_PYTHON)" examples/run_bicc_tiny.sh
 
 test: $(BUILD) ## All tests; TESTS=path picks some
 	@$(VENV_PYTHON) -m pytest $(TESTS)

@@ -4,12 +4,13 @@
 sources. Neither includes a torch header, so an isolated build needs only setuptools and pybind11.
 """
 
+import os
 import shutil
 import sysconfig
 from glob import glob
 
 import pybind11
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import Extension, setup
 
 HEADERS = glob("csrc/**/*.h*", recursive=True) + glob("csrc/**/*.cuh", recursive=True)
@@ -30,7 +31,7 @@ class BuildExtensions(build_ext):
             super().build_extension(ext)
             return
         output = self.get_ext_fullpath(ext.name)
-        self.mkpath(str(output.rpartition("/")[0]))
+        self.mkpath(os.path.dirname(output))
         includes = [f"-I{path}" for path in (*ext.include_dirs, sysconfig.get_path("include"))]
         self.spawn(["nvcc", *ext.extra_compile_args, *includes, *ext.sources, "-o", output])
 
@@ -64,4 +65,5 @@ def native_extensions() -> list[Extension]:
     return extensions
 
 
+ParallelCompile(default=0).install()
 setup(ext_modules=native_extensions(), cmdclass={"build_ext": BuildExtensions})
