@@ -235,7 +235,7 @@ class Config:
     seed: int = 1
     """Seed of data order, sampling and initialisation."""
     algorithm: str = "bicc"
-    """Preset: grpo, dr_grpo, dapo, gspo, gmpo, aspo or cispo, with +bicc and +rcc; bicc means grpo+bicc+rcc."""
+    """grpo, dr_grpo, dapo, gspo, gmpo, aspo or cispo, with +bicc and +rcc; bicc means grpo+bicc+rcc."""
     dry_run: bool = False
     """Check settings, files and every prompt, then stop before any training."""
     model: ModelConfig = field(default_factory=ModelConfig)

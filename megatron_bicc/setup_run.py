@@ -77,8 +77,8 @@ def start_workers(inputs: Inputs) -> Workers:
 def _check_output_dir(config: Config) -> None:
     if (Path(config.output_dir) / "metrics.jsonl").exists() and not config.checkpoint.resume:
         raise ValueError(
-            f"output_dir is {config.output_dir}; it already holds a run: choose another directory, delete it, "
-            "or go on with that run by checkpoint.resume=true"
+            f"output_dir is {config.output_dir}; it already holds a run: choose another directory, "
+            "delete it, or go on with that run by checkpoint.resume=true"
         )
 
 

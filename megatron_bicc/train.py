@@ -1,6 +1,6 @@
 """The driver: rollouts, learning, weight sync, evaluation, checkpoints; top to bottom.
 
-    torchrun --nproc-per-node 2 -m megatron_bicc.train --config examples/configs/tiny.yaml train.steps=60
+torchrun --nproc-per-node 2 -m megatron_bicc.train --config examples/configs/tiny.yaml train.steps=60
 """
 
 import logging
@@ -88,7 +88,7 @@ def learn(
     config, metrics = inputs.config, []
     size = len(groups) // config.train.updates_per_step
     for start in range(0, len(groups), size):
-        result = workers.learner.step(groups[start : start + size], clock)
+        result = workers.learner.step(groups[start : start + size], clock, moved=start > 0)
         if result is None:
             continue
         metrics.append(update_metrics(result, config))

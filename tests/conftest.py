@@ -7,11 +7,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from support.models import save_models  # noqa: E402
+from support.models import save_models
 
-from megatron_bicc import platform  # noqa: E402
-from megatron_bicc.config import Config  # noqa: E402
-from megatron_bicc.policy.policy import start_model_parallel  # noqa: E402
+from megatron_bicc import platform
+from megatron_bicc.config import Config
+from megatron_bicc.policy.policy import start_model_parallel
 
 
 @pytest.fixture(scope="session")

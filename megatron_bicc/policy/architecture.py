@@ -38,7 +38,9 @@ def family_of(hf_config: PretrainedConfig) -> Family:
     """Raises ValueError for an architecture, or a feature of one, that is not built here."""
     name = (hf_config.architectures or ["unknown"])[0]
     if name not in FAMILIES:
-        raise ValueError(f"model.path: architecture {name} is not supported; use one of {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"model.path: architecture {name} is not supported; use one of {', '.join(FAMILIES)}"
+        )
     if getattr(hf_config, "use_sliding_window", False):
         raise ValueError("model.path: use_sliding_window is true; sliding-window attention is not supported")
     if getattr(hf_config, "attention_bias", False) or getattr(hf_config, "mlp_bias", False):
@@ -130,7 +132,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def layer_specs(megatron_config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """This stage's layers: Transformer Engine's linears and norms where installed, else ours; our attention."""
+    """This stage's layers: our attention; linears and norms of Transformer Engine where it is installed."""
     qk_norm = megatron_config.qk_layernorm
     if HAVE_TE:
         from megatron.core.extensions.transformer_engine import TENorm

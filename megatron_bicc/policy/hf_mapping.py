@@ -1,4 +1,4 @@
-"""Which Hugging Face tensors make which megatron-core parameter, and how a parameter is cut for tensor parallel.
+"""Which Hugging Face tensors make which megatron-core parameter, and how tensor parallel cuts it.
 
 A parameter's whole form has one dimension along which tensor parallel cuts it evenly:
 

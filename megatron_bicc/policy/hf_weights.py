@@ -16,7 +16,14 @@ from transformers import PretrainedConfig
 from megatron_bicc.policy.hf_mapping import Rule, cut, from_whole, join, rule_for, to_whole
 from megatron_bicc.policy.model import PolicyModel
 
-COPIED_FILES = ("config.json", "generation_config.json", "chat_template.jinja", "*token*", "merges.txt", "vocab.*")
+COPIED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "*token*",
+    "merges.txt",
+    "vocab.*",
+)
 
 
 class SafetensorsDirectory:
@@ -76,7 +83,9 @@ def load_weights(chunks: list[PolicyModel], hf_config: PretrainedConfig, path: s
                 )
             except RuntimeError as error:
                 shapes = [tuple(x.shape) for x in tensors]
-                raise ValueError(f"{path}: {', '.join(rule.hf)}: shape {shapes} does not fit config.json") from error
+                raise ValueError(
+                    f"{path}: {', '.join(rule.hf)}: shape {shapes} does not fit config.json"
+                ) from error
             parameter.data.copy_(part)
         _load_tied_output(chunk, hf_config, source, rank, size)
 
@@ -105,11 +114,17 @@ def hf_tensors(chunks: list[PolicyModel], hf_config: PretrainedConfig) -> Iterat
     for stage, table in enumerate(tables):
         for i, (rule, shape, dtype) in enumerate(table):
             mine = stage == pp_group.rank()
-            part = own[i][1].data.contiguous() if mine else torch.empty(shape, dtype=dtype, device=own[0][1].device)
+            part = (
+                own[i][1].data.contiguous()
+                if mine
+                else torch.empty(shape, dtype=dtype, device=own[0][1].device)
+            )
             dist.broadcast(part, group=pp_group, group_src=stage)
             parts = [torch.empty_like(part) for _ in range(tp_group.size())]
             dist.all_gather(parts, part, group=tp_group)
-            yield from zip(rule.hf, from_whole(rule.kind, join(rule.kind, parts, hf_config), hf_config), strict=True)
+            yield from zip(
+                rule.hf, from_whole(rule.kind, join(rule.kind, parts, hf_config), hf_config), strict=True
+            )
 
 
 def save_hf(

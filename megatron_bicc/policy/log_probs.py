@@ -121,7 +121,7 @@ def _backward_chunk(
 
 
 def _local_labels(labels_C: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """(this rank's column of each label, 0 where another rank has it, as [C, 1]; whether it is this rank's)."""
+    """(this rank's column of each label or 0, as [C, 1]; whether the label is this rank's)."""
     local = labels_C - shard.first
     is_local = (local >= 0) & (local < shard.size)
     return local.where(is_local, torch.zeros_like(local)).unsqueeze(-1), is_local

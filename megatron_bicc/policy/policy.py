@@ -1,4 +1,4 @@
-"""The policy in training: model chunks, optimizer, and the passes that a step makes over packed micro-batches.
+"""The policy in training: model chunks, optimizer, and a step's passes over packed micro-batches.
 
 Shape suffixes: N response rows of a micro-batch.
 """
@@ -133,14 +133,15 @@ class Policy:
     def weights(self, host_weights: list[Tensor]) -> Iterator[None]:
         """Inside it the policy has other weights, such as the reference's `host_copy`; then its own again."""
         own = self.host_copy()
-        self._fill(host_weights)
+        self.set_weights(host_weights)
         try:
             yield
         finally:
-            self._fill(own)
+            self.set_weights(own)
 
     @torch.no_grad()
-    def _fill(self, host_weights: list[Tensor]) -> None:
+    def set_weights(self, host_weights: list[Tensor]) -> None:
+        """Copies another policy's `host_copy` into this one; the optimizer's main weights stay."""
         for parameter, weight in zip(self._all_parameters(), host_weights, strict=True):
             parameter.copy_(weight)
 

@@ -23,7 +23,9 @@ def rotary_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
     parameters = hf_config.rope_parameters
     kind = parameters.get("rope_type", "default")
     if kind not in ("default", "linear", "llama3", "yarn"):
-        raise ValueError(f"model.path: rope_type '{kind}' is not supported; use default, linear, llama3 or yarn")
+        raise ValueError(
+            f"model.path: rope_type '{kind}' is not supported; use default, linear, llama3 or yarn"
+        )
     if kind == "default":
         size = head_dim(hf_config)
         return 1.0 / parameters["rope_theta"] ** (torch.arange(0, size, 2).float() / size), 1.0

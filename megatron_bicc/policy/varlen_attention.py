@@ -128,7 +128,21 @@ def _backward_cuda(
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
     unused = torch.empty(0, device=q.device)
     dq, dk, dv = _aten._flash_attention_backward(
-        grad, q, k, v, out, lse, s.cu_q, s.cu_k, s.max_q, s.max_k, 0.0, causal, no_dropout, unused, scale=scale
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        s.cu_q,
+        s.cu_k,
+        s.max_q,
+        s.max_k,
+        0.0,
+        causal,
+        no_dropout,
+        unused,
+        scale=scale,
     )
     if s.keyless_rows is not None:
         dq[s.keyless_rows] = 0.0

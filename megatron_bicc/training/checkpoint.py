@@ -1,6 +1,6 @@
 """Checkpoints by megatron-core's dist_checkpointing: written aside, renamed when whole.
 
-    OUTPUT_DIR/checkpoints/step_00000050/    weights and optimizer, sharded, and progress.json
+OUTPUT_DIR/checkpoints/step_00000050/    weights and optimizer, sharded, and progress.json
 """
 
 import json
@@ -37,7 +37,9 @@ class Progress:
 def checkpoints(output_dir: str) -> list[Path]:
     """Finished checkpoints of a run, oldest first."""
     root = Path(output_dir) / "checkpoints"
-    found = [p for p in root.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name) and (p / PROGRESS).is_file()]
+    found = [
+        p for p in root.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name) and (p / PROGRESS).is_file()
+    ]
     return sorted(found)
 
 

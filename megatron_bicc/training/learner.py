@@ -66,8 +66,12 @@ class Learner:
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.plain, self.bilateral = packing_settings(config, policy.hf_config.vocab_size, tokenizer)
 
-    def step(self, groups: list[Group], clock: Stopwatch) -> StepResult | None:
-        """One optimiser step; None if no group has both right and wrong rollouts. Collective."""
+    def step(self, groups: list[Group], clock: Stopwatch, moved: bool = True) -> StepResult | None:
+        """One optimiser step; None if no group has both right and wrong rollouts. Collective.
+
+        `moved` is whether the policy was updated since these groups' rollouts were sampled: if it was not,
+        it is its own old policy, and a pass is saved.
+        """
         everything = step_batch(groups)
         weight_R = token_weights(
             everything.lengths_R, self.config.loss.aggregation, self.config.rollout.max_new_tokens
@@ -79,9 +83,9 @@ class Learner:
             return None
         batch = step_batch([group for group, kept in zip(groups, contrast_G, strict=True) if kept])
         weight_R = weight_R[np.repeat(contrast_G, np.diff(everything.rollouts.group_offsets_G))]
-        return self._learn(batch, weight_R, clock)
+        return self._learn(batch, weight_R, clock, moved)
 
-    def _learn(self, batch: StepBatch, weight_R: np.ndarray, clock: Stopwatch) -> StepResult:
+    def _learn(self, batch: StepBatch, weight_R: np.ndarray, clock: Stopwatch, moved: bool) -> StepResult:
         with clock("pack"):
             plain = pack(batch.rollouts, self.plain, self.dp_size)
             plans = self._plans(batch, plain)
@@ -92,11 +96,11 @@ class Learner:
             share = {True: self.bicc_weight, False: 1.0 - self.bicc_weight}
             pieces = [p for kind in plans for p in pieces_of(plans[kind], self.dp_rank, kind, share[kind])]
         with clock("logprob"):
-            old = self._denominators(pieces, log_probs)
+            old = self._denominators(pieces, log_probs, moved)
         with clock("train"):
             loss, new = self._accumulate(pieces, old, log_probs, adv, weight_R)
             grad_norm = self.policy.update()
-        ratios = {kind: self._ratios(pieces, new, old, kind, len(batch.rollouts.tokens)) for kind in plans}
+        ratios = {kind: _ratios(pieces, new, old, kind, len(batch.rollouts.tokens)) for kind in plans}
         return StepResult(batch, log_probs, adv, plans, ratios, loss, grad_norm)
 
     def _plans(self, batch: StepBatch, plain: StepPlan) -> dict[bool, StepPlan]:
@@ -121,26 +125,28 @@ class Learner:
                 ref_T = gather_tokens([x[0] for x in self.policy.log_probs(packed)], batches, num_tokens)
         return TokenLogProbs(old_T, ref_T, batch.rollout_logp_T, entropy_T)
 
-    def _denominators(self, pieces: list[Piece], log_probs: TokenLogProbs) -> list[Tensor]:
-        """Old log-probs float32 [N] of every piece's rows; [] except on the last pipeline stage."""
-        conditioned = [p.packed for p in pieces if p.conditioned]
-        passes: list[Tensor] = []
-        if conditioned and self.config.bicc.denominator == "conditioned":
-            passes = self.policy.log_probs(conditioned)
-        if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-            return []
-        given_context = iter(passes)
-        return [
-            next(given_context)[0]
-            if piece.conditioned and passes
-            else torch.from_numpy(log_probs.old_T[piece.batch.gather]).to(platform.device())
-            for piece in pieces
-        ]
+    def _denominators(self, pieces: list[Piece], log_probs: TokenLogProbs, moved: bool) -> dict[int, Tensor]:
+        """Old log-probs float32 [N] of each piece's rows; left out where the policy is its own old one.
+
+        On the last pipeline stage; those of conditioned pieces are empty on the others.
+        """
+        given_context = [i for i, p in enumerate(pieces) if p.conditioned]
+        if self.config.bicc.denominator == "plain":
+            given_context = []
+        old = {
+            i: torch.from_numpy(log_probs.old_T[piece.batch.gather]).to(platform.device())
+            for i, piece in enumerate(pieces)
+            if i not in given_context
+        }
+        if given_context and moved:
+            passes = self.policy.log_probs([pieces[i].packed for i in given_context])
+            old |= {i: x[0] for i, x in zip(given_context, passes, strict=False)}
+        return old
 
     def _accumulate(
         self,
         pieces: list[Piece],
-        old: list[Tensor],
+        old: dict[int, Tensor],
         log_probs: TokenLogProbs,
         adv: Advantages,
         weight_R: np.ndarray,
@@ -148,20 +154,20 @@ class Learner:
         """Gradients of the step's loss; (the loss, log-probs of every piece's rows)."""
 
         def loss(index: int, logp_N: Tensor, entropy_N: Tensor) -> Tensor:
-            piece, old_N = pieces[index], old[index]
+            piece, old_N = pieces[index], old.get(index, logp_N.detach())
             rows = loss_rows(piece, old_N, entropy_N, log_probs, adv.advantage_R, weight_R)
             return policy_loss(logp_N, rows, self.config.loss)
 
         share, new = self.policy.accumulate_gradients([piece.packed for piece in pieces], loss)
         return sum_scalar(share), new
 
-    def _ratios(
-        self, pieces: list[Piece], new: list[Tensor], old: list[Tensor], conditioned: bool, num_tokens: int
-    ) -> RatioTokens:
-        chosen = [i for i, piece in enumerate(pieces) if piece.conditioned == conditioned]
-        batches = [pieces[i].batch for i in chosen]
-        new_T, old_T = (
-            gather_tokens([values[i] for i in chosen] if values else [], batches, num_tokens)
-            for values in (new, old)
-        )
-        return RatioTokens(new_T, old_T)
+
+def _ratios(
+    pieces: list[Piece], new: list[Tensor], old: dict[int, Tensor], conditioned: bool, num_tokens: int
+) -> RatioTokens:
+    """Brings the ratios of the pieces with or without a context to every rank. Collective."""
+    chosen = [i for i, piece in enumerate(pieces) if piece.conditioned == conditioned]
+    batches = [pieces[i].batch for i in chosen]
+    new_N = [new[i] for i in chosen] if new else []
+    old_N = [old.get(i, new[i]) for i in chosen] if new else []
+    return RatioTokens(gather_tokens(new_N, batches, num_tokens), gather_tokens(old_N, batches, num_tokens))

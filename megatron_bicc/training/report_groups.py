@@ -52,7 +52,9 @@ def _describe(
     }
 
 
-def _context(plan: StepPlan | None, rollout: int, prompt_length: int, tokenizer: PreTrainedTokenizerBase) -> str:
+def _context(
+    plan: StepPlan | None, rollout: int, prompt_length: int, tokenizer: PreTrainedTokenizerBase
+) -> str:
     """What stood between prompt and response; empty without BICC. The first of several contexts."""
     contexts = plan.contexts(rollout) if plan else []
     return tokenizer.decode(contexts[0].prefix_tokens[prompt_length:]) if contexts else ""

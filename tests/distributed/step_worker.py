@@ -1,6 +1,6 @@
 """Run by torchrun: one optimiser step of every case under one layout; rank 0 writes what came out.
 
-    torchrun --nproc-per-node 2 step_worker.py MODEL_DIR MOVED_DIR EXAMPLES OUT parallel.tensor=2 ...
+torchrun --nproc-per-node 2 step_worker.py MODEL_DIR MOVED_DIR EXAMPLES OUT parallel.tensor=2 ...
 """
 
 import sys
@@ -11,15 +11,14 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.steps import CASES, TOKENIZER, make_config, to_groups  # noqa: E402
+from support.steps import CASES, TOKENIZER, make_config, to_groups
 
-from megatron_bicc import platform  # noqa: E402
-from megatron_bicc.config import Config  # noqa: E402
-from megatron_bicc.monitoring.timing import Stopwatch  # noqa: E402
-from megatron_bicc.policy.hf_weights import hf_tensors  # noqa: E402
-from megatron_bicc.policy.policy import Policy, start_model_parallel  # noqa: E402
-from megatron_bicc.training.learner import Learner  # noqa: E402
-
+from megatron_bicc import platform
+from megatron_bicc.config import Config
+from megatron_bicc.monitoring.timing import Stopwatch
+from megatron_bicc.policy.hf_weights import hf_tensors
+from megatron_bicc.policy.policy import Policy, start_model_parallel
+from megatron_bicc.training.learner import Learner
 
 LAYOUT_CASES = ("grpo", "bicc_plain", "bicc_rcc_mixed_conditioned")
 
@@ -41,7 +40,7 @@ def run_case(model: str, moved: str, examples: str, case: str, overrides: list[s
     """Loss, gradient norm and updated weights of one step; the reference policy is `model`."""
     policy = Policy(configure(model, case, overrides))
     learner = Learner(configure(model, case, overrides), policy, TOKENIZER)
-    policy._fill(Policy(configure(moved, case, overrides)).host_copy())
+    policy.set_weights(Policy(configure(moved, case, overrides)).host_copy())
     policy.optimizer.reload_model_params()
     result = learner.step(to_groups(torch.load(examples, weights_only=False)), Stopwatch())
     with platform.megatron():

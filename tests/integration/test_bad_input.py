@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).parents[2]
 GOOD_ROW = {"prompt": "1+1=", "answer": "2"}
 
 SETTINGS = {
-    "rollout.grup_size=4": "command line: unknown setting rollout.grup_size; the nearest is rollout.group_size",
+    "rollout.grup_size=4": "unknown setting rollout.grup_size; the nearest is rollout.group_size",
     "rollout.group_size=many": "command line: rollout.group_size is 'many'; it must be a whole number",
     "rollout.group_size=1": "rollout.group_size is 1; it must be at least 2",
     "algorithm=gropo": "algorithm: unknown name 'gropo'; the nearest is 'grpo'",
@@ -80,13 +80,17 @@ def test_row(row: str, arguments: list[str], tmp_path: Path, capsys: pytest.Capt
     assert ROWS[row] in line
 
 
-def test_another_runs_directory(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_runs_directory(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text("")
     assert "it already holds a run" in run(arguments, capsys)
 
 
-def test_unknown_setting_in_a_file(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_setting_in_a_file(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "bad.yaml").write_text("rollout:\n  grup_size: 4\n")
     line = run(["--config", str(tmp_path / "bad.yaml"), *arguments], capsys)
     assert f"{tmp_path / 'bad.yaml'} line 2: unknown setting rollout.grup_size" in line

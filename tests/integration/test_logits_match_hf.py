@@ -25,8 +25,6 @@ def test_logits_equal_transformers(name: str, model_dirs: dict[str, Path], singl
     # the product never makes logits of all rows; this is the output layer that it inherits
     module._postprocess = partial(GPTModel._postprocess, module)
     with torch.no_grad():
-        ours = module(
-            tokens[None], torch.arange(150)[None], None, packed_seq_params=causal_batch(tokens)
-        )
+        ours = module(tokens[None], torch.arange(150)[None], None, packed_seq_params=causal_batch(tokens))
         theirs = model(tokens[None]).logits
     assert (ours - theirs).abs().max() < 1e-5 * max(1.0, float(theirs.abs().max()))

@@ -25,10 +25,16 @@ def hf_gradients(policy: Policy) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("moved_since_rollout", [False, True])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", ["qwen3_tied", "llama3"])
 def test_step_equals_reference(
-    case: str, family: str, model_dirs: dict[str, Path], single_process: None, tmp_path: Path
+    case: str,
+    family: str,
+    moved_since_rollout: bool,
+    model_dirs: dict[str, Path],
+    single_process: None,
+    tmp_path: Path,
 ) -> None:
     algorithm, settings = CASES[case]
     reference = AutoModelForCausalLM.from_pretrained(model_dirs[family], dtype=torch.float32).eval()
@@ -39,8 +45,8 @@ def test_step_equals_reference(
 
     policy = Policy(config)
     learner = Learner(config, policy, TOKENIZER)
-    policy._fill(Policy(make_config(tmp_path, algorithm)).host_copy())
-    result = learner.step(to_groups(examples), Stopwatch())
+    policy.set_weights(Policy(make_config(tmp_path, algorithm)).host_copy())
+    result = learner.step(to_groups(examples), Stopwatch(), moved_since_rollout)
 
     expected = reference_loss(moved, copy.deepcopy(moved), reference, examples, config)
     expected.backward()

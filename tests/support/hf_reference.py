@@ -25,7 +25,9 @@ class Example:
     rollout_logp: list[torch.Tensor]
 
 
-def response_logp(model: PreTrainedModel, prefix: list[int], response: list[int], temperature: float) -> torch.Tensor:
+def response_logp(
+    model: PreTrainedModel, prefix: list[int], response: list[int], temperature: float
+) -> torch.Tensor:
     """log p of each response token, by one unpacked forward pass."""
     logits = model(torch.tensor([prefix + response])).logits[0, len(prefix) - 1 : -1]
     return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
@@ -66,7 +68,11 @@ def token_loss(logp: torch.Tensor, old: torch.Tensor, advantage: float, config: 
 
 
 def reference_loss(
-    policy: PreTrainedModel, old: PreTrainedModel, reference: PreTrainedModel, groups: list[Example], config: Config
+    policy: PreTrainedModel,
+    old: PreTrainedModel,
+    reference: PreTrainedModel,
+    groups: list[Example],
+    config: Config,
 ) -> torch.Tensor:
     """The loss of a whole step under GRPO's aggregation, with gradients for `policy`."""
     total, count = torch.zeros(()), sum(len(group.responses) for group in groups)

@@ -1,4 +1,4 @@
-"""The seams through which megatron-core is moved to a CPU: this test names the one that a new version moves."""
+"""The seams through which megatron-core runs on a CPU: a test names the one that a new version moves."""
 
 import importlib.metadata
 
@@ -13,7 +13,9 @@ from megatron_bicc.platform import cpu
 def test_seam_is_where_megatron_looks(seam: tuple) -> None:
     module, name, _ = seam
     version = importlib.metadata.version("megatron-core")
-    assert hasattr(module, name), f"megatron-core {version} has no {module.__name__}.{name}: see platform/cpu.py"
+    assert hasattr(module, name), (
+        f"megatron-core {version} has no {module.__name__}.{name}: see platform/cpu.py"
+    )
 
 
 def test_redirection_ends_with_its_context() -> None:

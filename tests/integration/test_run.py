@@ -1,0 +1,100 @@
+"""A whole run on one process: what it writes, that it goes on where it was killed, and what it exports."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+REPOSITORY = Path(__file__).parents[2]
+SETTINGS = [
+    "parallel.tensor=1",
+    "rollout.prompts_per_step=8",
+    "evaluation.prompts=6",
+    "evaluation.every=2",
+    "evaluation.samples=2",
+    "checkpoint.every=2",
+    "monitoring.tensorboard=false",
+]
+PROGRAM = [
+    sys.executable,
+    "-W",
+    "ignore",
+    "-m",
+    "megatron_bicc.train",
+    "--config",
+    "examples/configs/tiny.yaml",
+]
+
+
+def train(out: Path, *settings: str) -> subprocess.CompletedProcess:
+    command = [*PROGRAM, *SETTINGS, f"output_dir={out}", *settings]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280)
+
+
+def metrics(out: Path) -> list[dict]:
+    """metrics.jsonl without the times, which differ from run to run."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps in one go."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    done = train(out, "train.steps=4")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for place in ("metrics.jsonl", "report.html", "hf", "checkpoints/step_00000004"):
+        assert (out / place).exists()
+        assert str(out / place) in done.stderr
+    return out
+
+
+def test_metrics_have_a_line_a_step(whole_run: Path) -> None:
+    records = metrics(whole_run)
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
+    assert [record["step"] for record in records if "eval/pass_at_1" in record] == [0, 2, 4]
+    for key in ("reward/mean", "rcc/cov", "tokens/packed", "tokens/rows", "train/grad_norm"):
+        assert all(key in record for record in records[1:]), key
+    assert all(record["tokens/packed"] < record["tokens/rows"] for record in records[1:])
+
+
+def test_groups_show_their_contexts(whole_run: Path) -> None:
+    groups = [json.loads(line) for line in (whole_run / "groups.jsonl").read_text().splitlines()]
+    assert {group["step"] for group in groups} == {2, 4}
+    for rollouts in (group["rollouts"] for group in groups):
+        for rollout in rollouts:
+            opposite = [other["text"] for other in rollouts if other["correct"] != rollout["correct"]]
+            assert all(text in rollout["context"] for text in opposite)
+
+
+def test_resumed_run_equals_one_that_was_not_stopped(whole_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "resumed"
+    # the third step's metrics are written, its weights are lost: the run goes on from step 2
+    assert train(out, "train.steps=3", "checkpoint.every=2").returncode == 0
+    (out / "checkpoints/step_00000003").rename(tmp_path / "lost")
+    done = train(out, "train.steps=4", "checkpoint.resume=true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = [record for record in metrics(whole_run) if record["step"] != 3]
+    assert [r for r in metrics(out) if r["step"] != 3] == expected
+    ours, theirs = (load_file(path / "hf/model.safetensors") for path in (out, whole_run))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_export_is_the_trained_policy(whole_run: Path) -> None:
+    exported = AutoModelForCausalLM.from_pretrained(whole_run / "hf")
+    start = AutoModelForCausalLM.from_pretrained(REPOSITORY / "examples/tiny_policy")
+    changed = [not torch.equal(a, b) for a, b in zip(exported.parameters(), start.parameters(), strict=True)]
+    assert all(changed)
+    AutoTokenizer.from_pretrained(whole_run / "hf")
+
+
+def test_a_used_directory_is_refused(whole_run: Path) -> None:
+    done = train(whole_run, "train.steps=4")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "it already holds a run" in done.stderr
