@@ -2,9 +2,9 @@
 
     python tools/make_arithmetic_prompts.py --out examples/data
 
-A problem is two steps of two-digit addition or subtraction, `47+85-23=`, chosen so that forgetting
-every carry and borrow gives another result. Whether a problem is held out depends on its text alone, so
-nothing that draws from the other part ever trains on one.
+A problem is two steps of addition or subtraction, `47+25-38=`, all of whose numbers have two digits, and
+forgetting every carry and borrow gives another result. Whether a problem is held out depends on its text
+alone, so nothing that draws from the other part ever trains on one.
 """
 
 import argparse
@@ -22,12 +22,12 @@ HELD_OUT_SHARE = 10
 
 
 def add(a: int, b: int, carry: bool = True) -> int:
-    """a + b; without the carry: digit by digit, the carry into the tens forgotten (47+85 -> 122)."""
+    """a + b; without the carry: digit by digit, the carry into the tens forgotten (47+25 -> 62)."""
     return a + b if carry or a % 10 + b % 10 < 10 else a + b - 10
 
 
 def subtract(a: int, b: int, borrow: bool = True) -> int:
-    """a - b; without the borrow: in every digit the smaller from the larger (132-23 -> 111)."""
+    """a - b; without the borrow: in every digit the smaller from the larger (72-38 -> 46)."""
     if borrow:
         return a - b
     width = max(len(str(a)), len(str(b)))
@@ -69,12 +69,13 @@ class Problem:
 
 
 def draw_problem(rng: random.Random, held_out: bool, steps: int = 2) -> Problem:
-    """A problem of the asked part whose steps stay positive and whose wrong result is not the right one."""
+    """A problem of the asked part with two-digit results at every step and another wrong result."""
     while True:
         rest = tuple((rng.choice("+-"), rng.randint(10, 99)) for _ in range(steps))
         problem = Problem(rng.randint(10, 99), rest)
-        right = problem.values()
-        if min(right) > 0 and right[-1] != problem.values(right=False)[-1] and problem.held_out == held_out:
+        right, wrong = problem.values(), problem.values(right=False)
+        two_digits = all(10 <= value <= 99 for value in right)
+        if two_digits and right[-1] != wrong[-1] and problem.held_out == held_out:
             return problem
 
 

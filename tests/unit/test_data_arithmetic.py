@@ -27,18 +27,18 @@ def test_subtracting_without_the_borrow(a: int, b: int, rest: int):
 
 
 def test_solution_is_written_out():
-    problem = Problem(47, (("+", 85), ("-", 23)))
-    assert problem.text == "47+85-23="
-    assert problem.solution() == "47+85=132\n132-23=109\n\\boxed{109}"
-    assert problem.solution(right=False) == "47+85=122\n122-23=101\n\\boxed{101}"
+    problem = Problem(47, (("+", 25), ("-", 38)))
+    assert problem.text == "47+25-38="
+    assert problem.solution() == "47+25=72\n72-38=34\n\\boxed{34}"
+    assert problem.solution(right=False) == "47+25=62\n62-38=36\n\\boxed{36}"
 
 
 @pytest.mark.parametrize("held_out", [True, False])
-def test_drawn_problems_are_positive_tell_the_procedures_apart_and_keep_to_their_part(held_out: bool):
+def test_drawn_problems_have_two_digits_tell_the_procedures_apart_and_keep_to_their_part(held_out: bool):
     rng = random.Random(0)
     for _ in range(200):
         problem = draw_problem(rng, held_out)
-        assert min(problem.values()) > 0
+        assert all(10 <= value <= 99 for value in problem.values())
         assert eval(problem.text.rstrip("=")) == problem.values()[-1] != problem.values(right=False)[-1]
         assert problem.held_out == held_out
 
