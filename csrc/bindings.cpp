@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <string>
 #include <thread>
@@ -174,8 +175,8 @@ class PlanHandle {
 
   void fill(const py::dict& buffers, const py::object& channels, const py::object& thread_count) const {
     int64_t threads = read<int64_t>(thread_count, "threads");
-    if (threads < 0 || threads > 1024) fail("threads is ", threads, "; it must be in [0, 1024], 0 for all cores");
-    if (threads == 0) threads = std::max(1u, std::thread::hardware_concurrency());
+    if (threads < 0 || threads > 1024) fail("threads is ", threads, "; it must be in [0, 1024], 0 to choose");
+    if (threads == 0) threads = default_threads();
     const py::array channel_array = checked<float>(channels, "channels", 2);
     if (channel_array.shape(1) != tokens_.size()) {
       fail("channels must be of shape [K, ", tokens_.size(), "], one column a response token, not [",
@@ -187,6 +188,12 @@ class PlanHandle {
   }
 
  private:
+  // A core for every million rows: below that, starting a thread costs more than it saves.
+  int64_t default_threads() const {
+    const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+    return std::clamp<int64_t>(extent_.rows >> 20, 1, cores);
+  }
+
   template <class T>
   static T* buffer(const py::dict& buffers, const char* name, int64_t size) {
     if (!buffers.contains(name)) fail("buffer ", name, " is missing");

@@ -87,7 +87,8 @@ std::vector<Bin> fill_bins(const std::vector<int64_t>& rows, int64_t limit) {
 
 int64_t even_limit(const std::vector<int64_t>& rows, int64_t capacity, int64_t bins) {
   if (rows.empty()) return capacity;
-  int64_t low = *std::max_element(rows.begin(), rows.end());
+  const int64_t total = std::accumulate(rows.begin(), rows.end(), int64_t{0});
+  int64_t low = std::max(*std::max_element(rows.begin(), rows.end()), (total + bins - 1) / bins);
   int64_t high = capacity;
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;

@@ -9,7 +9,8 @@ python=${PYTHON:-.venv/bin/python}
 compiler=${CXX:-g++}
 build=build/sanitize
 library=$build/_C.so
-flags=(-std=c++17 -O1 -g -fPIC -pthread -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all)
+flags=(-std=c++17 -O1 -g -fPIC -pthread -fno-omit-frame-pointer)
+flags+=("-fsanitize=address,undefined" -fno-sanitize-recover=all)
 includes=()
 while read -r path; do includes+=("-I$path"); done < <("$python" -c '
 import pybind11, sysconfig

@@ -14,7 +14,7 @@ def make_bins(rows: list[int], budget: int, dp_size: int) -> list[list[int]]:
     if dp_size == 1 or not bins:
         return bins
     wanted = -(-len(bins) // dp_size) * dp_size
-    low, high = max(rows), budget
+    low, high = max(max(rows), -(-sum(rows) // wanted)), budget
     while low < high:
         middle = (low + high) // 2
         if len(fill_bins(rows, middle)) <= wanted:

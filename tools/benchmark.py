@@ -1,0 +1,36 @@
+#!/usr/bin/env python
+"""Benchmarks of megatron_bicc: a sub-command for each module of tools/benchmarks.
+
+A module has `add_arguments` and `run`, which prints tables for people and returns what --json writes.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+TOOLS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TOOLS), str(TOOLS.parent)]
+
+
+def main() -> None:
+    """Runs the benchmark that the command line names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    modules = {}
+    for path in sorted((TOOLS / "benchmarks").glob("[!_]*.py")):
+        modules[path.stem] = importlib.import_module(f"benchmarks.{path.stem}")
+        command = commands.add_parser(path.stem, help=modules[path.stem].__doc__.splitlines()[0])
+        command.add_argument("--json", type=Path, help="write the figures to this file")
+        modules[path.stem].add_arguments(command)
+    arguments = parser.parse_args()
+    figures = modules[arguments.benchmark].run(arguments)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
