@@ -5,6 +5,7 @@ import sys
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
+import hypothesis
 import pytest
 import yaml
 from hypothesis import given
@@ -75,6 +76,7 @@ def test_null_and_text_keep_their_meaning(yaml_file):
     assert config.loss == LossConfig()
 
 
+@hypothesis.settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_text_settings_take_any_text(text: str):
     assert parse_config([f"bicc.answer_header={text}"]).bicc.answer_header == text

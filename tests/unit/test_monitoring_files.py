@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -65,6 +65,7 @@ def test_a_line_is_on_disk_when_write_returns(writer: MetricsWriter, tmp_path: P
     assert synced == ['{"step": 3}\n']
 
 
+@settings(deadline=None)
 @given(cut=st.integers(min_value=0, max_value=60))
 def test_a_line_cut_anywhere_costs_that_line_only(tmp_path_factory: pytest.TempPathFactory, cut: int):
     directory = tmp_path_factory.mktemp("run")
