@@ -24,14 +24,17 @@ def token_weights(lengths_R: np.ndarray, kind: Aggregation, constant_length: int
     lengths_R = np.asarray(lengths_R)
     bad = np.flatnonzero(lengths_R < 1)
     if len(bad):
-        raise ValueError(f"response of rollout {bad[0]} has length {lengths_R[bad[0]]}; "
-                         "it must be at least 1 token")
+        raise ValueError(
+            f"response of rollout {bad[0]} has length {lengths_R[bad[0]]}; it must be at least 1 token"
+        )
     count = len(lengths_R)
     if kind == "sequence_mean":
         return 1.0 / (count * lengths_R.astype(np.float64))
     if kind == "token_mean":
         return np.full(count, 1.0 / max(int(lengths_R.sum()), 1))
     if constant_length < 1:
-        raise ValueError(f"aggregation 'constant' divides by the longest response, but constant_length is "
-                         f"{constant_length}; set rollout.max_new_tokens")
+        raise ValueError(
+            f"aggregation 'constant' divides by the longest response, but constant_length is "
+            f"{constant_length}; set rollout.max_new_tokens"
+        )
     return np.full(count, 1.0 / (max(count, 1) * constant_length))

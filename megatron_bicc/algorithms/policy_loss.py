@@ -48,8 +48,10 @@ class LossRows:
         for field in fields(self):
             tensor = getattr(self, field.name)
             if tensor is not None and tensor.shape != self.old_logp.shape:
-                raise ValueError(f"LossRows.{field.name} has shape {tuple(tensor.shape)}, "
-                                 f"but old_logp has {tuple(self.old_logp.shape)}")
+                raise ValueError(
+                    f"LossRows.{field.name} has shape {tuple(tensor.shape)}, "
+                    f"but old_logp has {tuple(self.old_logp.shape)}"
+                )
         if self.response.dtype != torch.int64:
             raise ValueError(f"LossRows.response has dtype {self.response.dtype}; it must be torch.int64")
 
@@ -63,8 +65,9 @@ def policy_loss(logp: torch.Tensor, rows: LossRows, loss: LossConfig) -> torch.T
     what a setting needs.
     """
     if logp.shape != rows.old_logp.shape:
-        raise ValueError(f"logp has shape {tuple(logp.shape)}, but LossRows.old_logp has "
-                         f"{tuple(rows.old_logp.shape)}")
+        raise ValueError(
+            f"logp has shape {tuple(logp.shape)}, but LossRows.old_logp has {tuple(rows.old_logp.shape)}"
+        )
     bounds = clip_bounds(loss)
     loss_T = _OBJECTIVES[loss.objective](logp, rows, bounds)
     if loss.tis_cap:

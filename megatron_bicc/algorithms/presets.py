@@ -24,15 +24,17 @@ class Preset:
     dual_clip: float = 0.0
 
 
-PRESETS = MappingProxyType({
-    "grpo": Preset("normalized", "token", 0.2, 0.2, "sequence_mean"),  # arXiv 2402.03300
-    "dr_grpo": Preset("centered", "token", 0.2, 0.2, "constant"),  # arXiv 2503.20783
-    "dapo": Preset("normalized", "token", 0.2, 0.28, "token_mean"),  # arXiv 2503.14476
-    "gspo": Preset("normalized", "sequence", 3e-4, 4e-4, "sequence_mean"),  # arXiv 2507.18071
-    "gmpo": Preset("normalized", "geometric", 0.4, 0.4, "sequence_mean"),  # arXiv 2507.20673
-    "aspo": Preset("normalized", "aspo", 0.2, 0.2, "token_mean", dual_clip=3.0),  # arXiv 2510.06062
-    "cispo": Preset("normalized", "cispo", 1.0, 4.0, "token_mean"),  # arXiv 2506.13585
-})
+PRESETS = MappingProxyType(
+    {
+        "grpo": Preset("normalized", "token", 0.2, 0.2, "sequence_mean"),  # arXiv 2402.03300
+        "dr_grpo": Preset("centered", "token", 0.2, 0.2, "constant"),  # arXiv 2503.20783
+        "dapo": Preset("normalized", "token", 0.2, 0.28, "token_mean"),  # arXiv 2503.14476
+        "gspo": Preset("normalized", "sequence", 3e-4, 4e-4, "sequence_mean"),  # arXiv 2507.18071
+        "gmpo": Preset("normalized", "geometric", 0.4, 0.4, "sequence_mean"),  # arXiv 2507.20673
+        "aspo": Preset("normalized", "aspo", 0.2, 0.2, "token_mean", dual_clip=3.0),  # arXiv 2510.06062
+        "cispo": Preset("normalized", "cispo", 1.0, 4.0, "token_mean"),  # arXiv 2506.13585
+    }
+)
 """The table of docs/algorithms.md."""
 
 
@@ -46,8 +48,10 @@ def parse_algorithm(name: str) -> tuple[str, bool, bool]:
     if not known:
         names = [*ALIASES, *("".join(parts) for parts in product(PRESETS, ("", "+bicc"), ("", "+rcc")))]
         nearest = max(names, key=lambda known_name: SequenceMatcher(None, name, known_name).ratio())
-        raise ValueError(f"algorithm: unknown name '{name}'; the nearest is '{nearest}' "
-                         f"(one of {', '.join(PRESETS)}, with +bicc, +rcc or both; or bicc)")
+        raise ValueError(
+            f"algorithm: unknown name '{name}'; the nearest is '{nearest}' "
+            f"(one of {', '.join(PRESETS)}, with +bicc, +rcc or both; or bicc)"
+        )
     return base, "bicc" in additions, "rcc" in additions
 
 

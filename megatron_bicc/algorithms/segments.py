@@ -15,13 +15,16 @@ def check_offsets(offsets_S: np.ndarray, total: int, name: str, segment: str) ->
     if offsets_S.ndim != 1 or len(offsets_S) < 1 or offsets_S.dtype.kind not in "iu":
         raise ValueError(f"{name} must be one integer array with one entry more than there are {segment}s")
     if offsets_S[0] != 0 or offsets_S[-1] != total:
-        raise ValueError(f"{name} must run from 0 to {total}, but it runs "
-                         f"from {offsets_S[0]} to {offsets_S[-1]}")
+        raise ValueError(
+            f"{name} must run from 0 to {total}, but it runs from {offsets_S[0]} to {offsets_S[-1]}"
+        )
     bad = np.flatnonzero(np.diff(offsets_S.astype(np.int64)) <= 0)
     if len(bad):
         first = int(bad[0])
-        raise ValueError(f"{name}: {segment} {first} has length {offsets_S[first + 1] - offsets_S[first]}, "
-                         "but every length must be at least 1")
+        raise ValueError(
+            f"{name}: {segment} {first} has length {offsets_S[first + 1] - offsets_S[first]}, "
+            "but every length must be at least 1"
+        )
 
 
 def check_log_probs(logp_E: np.ndarray, offsets_S: np.ndarray, name: str) -> None:
@@ -31,16 +34,19 @@ def check_log_probs(logp_E: np.ndarray, offsets_S: np.ndarray, name: str) -> Non
     if len(bad):
         rollout = int(np.searchsorted(offsets_S, bad[0], side="right")) - 1
         token = int(bad[0] - offsets_S[rollout])
-        raise ValueError(f"{name} of rollout {rollout}, token {token} is {logp_E[bad[0]]}; "
-                         "it must be finite: check that this policy can emit the token")
+        raise ValueError(
+            f"{name} of rollout {rollout}, token {token} is {logp_E[bad[0]]}; "
+            "it must be finite: check that this policy can emit the token"
+        )
 
 
 def check_rewards(rewards_R: np.ndarray) -> None:
     """Refuse rewards that are infinite or not a number: ValueError with the rollout index."""
     bad = np.flatnonzero(~np.isfinite(rewards_R))
     if len(bad):
-        raise ValueError(f"reward of rollout {bad[0]} is {rewards_R[bad[0]]}; "
-                         "a verifier must return finite rewards")
+        raise ValueError(
+            f"reward of rollout {bad[0]} is {rewards_R[bad[0]]}; a verifier must return finite rewards"
+        )
 
 
 def segment_sums(values_E: np.ndarray, offsets_S: np.ndarray) -> np.ndarray:
