@@ -35,7 +35,10 @@ def main(argv: list[str]) -> None:
         workers = start_workers(inputs)
     except ValueError as error:
         abort(str(error))
-    train(inputs, workers)
+    try:
+        train(inputs, workers)
+    except KeyboardInterrupt:
+        abort(f"stopped; checkpoint.resume=true goes on from the newest checkpoint in {config.output_dir}")
     dist.destroy_process_group()
 
 
