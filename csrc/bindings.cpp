@@ -118,7 +118,7 @@ class PlanHandle {
     b.rewards = copy_of<float>(batch, "rewards_R");
     py::gil_scoped_release release;
     plan_ = make_plan(std::move(b), std::move(s), ranks);
-    extent_ = extent_of(plan_);
+    extent_ = starts_of(plan_).back();
   }
 
   // int64 [micro-batches, 5]: rows, prefix rows, response rows, sides, segments.
@@ -173,6 +173,21 @@ class PlanHandle {
                     py::arg("microbatches") = plan_.filled_bins, py::arg("rank_costs") = plan_.rank_costs);
   }
 
+  // int64 [copies, 12]: the fields of Copy (csrc/copy.h), for the fill on a GPU.
+  py::array_t<int64_t> copies() const {
+    std::vector<Copy> copies;
+    const std::vector<Extent> starts = starts_of(plan_);
+    for (size_t i = 0; i + 1 < starts.size(); ++i) append_copies(plan_, i, starts[i], copies);
+    constexpr py::ssize_t kFields = sizeof(Copy) / sizeof(int64_t);
+    const py::ssize_t count = static_cast<py::ssize_t>(copies.size());
+    return py::array_t<int64_t>({count, kFields}, reinterpret_cast<const int64_t*>(copies.data()));
+  }
+
+  // int32: what copies from headers count in.
+  py::array_t<int32_t> headers() const {
+    return py::array_t<int32_t>(static_cast<py::ssize_t>(plan_.headers.size()), plan_.headers.data());
+  }
+
   void fill(const py::dict& buffers, const py::object& channels, const py::object& thread_count) const {
     int64_t threads = read<int64_t>(thread_count, "threads");
     if (threads < 0 || threads > 1024) fail("threads is ", threads, "; it must be in [0, 1024], 0 to choose");
@@ -184,7 +199,8 @@ class PlanHandle {
     }
     const Buffers out = buffers_of(buffers, channel_array.shape(0));
     py::gil_scoped_release release;
-    bicc::fill(plan_, view<float>(channel_array), threads, out);
+    fill_segments(plan_, out);
+    fill_rows(plan_, view<float>(channel_array), threads, out);
   }
 
  private:
@@ -238,5 +254,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("sizes", &bicc::PlanHandle::sizes)
       .def_property_readonly("side_table", &bicc::PlanHandle::side_table)
       .def_property_readonly("counts", &bicc::PlanHandle::counts)
+      .def_property_readonly("copies", &bicc::PlanHandle::copies)
+      .def_property_readonly("headers", &bicc::PlanHandle::headers)
       .def("fill", &bicc::PlanHandle::fill, py::arg("buffers"), py::arg("channels"), py::arg("threads"));
 }

@@ -1,7 +1,7 @@
 // The threaded phase: tokens move into the caller's buffers as the plan says.
 #pragma once
 
-#include "plan.h"
+#include "copies.h"
 
 namespace bicc {
 
@@ -22,19 +22,11 @@ struct Buffers {
   float* channels;            // [channels * response rows]
 };
 
-// Number of items of each buffer's kind, over one micro-batch or the whole step.
-struct Extent {
-  int64_t rows = 0;
-  int64_t response_rows = 0;
-  int64_t segments = 0;
-  int64_t sides = 0;
-  int64_t seqlens = 0;
-  int64_t micro_batches = 0;
-};
-Extent extent_of(const Plan& plan);
+// Writes all but the rows themselves: cumulative lengths, rollout, group and scale of every segment.
+void fill_segments(const Plan& plan, const Buffers& buffers);
 
-// `channels` is [number of channels, response tokens of the batch]; each row is gathered like the labels.
-// The result does not depend on `threads`.
-void fill(const Plan& plan, Span<float> channels, int64_t threads, const Buffers& buffers);
+// Writes tokens, positions, labels, gather and channels. `channels` is [number of channels, response tokens of the
+// batch]; each is gathered like the labels. The result does not depend on `threads`.
+void fill_rows(const Plan& plan, Span<float> channels, int64_t threads, const Buffers& buffers);
 
 }  // namespace bicc

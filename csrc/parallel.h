@@ -10,13 +10,19 @@
 
 namespace bicc {
 
-// Calls body(i) for every i in [0, n), each once, in any order; the caller's thread takes part. `body` must not
-// throw. Where the system refuses a thread, those that run do the work.
+// Calls body(i) for every i in [0, n), each once, in any order; the caller's thread takes part. Where the system
+// refuses a thread, those that run do the work. Rethrows an exception of `body` when all threads are done.
 template <class Body>
 void parallel_for(int64_t n, int64_t threads, const Body& body) {
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
   const auto work = [&] {
-    for (int64_t i = next++; i < n; i = next++) body(i);
+    try {
+      for (int64_t i = next++; i < n; i = next++) body(i);
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
   };
   std::vector<std::thread> helpers;
   helpers.reserve(static_cast<size_t>(std::min(threads, n)));
@@ -26,6 +32,7 @@ void parallel_for(int64_t n, int64_t threads, const Body& body) {
   }
   work();
   for (std::thread& helper : helpers) helper.join();
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace bicc

@@ -74,6 +74,9 @@ Plan make_plan(Batch batch, Settings settings, int64_t dp_size) {
   Plan plan;
   plan.batch = std::move(batch);
   plan.settings = std::move(settings);
+  for (const auto* header : {&plan.settings.wrong_header, &plan.settings.right_header, &plan.settings.answer_header}) {
+    plan.headers.insert(plan.headers.end(), header->begin(), header->end());
+  }
   plan.sides = make_sides(plan.batch, plan.settings);
   plan.pieces = split_sides(plan.batch, plan.settings, plan.sides);
   assign_to_ranks(plan, make_bins(plan.pieces, plan.settings.capacity(), dp_size), dp_size);

@@ -21,6 +21,7 @@ struct MicroBatchSize {
 struct Plan {
   Batch batch;
   Settings settings;
+  std::vector<int32_t> headers;  // tokens of the wrong, the right and the answer header, end to end
   Sides sides;
   Pieces pieces;
   std::vector<Bin> micro_batches;  // rank after rank, an equal number each

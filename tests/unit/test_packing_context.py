@@ -1,5 +1,7 @@
 """Packings worked out by hand: contexts, layout, splitting."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from packing_cases import EOS, Group, Rollout, make_batch, make_settings, micro_batches
@@ -68,6 +70,13 @@ def test_groups_without_contrast_cost_no_token(layout, only, trained):
     plan = pack(make_batch(groups), make_settings(layout=layout, contrast_only=bool(only)), dp_size=1)
     assert sum(len(micro_batch.rollout_S) for micro_batch in micro_batches(plan)) == trained
     assert plan.stats["groups_skipped"] == (0 if trained == 6 else 2)
+
+
+def test_a_reward_at_the_threshold_is_wrong():
+    batch = replace(make_batch([group(3, [2], [2])]), rewards_R=np.array([0.7, 0.3], np.float32))
+    settings = make_settings(reward_threshold=0.3)
+    assert shown(batch, settings, 0) == [(1, [(0, 2)])]
+    assert pack(batch, make_settings(reward_threshold=0.7), 1).stats["groups_skipped"] == 1
 
 
 def test_a_batch_without_contrast_packs_into_nothing():

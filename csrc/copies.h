@@ -1,0 +1,27 @@
+// A plan as runs of tokens to be copied: what the CPU and the GPU fill both carry out.
+#pragma once
+
+#include <vector>
+
+#include "copy.h"
+#include "plan.h"
+
+namespace bicc {
+
+// Where a micro-batch's arrays start in the step's buffers, or how many items they hold.
+struct Extent {
+  int64_t rows = 0;
+  int64_t response_rows = 0;
+  int64_t segments = 0;
+  int64_t sides = 0;
+  int64_t seqlens = 0;
+  int64_t micro_batches = 0;
+};
+
+// One entry a micro-batch, and the whole step's extent as the last.
+std::vector<Extent> starts_of(const Plan& plan);
+
+// Appends the copies that make micro-batch `index`, which starts at `start`. Their order does not matter.
+void append_copies(const Plan& plan, int64_t index, const Extent& start, std::vector<Copy>& copies);
+
+}  // namespace bicc

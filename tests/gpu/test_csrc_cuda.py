@@ -1,0 +1,213 @@
+"""The CUDA kernels of csrc/cuda against the CPU packer and PyTorch. Skipped without a GPU or the CUDA build.
+
+Shape suffixes: T rows, H heads, D head dimension.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_bicc.algorithms.clipping import clip_bounds
+from megatron_bicc.algorithms.kl import kl_penalty
+from megatron_bicc.algorithms.policy_loss import LossRows, policy_loss
+from megatron_bicc.config import LossConfig
+from megatron_bicc.packing import PackingSettings, RolloutBatch, pack
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+_C_cuda = pytest.importorskip("megatron_bicc._C_cuda", reason="built without nvcc")
+DEVICE = torch.device("cuda")
+
+
+def stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
+
+
+def random_batch(groups: int, longest: int) -> RolloutBatch:
+    random = np.random.default_rng(0)
+    lengths, prompts = random.integers(1, longest, groups * 4), random.integers(1, 30, groups)
+    return RolloutBatch(
+        prompt_tokens=random.integers(0, 1000, prompts.sum(), dtype=np.int32),
+        prompt_offsets_G=np.concatenate([[0], prompts.cumsum()]),
+        tokens=random.integers(0, 1000, lengths.sum(), dtype=np.int32),
+        offsets_R=np.concatenate([[0], lengths.cumsum()]),
+        group_offsets_G=np.arange(groups + 1) * 4,
+        rewards_R=random.integers(0, 2, groups * 4).astype(np.float32),
+    )
+
+
+@pytest.mark.parametrize("keep", ["head", "both_ends"])
+@pytest.mark.parametrize("groups, longest", [(1, 3), (50, 700)])
+def test_fill_equals_the_cpu_to_the_bit(keep, groups, longest):
+    from megatron_bicc.packing.device import fill_on_device
+
+    batch = random_batch(groups, longest)
+    settings = PackingSettings(
+        layout="plain" if groups == 1 else "bilateral",
+        max_sequence_tokens=1024,
+        max_tokens_per_microbatch=4096,
+        vocab_size=1000,
+        wrong_header=(1, 2),
+        answer_header=(3,),
+        eos_token_id=7,
+        keep=keep,
+        alignment=16,
+    )
+    channels_KN = np.random.default_rng(1).random((3, len(batch.tokens)), dtype=np.float32)
+    plan = pack(batch, settings, dp_size=2, channels_KN=channels_KN)
+    out = fill_on_device(batch, settings, 2, DEVICE, torch.from_numpy(channels_KN).to(DEVICE))
+    for name, tensor in out.items():
+        expected = np.concatenate([getattr(m, name).ravel() for rank in plan.ranks for m in rank])
+        assert tensor.cpu().numpy().tobytes() == expected.tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows, heads, dim", [(1, 1, 4), (37, 3, 64), (130, 8, 128), (5, 2, 200)])
+def test_merge_of_two_attention_parts(dtype, rows, heads, dim):
+    torch.manual_seed(0)
+    own_THD, other_THD = (torch.randn(rows, heads, dim, device=DEVICE).to(dtype) for _ in range(2))
+    # A row offset and different strides, as the response rows of a micro-batch have them.
+    lse_HT, lse_other_HT = (
+        torch.randn(heads, rows + 9, device=DEVICE),
+        torch.randn(heads, rows, device=DEVICE),
+    )
+    lse_other_HT[0, 0] = -math.inf
+    own_lse_HT = lse_HT[:, 9:].clone()
+    merged_HT = torch.logaddexp(own_lse_HT, lse_other_HT)
+    shares = [torch.exp(part - merged_HT).t()[..., None] for part in (own_lse_HT, lse_other_HT)]
+    expected_THD = shares[0] * own_THD.float() + shares[1] * other_THD.float()
+    _C_cuda.merge(
+        str(dtype).removeprefix("torch."),
+        rows=rows,
+        heads=heads,
+        dim=dim,
+        out=own_THD.data_ptr(),
+        lse=lse_HT[:, 9:].data_ptr(),
+        lse_stride=rows + 9,
+        other=other_THD.data_ptr(),
+        lse_other=lse_other_HT.data_ptr(),
+        lse_other_stride=rows,
+        stream=stream(),
+    )
+    torch.testing.assert_close(lse_HT[:, 9:], merged_HT, rtol=1e-6, atol=1e-6)
+    rounding = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    torch.testing.assert_close(own_THD.float(), expected_THD, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_pre_backward_reduction(dtype):
+    torch.manual_seed(0)
+    out_THD, grad_THD = (torch.randn(77, 6, 128, device=DEVICE).to(dtype) for _ in range(2))
+    delta_HT = torch.empty(6, 77, device=DEVICE)
+    _C_cuda.pre_backward(
+        str(dtype).removeprefix("torch."),
+        rows=77,
+        heads=6,
+        dim=128,
+        out=out_THD.data_ptr(),
+        grad=grad_THD.data_ptr(),
+        delta=delta_HT.data_ptr(),
+        stream=stream(),
+    )
+    expected_HT = (out_THD.float() * grad_THD.float()).sum(-1).t()
+    torch.testing.assert_close(delta_HT, expected_HT, rtol=1e-5, atol=1e-4)
+
+
+def loss_inputs(lengths: list[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    torch.manual_seed(0)
+    rows = sum(lengths)
+    old_T = -torch.rand(rows, device=DEVICE)
+    response_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(DEVICE)
+    tensors = {
+        "logp": old_T + 0.5 * torch.randn(rows, device=DEVICE),
+        "old_logp": old_T,
+        "advantage": torch.randn(len(lengths), device=DEVICE)[response_T],
+        "weight": torch.rand(rows, device=DEVICE),
+        "ref_logp": old_T + 0.3 * torch.randn(rows, device=DEVICE),
+        "rollout_logp": old_T + 0.3 * torch.randn(rows, device=DEVICE),
+    }
+    return tensors, response_T
+
+
+def run_token_loss(
+    tensors: dict[str, torch.Tensor], lengths: list[int], config: LossConfig
+) -> tuple[torch.Tensor, dict[str, float]]:
+    bounds = clip_bounds(config)
+    settings = _C_cuda.LossSettings(
+        objective=config.objective,
+        low=bounds.low,
+        high=bounds.high,
+        dual=bounds.dual,
+        tis_cap=config.tis_cap,
+        kl_coefficient=config.kl_coefficient,
+        kl_estimator=config.kl_estimator,
+    )
+    cu_response = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=DEVICE)
+    gradient_T = torch.empty_like(tensors["logp"])
+    partials = torch.empty(len(lengths), len(_C_cuda.LOSS_STATISTICS), dtype=torch.float64, device=DEVICE)
+    statistics = torch.empty(len(_C_cuda.LOSS_STATISTICS), dtype=torch.float64, device=DEVICE)
+    _C_cuda.token_loss(
+        settings,
+        segments=len(lengths),
+        cu_response=cu_response.data_ptr(),
+        gradient=gradient_T.data_ptr(),
+        partials=partials.data_ptr(),
+        statistics=statistics.data_ptr(),
+        stream=stream(),
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+    )
+    return gradient_T, dict(zip(_C_cuda.LOSS_STATISTICS, statistics.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("objective", ["token", "sequence", "geometric", "aspo", "cispo"])
+def test_token_loss_equals_pytorch(objective, estimator):
+    config = LossConfig(
+        objective=objective,
+        clip_low=0.2,
+        clip_high=0.28,
+        dual_clip=1.2,
+        tis_cap=1.2,
+        kl_coefficient=0.1,
+        kl_estimator=estimator,
+    )
+    lengths = [1, 300, 7, 1025, 64, 2]
+    tensors, response_T = loss_inputs(lengths)
+    gradient_T, statistics = run_token_loss(tensors, lengths, config)
+    again_T, statistics_again = run_token_loss(tensors, lengths, config)
+    exact = {name: tensor.double() for name, tensor in tensors.items()}
+    logp_T = exact.pop("logp").requires_grad_()
+    loss = policy_loss(logp_T, LossRows(**exact, response=response_T), config)
+    loss.backward()
+    torch.testing.assert_close(gradient_T.double(), logp_T.grad, rtol=1e-4, atol=1e-6)
+    assert statistics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    log_ratio_T = logp_T.detach() - exact["old_logp"]
+    assert statistics["rows"] == sum(lengths)
+    assert statistics["kl_old_new"] == pytest.approx(
+        (log_ratio_T.expm1() - log_ratio_T).sum().item(), rel=1e-5
+    )
+    kl_ref = kl_penalty(logp_T.detach(), exact["ref_logp"], "k3").sum().item()
+    assert statistics["kl_new_ref"] == pytest.approx(kl_ref, rel=1e-5)
+    assert statistics["ratio_min"] == pytest.approx(log_ratio_T.min().exp().item(), rel=1e-5)
+    assert statistics["ratio_max"] == pytest.approx(log_ratio_T.max().exp().item(), rel=1e-5)
+    assert torch.equal(gradient_T, again_T)
+    assert statistics == statistics_again
+
+
+@pytest.mark.parametrize("objective", ["token", "sequence", "geometric", "aspo", "cispo"])
+def test_clip_counts_equal_the_statistics(objective):
+    from megatron_bicc.algorithms.statistics import clip_masks
+
+    config = LossConfig(objective=objective, clip_low=0.2, clip_high=0.28, dual_clip=1.2)
+    lengths = [1, 300, 7, 1025, 64, 2]
+    tensors, _ = loss_inputs(lengths)
+    _, statistics = run_token_loss(tensors, lengths, config)
+    log_ratio_T = (tensors["logp"] - tensors["old_logp"]).double().cpu().numpy()
+    offsets_R = np.cumsum([0, *lengths])
+    advantage_R = tensors["advantage"].cpu().numpy()[offsets_R[:-1]]
+    for edge, mask_T in clip_masks(log_ratio_T, advantage_R, offsets_R, config).items():
+        assert statistics[f"clipped_{edge}"] == mask_T.sum()
