@@ -2,8 +2,8 @@
 
     python tools/make_arithmetic_prompts.py --out examples/data
 
-A problem is two steps of addition or subtraction, `47+25-38=`, all of whose numbers have two digits, and
-forgetting every carry and borrow gives another result. Whether a problem is held out depends on its text
+A problem is two steps from a two-digit number, `47+8-6=`, chosen so that every result has two digits and that
+forgetting every carry and borrow gives another answer. Whether a problem is held out depends on its text
 alone, so nothing that draws from the other part ever trains on one.
 """
 
@@ -22,12 +22,12 @@ HELD_OUT_SHARE = 10
 
 
 def add(a: int, b: int, carry: bool = True) -> int:
-    """a + b; without the carry: digit by digit, the carry into the tens forgotten (47+25 -> 62)."""
+    """a + b; without the carry: digit by digit, the carry into the tens forgotten (47+8 -> 45)."""
     return a + b if carry or a % 10 + b % 10 < 10 else a + b - 10
 
 
 def subtract(a: int, b: int, borrow: bool = True) -> int:
-    """a - b; without the borrow: in every digit the smaller from the larger (72-38 -> 46)."""
+    """a - b; without the borrow: in every digit the smaller from the larger (52-8 -> 56)."""
     if borrow:
         return a - b
     width = max(len(str(a)), len(str(b)))
@@ -71,7 +71,7 @@ class Problem:
 def draw_problem(rng: random.Random, held_out: bool, steps: int = 2) -> Problem:
     """A problem of the asked part with two-digit results at every step and another wrong result."""
     while True:
-        rest = tuple((rng.choice("+-"), rng.randint(10, 99)) for _ in range(steps))
+        rest = tuple((rng.choice("+-"), rng.randint(2, 9)) for _ in range(steps))
         problem = Problem(rng.randint(10, 99), rest)
         right, wrong = problem.values(), problem.values(right=False)
         two_digits = all(10 <= value <= 99 for value in right)

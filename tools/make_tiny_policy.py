@@ -122,7 +122,7 @@ class Demonstrations:
     def step(self, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Two batches: without attempts, and with one to MAX_ATTEMPTS of them, most often few."""
         counts = range(1, MAX_ATTEMPTS + 1)
-        attempts = self._rng.choices(counts, [1 / n for n in counts])[0]
+        attempts = self._rng.choices(counts, [1 / n**2 for n in counts])[0]
         return [self.batch(size // 2, 0), self.batch(size // 2, attempts)]
 
 
@@ -168,8 +168,8 @@ def main(arguments: list[str]) -> None:
     """Train and write the policy."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("examples/tiny_policy"), help="folder to write to")
-    parser.add_argument("--steps", type=int, default=500, help="training steps")
-    parser.add_argument("--batch", type=int, default=96, help="demonstrations a step")
+    parser.add_argument("--steps", type=int, default=350, help="training steps")
+    parser.add_argument("--batch", type=int, default=128, help="demonstrations a step")
     parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same policy")
     options = parser.parse_args(arguments)

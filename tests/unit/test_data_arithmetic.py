@@ -27,10 +27,10 @@ def test_subtracting_without_the_borrow(a: int, b: int, rest: int):
 
 
 def test_solution_is_written_out():
-    problem = Problem(47, (("+", 25), ("-", 38)))
-    assert problem.text == "47+25-38="
-    assert problem.solution() == "47+25=72\n72-38=34\n\\boxed{34}"
-    assert problem.solution(right=False) == "47+25=62\n62-38=36\n\\boxed{36}"
+    problem = Problem(47, (("+", 8), ("-", 6)))
+    assert problem.text == "47+8-6="
+    assert problem.solution() == "47+8=55\n55-6=49\n\\boxed{49}"
+    assert problem.solution(right=False) == "47+8=45\n45-6=41\n\\boxed{41}"
 
 
 @pytest.mark.parametrize("held_out", [True, False])

