@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from megatron_bicc import platform
 from megatron_bicc.algorithms.presets import resolve
@@ -60,6 +61,7 @@ def start_workers(inputs: Inputs) -> Workers:
     Raises ValueError, one line, for an architecture or weights that cannot be used.
     """
     config = inputs.config
+    disable_progress_bar()  # the run has one of its own
     platform.start_distributed()
     start_model_parallel(config)
     policy = Policy(config)
