@@ -62,7 +62,8 @@ def test_samples_follow_the_distribution() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "message"), [((), "no new weights came for lm_head.weight"), (("surplus",), "no parameter surplus")]
+    ("names", "message"),
+    [((), "no new weights came for lm_head.weight"), (("surplus",), "no parameter surplus")],
 )
 def test_weights_must_all_be_known_and_all_come(
     names: tuple[str, ...], message: str, model_dirs: dict[str, Path]
