@@ -122,7 +122,8 @@ def save_png(runs: Sequence[Run], path: str) -> None:
         strict=True,
     ):
         chart(axes, runs)
-        axes.set_title(title, fontsize=11)
+        # the legend stands above the axes: the title goes over it
+        axes.set_title(title, fontsize=11, pad=22)
     figure.savefig(path, dpi=150)
 
 
