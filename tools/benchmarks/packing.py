@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     lengths = {mean: measure(mean, arguments.repeats) for mean in MAX_SEQUENCE_TOKENS}
     print_table("response length", {str(mean): figures for mean, figures in lengths.items()})
     scaling = [measure_apart(groups) for groups in SCALES]
-    print_table("groups", {f"{row['groups']:,}": row for row in scaling})
+    print_table("groups", {f"{row.pop('groups'):,}": row for row in map(dict, scaling)})
     return {**lengths[MAIN_LENGTH], "lengths": {str(k): v for k, v in lengths.items()}, "scaling": scaling}
 
 
