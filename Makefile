@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench
+.PHONY: help setup demo test lint bench sanitize
 
 export PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV_PYTHON := $(CURDIR)/.venv/bin/python
@@ -28,8 +28,12 @@ lint: $(BUILD) ## ruff, and shellcheck where it is installed
 	@if command -v shellcheck >/dev/null; then shellcheck $$(git ls-files '*.sh' .ci/run); \
 	else echo "shellcheck is not installed: shell scripts not checked"; fi
 
-bench: $(BUILD) ## Every benchmark, tools/bench_*.py
-	@for benchmark in tools/bench_*.py; do echo "== $$benchmark"; $(VENV_PYTHON) "$$benchmark"; done
+bench: $(BUILD) ## Every benchmark of tools/benchmark.py
+	@for benchmark in $$(cd tools/benchmarks && ls [!_]*.py); do \
+	echo "== $${benchmark%.py}"; $(VENV_PYTHON) tools/benchmark.py "$${benchmark%.py}"; done
+
+sanitize: $(BUILD) ## The packer under the address and undefined-behaviour sanitizers: INPUTS=n malformed ones
+	@PYTHON="$(VENV_PYTHON)" tools/sanitize_packer.sh $(INPUTS)
 
 $(PACKAGES): requirements.lock tools/setup.sh
 	@tools/setup.sh packages

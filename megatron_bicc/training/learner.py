@@ -64,7 +64,7 @@ class Learner:
         self.bicc_weight = config.bicc.weight if config.bicc.enabled else 0.0
         self.dp_size = parallel_state.get_data_parallel_world_size()
         self.dp_rank = parallel_state.get_data_parallel_rank()
-        self.plain, self.bilateral = packing_settings(config, policy.hf_config.vocab_size, tokenizer)
+        self.plain, self.bilateral = packing_settings(config, policy.hf_config, tokenizer)
 
     def step(self, groups: list[Group], clock: Stopwatch, moved: bool = True) -> StepResult | None:
         """One optimiser step; None if no group has both right and wrong rollouts. Collective.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_bicc import platform
 from megatron_bicc.algorithms.policy_loss import LossRows
@@ -38,7 +38,7 @@ def pieces_of(plan: StepPlan, dp_rank: int, conditioned: bool = False, share: fl
 
 
 def packing_settings(
-    config: Config, vocab_size: int, tokenizer: PreTrainedTokenizerBase
+    config: Config, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PackingSettings, PackingSettings]:
     """(plain layout, bilateral layout) of a resolved configuration."""
 
@@ -48,7 +48,7 @@ def packing_settings(
     common = {
         "max_sequence_tokens": config.train.max_sequence_tokens,
         "max_tokens_per_microbatch": config.train.max_tokens_per_microbatch,
-        "vocab_size": vocab_size,
+        "vocab_size": hf_config.vocab_size,
         "reward_threshold": config.reward.threshold,
         "context_ratio": config.bicc.context_ratio,
         "context_source": config.bicc.context_source,
@@ -59,6 +59,7 @@ def packing_settings(
         "answer_header": encode(config.bicc.answer_header),
         "eos_token_id": tokenizer.eos_token_id,
         "alignment": config.parallel.tensor,
+        "token_cost": 6 * hf_config.hidden_size,
     }
     return PackingSettings(layout="plain", **common), PackingSettings(layout="bilateral", **common)
 
