@@ -5,12 +5,20 @@ in tensor type names. `CudaOnCpu` sends these to the CPU while it is entered, an
 outside it sees an ordinary torch. tests/unit/test_platform.py names the seam that a new megatron-core moves.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import megatron.core.tensor_parallel.random as megatron_random
 import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe import moe_utils
 from torch.overrides import TorchFunctionMode
+
+_ALL_TO_ALL = dist.all_to_all_single
+if not hasattr(moe_utils, "te_general_gemm"):
+    # megatron-core 0.16 reads this name, but defines it only where Transformer Engine is installed
+    moe_utils.te_general_gemm = None
 
 
 class _CpuStream:
@@ -45,6 +53,18 @@ def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     torch.set_rng_state(state)
 
 
+def _all_to_all(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    output_split_sizes: Sequence[int] | None = None,
+    input_split_sizes: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """With the split sizes as lists: gloo refuses the NumPy arrays that the token dispatcher passes."""
+    sizes = [None if x is None else [int(n) for n in x] for x in (output_split_sizes, input_split_sizes)]
+    return _ALL_TO_ALL(output, input, *sizes, **kwargs)
+
+
 def _seams() -> list[tuple[ModuleType, str, Any]]:
     """(module, attribute, its stand-in on a CPU)"""
     return [
@@ -57,6 +77,7 @@ def _seams() -> list[tuple[ModuleType, str, Any]]:
         (torch.cuda, "get_rng_state", _get_rng_state),
         (torch.cuda, "set_rng_state", _set_rng_state),
         (torch.cuda, "manual_seed", torch.manual_seed),
+        (dist, "all_to_all_single", _all_to_all),
         (megatron_random, "_get_cuda_rng_state", _get_rng_state),
         (megatron_random, "_set_cuda_rng_state", _set_rng_state),
     ]

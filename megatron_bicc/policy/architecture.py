@@ -4,19 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import (
-    HAVE_TE,
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
-from megatron_bicc.config import Config
+from megatron_bicc.config import Config, ParallelConfig
+from megatron_bicc.policy.layer_specs import backend
 from megatron_bicc.policy.rotary import head_dim, rotary_frequencies
-from megatron_bicc.policy.shared_prefix_attention import SharedPrefixCoreAttention
 
 
 @dataclass(frozen=True)
@@ -25,12 +18,14 @@ class Family:
 
     qk_norm: bool = False
     qkv_bias: bool = False
+    experts: bool = False
 
 
 FAMILIES = {
     "Qwen3ForCausalLM": Family(qk_norm=True),
     "Qwen2ForCausalLM": Family(qkv_bias=True),
     "LlamaForCausalLM": Family(),
+    "Qwen3MoeForCausalLM": Family(qk_norm=True, experts=True),
 }
 
 
@@ -47,15 +42,34 @@ def family_of(hf_config: PretrainedConfig) -> Family:
         raise ValueError("model.path: attention_bias or mlp_bias is true; these biases are not supported")
     if hf_config.hidden_act != "silu":
         raise ValueError(f"model.path: hidden_act is {hf_config.hidden_act}; only silu is supported")
+    if FAMILIES[name].experts and (hf_config.mlp_only_layers or hf_config.decoder_sparse_step != 1):
+        raise ValueError(
+            "model.path: mlp_only_layers or decoder_sparse_step leaves layers without experts; "
+            "every layer must have them"
+        )
     return FAMILIES[name]
 
 
-def check_divisible(hf_config: PretrainedConfig, tensor: int) -> None:
-    """Raises ValueError naming the dimension that parallel.tensor does not divide."""
+def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
+    """Raises ValueError naming the dimension that a parallel size does not divide, or what it lacks."""
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size"):
-        size = getattr(hf_config, name)
-        if size % tensor:
-            raise ValueError(f"parallel.tensor={tensor} does not divide the model's {name}={size}")
+        _check_divides("tensor", parallel.tensor, name, getattr(hf_config, name))
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    _check_divides(
+        "pipeline * parallel.virtual_pipeline", stages, "num_hidden_layers", hf_config.num_hidden_layers
+    )
+    if not family_of(hf_config).experts:
+        if parallel.expert > 1:
+            raise ValueError(f"parallel.expert={parallel.expert}: the model has no experts; set it to 1")
+        return
+    _check_divides("expert", parallel.expert, "num_experts", hf_config.num_experts)
+    if parallel.tensor > 1 and not parallel.sequence:
+        raise ValueError("parallel.sequence=false: a model with experts needs it beside parallel.tensor > 1")
+
+
+def _check_divides(setting: str, size: int, name: str, dimension: int) -> None:
+    if dimension % size:
+        raise ValueError(f"parallel.{setting}={size} does not divide the model's {name}={dimension}")
 
 
 def padded_vocab_size(hf_config: PretrainedConfig, tensor: int) -> int:
@@ -66,7 +80,7 @@ def padded_vocab_size(hf_config: PretrainedConfig, tensor: int) -> int:
 def transformer_config(hf_config: PretrainedConfig, config: Config) -> TransformerConfig:
     """megatron-core's configuration of the policy; dropout is zero throughout."""
     family = family_of(hf_config)
-    check_divisible(hf_config, config.parallel.tensor)
+    check_layout(hf_config, config.parallel)
     dtype = getattr(torch, config.model.dtype)
     _, rope_factor = rotary_frequencies(hf_config)
     return TransformerConfig(
@@ -100,6 +114,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
         masked_softmax_fusion=False,
         **_parallel(config),
         **_recompute(config),
+        **(_experts(hf_config) if family.experts else {}),
     )
 
 
@@ -111,7 +126,26 @@ def _parallel(config: Config) -> dict[str, Any]:
         "sequence_parallel": parallel.sequence,
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
+        # one direction a call: two stages are each other's previous and next one
+        "overlap_p2p_comm": virtual > 1,
+        "batch_p2p_comm": virtual == 1,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": 1,
+        # megatron-core asks for it wherever sequence lengths vary
         "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+def _experts(hf_config: PretrainedConfig) -> dict[str, Any]:
+    return {
+        "num_moe_experts": hf_config.num_experts,
+        "moe_router_topk": hf_config.num_experts_per_tok,
+        "moe_ffn_hidden_size": hf_config.moe_intermediate_size,
+        "moe_router_pre_softmax": not hf_config.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        # the loss is the policy gradient's alone
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": backend() == "Transformer Engine",
     }
 
 
@@ -121,34 +155,3 @@ def _recompute(config: Config) -> dict[str, Any]:
     if config.model.recompute == "selective":
         return {"recompute_granularity": "selective"}
     return {}
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm as megatron-core builds it; its weight's gradient is summed under sequence parallel."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
-
-
-def layer_specs(megatron_config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """This stage's layers: our attention; linears and norms of Transformer Engine where it is installed."""
-    qk_norm = megatron_config.qk_layernorm
-    if HAVE_TE:
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm), TENorm
-    else:
-        layer, norm = _local_layer_spec(qk_norm), RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = SharedPrefixCoreAttention
-    layers = get_num_layers_to_build(megatron_config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
-
-
-def _local_layer_spec(qk_norm: bool) -> ModuleSpec:
-    layer = get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    if qk_norm:
-        attention = layer.submodules.self_attention.submodules
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return layer

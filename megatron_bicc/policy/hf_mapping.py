@@ -7,6 +7,8 @@ A parameter's whole form has one dimension along which tensor parallel cuts it e
     gate_up     [2, F, H]                        along 1
     row         [out, in]                        along 1
     replicated  as it is                         not cut
+
+Expert parallel gives each rank whole experts; tensor parallel does not cut these.
 """
 
 import re
@@ -26,15 +28,26 @@ CUT_DIMENSION: dict[Kind, int] = {"vocab": 0, "qkv": 0, "gate_up": 1, "row": 1}
 
 @dataclass(frozen=True)
 class Rule:
-    """One parameter: its megatron-core name, its Hugging Face names, its kind. `{i}` is the layer."""
+    """One parameter: its megatron-core name, its Hugging Face names, its kind.
+
+    `{i}` is the layer, `{e}` the expert: this rank's in the first name, the whole model's in the others.
+    """
 
     megatron: str
     hf: tuple[str, ...]
     kind: Kind
+    expert: int | None = None
+    """Which of this rank's experts it belongs to"""
+
+    def hf_names(self, first_expert: int) -> tuple[str, ...]:
+        """Hugging Face names on the rank whose first expert is `first_expert`."""
+        return tuple(name.replace("{e}", str(first_expert + (self.expert or 0))) for name in self.hf)
 
 
 _LAYER, _HF_LAYER = "decoder.layers.{i}.", "model.layers.{i}."
 _ATTENTION, _HF_ATTENTION = _LAYER + "self_attention.", _HF_LAYER + "self_attn."
+_EXPERTS, _HF_EXPERT = _LAYER + "mlp.experts.", _HF_LAYER + "mlp.experts.{e}."
+_HF_EXPERT_GATE_UP = (_HF_EXPERT + "gate_proj.weight", _HF_EXPERT + "up_proj.weight")
 
 
 def _qkv(suffix: str) -> tuple[str, ...]:
@@ -63,6 +76,12 @@ RULES = (
         "gate_up",
     ),
     Rule(_LAYER + "mlp.linear_fc2.weight", (_HF_LAYER + "mlp.down_proj.weight",), "row"),
+    Rule(_LAYER + "mlp.router.weight", (_HF_LAYER + "mlp.gate.weight",), "replicated"),
+    Rule(_EXPERTS + "local_experts.{e}.linear_fc1.weight", _HF_EXPERT_GATE_UP, "gate_up"),
+    Rule(_EXPERTS + "local_experts.{e}.linear_fc2.weight", (_HF_EXPERT + "down_proj.weight",), "row"),
+    # Transformer Engine keeps the experts of a rank in one grouped linear
+    Rule(_EXPERTS + "linear_fc1.weight{e}", _HF_EXPERT_GATE_UP, "gate_up"),
+    Rule(_EXPERTS + "linear_fc2.weight{e}", (_HF_EXPERT + "down_proj.weight",), "row"),
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"),
     Rule("output_layer.weight", ("lm_head.weight",), "vocab"),
 )
@@ -74,13 +93,20 @@ def rule_for(megatron_name: str, first_layer: int) -> Rule:
     Raises ValueError for a parameter that no rule knows.
     """
     layer = re.search(r"layers\.(\d+)\.", megatron_name)
+    expert = re.search(r"(?:local_experts\.|experts\.linear_fc[12]\.weight)(\d+)", megatron_name)
+    here = {"{i}": layer and layer[1], "{e}": expert and expert[1]}
     for rule in RULES:
-        if layer is None and rule.megatron == megatron_name:
-            return rule
-        if layer and rule.megatron.format(i=layer[1]) == megatron_name:
-            i = int(layer[1]) + first_layer
-            return Rule(megatron_name, tuple(name.format(i=i) for name in rule.hf), rule.kind)
+        if _fill(rule.megatron, here) == megatron_name:
+            i = layer and str(int(layer[1]) + first_layer)
+            names = tuple(_fill(name, {"{i}": i}) for name in rule.hf)
+            return Rule(megatron_name, names, rule.kind, expert and int(expert[1]))
     raise ValueError(f"no Hugging Face tensor is known for the policy's parameter {megatron_name}")
+
+
+def _fill(name: str, values: dict[str, str | None]) -> str:
+    for place, value in values.items():
+        name = name.replace(place, value or place)
+    return name
 
 
 def to_whole(kind: Kind, tensors: list[Tensor], hf_config: PretrainedConfig, tensor_parallel: int) -> Tensor:

@@ -74,20 +74,27 @@ def load_weights(chunks: list[PolicyModel], hf_config: PretrainedConfig, path: s
     source = SafetensorsDirectory(path)
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
+    first_expert = _first_expert(hf_config, parallel_state.get_expert_model_parallel_rank())
     for chunk in chunks:
         for rule, parameter in _parameters(chunk):
-            tensors = [source.read(name) for name in rule.hf]
+            names = rule.hf_names(first_expert)
+            tensors = [source.read(name) for name in names]
+            shard = (rank, size) if rule.expert is None else (0, 1)
             try:
-                part = cut(
-                    rule.kind, to_whole(rule.kind, tensors, hf_config, size), rank, size, parameter.shape
-                )
+                part = cut(rule.kind, to_whole(rule.kind, tensors, hf_config, size), *shard, parameter.shape)
             except RuntimeError as error:
                 shapes = [tuple(x.shape) for x in tensors]
                 raise ValueError(
-                    f"{path}: {', '.join(rule.hf)}: shape {shapes} does not fit config.json"
+                    f"{path}: {', '.join(names)}: shape {shapes} does not fit config.json"
                 ) from error
             parameter.data.copy_(part)
         _load_tied_output(chunk, hf_config, source, rank, size)
+
+
+def _first_expert(hf_config: PretrainedConfig, expert_rank: int) -> int:
+    """The whole model's number of the first expert of an expert-parallel rank; 0 without experts."""
+    size = parallel_state.get_expert_model_parallel_world_size()
+    return expert_rank * (getattr(hf_config, "num_experts", 0) // size)
 
 
 def _load_tied_output(
@@ -104,9 +111,10 @@ def _load_tied_output(
 def hf_tensors(chunks: list[PolicyModel], hf_config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
     """Every Hugging Face tensor of the policy, whole, on every rank, one at a time. Collective.
 
-    All ranks of the tensor- and pipeline-parallel groups must exhaust it together.
+    All ranks of the tensor-, expert- and pipeline-parallel groups must exhaust it together.
     """
     tp_group = parallel_state.get_tensor_model_parallel_group()
+    ep_group = parallel_state.get_expert_model_parallel_group()
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     own = [(rule, parameter) for chunk in chunks for rule, parameter in _parameters(chunk)]
     tables: list = [None] * pp_group.size()
@@ -120,11 +128,24 @@ def hf_tensors(chunks: list[PolicyModel], hf_config: PretrainedConfig) -> Iterat
                 else torch.empty(shape, dtype=dtype, device=own[0][1].device)
             )
             dist.broadcast(part, group=pp_group, group_src=stage)
-            parts = [torch.empty_like(part) for _ in range(tp_group.size())]
-            dist.all_gather(parts, part, group=tp_group)
-            yield from zip(
-                rule.hf, from_whole(rule.kind, join(rule.kind, parts, hf_config), hf_config), strict=True
-            )
+            if rule.expert is None:
+                yield from _to_hf(rule, _gather(part, tp_group), 0, hf_config)
+            else:
+                for rank, expert in enumerate(_gather(part, ep_group)):
+                    yield from _to_hf(rule, [expert], _first_expert(hf_config, rank), hf_config)
+
+
+def _gather(part: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    dist.all_gather(parts, part, group=group)
+    return parts
+
+
+def _to_hf(
+    rule: Rule, parts: list[Tensor], first_expert: int, hf_config: PretrainedConfig
+) -> Iterator[tuple[str, Tensor]]:
+    whole = join(rule.kind, parts, hf_config)
+    return zip(rule.hf_names(first_expert), from_whole(rule.kind, whole, hf_config), strict=True)
 
 
 def save_hf(

@@ -9,7 +9,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_bicc.policy.architecture import layer_specs, padded_vocab_size
+from megatron_bicc.policy.architecture import padded_vocab_size
+from megatron_bicc.policy.layer_specs import layer_specs
 from megatron_bicc.policy.log_probs import VocabParallelLogProbs, VocabShard
 from megatron_bicc.policy.packed import PackedBatch
 from megatron_bicc.policy.rotary import PositionRotary, rotary_frequencies

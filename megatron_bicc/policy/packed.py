@@ -87,3 +87,22 @@ class PackedBatch(PackedSeqParams):
             causal=Segments.make(batch.cu_seqlens, batch.cu_seqlens, device),
             cross=Segments.make(batch.cu_response_side, batch.cu_prefix, device),
         )
+
+    @classmethod
+    def padding(cls, rows: int, device: torch.device) -> "PackedBatch":
+        """A micro-batch of nothing but padding."""
+        zeros, cu, none = (
+            torch.zeros(rows, dtype=torch.long, device=device),
+            np.array([0, rows]),
+            np.array([0]),
+        )
+        return cls(
+            qkv_format="sbhd",
+            tokens_T=zeros,
+            positions_T=zeros,
+            labels_N=zeros[:0],
+            response_N=zeros[:0],
+            response_rows=slice(0, 0),
+            causal=Segments.make(cu, cu, device),
+            cross=Segments.make(none, none, device),
+        )

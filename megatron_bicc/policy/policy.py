@@ -5,6 +5,7 @@ Shape suffixes: N response rows of a micro-batch.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ def start_model_parallel(config: Config) -> None:
                 parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
             ),
             expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=1,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
 
@@ -155,23 +157,34 @@ class Policy:
         forward_only: bool,
     ) -> None:
         """Megatron-core's schedule over the micro-batches; `on_output(index, output)` on the last stage."""
+        padding = self._schedule_padding(len(batches))
 
-        def forward_step(batches: Iterator[tuple[int, PackedBatch]], chunk: torch.nn.Module) -> Any:
-            index, packed = next(batches)
-            module = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
-            return module.run(packed), lambda output: on_output(index, output)
+        def forward_step(numbered: Iterator[tuple[int, PackedBatch]], chunk: torch.nn.Module) -> Any:
+            index, packed = next(numbered)
+            handle = _ignore if index >= len(batches) else partial(on_output, index)
+            return chunk.module.run(packed), handle
 
-        iterators = [iter(list(enumerate(batches))) for _ in self.chunks]
+        iterators = [iter(list(enumerate(batches + padding))) for _ in self.chunks]
         with platform.megatron():
             get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self.chunks,
-                num_microbatches=len(batches),
+                num_microbatches=len(batches + padding),
                 seq_length=max(len(batch.tokens_T) for batch in batches),
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
+
+    def _schedule_padding(self, count: int) -> list[PackedBatch]:
+        """Empty micro-batches up to a multiple of the stages, which the interleaved schedule asks for."""
+        stages = self.megatron_config.pipeline_model_parallel_size if len(self.chunks) > 1 else 1
+        rows = self.megatron_config.tensor_model_parallel_size
+        return [PackedBatch.padding(rows, platform.device())] * (-count % stages)
+
+
+def _ignore(output: Tensor) -> tuple[Tensor, Tensor, dict]:
+    return output.sum() * 0.0, _ONE, {}
 
 
 _ONE = torch.ones((), dtype=torch.int)

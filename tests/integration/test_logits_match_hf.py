@@ -11,6 +11,7 @@ from support.models import MODELS
 from support.steps import make_config
 from transformers import AutoModelForCausalLM
 
+from megatron_bicc import platform
 from megatron_bicc.policy.policy import Policy
 
 REPOSITORY = Path(__file__).parents[2]
@@ -24,7 +25,7 @@ def test_logits_equal_transformers(name: str, model_dirs: dict[str, Path], singl
     module = Policy(make_config(path, "grpo")).modules[0]
     # the product never makes logits of all rows; this is the output layer that it inherits
     module._postprocess = partial(GPTModel._postprocess, module)
-    with torch.no_grad():
+    with torch.no_grad(), platform.megatron():
         ours = module(tokens[None], torch.arange(150)[None], None, packed_seq_params=causal_batch(tokens))
         theirs = model(tokens[None]).logits
     assert (ours - theirs).abs().max() < 1e-5 * max(1.0, float(theirs.abs().max()))

@@ -11,13 +11,14 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
-MODELS = ("qwen3_tied", "qwen3_untied", "qwen2", "llama3", "qwen3_yarn")
+MODELS = ("qwen3_tied", "qwen3_untied", "qwen2", "llama3", "qwen3_yarn", "qwen3_moe")
 VOCAB = 101
 SHAPE = {
     "vocab_size": VOCAB,
-    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -41,23 +42,33 @@ YARN_ROPE = {
 }
 
 
-def make_model(name: str) -> PreTrainedModel:
+def make_model(name: str, layers: int = 2) -> PreTrainedModel:
     """A random Hugging Face model of each family and of each feature that a family may have."""
+    shape = SHAPE | {"num_hidden_layers": layers}
     sizes = {"hidden_size": 48, "intermediate_size": 80}
+    experts = {
+        "moe_intermediate_size": 40,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    }
     make = {
         "qwen3_tied": lambda: Qwen3ForCausalLM(
-            Qwen3Config(**SHAPE, hidden_size=64, intermediate_size=96, head_dim=16, tie_word_embeddings=True)
+            Qwen3Config(**shape, hidden_size=64, intermediate_size=96, head_dim=16, tie_word_embeddings=True)
         ),
         # head_dim != hidden / heads
         "qwen3_untied": lambda: Qwen3ForCausalLM(
-            Qwen3Config(**SHAPE, **sizes, head_dim=32, tie_word_embeddings=False)
+            Qwen3Config(**shape, **sizes, head_dim=32, tie_word_embeddings=False)
         ),
-        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, **sizes, tie_word_embeddings=True)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**shape, **sizes, tie_word_embeddings=True)),
         "llama3": lambda: LlamaForCausalLM(
-            LlamaConfig(**SHAPE, **sizes, tie_word_embeddings=False, rope_parameters=LLAMA3_ROPE)
+            LlamaConfig(**shape, **sizes, tie_word_embeddings=False, rope_parameters=LLAMA3_ROPE)
         ),
         "qwen3_yarn": lambda: Qwen3ForCausalLM(
-            Qwen3Config(**SHAPE, **sizes, head_dim=32, tie_word_embeddings=False, rope_parameters=YARN_ROPE)
+            Qwen3Config(**shape, **sizes, head_dim=32, tie_word_embeddings=False, rope_parameters=YARN_ROPE)
+        ),
+        "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(**shape, **sizes, **experts, head_dim=16, tie_word_embeddings=False)
         ),
     }
     torch.manual_seed(7)
