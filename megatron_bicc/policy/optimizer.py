@@ -3,7 +3,9 @@
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from megatron_bicc.config import Config
 
@@ -29,7 +31,9 @@ def make_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Meg
         chunks,
     )
     for part in optimizer.chained_optimizers:
-        _start_state(part.optimizer)
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            _start_state(part.optimizer)
+            _load_steps(part)
     return optimizer
 
 
@@ -38,11 +42,26 @@ def _start_state(optimizer: torch.optim.Optimizer) -> None:
 
     Without it megatron-core can neither save nor load a checkpoint before that step.
     """
-    if not isinstance(optimizer, torch.optim.AdamW):
-        return
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+
+
+def _load_steps(optimizer: DistributedOptimizer) -> None:
+    """Lets a checkpoint be loaded into torch's AdamW, whose count of steps is a tensor of each parameter.
+
+    megatron-core 0.16 looks for that count among the checkpoint's tensors, where it is not, and would give
+    all parameters one and the same tensor, which every one of them would then count up.
+    """
+    load = optimizer._set_main_param_and_optimizer_states
+
+    def load_with_step(model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+        group, place = optimizer.model_param_group_index_map[model_param]
+        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][place]]
+        state["step"] = state["step"].clone()
+        load(model_param, tensors | {"step": state["step"]})
+
+    optimizer._set_main_param_and_optimizer_states = load_with_step
 
 
 def make_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
