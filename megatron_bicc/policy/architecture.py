@@ -54,6 +54,9 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
     """Raises ValueError naming the dimension that a parallel size does not divide, or what it lacks."""
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size"):
         _check_divides("tensor", parallel.tensor, name, getattr(hf_config, name))
+    vocab, padded = hf_config.vocab_size, padded_vocab_size(hf_config, parallel.tensor)
+    if padded - vocab >= padded // parallel.tensor:
+        raise ValueError(f"parallel.tensor={parallel.tensor} is too large for a vocabulary of {vocab} tokens")
     stages = parallel.pipeline * parallel.virtual_pipeline
     _check_divides(
         "pipeline * parallel.virtual_pipeline", stages, "num_hidden_layers", hf_config.num_hidden_layers

@@ -22,7 +22,7 @@ class VocabShard:
     first: int
     """Token id of its first row."""
     size: int
-    """Rows that are tokens; the padding after them can't be chosen."""
+    """Rows that are tokens, at least one; the padding after them can't be chosen."""
     group: dist.ProcessGroup
     """The tensor-parallel group."""
 
@@ -52,19 +52,20 @@ class VocabParallelLogProbs(torch.autograd.Function):
         hidden, weight, labels, lse, entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
+        tokens = slice(0, ctx.shard.size)
+        has_entropy = bool(grad_entropy.any())
         for rows in _chunks(hidden, weight):
-            grad_logits = _backward_chunk(
-                _logits(hidden[rows], weight, ctx.temperature, ctx.shard),
+            log_p = _logits(hidden[rows], weight, ctx.temperature, ctx.shard).sub_(lse[rows].unsqueeze(-1))
+            grad_logits = _gradient(
+                log_p,
                 labels[rows],
-                lse[rows],
                 entropy[rows],
-                grad_log_probs[rows],
-                grad_entropy[rows],
+                grad_log_probs[rows] / ctx.temperature,
+                grad_entropy[rows] / ctx.temperature if has_entropy else None,
                 ctx.shard,
-            )
-            grad_logits = (grad_logits / ctx.temperature).to(weight.dtype)
-            grad_hidden[rows] = grad_logits @ weight
-            grad_weight += grad_logits.t() @ hidden[rows]
+            ).to(weight.dtype)
+            grad_hidden[rows] = grad_logits @ weight[tokens]
+            _add_product(grad_weight[tokens], grad_logits.t(), hidden[rows])
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
@@ -75,12 +76,11 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 
 def _logits(hidden_CH: Tensor, weight: Tensor, temperature: float, shard: VocabShard) -> Tensor:
-    """Logits [C, V] in at least float32; those of padding are -inf."""
-    logits = hidden_CH @ weight.t()
+    """Logits in at least float32, without those of the padding: [C, tokens of the shard]."""
+    logits = hidden_CH @ weight[: shard.size].t()
     if logits.dtype != torch.float64:
         logits = logits.float()
-    logits[:, max(shard.size, 0) :] = float("-inf")
-    return logits.div_(temperature)
+    return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 def _forward_chunk(
@@ -90,34 +90,47 @@ def _forward_chunk(
     logits = _logits(hidden_CH, weight, temperature, shard)
     largest = logits.amax(-1)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=shard.group)
+    logits.sub_(largest.unsqueeze(-1))
     local, is_local = _local_labels(labels_C, shard)
     label_logit = logits.gather(-1, local).squeeze(-1).where(is_local, torch.zeros_like(largest))
-    exp = torch.exp(logits - largest.unsqueeze(-1))
-    weighted = (exp * logits.masked_fill(exp == 0, 0.0)).sum(-1)
+    exp = logits.exp()
+    weighted = (exp.unsqueeze(1) @ logits.unsqueeze(2)).flatten()
     sums = torch.stack([exp.sum(-1), weighted, label_logit])
     dist.all_reduce(sums, group=shard.group)
     total, weighted, label_logit = sums
-    lse = total.log() + largest
-    return label_logit - lse, lse - weighted / total, lse
+    log_total = total.log()
+    return label_logit - log_total, log_total - weighted / total, log_total + largest
 
 
-def _backward_chunk(
-    logits: Tensor,
+def _gradient(
+    log_p: Tensor,
     labels_C: Tensor,
-    lse_C: Tensor,
     entropy_C: Tensor,
     grad_log_probs_C: Tensor,
-    grad_entropy_C: Tensor,
+    grad_entropy_C: Tensor | None,
     shard: VocabShard,
 ) -> Tensor:
-    """d log p / d z = onehot - p and d entropy / d z = -p (log p + entropy), [C, V]."""
-    log_p = logits.sub_(lse_C.unsqueeze(-1))
-    p = log_p.exp()
-    log_p.masked_fill_(p == 0, 0.0)
-    slope = grad_log_probs_C.unsqueeze(-1) + grad_entropy_C.unsqueeze(-1) * (log_p + entropy_C.unsqueeze(-1))
-    grad = -p * slope
+    """Gradient of the logits [C, V]: d log p / d z = onehot - p and d entropy / d z = -p (log p + entropy).
+
+    Overwrites `log_p`.
+    """
+    if grad_entropy_C is None:
+        grad = log_p.exp_().mul_(-grad_log_probs_C.unsqueeze(-1))
+    else:
+        slope = grad_log_probs_C.unsqueeze(-1) + grad_entropy_C.unsqueeze(-1) * (
+            log_p + entropy_C.unsqueeze(-1)
+        )
+        grad = log_p.exp_().mul_(slope).neg_()
     local, is_local = _local_labels(labels_C, shard)
     return grad.scatter_add_(-1, local, (grad_log_probs_C * is_local).unsqueeze(-1))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in place where their types allow it."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _local_labels(labels_C: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:

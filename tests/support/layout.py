@@ -8,24 +8,35 @@ from megatron_bicc.policy.packed import PackedBatch
 
 
 def causal_batch(tokens: torch.Tensor) -> PackedBatch:
-    """One causal sequence whose rows all belong to the prefix but the last."""
-    ids, length = tokens.numpy().astype(np.int32), len(tokens)
-    return PackedBatch.make(
-        MicroBatch(
-            tokens_T=ids,
-            positions_T=np.arange(length, dtype=np.int32),
-            labels_T=np.zeros(length, np.int32),
-            num_prefix_rows=length,
-            num_response_rows=0,
-            cu_seqlens=np.array([0, length], np.int32),
-            cu_prefix=np.array([0, length], np.int32),
-            cu_response_side=np.array([0, 0], np.int32),
-            cu_response=np.array([0], np.int32),
-            rollout_S=np.zeros(0, np.int32),
-            group_S=np.zeros(0, np.int32),
-            scale_S=np.zeros(0, np.float32),
-            gather=np.zeros(0, np.int64),
-            channels=np.zeros((0, 0), np.float32),
-        ),
-        torch.device("cpu"),
+    """One causal sequence whose rows all belong to the prefix."""
+    ids = tokens.numpy().astype(np.int32)
+    return PackedBatch.make(_one_sequence(ids, np.zeros_like(ids), len(ids)), torch.device("cpu"))
+
+
+def row_batch(prompt: np.ndarray, response: np.ndarray) -> PackedBatch:
+    """A single response behind its prompt; both int32."""
+    tokens = np.concatenate([prompt, response])
+    return PackedBatch.make(_one_sequence(tokens[:-1], tokens[1:], len(prompt) - 1), torch.device("cpu"))
+
+
+def _one_sequence(tokens_T: np.ndarray, labels_T: np.ndarray, prefix: int) -> MicroBatch:
+    """A side with one response (none if the prefix takes all rows); no channels."""
+    length, response = len(tokens_T), len(tokens_T) - prefix
+    cu = lambda *lengths: np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)  # noqa: E731
+    segments = [response] if response else []
+    return MicroBatch(
+        tokens_T=tokens_T,
+        positions_T=np.arange(length, dtype=np.int32),
+        labels_T=labels_T,
+        num_prefix_rows=prefix,
+        num_response_rows=response,
+        cu_seqlens=cu(prefix, *segments),
+        cu_prefix=cu(prefix),
+        cu_response_side=cu(response),
+        cu_response=cu(*segments),
+        rollout_S=np.zeros(len(segments), np.int32),
+        group_S=np.zeros(len(segments), np.int32),
+        scale_S=np.ones(len(segments), np.float32),
+        gather=np.arange(response),
+        channels=np.zeros((0, response), np.float32),
     )
