@@ -1,14 +1,22 @@
 """A whole run on one process: what it writes, that it goes on where it was killed, and what it exports."""
 
 import json
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
 from safetensors.torch import load_file
+from support.layout import causal_batch
+from support.steps import make_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_bicc.policy.policy import Policy
+from megatron_bicc.training.checkpoint import load_checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS = [
@@ -33,7 +41,9 @@ PROGRAM = [
 
 def train(out: Path, *settings: str) -> subprocess.CompletedProcess:
     command = [*PROGRAM, *SETTINGS, f"output_dir={out}", *settings]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280)
+    # equal to the bit only on one thread: with more, sums are taken in the order in which threads finish
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=280)
 
 
 def metrics(out: Path) -> list[dict]:
@@ -50,7 +60,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr[-3000:]
     for place in ("metrics.jsonl", "report.html", "hf", "checkpoints/step_00000004"):
         assert (out / place).exists()
-        assert str(out / place) in done.stderr
+        assert str(out / place) in done.stdout
     return out
 
 
@@ -85,12 +95,21 @@ def test_resumed_run_equals_one_that_was_not_stopped(whole_run: Path, tmp_path: 
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_export_is_the_trained_policy(whole_run: Path) -> None:
+def test_export_gives_the_trained_policys_greedy_answers(whole_run: Path, single_process: None) -> None:
     exported = AutoModelForCausalLM.from_pretrained(whole_run / "hf")
-    start = AutoModelForCausalLM.from_pretrained(REPOSITORY / "examples/tiny_policy")
-    changed = [not torch.equal(a, b) for a, b in zip(exported.parameters(), start.parameters(), strict=True)]
-    assert all(changed)
-    AutoTokenizer.from_pretrained(whole_run / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(whole_run / "hf")
+    policy = Policy(make_config(REPOSITORY / "examples/tiny_policy", "grpo"))
+    load_checkpoint(whole_run / "checkpoints/step_00000004", policy)
+    module = policy.modules[0]
+    module._postprocess = partial(GPTModel._postprocess, module)
+    for question in ("47+8-6=", "31-5+9=", "60+7+7="):
+        chat = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        answer = exported.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=32)[0]
+        with torch.no_grad():
+            packed = causal_batch(answer)
+            logits = module(answer[None], packed.positions_T[None], None, packed_seq_params=packed)[0]
+        assert torch.equal(logits[len(prompt) - 1 : -1].argmax(-1), answer[len(prompt) :]), question
 
 
 def test_a_used_directory_is_refused(whole_run: Path) -> None:
