@@ -1,0 +1,250 @@
+"""Conversion between a Hugging Face directory and megatron-core's distributed checkpoint.
+
+CHECKPOINT/hf/ keeps what a checkpoint has no place for: configuration, tokenizer, and which file held which
+tensor. With it an import followed by an export gives back every tensor and every byte of these files.
+"""
+
+import shutil
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PretrainedConfig
+
+from megatron_bicc.policy.architecture import family_of
+from megatron_bicc.policy.hf_files import (
+    INDEX,
+    SINGLE,
+    HfTensors,
+    copy_side_files,
+    open_tensors,
+    read_config,
+    weight_map,
+    write_file,
+    write_index,
+)
+from megatron_bicc.policy.megatron_files import MegatronCheckpoint, Piece, describe, write_checkpoint
+
+HF = "hf"
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def import_hf(source: Path, target: Path, allow_pickle: bool) -> None:
+    """Hugging Face directory -> distributed checkpoint, which loads under any layout. Collective.
+
+    Holds about three parameters in memory, however large the model. Raises ValueError, one line, for an
+    architecture that is not supported, tensors that do not fit config.json, a damaged file or a full disk.
+    """
+    hf_config = supported_config(source)
+    tensors = open_tensors(source, allow_pickle)
+    pieces, objects = describe(hf_config)
+    found = tensors.describe()
+    check_tensors(source, hf_config, pieces, found)
+    check_tied_output(tensors, hf_config, found)
+    check_disk(target, sum(tensor.nbytes for tensor in found.values()))
+    own = pieces[dist.get_rank() :: dist.get_world_size()]
+    with written_aside(target) as partial, _bar(f"import {source}", own, found) as bar:
+
+        def read(piece: Piece) -> Tensor:
+            parameter = piece.to_megatron([tensors.read(name) for name in piece.hf_names], hf_config)
+            bar.update(parameter.nbytes)
+            return parameter
+
+        if dist.get_rank() == 0:
+            (partial / HF).mkdir()
+            copy_side_files(source, partial / HF)
+            _keep_index(source, partial / HF, _safetensors_names(tensors), found)
+        write_checkpoint(partial, [(p, found[p.hf_names[0]].dtype) for p in own], objects, read)
+
+
+def export_hf(source: Path, target: Path, side_files: Path | None) -> None:
+    """Distributed checkpoint -> Hugging Face directory. Collective; each process writes some of its files.
+
+    side_files: directory of configuration and tokenizer; None: the checkpoint's own hf/. Holds one of the
+    written files in memory, and the largest tensor. Raises ValueError, one line, for a checkpoint that does
+    not fit its configuration, a damaged file or a full disk.
+    """
+    beside = side_files or source / HF
+    hf_config = supported_config(beside)
+    pieces, _ = describe(hf_config)
+    checkpoint = MegatronCheckpoint(source)
+    checkpoint.check(pieces)
+    # larger types first keep every tensor of a file aligned
+    pieces.sort(key=lambda piece: -checkpoint.dtype(piece).itemsize)
+    tensors = _exported(checkpoint, pieces, hf_config)
+    file_of = weight_map(beside / INDEX) if (beside / INDEX).is_file() else _split(tensors, hf_config)
+    if OUTPUT not in file_of:
+        tensors.pop(OUTPUT, None)
+    _check_index(beside, file_of, tensors)
+    check_disk(target, sum(tensor.nbytes for tensor in tensors.values()))
+    files = sorted(set(file_of.values()))
+    with written_aside(target) as partial:
+        own = files[dist.get_rank() :: dist.get_world_size()]
+        for file in tqdm(own, f"export {source}", unit="file", disable=_quiet()):
+            names = {name: tensor for name, tensor in tensors.items() if file_of[name] == file}
+            write_file(partial / file, names, _read_file(checkpoint, pieces, names, hf_config))
+        if dist.get_rank() == 0:
+            copy_side_files(beside, partial)
+            if files != [SINGLE]:
+                _keep_index(beside, partial, file_of, tensors)
+
+
+def supported_config(path: Path) -> PretrainedConfig:
+    """The directory's configuration. Raises ValueError if its architecture cannot be built."""
+    hf_config = read_config(path)
+    try:
+        family_of(hf_config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return hf_config
+
+
+def check_tensors(
+    source: Path, hf_config: PretrainedConfig, pieces: list[Piece], found: dict[str, Tensor]
+) -> None:
+    """Raises ValueError naming the first tensor that is missing, unexpected, or of a wrong shape or type."""
+    expected = {
+        name: shape
+        for piece in pieces
+        for name, shape in zip(piece.hf_names, piece.hf_shapes(hf_config), strict=True)
+    }
+    optional = {OUTPUT} if hf_config.tie_word_embeddings else set()
+    for name, shape in expected.items():
+        if name not in found:
+            raise ValueError(f"{source}: tensor {name} is missing")
+        if found[name].shape != shape:
+            raise ValueError(
+                f"{source}: tensor {name} has shape {tuple(found[name].shape)}; "
+                f"config.json asks for {tuple(shape)}"
+            )
+    for name in sorted(found.keys() - expected.keys() - optional):
+        raise ValueError(f"{source}: tensor {name} is not part of a {hf_config.architectures[0]}; remove it")
+    _check_types(source, pieces, found)
+
+
+def _check_types(source: Path, pieces: list[Piece], found: dict[str, Tensor]) -> None:
+    first: dict[str, str] = {}
+    for piece in pieces:
+        for name in piece.hf_names:
+            other = first.setdefault(piece.key, name)
+            if not found[name].is_floating_point():
+                raise ValueError(f"{source}: tensor {name} is not of float32, float16 or bfloat16")
+            if found[name].dtype != found[other].dtype:
+                raise ValueError(
+                    f"{source}: tensor {name} is {found[name].dtype} and {other} is {found[other].dtype}; "
+                    "megatron-core keeps both in one tensor, convert one of them"
+                )
+
+
+def check_tied_output(tensors: HfTensors, hf_config: PretrainedConfig, found: dict[str, Tensor]) -> None:
+    """Raises ValueError if an output layer is stored that differs from the embedding it is tied to."""
+    if not hf_config.tie_word_embeddings or OUTPUT not in found:
+        return
+    if not torch.equal(tensors.read(OUTPUT), tensors.read(EMBEDDING)):
+        raise ValueError(
+            f"{tensors.path}: tensor {OUTPUT} differs from {EMBEDDING}, "
+            "but config.json has tie_word_embeddings=true"
+        )
+
+
+def check_disk(target: Path, needed: int) -> None:
+    """Raises ValueError if there is less space than `needed` bytes where `target` is to be."""
+    place = next(parent for parent in target.absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ValueError(f"{target}: needs {needed / 1e9:.2f} GB, but {place} has {free / 1e9:.2f} GB free")
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """An empty directory beside `target` that takes its name once the block has ended well. Collective.
+
+    Raises ValueError if `target` exists or cannot be made.
+    """
+    partial = target.with_name(target.name + ".partial")
+    if target.exists():
+        raise ValueError(f"{target}: already exists; choose another directory or delete it")
+    dist.barrier()
+    try:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        yield partial
+    except OSError as error:
+        raise ValueError(f"{target}: cannot be written: {error.strerror or error}") from error
+    dist.barrier()
+    if dist.get_rank() == 0:
+        partial.rename(target)
+    dist.barrier()
+
+
+def _hf_places(piece: Piece, hf_config: PretrainedConfig) -> list[tuple[int, str]]:
+    """(position in `piece.to_hf`, tensor name); a tied embedding can be stored as the output layer too."""
+    places = list(enumerate(piece.hf_names))
+    tied = hf_config.tie_word_embeddings and piece.hf_names == (EMBEDDING,)
+    return [*places, (0, OUTPUT)] if tied else places
+
+
+def _exported(
+    checkpoint: MegatronCheckpoint, pieces: list[Piece], hf_config: PretrainedConfig
+) -> dict[str, Tensor]:
+    """Every Hugging Face tensor of the policy, as meta tensors of the checkpoint's types."""
+    return {
+        name: torch.empty(piece.hf_shapes(hf_config)[i], dtype=checkpoint.dtype(piece), device="meta")
+        for piece in pieces
+        for i, name in _hf_places(piece, hf_config)
+    }
+
+
+def _split(tensors: dict[str, Tensor], hf_config: PretrainedConfig) -> dict[str, str]:
+    """Which file holds which tensor, as transformers would have it."""
+    tensors = {n: x for n, x in tensors.items() if n != OUTPUT or not hf_config.tie_word_embeddings}
+    return dict(split_torch_state_dict_into_shards(tensors, max_shard_size="5GB").tensor_to_filename)
+
+
+def _check_index(beside: Path, file_of: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    for name in sorted(file_of.keys() ^ tensors.keys()):
+        raise ValueError(f"{beside / INDEX}: tensor {name} is not in both the index and the policy")
+
+
+def _read_file(
+    checkpoint: MegatronCheckpoint, pieces: list[Piece], names: Container[str], hf_config: PretrainedConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one file, in the order of `pieces`."""
+    for piece in pieces:
+        places = [(i, name) for i, name in _hf_places(piece, hf_config) if name in names]
+        if places:
+            tensors = piece.to_hf(checkpoint.read(piece), hf_config)
+            yield from ((name, tensors[i]) for i, name in places)
+
+
+def _keep_index(source: Path, target: Path, file_of: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    """The source's own index, or one made anew where it has none."""
+    if (source / INDEX).is_file():
+        shutil.copyfile(source / INDEX, target / INDEX)
+    else:
+        write_index(target, file_of, tensors)
+
+
+def _safetensors_names(tensors: HfTensors) -> dict[str, str]:
+    """file_of, as an export names the files, which are safetensors."""
+    return {
+        name: file.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+        for name, file in tensors.file_of.items()
+    }
+
+
+def _bar(title: str, pieces: list[Piece], found: dict[str, Tensor]) -> tqdm:
+    total = sum(found[name].nbytes for piece in pieces for name in piece.hf_names)
+    return tqdm(desc=title, total=total, unit="B", unit_scale=True, disable=_quiet())
+
+
+def _quiet() -> bool | None:
+    """tqdm's `disable`: only one process draws a bar, and only on a terminal."""
+    return None if dist.get_rank() == 0 else True

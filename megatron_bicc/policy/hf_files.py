@@ -1,0 +1,212 @@
+"""The files of a Hugging Face directory: its tensors one at a time, in and out, and what lies beside them."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "*token*",
+    "merges.txt",
+    "vocab.*",
+)
+
+
+class HfTensors(Protocol):
+    """The tensors of a Hugging Face directory."""
+
+    path: Path
+    file_of: dict[str, str]
+    """Which file holds a tensor"""
+
+    def describe(self) -> dict[str, Tensor]:
+        """Shape and dtype of every tensor, as meta tensors, without reading any."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU. Raises ValueError if it is missing or its file is damaged."""
+        ...
+
+
+class SafetensorsDirectory:
+    """Reads single tensors out of a Hugging Face directory, sharded or in one file."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises ValueError if the directory holds no readable safetensors."""
+        self.path = Path(path)
+        if (self.path / INDEX).is_file():
+            self.file_of = weight_map(self.path / INDEX)
+        else:
+            self.file_of = dict.fromkeys(self._headers(SINGLE), SINGLE)
+
+    def describe(self) -> dict[str, Tensor]:
+        """Shape and dtype of every tensor of the files' headers, as meta tensors.
+
+        Raises ValueError that names a file that is missing, truncated or does not hold what the index says.
+        """
+        found = {name: (file, x) for file in self._files() for name, x in self._headers(file).items()}
+        for name, file in self.file_of.items():
+            if name not in found or found[name][0] != file:
+                raise ValueError(f"{self.path / file}: does not hold tensor {name}, which {INDEX} puts there")
+        return {name: tensor for name, (_, tensor) in found.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU. Raises ValueError if it is missing or its file is damaged."""
+        if name not in self.file_of:
+            raise ValueError(f"{self.path}: tensor {name} is missing")
+        file_name = self.file_of[name]
+        try:
+            with safe_open(self.path / file_name, framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.path / file_name}: cannot be read: {error}") from error
+
+    def _files(self) -> list[str]:
+        return sorted(set(self.file_of.values()))
+
+    def _headers(self, file_name: str) -> dict[str, Tensor]:
+        try:
+            with safe_open(self.path / file_name, framework="pt") as file:
+                return {name: _meta(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.path / file_name}: cannot be read: {error}") from error
+
+
+class PickleDirectory:
+    """Reads single tensors out of pytorch_model.bin files: tensors only, and mapped, not loaded."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises ValueError if the directory holds no readable pytorch_model.bin."""
+        self.path = Path(path)
+        index = self.path / PICKLED_INDEX
+        named = weight_map(index) if index.is_file() else {}
+        self._tensors: dict[str, Tensor] = {}
+        self.file_of: dict[str, str] = {}
+        for file in sorted(set(named.values())) or [PICKLED]:
+            tensors = self._map(file)
+            self._tensors |= tensors
+            self.file_of |= dict.fromkeys(tensors, file)
+        for name in named.keys() - self._tensors.keys():
+            raise ValueError(
+                f"{self.path / named[name]}: does not hold tensor {name}, which the index puts there"
+            )
+
+    def describe(self) -> dict[str, Tensor]:
+        """Shape and dtype of every tensor, as meta tensors."""
+        return {name: tensor.to("meta") for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU. Raises ValueError if it is missing."""
+        if name not in self._tensors:
+            raise ValueError(f"{self.path}: tensor {name} is missing")
+        return self._tensors[name]
+
+    def _map(self, file_name: str) -> dict[str, Tensor]:
+        try:
+            return torch.load(self.path / file_name, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises many kinds for a damaged or hostile pickle
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{self.path / file_name}: cannot be read: {reason}") from error
+
+
+def open_tensors(path: str | Path, allow_pickle: bool) -> HfTensors:
+    """The directory's safetensors; its pickled tensors only where there are none and `allow_pickle` says so.
+
+    Raises ValueError that names what is missing or damaged.
+    """
+    path = Path(path)
+    if (path / SINGLE).is_file() or (path / INDEX).is_file():
+        return SafetensorsDirectory(path)
+    pickled = (path / PICKLED).is_file() or (path / PICKLED_INDEX).is_file()
+    if pickled and allow_pickle:
+        return PickleDirectory(path)
+    if pickled:
+        raise ValueError(
+            f"{path}: holds pickled tensors only; --allow-pickle reads them, if you trust their origin"
+        )
+    raise ValueError(f"{path}: there is no {SINGLE} and no {INDEX} in it")
+
+
+def read_config(path: str | Path) -> PretrainedConfig:
+    """The directory's config.json. Remote code is never run.
+
+    Raises ValueError if it is missing or transformers does not know its architecture.
+    """
+    if not (Path(path) / "config.json").is_file():
+        raise ValueError(f"{path}: there is no Hugging Face config.json in it")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a damaged or unknown configuration
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}/config.json: cannot be used: {reason}") from error
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copies configuration, generation configuration and tokenizer, byte for byte."""
+    for pattern in SIDE_FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, target / file.name)
+
+
+def write_index(target: Path, file_of: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    """model.safetensors.index.json; tensors: shape and dtype of each, meta tensors will do."""
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    metadata = {"total_parameters": parameters, "total_size": size}
+    index = {"metadata": metadata, "weight_map": dict(sorted(file_of.items()))}
+    (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_file(path: Path, described: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """One safetensors file, holding one tensor at a time in memory.
+
+    described: shape and dtype of every tensor, in the order in which `tensors` gives them. The format: a
+    uint64 with the header's length, the header in JSON, the tensors' bytes one after another.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in described.items():
+        start, end = end, end + tensor.nbytes
+        names = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = names
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, tensor), expected in zip(tensors, described, strict=True):
+            assert name == expected, f"{name} comes where {expected} was described"
+            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Which file holds which tensor. Raises ValueError if the index is damaged."""
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        if all(Path(file).name == file for file in weight_map.values()):
+            return weight_map
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: not an index of tensors: {error}") from error
+    raise ValueError(f"{index}: names a file outside of its directory")
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def _meta(header: "safe_open") -> Tensor:
+    dtype = _DTYPES.get(header.get_dtype(), torch.uint8)
+    return torch.empty(header.get_shape(), dtype=dtype, device="meta")

@@ -1,0 +1,81 @@
+"""Logits of a distributed checkpoint against those of transformers.
+
+Shape suffixes: T tokens of a prompt, V vocabulary.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_bicc import platform
+from megatron_bicc.config import Config
+from megatron_bicc.policy.architecture import transformer_config
+from megatron_bicc.policy.convert import supported_config
+from megatron_bicc.policy.megatron_files import MegatronCheckpoint, describe, load_chunks
+from megatron_bicc.policy.model import PolicyModel
+from megatron_bicc.policy.packed import PackedBatch, Segments
+
+
+class LogitModel(PolicyModel):
+    """The policy that ends in float [T, V] logits of every row, which training never makes."""
+
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return (hidden_states[:, 0] @ self.output_weight().T)[:, : self.true_vocab_size]
+
+
+def largest_difference(hf_dir: Path, checkpoint: Path, prompts: int, length: int) -> tuple[float, float]:
+    """(largest difference of a logit, largest logit) over random prompts, both models in float32.
+
+    One process; both models are in memory, one after the other. Raises ValueError if one cannot be read.
+    """
+    hf_config = supported_config(hf_dir)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, hf_config.vocab_size, (prompts, length), generator=generator)
+    ours = _megatron_logits(hf_dir, checkpoint, tokens)
+    theirs = _transformers_logits(hf_dir, tokens)
+    pairs = list(zip(ours, theirs, strict=True))
+    difference = max(float((a - b).abs().max()) for a, b in pairs)
+    return difference, max(float(b.abs().max()) for _, b in pairs)
+
+
+@torch.no_grad()
+def _megatron_logits(hf_dir: Path, checkpoint: Path, tokens: Tensor) -> list[Tensor]:
+    config, hf_config = Config(), supported_config(hf_dir)
+    config.model.dtype = "float32"
+    MegatronCheckpoint(checkpoint).check(describe(hf_config)[0])
+    with platform.megatron():
+        model = LogitModel(transformer_config(hf_config, config), hf_config, temperature=1.0)
+        model = model.to(platform.device(), torch.float32).eval()
+    load_chunks([model], checkpoint)
+    with platform.megatron():
+        return [model.run(_causal(prompt_T)).cpu() for prompt_T in tokens]
+
+
+@torch.no_grad()
+def _transformers_logits(hf_dir: Path, tokens: Tensor) -> list[Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(
+        hf_dir, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
+    ).eval()
+    model = model.to(platform.device())
+    return [model(prompt_T[None].to(platform.device())).logits[0].cpu() for prompt_T in tokens]
+
+
+def _causal(tokens_T: Tensor) -> PackedBatch:
+    """One causal sequence without responses."""
+    device, length = platform.device(), len(tokens_T)
+    whole, nothing = np.array([0, length], np.int32), np.zeros(2, np.int32)
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    return PackedBatch(
+        qkv_format="sbhd",
+        tokens_T=tokens_T.to(device),
+        positions_T=torch.arange(length, device=device),
+        labels_N=none,
+        response_N=none,
+        response_rows=slice(length, length),
+        causal=Segments.make(whole, whole, device),
+        cross=Segments.make(nothing, whole, device),
+    )

@@ -1,0 +1,261 @@
+"""Conversion in one process: bit-exact round trips, and one line for everything that does not fit."""
+
+import importlib.util
+import json
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.models import make_model
+
+from megatron_bicc.config import ParallelConfig
+from megatron_bicc.policy.architecture import check_layout
+from megatron_bicc.policy.convert import check_disk, export_hf, import_hf, supported_config, written_aside
+from megatron_bicc.policy.verify import largest_difference
+
+REPOSITORY = Path(__file__).parents[2]
+SIDE = {
+    "tokenizer.json": '{"made": "up"}',
+    "tokenizer_config.json": "{ }",
+    "generation_config.json": '{"top_k":  7}\n',
+    "merges.txt": "a b\n",
+}
+
+
+def hf_directory(path: Path, name: str, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> Path:
+    """A random model of support.models with files beside it."""
+    make_model(name).to(dtype).save_pretrained(path, max_shard_size=shard)
+    for file, text in SIDE.items():
+        (path / file).write_text(text)
+    return path
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a directory's safetensors files."""
+    return {name: x for file in path.glob("*.safetensors") for name, x in load_file(file).items()}
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    """The same files with the same bytes; the same tensors, bit for bit, in the same safetensors files."""
+    assert {p.name for p in ours.iterdir()} == {p.name for p in theirs.iterdir()}
+    for file in theirs.iterdir():
+        if file.suffix == ".safetensors":
+            mine, his = load_file(ours / file.name), load_file(file)
+            assert mine.keys() == his.keys()
+            for name, tensor in his.items():
+                assert mine[name].dtype == tensor.dtype
+                assert torch.equal(mine[name].view(torch.uint8), tensor.view(torch.uint8)), name
+        else:
+            assert (ours / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shard"),
+    [
+        ("qwen3_tied", torch.bfloat16, "5GB"),
+        ("qwen3_untied", torch.float32, "20kB"),
+        ("qwen2", torch.float16, "20kB"),
+        ("llama3", torch.bfloat16, "20kB"),
+        ("qwen3_moe", torch.bfloat16, "20kB"),
+    ],
+)
+def test_round_trip_is_bit_exact(
+    name: str, dtype: torch.dtype, shard: str, tmp_path: Path, single_process: None
+) -> None:
+    source = hf_directory(tmp_path / "hf", name, dtype, shard)
+    assert len(list(source.glob("*.safetensors"))) > 1 or shard == "5GB"
+    import_hf(source, tmp_path / "megatron", allow_pickle=False)
+    export_hf(tmp_path / "megatron", tmp_path / "back", side_files=None)
+    assert_same(tmp_path / "back", source)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_logits_equal_transformers_until_a_weight_changes(tmp_path: Path, single_process: None) -> None:
+    source = hf_directory(tmp_path / "hf", "qwen2")
+    import_hf(source, tmp_path / "megatron", allow_pickle=False)
+    difference, largest = largest_difference(source, tmp_path / "megatron", prompts=2, length=40)
+    assert difference < 1e-5 * largest
+    change(source, lambda x: x["model.layers.1.self_attn.k_proj.bias"].mul_(1.5))
+    assert largest_difference(source, tmp_path / "megatron", prompts=2, length=40)[0] > 1e-2
+
+
+def test_stored_copy_of_a_tied_output_layer(tmp_path: Path, single_process: None) -> None:
+    source = hf_directory(tmp_path / "hf", "qwen3_tied")
+    change(source, lambda x: x.update({"lm_head.weight": x["model.embed_tokens.weight"].clone()}))
+    import_hf(source, tmp_path / "megatron", allow_pickle=False)
+    export_hf(tmp_path / "megatron", tmp_path / "back", side_files=None)
+    assert_same(tmp_path / "back", source)
+    change(source, lambda x: x["lm_head.weight"].add_(1))
+    refused(source, tmp_path, "tensor lm_head.weight differs from model.embed_tokens.weight")
+
+
+def command(*arguments: object) -> int:
+    """Exit status of tools/convert_hf_checkpoint.py, in this process."""
+    path = REPOSITORY / "tools/convert_hf_checkpoint.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.run([str(argument) for argument in arguments])
+
+
+def change(source: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Rewrites the tensors of a single-file model."""
+    state = load_file(source / "model.safetensors")
+    edit(state)
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused(source: Path, tmp_path: Path, words: str) -> None:
+    """An import that ends in one line and leaves nothing under the final name."""
+    with pytest.raises(ValueError, match=words) as raised:
+        import_hf(source, tmp_path / "refused", allow_pickle=False)
+    assert "\n" not in str(raised.value)
+    assert str(source) in str(raised.value)
+    assert not (tmp_path / "refused").exists()
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+EDITS = {
+    "missing": (lambda x: x.pop(Q), f"tensor {Q} is missing"),
+    "unexpected": (lambda x: x.update(extra=x[Q].clone()), "tensor extra is not part of a Qwen3ForCausalLM"),
+    "shape": (lambda x: x.update({Q: x[Q][:-1].clone()}), rf"tensor {Q} has shape \(127, 48\); config"),
+    "type": (lambda x: x.update({Q: x[Q].half()}), f"tensor {Q} is torch.float16 and .* is torch.float32"),
+    "integers": (lambda x: x.update({Q: x[Q].int()}), f"tensor {Q} is not of float32"),
+}
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_tensors_that_do_not_fit(kind: str, tmp_path: Path, single_process: None) -> None:
+    source = hf_directory(tmp_path / "hf", "qwen3_untied")
+    edit, words = EDITS[kind]
+    change(source, edit)
+    refused(source, tmp_path, words)
+
+
+def test_damaged_files(tmp_path: Path, single_process: None) -> None:
+    source = hf_directory(tmp_path / "hf", "qwen3_untied", shard="20kB")
+    shard = sorted(source.glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-5])
+    refused(source, tmp_path, f"{shard.name}: cannot be read")
+    shard.unlink()
+    refused(source, tmp_path, f"{shard.name}: cannot be read")
+    shard.write_bytes(sorted(source.glob("*.safetensors"))[0].read_bytes())
+    refused(source, tmp_path, f"{shard.name}: does not hold tensor")
+    index = source / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(shard.name, "../elsewhere.safetensors"))
+    refused(source, tmp_path, "names a file outside of its directory")
+
+
+def test_configurations_that_are_not_supported(tmp_path: Path, single_process: None) -> None:
+    source = hf_directory(tmp_path / "hf", "qwen3_untied")
+    config = json.loads((source / "config.json").read_text())
+    for change, words in (
+        ({"architectures": ["GemmaForCausalLM"]}, "architecture GemmaForCausalLM is not supported"),
+        ({"model_type": "unheard", "auto_map": {"AutoConfig": "code.Remote"}}, "config.json: cannot be used"),
+    ):
+        (source / "config.json").write_text(json.dumps(config | change))
+        (source / "code.py").write_text("raise SystemExit('remote code ran')")
+        refused(source, tmp_path, words)
+    (source / "config.json").unlink()
+    refused(source, tmp_path, "there is no Hugging Face config.json")
+
+
+def test_pickles_are_read_only_when_asked(tmp_path: Path, single_process: None) -> None:
+    source = hf_directory(tmp_path / "hf", "qwen2")
+    state = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    refused(source, tmp_path, "there is no model.safetensors")
+    torch.save(state, source / "pytorch_model.bin")
+    refused(source, tmp_path, "holds pickled tensors only; --allow-pickle")
+    import_hf(source, tmp_path / "megatron", allow_pickle=True)
+    export_hf(tmp_path / "megatron", tmp_path / "back", side_files=None)
+    found = tensors(tmp_path / "back")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_command(tmp_path: Path, single_process: None, capsys: pytest.CaptureFixture[str]) -> None:
+    source, megatron, back = hf_directory(tmp_path / "hf", "qwen2"), tmp_path / "megatron", tmp_path / "back"
+    capsys.readouterr()
+    assert command("import", source, megatron, "--tp", 4) == 2
+    assert capsys.readouterr().err == (
+        "convert_hf_checkpoint: error: parallel.tensor=4 does not divide the model's num_key_value_heads=2\n"
+    )
+    assert command("import", source, megatron, "--tp", 2, "--pp", 2) == 0
+    assert command("export", megatron, back) == 0
+    assert_same(back, source)
+    assert command("verify", source, megatron) == 0
+    assert capsys.readouterr().out.startswith("largest difference of a logit ")
+    change(source, lambda x: x["model.norm.weight"].mul_(1.01))
+    assert command("verify", source, megatron) == 1
+    assert command("verify", source, megatron, "--tolerance", 0.1) == 0
+
+
+def test_layouts_that_do_not_divide(tmp_path: Path) -> None:
+    source = hf_directory(tmp_path / "hf", "qwen3_tied")
+    with pytest.raises(
+        ValueError, match="parallel.tensor=4 does not divide the model's num_key_value_heads=2"
+    ):
+        check_layout(supported_config(source), ParallelConfig(tensor=4))
+
+
+def test_damaged_checkpoints(tmp_path: Path, single_process: None) -> None:
+    source, megatron = hf_directory(tmp_path / "hf", "qwen3_untied"), tmp_path / "megatron"
+    import_hf(source, megatron, allow_pickle=False)
+    other = hf_directory(tmp_path / "other", "qwen2")
+    with pytest.raises(ValueError, match="linear_proj.weight has shape .* asks for"):
+        export_hf(megatron, tmp_path / "back", side_files=other)
+    data = next(megatron.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        export_hf(megatron, tmp_path / "back", side_files=None)
+    with pytest.raises(ValueError, match="not a distributed checkpoint"):
+        export_hf(source, tmp_path / "back", side_files=source)
+    assert not (tmp_path / "back").exists()
+
+
+def test_interrupted_writes_leave_nothing_under_the_name(tmp_path: Path, single_process: None) -> None:
+    with pytest.raises(KeyboardInterrupt), written_aside(tmp_path / "out") as partial:
+        (partial / "half").write_text("a")
+        raise KeyboardInterrupt
+    assert not (tmp_path / "out").exists()
+    with written_aside(tmp_path / "out") as partial:
+        assert not list(partial.iterdir())
+    with pytest.raises(ValueError, match="already exists"), written_aside(tmp_path / "out"):
+        pass
+
+
+def test_disk_that_is_too_small(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    check_disk(tmp_path / "out", free // 2)
+    with pytest.raises(ValueError, match=f"out: needs .* GB, but {tmp_path} has .* GB free"):
+        check_disk(tmp_path / "out", free * 2)
+
+
+@pytest.mark.parametrize("end", ["import", "export"])
+def test_write_that_fails(end: str, tmp_path: Path, single_process: None) -> None:
+    source = hf_directory(tmp_path / "hf", "qwen3_untied")
+    import_hf(source, tmp_path / "megatron", allow_pickle=False)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match="cannot be written: .*(File too large|disk full)") as raised:
+            if end == "import":
+                import_hf(source, tmp_path / "out", allow_pickle=False)
+            else:
+                export_hf(tmp_path / "megatron", tmp_path / "out", side_files=None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_directory_that_cannot_be_made(tmp_path: Path, single_process: None) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"), written_aside(tmp_path / "file" / "out"):
+        pass

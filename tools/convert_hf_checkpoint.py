@@ -1,0 +1,115 @@
+"""Converts between a Hugging Face directory and megatron-core's distributed checkpoint.
+
+python tools/convert_hf_checkpoint.py import HF_DIR OUT [--tp 2 --pp 2]
+python tools/convert_hf_checkpoint.py export MEGATRON_DIR OUT [--hf HF_DIR]
+python tools/convert_hf_checkpoint.py verify HF_DIR MEGATRON_DIR [--tolerance 1e-4]
+
+import and export also run under torchrun, where each process does a share. A checkpoint loads under any
+layout, so --tp, --pp and --ep only check that the model can be loaded so. MEGATRON_DIR may be a training
+run's checkpoint.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_bicc import platform
+from megatron_bicc.config import Config, ParallelConfig
+from megatron_bicc.policy.architecture import check_layout
+from megatron_bicc.policy.convert import export_hf, import_hf, supported_config
+from megatron_bicc.policy.policy import start_model_parallel
+from megatron_bicc.policy.verify import largest_difference
+
+
+def main(argv: list[str]) -> int:
+    """`run` inside megatron-core's process groups."""
+    platform.start_distributed()
+    start_model_parallel(Config())
+    try:
+        return run(argv)
+    finally:
+        dist.destroy_process_group()
+
+
+def run(argv: list[str]) -> int:
+    """Exit status: 0; 1 if logits differ by more than the tolerance; 2 for bad input, one line on stderr."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except ValueError as error:
+        print(f"convert_hf_checkpoint: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    layout = ParallelConfig(
+        tensor=arguments.tp, sequence=arguments.tp > 1, pipeline=arguments.pp, expert=arguments.ep
+    )
+    check_layout(supported_config(arguments.source), layout)
+    import_hf(arguments.source, arguments.target, arguments.allow_pickle)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    export_hf(arguments.source, arguments.target, arguments.hf)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    if dist.get_world_size() > 1:
+        raise ValueError("verify runs in one process; start it without torchrun")
+    difference, largest = largest_difference(
+        arguments.hf, arguments.source, arguments.prompts, arguments.length
+    )
+    print(f"largest difference of a logit {difference:.3e}, of logits up to {largest:.3e}, in float32")
+    if difference <= arguments.tolerance * max(1.0, largest):
+        return 0
+    print(f"over the tolerance {arguments.tolerance:.1e} of the largest logit", file=sys.stderr)
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="import|export|verify")
+
+    command = commands.add_parser("import", help="Hugging Face directory -> distributed checkpoint")
+    command.set_defaults(run=_import)
+    command.add_argument("source", type=Path, metavar="HF_DIR")
+    command.add_argument("target", type=Path, metavar="OUT")
+    for layout, name in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
+        text = f"{name}-parallel size that the model is to be loaded under [1]"
+        command.add_argument(f"--{layout}", type=_positive, default=1, metavar="N", help=text)
+    text = "read pytorch_model.bin where there are no safetensors"
+    command.add_argument("--allow-pickle", action="store_true", help=text)
+
+    command = commands.add_parser("export", help="distributed checkpoint -> Hugging Face directory")
+    command.set_defaults(run=_export)
+    command.add_argument("source", type=Path, metavar="MEGATRON_DIR")
+    command.add_argument("target", type=Path, metavar="OUT")
+    text = "directory of config.json and tokenizer [MEGATRON_DIR/hf]"
+    command.add_argument("--hf", type=Path, metavar="HF_DIR", help=text)
+
+    command = commands.add_parser("verify", help="compare logits with transformers on random prompts")
+    command.set_defaults(run=_verify)
+    command.add_argument("hf", type=Path, metavar="HF_DIR")
+    command.add_argument("source", type=Path, metavar="MEGATRON_DIR")
+    command.add_argument("--prompts", type=_positive, default=4, metavar="N", help="random prompts [4]")
+    command.add_argument("--length", type=_positive, default=64, metavar="N", help="tokens of a prompt [64]")
+    text = "largest difference allowed, as a share of the largest logit [1e-4]"
+    command.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help=text)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
