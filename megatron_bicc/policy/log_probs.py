@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**23
+CHUNK_ELEMENTS = 2**26
 """Logits that a chunk may hold on this rank."""
 
 
@@ -38,14 +38,13 @@ class VocabParallelLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, shard: VocabShard
     ) -> tuple[Tensor, Tensor]:
-        chunks = [
-            _forward_chunk(hidden[rows], weight, labels[rows], temperature, shard)
-            for rows in _chunks(hidden, weight)
-        ]
-        log_probs, entropy, lse = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        found = torch.empty(3, hidden.shape[0], dtype=_at_least_float32(hidden), device=hidden.device)
+        for rows in _chunks(hidden, weight):
+            found[:, rows] = _forward_chunk(hidden[rows], weight, labels[rows], temperature, shard)
+        log_probs, entropy, lse = found
         ctx.save_for_backward(hidden, weight, labels, lse, entropy)
         ctx.temperature, ctx.shard = temperature, shard
-        return log_probs, entropy
+        return log_probs.clone(), entropy.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
@@ -77,16 +76,18 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 def _logits(hidden_CH: Tensor, weight: Tensor, temperature: float, shard: VocabShard) -> Tensor:
     """Logits in at least float32, without those of the padding: [C, tokens of the shard]."""
-    logits = hidden_CH @ weight[: shard.size].t()
-    if logits.dtype != torch.float64:
-        logits = logits.float()
+    logits = (hidden_CH @ weight[: shard.size].t()).to(_at_least_float32(hidden_CH))
     return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _forward_chunk(
     hidden_CH: Tensor, weight: Tensor, labels_C: Tensor, temperature: float, shard: VocabShard
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probs, entropy, log-sum-exp), each [C]."""
+) -> Tensor:
+    """[3, C]: log-probs, entropy, log-sum-exp."""
     logits = _logits(hidden_CH, weight, temperature, shard)
     largest = logits.amax(-1)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=shard.group)
@@ -99,7 +100,7 @@ def _forward_chunk(
     dist.all_reduce(sums, group=shard.group)
     total, weighted, label_logit = sums
     log_total = total.log()
-    return label_logit - log_total, log_total - weighted / total, log_total + largest
+    return torch.stack([label_logit - log_total, log_total - weighted / total, log_total + largest])
 
 
 def _gradient(

@@ -1,0 +1,88 @@
+"""Time and peak memory of alternatives, on a GPU or a CPU."""
+
+import contextlib
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_bicc import platform
+from megatron_bicc.config import Config
+from megatron_bicc.policy.policy import start_model_parallel
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """megatron-core's process groups for one process."""
+    platform.start_distributed()
+    start_model_parallel(Config())
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def median_ms(repeats: int, calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Returns each call's median time in milliseconds: on a CPU, that of the processor spent on it.
+
+    They run in turns, so that a busy machine slows all of them alike; a first turn is not counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            start = _now()
+            call()
+            if turn:
+                times[name].append((_now() - start) * 1e3)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def _now() -> float:
+    if not platform.has_cuda():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_mb(call: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
+    """Returns the memory that `call(*arguments)()` takes at its peak beyond what it starts with, in MB.
+
+    It is measured in a process of its own: `call` must be a module's function. What `call` makes before it
+    returns the function to measure does not count.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_mb, call, arguments).result()
+
+
+def _peak_mb(call: Callable[..., Callable[[], Any]], arguments: tuple) -> float:
+    with one_process():
+        measured = call(*arguments)
+        if platform.has_cuda():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            measured()
+            return (torch.cuda.max_memory_allocated() - before) / 2**20
+        before = _resident_kb("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        measured()
+        return (_resident_kb("VmHWM") - before) / 1024
+
+
+def _resident_kb(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def machine() -> str:
+    """Returns what the figures were measured on."""
+    if platform.has_cuda():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
