@@ -210,6 +210,8 @@ class CheckpointConfig:
     """Newest checkpoints to keep."""
     resume: bool = False
     """Go on from the newest checkpoint in output_dir."""
+    force: bool = False
+    """Go on although settings have changed that make another experiment of the run."""
 
 
 @dataclass

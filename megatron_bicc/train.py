@@ -19,9 +19,18 @@ from megatron_bicc.policy.hf_weights import save_hf
 from megatron_bicc.rollout.collect import collect_groups
 from megatron_bicc.rollout.types import Group, Sampling
 from megatron_bicc.setup_run import Inputs, Workers, read_inputs, start_workers
-from megatron_bicc.training.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
+from megatron_bicc.training.checkpoint import (
+    CheckpointError,
+    Progress,
+    check_writable,
+    checkpoints,
+    load_checkpoint,
+    read_progress,
+    save_checkpoint,
+)
 from megatron_bicc.training.metrics import mean_metrics, rollout_metrics, update_metrics
 from megatron_bicc.training.report_groups import report_groups
+from megatron_bicc.training.resume import check_resume, contents
 from megatron_bicc.weight_sync import sync_weights
 
 
@@ -33,19 +42,21 @@ def main(argv: list[str]) -> None:
         if config.dry_run:
             return
         workers = start_workers(inputs)
+        first_step = restore(inputs, workers)
     except ValueError as error:
         abort(str(error))
     try:
-        train(inputs, workers)
+        train(inputs, workers, first_step)
+    except CheckpointError as error:
+        abort(str(error))
     except KeyboardInterrupt:
         abort(f"stopped; checkpoint.resume=true goes on from the newest checkpoint in {config.output_dir}")
     dist.destroy_process_group()
 
 
-def train(inputs: Inputs, workers: Workers) -> None:
-    """Every step of a run, from its start or its newest checkpoint. Collective."""
+def train(inputs: Inputs, workers: Workers, first_step: int) -> None:
+    """Every step of a run after the `first_step` that are finished. Collective."""
     config = inputs.config
-    first_step = restore(inputs, workers)
     log = RunLog(config, first_step, enabled=dist.get_rank() == 0)
     sync_weights(workers.policy, workers.engine, first_step)
     if first_step == 0:
@@ -127,15 +138,17 @@ def save(inputs: Inputs, workers: Workers, step: int) -> None:
     """A checkpoint from which the run goes on after this step."""
     c = inputs.config
     state = workers.policy.scheduler.state_dict()
-    progress = Progress(step, inputs.sampler.state_dict(), state, asdict(c))
+    progress = Progress(step, inputs.sampler.state_dict(), state, asdict(c), contents(c))
     save_checkpoint(c.output_dir, workers.policy, progress, c.checkpoint.keep)
 
 
 def restore(inputs: Inputs, workers: Workers) -> int:
     """Loads the newest checkpoint if the run is to go on from one; returns the number of finished steps."""
+    check_writable(inputs.config.output_dir)
     found = checkpoints(inputs.config.output_dir) if inputs.config.checkpoint.resume else []
     if not found:
         return 0
+    check_resume(read_progress(found[-1]), inputs.config, first_process=dist.get_rank() == 0)
     progress = load_checkpoint(found[-1], workers.policy)
     inputs.sampler.load_state_dict(progress.sampler)
     return progress.step

@@ -1,6 +1,5 @@
 """Weights between Hugging Face safetensors and the policy's shards."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,51 +8,12 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import save_torch_state_dict
 from megatron.core import parallel_state
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from megatron_bicc.policy.hf_files import SafetensorsDirectory, copy_side_files
 from megatron_bicc.policy.hf_mapping import Rule, cut, from_whole, join, rule_for, to_whole
 from megatron_bicc.policy.model import PolicyModel
-
-COPIED_FILES = (
-    "config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "*token*",
-    "merges.txt",
-    "vocab.*",
-)
-
-
-class SafetensorsDirectory:
-    """Reads single tensors out of a Hugging Face directory, sharded or in one file."""
-
-    def __init__(self, path: str) -> None:
-        """Raises ValueError if the directory holds no readable safetensors."""
-        self.path = Path(path)
-        index = self.path / "model.safetensors.index.json"
-        if index.is_file():
-            self.file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        else:
-            self.file_of = dict.fromkeys(self._names("model.safetensors"), "model.safetensors")
-
-    def read(self, name: str) -> Tensor:
-        """One tensor on the CPU. Raises ValueError if it is missing or its file is damaged."""
-        if name not in self.file_of:
-            raise ValueError(f"{self.path}: tensor {name} is missing")
-        try:
-            with safe_open(self.path / self.file_of[name], framework="pt") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.path / self.file_of[name]}: cannot be read: {error}") from error
-
-    def _names(self, file_name: str) -> list[str]:
-        try:
-            with safe_open(self.path / file_name, framework="pt") as file:
-                return list(file.keys())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.path / file_name}: cannot be read: {error}") from error
 
 
 def _parameters(chunk: PolicyModel) -> Iterator[tuple[Rule, Tensor]]:
@@ -161,9 +121,7 @@ def save_hf(
     partial = Path(f"{target}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for pattern in COPIED_FILES:
-        for file in Path(source).glob(pattern):
-            shutil.copy(file, partial)
+    copy_side_files(Path(source), partial)
     save_torch_state_dict(tensors, partial)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)

@@ -153,9 +153,15 @@ class _StreamPlanner(dcp.DefaultSavePlanner):
             # torch's writer keeps what it has written until it closes the file
             self._written.untyped_storage().resize_(0)
         piece, _ = self._pieces[write_item.index]
-        # a copy: the storage of a tensor that was read can be a file's
-        self._written = self._read(piece).clone(memory_format=torch.contiguous_format)
+        self._written = _own(self._read(piece))
         return self._written.view(_sizes(piece))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor in storage of its own: what was read can be a part of a file."""
+    storage = tensor.untyped_storage()
+    owned = storage.resizable() and storage.nbytes() == tensor.nbytes and tensor.is_contiguous()
+    return tensor if owned else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _write_item(index: MetadataIndex, piece: Piece, dtype: torch.dtype) -> WriteItem:

@@ -1,0 +1,79 @@
+"""Whether a run may go on from a checkpoint under the settings that it is given now."""
+
+import hashlib
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_bicc.config import Config
+from megatron_bicc.policy.hf_files import SIDE_FILES
+from megatron_bicc.training.checkpoint import Progress
+
+_log = logging.getLogger(__name__)
+
+DANGEROUS = (
+    "algorithm",
+    "seed",
+    "model.path",
+    "model.dtype",
+    "data.",
+    "reward.",
+    "bicc.",
+    "rcc.",
+    "loss.",
+    "rollout.prompts_per_step",
+    "rollout.group_size",
+    "rollout.max_new_tokens",
+    "rollout.temperature",
+    "train.updates_per_step",
+)
+"""Settings, or sections of them, whose change makes another experiment of a run"""
+
+
+def check_resume(progress: Progress, config: Config, first_process: bool) -> None:
+    """Logs the settings that have changed since the checkpoint.
+
+    Raises ValueError naming those that make another experiment of the run, unless checkpoint.force. A file
+    that was moved and holds the same is no change.
+    """
+    changed = _changes(_flatten(progress.config), _flatten(asdict(config)))
+    now = contents(config)
+    same_files = {name for name in now if progress.contents.get(name) == now[name]}
+    edited = dict.fromkeys(now.keys() - same_files - changed.keys(), "its content has changed")
+    dangerous = [n for n in [*changed, *edited] if n.startswith(DANGEROUS) and n not in same_files]
+    words = {**changed, **edited}
+    if dangerous and not config.checkpoint.force:
+        listed = "; ".join(f"{name}: {words[name]}" for name in dangerous)
+        raise ValueError(
+            f"checkpoint.resume: not the settings of step {progress.step}: {listed}; "
+            "set them back, or go on all the same by checkpoint.force=true"
+        )
+    for name in words if first_process else ():
+        _log.warning("changed since step %d: %s: %s", progress.step, name, words[name])
+
+
+def contents(config: Config) -> dict[str, str]:
+    """SHA-256 of what a run reads: the training prompts, and the policy's configuration and tokenizer.
+
+    Of the policy's weights only the files' sizes count: they are in the checkpoint.
+    """
+    model = Path(config.model.path)
+    side = sorted({file for pattern in SIDE_FILES for file in model.glob(pattern)})
+    sizes = [(file.name, file.stat().st_size) for file in sorted(model.glob("*.safetensors"))]
+    policy = hashlib.sha256(repr(sizes).encode())
+    for file in side:
+        policy.update(file.name.encode() + file.read_bytes())
+    train = hashlib.sha256(Path(config.data.train).read_bytes())
+    return {"model.path": policy.hexdigest(), "data.train": train.hexdigest()}
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    return {name: f"was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]}
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -1,0 +1,117 @@
+"""What a run goes on from: damaged checkpoints, changed settings, disks that are full, processes killed.
+
+One process that has everything loaded forks a run, so that a run costs a second or two, not ten.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("checkpoint_worker.py")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What checkpoint_worker.py reports: the directory as "out", and scenario: {"status": .., "err": ..}."""
+    out = tmp_path_factory.mktemp("checkpoints")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(WORKER), str(out), os.environ.get("KILLS", "4")],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=290,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((out / "report.json").read_text()) | {"out": out}
+
+
+def metrics(out: Path) -> list[dict]:
+    """metrics.jsonl without the times, which differ from run to run."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
+
+
+def one_line(scenario: dict) -> str:
+    """The line that a refused run ends in."""
+    assert scenario["status"] == 2, scenario
+    (line,) = [line for line in scenario["err"].splitlines() if "error: " in line]
+    assert "Traceback" not in scenario["err"]
+    return line
+
+
+def test_killed_at_random_moments(found: dict) -> None:
+    """The metrics, to the bit, and the weights of a run that nobody killed; no step lost, none twice."""
+    whole, killed = found["out"] / "whole", found["out"] / "killed"
+    assert found["killed"]["kills"] >= 3
+    assert metrics(killed) == metrics(whole)
+    ours, theirs = (load_file(path / "hf/model.safetensors") for path in (killed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not found["killed"]["bad_latest"]
+
+
+def test_flipped_bit_is_found(found: dict) -> None:
+    line = one_line(found["flipped"])
+    assert f"{found['flipped']['file']} is damaged" in line
+    assert "delete " in line
+    assert line.endswith("to go on from " + str(found["out"] / "copy/checkpoints/step_00000003"))
+
+
+def test_previous_checkpoint_goes_on(found: dict) -> None:
+    assert found["previous"]["status"] == 0, found["previous"]["err"]
+    assert metrics(found["out"] / "copy") == metrics(found["out"] / "whole")
+
+
+def test_dangerous_settings_are_refused_by_name(found: dict) -> None:
+    line = one_line(found["dangerous"])
+    for name in ("bicc.context_ratio: was 0.4, is 0.3", "data.train: was ", "rollout.temperature: was 1.0"):
+        assert name in line
+    assert "train.steps" not in line
+    assert "checkpoint.force=true" in line
+
+
+def test_forced_settings_and_harmless_ones_are_logged(found: dict) -> None:
+    assert found["forced"]["status"] == 0, found["forced"]["err"]
+    assert "changed since step 3: bicc.context_ratio: was 0.4, is 0.3" in found["forced"]["err"]
+    assert found["harmless"]["status"] == 0, found["harmless"]["err"]
+    assert "changed since step 4: train.steps: was 4, is 5" in found["harmless"]["err"]
+    assert "data.train: was" in found["harmless"]["err"]
+    assert [record["step"] for record in metrics(found["out"] / "harmless")] == [0, 1, 2, 3, 4, 5]
+
+
+def test_another_layout(found: dict) -> None:
+    """Two steps at TP=2, the third at TP=2 or at DP=2."""
+    for name in ("tp2", "dp2"):
+        assert found[name]["status"] == 0, found[name]["err"]
+    assert "changed since step 2: parallel.tensor: was 2, is 1" in found["dp2"]["err"]
+    tp2, dp2 = (metrics(found["out"] / name) for name in ("tp2", "dp2"))
+    assert dp2[:3] == tp2[:3]
+    assert dp2[3]["train/loss"] == pytest.approx(tp2[3]["train/loss"], abs=1e-5)
+    assert dp2[3]["train/grad_norm"] == pytest.approx(tp2[3]["train/grad_norm"], rel=1e-4)
+    ours, theirs = (load_file(found["out"] / name / "hf/model.safetensors") for name in ("dp2", "tp2"))
+    assert all((ours[name] - theirs[name]).abs().max() < 1e-4 for name in theirs)
+
+
+def test_full_disk(found: dict) -> None:
+    line = one_line(found["full"])
+    checkpoints = found["out"] / "full/checkpoints"
+    assert f"{checkpoints / 'step_00000001'}: cannot be written: " in line
+    assert not list(checkpoints.iterdir())
+
+
+def test_unwritable_directory(found: dict) -> None:
+    line = one_line(found["unwritable"])
+    assert f"{found['out'] / 'unwritable/checkpoints'} cannot be written: " in line
+    assert "training" not in found["unwritable"]["err"]
+
+
+def test_latest(found: dict) -> None:
+    checkpoints = found["out"] / "whole/checkpoints"
+    assert (checkpoints / "latest").resolve() == (checkpoints / "step_00000004").resolve()
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["latest", "step_00000003", "step_00000004"]
