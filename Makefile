@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench sanitize
+.PHONY: help setup demo test lint bench profile sanitize
 
 export PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV_PYTHON := $(CURDIR)/.venv/bin/python
@@ -31,6 +31,9 @@ lint: $(BUILD) ## ruff, and shellcheck where it is installed
 bench: $(BUILD) ## Every benchmark of tools/benchmark.py
 	@for benchmark in $$(cd tools/benchmarks && ls [!_]*.py); do \
 	echo "== $${benchmark%.py}"; $(VENV_PYTHON) tools/benchmark.py "$${benchmark%.py}"; done
+
+profile: $(BUILD) ## What costs most in a training step of the tiny policy
+	@$(VENV_PYTHON) tools/benchmark.py profile
 
 sanitize: $(BUILD) ## The packer under the address and undefined-behaviour sanitizers: INPUTS=n malformed ones
 	@PYTHON="$(VENV_PYTHON)" tools/sanitize_packer.sh $(INPUTS)

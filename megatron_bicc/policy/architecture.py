@@ -50,6 +50,19 @@ def family_of(hf_config: PretrainedConfig) -> Family:
     return FAMILIES[name]
 
 
+def describe(hf_config: PretrainedConfig) -> str:
+    """One line for the log: architecture, what its layers are built of, and that there is no dropout."""
+    layers = {
+        "Transformer Engine": "Transformer Engine's linears and norms",
+        "apex": "megatron-core's own linears and apex's norms",
+        "local": "megatron-core's own linears and torch's norms",
+    }[backend()]
+    dropout = getattr(hf_config, "attention_dropout", 0.0)
+    unused = f" (config.json's attention_dropout of {dropout} is not used)" if dropout else ""
+    name = hf_config.architectures[0]
+    return f"policy: {name} on {layers}, shared-prefix attention, dropout 0{unused}"
+
+
 def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
     """Raises ValueError naming the dimension that a parallel size does not divide, or what it lacks."""
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size"):

@@ -3,12 +3,14 @@
 Shape suffixes: N response rows of a micro-batch.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -21,11 +23,13 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_bicc import platform
 from megatron_bicc.config import Config
-from megatron_bicc.policy.architecture import transformer_config
+from megatron_bicc.policy.architecture import describe, transformer_config
 from megatron_bicc.policy.hf_weights import load_weights
 from megatron_bicc.policy.model import PolicyModel
 from megatron_bicc.policy.optimizer import make_optimizer, make_scheduler
 from megatron_bicc.policy.packed import PackedBatch
+
+logger = logging.getLogger(__name__)
 
 
 def start_model_parallel(config: Config) -> None:
@@ -55,6 +59,8 @@ class Policy:
         self.hf_config: PretrainedConfig = AutoConfig.from_pretrained(config.model.path)
         self.megatron_config = transformer_config(self.hf_config, config)
         self.megatron_config.finalize_model_grads_func = _sum_gradients
+        if dist.get_rank() == 0:
+            logger.info(describe(self.hf_config))
         with platform.megatron():
             self.modules = self._build(config.rollout.temperature)
             load_weights(self.modules, self.hf_config, config.model.path)

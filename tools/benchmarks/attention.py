@@ -53,7 +53,7 @@ class Case:
         return [Segment(self.prefix, (length,)) for length in self.responses]
 
     def pairs(self) -> list[Segment]:
-        """A row for every (response, opposite rollout): each of the n opposite ones is a share of the prefix."""
+        """A row for every (response, opposite rollout); the n opposite ones share the prefix's tokens."""
         n = len(self.responses)
         shown = PROMPT + max(0, self.prefix - PROMPT) // n
         return [Segment(shown, (length,)) for length in self.responses for _ in range(n)]

@@ -1,0 +1,63 @@
+"""A learner of a small random policy, and scored rollouts for it."""
+
+import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from megatron_bicc import platform
+from megatron_bicc.algorithms.presets import resolve
+from megatron_bicc.config import Config
+from megatron_bicc.data import Prompt
+from megatron_bicc.policy.policy import Policy
+from megatron_bicc.rollout.types import Group, Sample
+from megatron_bicc.training.learner import Learner
+
+TOKENIZER = Path(__file__).parents[2] / "examples/tiny_policy"
+PROMPT, GROUP_SIZE, LOG_STD = 50, 8, 0.8
+
+
+def make_learner(algorithm: str, hidden: int, layers: int, max_sequence_tokens: int) -> Learner:
+    """Returns a learner in fp32 on a CPU, bf16 on a GPU; the process groups must be there."""
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=8 * hidden // 3 // 16 * 16,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=max(1, hidden // 128),
+            head_dim=64,
+        )
+    )
+    config = Config(algorithm=algorithm)
+    config.model.dtype = "bfloat16" if platform.has_cuda() else "float32"
+    config.train.max_sequence_tokens = max_sequence_tokens
+    config.train.max_tokens_per_microbatch = 4 * max_sequence_tokens
+    with TemporaryDirectory() as path:
+        model.save_pretrained(path)
+        config.model.path = path
+        config = resolve(config)
+        return Learner(config, Policy(config), tokenizer)
+
+
+def make_groups(groups: int, mean_length: int, longest: int, vocab_size: int) -> list[Group]:
+    """Returns groups of 8, half of them right, with lognormal response lengths."""
+    random = np.random.default_rng(0)
+    drawn = random.lognormal(math.log(mean_length) - LOG_STD**2 / 2, LOG_STD, (groups, GROUP_SIZE))
+    lengths = np.clip(drawn.astype(int), 1, longest)
+    draw = lambda length: random.integers(2, vocab_size, length).astype(np.int32)  # noqa: E731
+    return [
+        Group(
+            Prompt(i, [], draw(PROMPT), "", "", {}),
+            [Sample(draw(n), np.full(n, -3.0, np.float32), "stop", 0) for n in lengths[i]],
+            [""] * GROUP_SIZE,
+            (np.arange(GROUP_SIZE) % 2).astype(np.float32),
+        )
+        for i in range(groups)
+    ]
