@@ -198,6 +198,8 @@ def _read_yaml(path: str) -> list[Assignment]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ValueError(f"--config {path}: cannot read it: {reason}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply to be settings") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""

@@ -1,10 +1,11 @@
 """Everything that a run is made of, checked and built before the first step."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_bicc import platform
@@ -77,7 +78,21 @@ def start_workers(inputs: Inputs) -> Workers:
 
 
 def _check_output_dir(config: Config) -> None:
-    if (Path(config.output_dir) / "metrics.jsonl").exists() and not config.checkpoint.resume:
+    if not config.output_dir:
+        raise ValueError("output_dir is empty; name the directory that the run writes to")
+    path = Path(config.output_dir)
+    try:
+        used = (path / "metrics.jsonl").exists()
+        nearest = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"output_dir is {config.output_dir[:200]!r}; no such directory can be: {error}"
+        ) from None
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(
+            f"output_dir is {config.output_dir!r}; {str(nearest)!r} is no directory that can be written to"
+        )
+    if used and not config.checkpoint.resume:
         raise ValueError(
             f"output_dir is {config.output_dir}; it already holds a run: choose another directory, "
             "delete it, or go on with that run by checkpoint.resume=true"
@@ -85,15 +100,33 @@ def _check_output_dir(config: Config) -> None:
 
 
 def _tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, checked against its config.json."""
+    try:
+        vocab_size = AutoConfig.from_pretrained(path).vocab_size
+    except Exception as error:  # transformers raises many kinds for a damaged configuration
+        raise ValueError(
+            f"model.path is {path}; its config.json cannot be used: {_first_line(error)}"
+        ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # transformers raises many kinds for a damaged tokenizer
-        raise ValueError(f"model.path is {path}; its tokenizer cannot be read: {error}") from error
+    except Exception as error:  # and as many for a damaged tokenizer
+        raise ValueError(
+            f"model.path is {path}; its tokenizer cannot be read: {_first_line(error)}"
+        ) from error
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"model.path is {path}; its tokenizer has {len(tokenizer)} tokens, "
+            f"but vocab_size in config.json is {vocab_size}: they are of different models"
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.path is {path}; its tokenizer has no eos_token: responses could not end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

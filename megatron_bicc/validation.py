@@ -76,6 +76,8 @@ def _check_ranges(values: dict[str, Any]) -> None:
     _require(values, {n: values[n] > 0 for n in POSITIVE}, "it must be greater than 0")
     _require(values, {n: 0 <= values[n] <= 1 for n in SHARES}, "it must be within 0 and 1")
     _require(values, {n: 0 <= values[n] < 1 for n in DECAYS}, "it must be at least 0 and less than 1")
+    seed = {"seed": 0 <= values["seed"] < 2**31}
+    _require(values, seed, "it must be at least 0 and less than 2147483648")
     group_size = {"rollout.group_size": values["rollout.group_size"] >= 2}
     _require(values, group_size, "it must be at least 2: rollouts learn from the others of their group")
 

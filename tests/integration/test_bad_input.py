@@ -1,6 +1,7 @@
 """Every mistake in a run's settings or files: one line that names it, exit status 2, before any training."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,10 @@ SETTINGS = {
     "bicc.weight=1.5": "bicc.weight is 1.5; it must be within 0 and 1",
     "reward.verifier=maths": "reward.verifier: unknown 'maths'; did you mean 'math'?",
     "rollout.prompts_per_step=9": "rollout.prompts_per_step=9 must be within 1 and the number of prompts",
+    "seed=-1": "seed is -1; it must be at least 0",
+    "output_dir=": "output_dir is empty",
+    "output_dir=/etc/hostname/x": "'/etc/hostname' is no directory that can be written to",
+    f"output_dir={'x' * 300}": "no such directory can be",
     "data.max_prompt_tokens=3": "row 1: the prompt has 6 tokens, over data.max_prompt_tokens=3",
 }
 ROWS = {
@@ -94,3 +99,13 @@ def test_unknown_setting_in_a_file(
     (tmp_path / "bad.yaml").write_text("rollout:\n  grup_size: 4\n")
     line = run(["--config", str(tmp_path / "bad.yaml"), *arguments], capsys)
     assert f"{tmp_path / 'bad.yaml'} line 2: unknown setting rollout.grup_size" in line
+
+
+def test_a_model_whose_parts_do_not_fit(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(REPOSITORY / "examples/tiny_policy", tmp_path / "model")
+    config = tmp_path / "model/config.json"
+    config.write_text(config.read_text().replace('"vocab_size": 264', '"vocab_size": 5'))
+    line = run([*arguments, f"model.path={tmp_path / 'model'}"], capsys)
+    assert "its tokenizer has 264 tokens, but vocab_size in config.json is 5" in line
