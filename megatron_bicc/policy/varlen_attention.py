@@ -7,6 +7,7 @@ The log-sum-exp is natural, [H, Q], float32 (float64 for float64 inputs).
 import torch
 from torch import Tensor
 
+from megatron_bicc.policy import varlen_math
 from megatron_bicc.policy.packed import Segments
 
 _aten = torch.ops.aten
@@ -19,6 +20,8 @@ def varlen_forward(
 
     Rows of a segment without keys get an output of 0 and a log-sum-exp of -inf.
     """
+    if _needs_math(q_QHD):
+        return varlen_math.forward(q_QHD, k_KGD, v_KGD, _ranges(segments), causal, scale)
     forward = _forward_cuda if q_QHD.is_cuda else _forward_cpu
     return forward(q_QHD, k_KGD, v_KGD, segments, causal, scale)
 
@@ -39,8 +42,16 @@ def varlen_backward(
     These may come from a wider set of keys than this call's: the softmax weights that the kernel recomputes,
     exp(q k - lse), are then this call's share of the whole.
     """
+    if _needs_math(q_QHD):
+        return varlen_math.backward(
+            grad_QHD, q_QHD, k_KGD, v_KGD, out_QHD, lse_HQ, _ranges(segments), causal, scale
+        )
     backward = _backward_cuda if q_QHD.is_cuda else _backward_cpu
     return backward(grad_QHD, q_QHD, k_KGD, v_KGD, out_QHD, lse_HQ, segments, causal, scale)
+
+
+def _needs_math(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.float32, torch.float64)
 
 
 def _batched(x_QHD: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_bicc.policy import varlen_attention
 from megatron_bicc.policy.packed import Segments
 from megatron_bicc.policy.shared_prefix_attention import SharedPrefixAttention
 
@@ -45,7 +46,12 @@ def row_by_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_equals_one_row_a_response(dtype: torch.dtype, tolerance: float, groups: int) -> None:
+@pytest.mark.parametrize("math", [False, True])
+def test_equals_one_row_a_response(
+    dtype: torch.dtype, tolerance: float, groups: int, math: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what a GPU uses for these types; plain products run anywhere
+    monkeypatch.setattr(varlen_attention, "_needs_math", lambda q: math)
     rows = sum(p + sum(side) for p, side in SIDES)
     random = torch.Generator().manual_seed(groups)
     inputs = [torch.randn(rows, h, 16, generator=random, dtype=torch.float64) for h in (4, groups, groups)]
