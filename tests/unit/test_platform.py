@@ -2,8 +2,10 @@
 
 import importlib.metadata
 
+import numpy as np
 import pytest
 import torch
+from megatron.core.transformer.moe import moe_utils
 
 from megatron_bicc import platform
 from megatron_bicc.platform import cpu
@@ -36,6 +38,17 @@ def test_random_state_is_the_cpu_generator() -> None:
         first = torch.rand(4)
         torch.cuda.set_rng_state(state)
         assert torch.equal(torch.rand(4), first)
+
+
+def test_split_sizes_of_any_sequence_reach_gloo(single_process: None) -> None:
+    sent, received = torch.arange(3.0), torch.zeros(3)
+    with cpu.CudaOnCpu():
+        torch.distributed.all_to_all_single(received, sent, np.array([3]), np.array([3]))
+    assert torch.equal(received, sent)
+
+
+def test_name_that_megatron_forgets_without_transformer_engine_is_there() -> None:
+    assert moe_utils.HAVE_TE or moe_utils.te_general_gemm is None
 
 
 def test_world_size_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
