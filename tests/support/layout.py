@@ -13,10 +13,9 @@ def causal_batch(tokens: torch.Tensor) -> PackedBatch:
     return PackedBatch.make(_one_sequence(ids, np.zeros_like(ids), len(ids)), torch.device("cpu"))
 
 
-def row_batch(prompt: np.ndarray, response: np.ndarray) -> PackedBatch:
-    """A single response behind its prompt; both int32."""
-    tokens = np.concatenate([prompt, response])
-    return PackedBatch.make(_one_sequence(tokens[:-1], tokens[1:], len(prompt) - 1), torch.device("cpu"))
+def row_batch(tokens: np.ndarray) -> PackedBatch:
+    """One causal sequence, int32 [T + 1], all of whose T rows are a response: nothing is shared."""
+    return PackedBatch.make(_one_sequence(tokens[:-1], tokens[1:], 0), torch.device("cpu"))
 
 
 def _one_sequence(tokens_T: np.ndarray, labels_T: np.ndarray, prefix: int) -> MicroBatch:
