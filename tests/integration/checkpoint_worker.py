@@ -11,6 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_bicc import platform
+from megatron_bicc.config import Config
+from megatron_bicc.policy.convert import export_hf
+from megatron_bicc.policy.policy import start_model_parallel
 from megatron_bicc.train import main
 
 SETTINGS = [
@@ -68,15 +72,20 @@ def torchrun_variables(processes: int) -> list[dict[str, str]]:
 
 
 def kill_and_resume(out: Path, kills: int, seconds: float) -> dict:
-    """Runs, killed at random moments of a run of so many seconds, until one reaches its end."""
-    rng, done, bad_latest = random.Random(1), 0, []
+    """Kills at random moments of a run that takes so many seconds, each followed by a resume.
+
+    A run that ends before its kill is kept as OUT_0, OUT_1, ..., and another one is started, killed sooner.
+    """
+    rng, done, ended, bad_latest = random.Random(1), 0, 0, []
     while done < kills:
         child = start(out, (RESUME,))
         time.sleep(rng.uniform(0.1, 0.7) * seconds)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.waitstatus_to_exitcode(status) == 0:
-            break
+            out.rename(out.with_name(f"{out.name}_{ended}"))
+            ended, seconds = ended + 1, 0.7 * seconds
+            continue
         done += 1
         latest = out / "checkpoints/latest"
         if latest.is_symlink() and not (latest / "manifest.json").is_file():
@@ -136,6 +145,14 @@ def scenarios(out: Path, kills: int) -> dict:
     return found
 
 
+def export(run_directory: Path, target: Path) -> None:
+    """A training checkpoint as a Hugging Face directory. After it this process can fork no more runs."""
+    platform.start_distributed()
+    start_model_parallel(Config())
+    export_hf(run_directory / "checkpoints/latest", target, side_files=Path("examples/tiny_policy"))
+
+
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
     (directory / "report.json").write_text(json.dumps(scenarios(directory, int(sys.argv[2]))))
+    export(directory / "whole", directory / "exported")
