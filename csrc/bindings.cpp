@@ -52,6 +52,31 @@ T read(const py::object& value, const std::string& name) {
   }
 }
 
+// Whole numbers only: pybind11's own cast would cut the fraction off a NumPy or torch number.
+template <>
+int64_t read<int64_t>(const py::object& value, const std::string& name) {
+  if (!PyBool_Check(value.ptr())) {
+    const py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+    const int64_t number = index ? PyLong_AsLongLong(index.ptr()) : -1;
+    if (!PyErr_Occurred()) return number;
+    PyErr_Clear();
+  }
+  fail(name, " is ", std::string(py::repr(value)), ", which is of the wrong type or too large");
+}
+
+// A tuple or list: a generator would be used up before anyone else can read it, and a set has no order.
+template <>
+std::vector<int64_t> read<std::vector<int64_t>>(const py::object& value, const std::string& name) {
+  if (!py::isinstance<py::tuple>(value) && !py::isinstance<py::list>(value)) {
+    fail(name, " is ", std::string(py::repr(value)), ", which is of the wrong type or too large");
+  }
+  std::vector<int64_t> numbers;
+  for (const py::handle item : value) {
+    numbers.push_back(read<int64_t>(py::reinterpret_borrow<py::object>(item), name + "[" + std::to_string(numbers.size()) + "]"));
+  }
+  return numbers;
+}
+
 class SettingsReader {
  public:
   explicit SettingsReader(const py::object& settings) : settings_(settings) {}

@@ -4,12 +4,24 @@
 #include <numeric>
 #include <queue>
 
+#include "error.h"
 #include "validate.h"
 
 namespace bicc {
 namespace {
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Every bin's and rank's cost is part of this sum: if it fits, they do.
+void check_total_cost(const Pieces& pieces) {
+  int64_t total = 0;
+  for (const Piece& piece : pieces.pieces) {
+    if (__builtin_add_overflow(total, piece.cost, &total)) {
+      fail("the step's cost (PackingSettings.token_cost * rows + attention pairs) exceeds 2^63; "
+           "give fewer or shorter responses");
+    }
+  }
+}
 
 int64_t cost_of(const Pieces& pieces, const Bin& bin) {
   int64_t cost = 0;
@@ -31,6 +43,7 @@ std::vector<Bin> make_bins(const Pieces& pieces, int64_t capacity, int64_t dp_si
 // Costliest bin first, to the rank of least cost that still has a free slot (ties: lowest rank).
 // So a rank's own micro-batches come in order of decreasing cost: what runs out of memory does so at once.
 void assign_to_ranks(Plan& plan, std::vector<Bin> bins, int64_t dp_size) {
+  check_total_cost(plan.pieces);
   std::vector<int64_t> costs(bins.size()), order(bins.size());
   for (size_t b = 0; b < bins.size(); ++b) costs[b] = cost_of(plan.pieces, bins[b]);
   std::iota(order.begin(), order.end(), 0);

@@ -17,7 +17,7 @@ def fill_on_device(
     device: torch.device,
     channels_KN: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Packs a step straight into GPU memory, without synchronising.
+    """Packs a step straight into GPU memory; copies and launch are queued on the device's current stream.
 
     Args:
         batch: the scored groups, on the host.
@@ -31,14 +31,42 @@ def fill_on_device(
         arrays of all micro-batches of megatron_bicc.packing.pack one after another, rank by rank.
 
     Raises:
-        ValueError: as megatron_bicc.packing.pack does.
+        ValueError: as megatron_bicc.packing.pack does, and for channels of another shape, dtype or device.
     """
+    if channels_KN is None:
+        channels_KN = torch.empty((0, len(batch.tokens)), device=device)
+    _check_channels(channels_KN, len(batch.tokens), device)
+    # the launch goes to the current device, whichever the pointers belong to
+    with torch.cuda.device(device):
+        return _fill(batch, settings, dp_size, device, channels_KN)
+
+
+def _check_channels(channels_KN: torch.Tensor, tokens: int, device: torch.device) -> None:
+    shape_fits = channels_KN.ndim == 2 and channels_KN.shape[1] == tokens
+    kind_fits = channels_KN.dtype == torch.float32 and channels_KN.device.type == device.type
+    if not (shape_fits and kind_fits and channels_KN.is_contiguous()):
+        raise ValueError(
+            f"channels_KN must be contiguous float32 [K, {tokens}] on {device}, not {channels_KN.dtype} "
+            f"{list(channels_KN.shape)} on {channels_KN.device}"
+        )
+
+
+def _queue(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on the device, from pinned memory so that the host need not wait for it."""
+    return torch.from_numpy(np.array(array)).pin_memory().to(device, non_blocking=True)
+
+
+def _fill(
+    batch: RolloutBatch,
+    settings: PackingSettings,
+    dp_size: int,
+    device: torch.device,
+    channels_KN: torch.Tensor,
+) -> dict[str, torch.Tensor]:
     plan = _C.Plan(batch, settings, dp_size)
     rows, response_rows = (int(plan.sizes[:, column].sum()) for column in (0, 2))
     host = [plan.copies, batch.prompt_tokens, batch.tokens, plan.headers]
-    copies, prompts, responses, headers = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in host)
-    if channels_KN is None:
-        channels_KN = torch.empty((0, len(responses)), device=device)
+    copies, prompts, responses, headers = (_queue(array, device) for array in host)
     out = {
         name: torch.empty(rows, dtype=torch.int32, device=device)
         for name in ("tokens_T", "positions_T", "labels_T")

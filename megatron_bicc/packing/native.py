@@ -44,7 +44,9 @@ def pack(
     if channels_KN is None:
         channels_KN = np.empty((0, batch.tokens.size), np.float32)
     channels_KN = _as_numpy("channels", channels_KN)
-    sizes_M5, channels = plan.sizes, channels_KN.shape[0] if channels_KN.ndim else 0
+    # channels of another shape are refused by fill, before anything is allocated for them
+    fits = channels_KN.ndim == 2 and channels_KN.shape[1] == batch.tokens.size
+    sizes_M5, channels = plan.sizes, len(channels_KN) if fits else 0
     buffers = _allocate(sizes_M5, channels)
     plan.fill(buffers, channels_KN, threads)
     micro_batches = _slice(buffers, sizes_M5, channels)
@@ -56,6 +58,8 @@ def pack(
 
 
 def _as_numpy(name: str, array: Any) -> np.ndarray:
+    if isinstance(array, np.ma.MaskedArray):
+        raise ValueError(f"{name} is a masked array, whose mask the packer would not see; give a plain one")
     if isinstance(array, np.ndarray):
         return array
     try:

@@ -104,6 +104,17 @@ BAD_SETTINGS = [
     ({"alignment": 0}, "alignment is 0; it must be in"),
     ({"alignment": 1001}, r"alignment is 1001; it must be in \[1, 1000\]"),
     ({"alignment": 1.5}, "alignment is 1.5, which is of the wrong type"),
+    (
+        {"max_sequence_tokens": np.float32(60.7)},
+        "max_sequence_tokens is np.float32.60.7., which is of the wrong",
+    ),
+    ({"vocab_size": True}, "vocab_size is True, which is of the wrong type"),
+    (
+        {"wrong_header": (np.float32(7.9),)},
+        r"wrong_header\[0\] is np.float32.7.9., which is of the wrong type",
+    ),
+    ({"wrong_header": iter([7])}, "wrong_header is <.*iterator.*, which is of the wrong type"),
+    ({"wrong_header": {7, 8}}, "wrong_header is {8, 7}|{7, 8}, which is of the wrong type"),
     ({"token_cost": -1}, "token_cost is -1; it must be in"),
     ({"context_ratio": float("nan")}, "context_ratio is nan; it must be in"),
     ({"context_ratio": 1.01}, "context_ratio is 1.01; it must be in"),
@@ -183,3 +194,10 @@ def test_thousands_of_malformed_inputs_do_not_crash():
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=250, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "3000 inputs" in run.stdout
+
+
+def test_a_mask_is_not_ignored():
+    batch = valid_batch()
+    masked = replace(batch, tokens=np.ma.array(batch.tokens, mask=True))
+    with pytest.raises(ValueError, match="RolloutBatch.tokens is a masked array"):
+        pack(masked, make_settings(), 1)
