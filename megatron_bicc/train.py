@@ -164,4 +164,5 @@ def finish(inputs: Inputs, workers: Workers, log: RunLog) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("megatron_bicc").setLevel(logging.INFO)
     main(sys.argv[1:])
