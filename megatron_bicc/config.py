@@ -224,6 +224,8 @@ class MonitoringConfig:
     """Weights & Biases project; empty is off."""
     report_groups: int = 6
     """Groups shown side by side in report.html."""
+    reference: bool = False
+    """Compute the reference policy's log-probs, for rcc/cov and delta/*, where the algorithm needs none."""
     compare: str = ""
     """Another run's directory whose curves report.html shows beside this one's."""
 

@@ -35,9 +35,9 @@ class Advantages:
     baseline_G: np.ndarray
     """What was subtracted: the mean, or RCC's b*"""
     covariance_G: np.ndarray
-    """Cov(reward, delta); 0 without RCC"""
+    """Cov(reward, delta); 0 where no reference's log-probs are at hand"""
     delta_R: np.ndarray
-    """Confidence of each rollout; 0 without RCC"""
+    """Confidence of each rollout; likewise"""
 
 
 def advantages(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config) -> Advantages:
@@ -46,11 +46,13 @@ def advantages(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config)
     groups_G = rollouts.group_offsets_G
     mean_G = baseline_G = mean_baseline(rewards_R, groups_G)
     covariance_G, delta_R = np.zeros_like(mean_G), np.zeros(len(rewards_R))
-    if config.rcc.enabled:
-        other_T = log_probs.ref_T if config.rcc.reference == "ref" else log_probs.rollout_T
+    other_T = log_probs.ref_T if config.rcc.reference == "ref" else log_probs.rollout_T
+    if other_T is not None:
         delta_R = sequence_delta(log_probs.old_T, other_T, rollouts.offsets_R, config.rcc.delta)
         corrected = rcc_baseline(rewards_R, delta_R, groups_G, config.rcc.form)
-        baseline_G, covariance_G = corrected.baseline_G, corrected.covariance_G
+        covariance_G = corrected.covariance_G
+        if config.rcc.enabled:
+            baseline_G = corrected.baseline_G
     advantage_R = group_advantages(
         rewards_R,
         groups_G,
@@ -64,7 +66,8 @@ def advantages(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config)
 
 def needs_reference(config: Config) -> bool:
     """Whether a resolved configuration asks for the frozen reference policy's log-probs."""
-    return bool(config.loss.kl_coefficient) or (config.rcc.enabled and config.rcc.reference == "ref")
+    by_rcc = config.rcc.enabled and config.rcc.reference == "ref"
+    return bool(config.loss.kl_coefficient) or by_rcc or config.monitoring.reference
 
 
 def _rewards(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config) -> np.ndarray:
