@@ -1,11 +1,12 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench profile sanitize
+.PHONY: help setup sglang demo test lint bench profile sanitize
 
 export PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV_PYTHON := $(CURDIR)/.venv/bin/python
 PACKAGES := .venv/.packages
+SGLANG := .venv-sglang/.packages
 BUILD := .venv/.build
 # One thread a process: the tests and the demo start several processes on few cores.
 export OMP_NUM_THREADS ?= 1
@@ -15,6 +16,9 @@ help: ## List the targets
 
 setup: $(BUILD) ## .venv with pinned packages, csrc built in place
 	@echo "ready: .venv/bin/python"
+
+sglang: $(SGLANG) ## .venv-sglang: SGLang, the rollout server; without a GPU its CPU build
+	@echo "ready: .venv-sglang/bin/python -m sglang.launch_server"
 
 demo: $(BUILD) ## Train the tiny policy: STEPS=n SEED=n ALGORITHM=bicc|grpo ENGINE=local OUT=dir
 	@PYTHON="$(VENV_PYTHON)" examples/run_bicc_tiny.sh
@@ -40,6 +44,10 @@ sanitize: $(BUILD) ## The packer under the address and undefined-behaviour sanit
 
 $(PACKAGES): requirements.lock tools/setup.sh
 	@tools/setup.sh packages
+	@touch $@
+
+$(SGLANG): requirements-sglang.lock tools/setup.sh $(shell find tools/sglang_cpu -type f)
+	@tools/setup.sh sglang
 	@touch $@
 
 $(BUILD): $(PACKAGES) setup.py pyproject.toml $(shell find csrc -type f)

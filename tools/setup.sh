@@ -2,11 +2,20 @@
 # The development environment, one stage a call; the Makefile decides which stages are stale.
 #   setup.sh packages   .venv with the packages of requirements.lock
 #   setup.sh build      csrc built in place, the package installed editable
+#   setup.sh sglang     .venv-sglang with SGLang, the rollout server
 # An interrupted call leaves nothing that the next one would take for finished work.
 set -Eeuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly venv_python=.venv/bin/python
+case "${1:-}" in
+packages | build) readonly venv=.venv ;;
+sglang) readonly venv=.venv-sglang ;;
+*) echo "usage: tools/setup.sh packages|build|sglang" >&2 && exit 1 ;;
+esac
+readonly venv_python=$venv/bin/python
+pip_install=("$venv_python" -m pip install --disable-pip-version-check)
+# Compiling thousands of .pyc files that are never imported costs more than it saves.
+pip_install_many=("${pip_install[@]}" --progress-bar off --no-compile)
 
 fail() {
     echo "setup: $*" >&2
@@ -22,18 +31,17 @@ make_venv() {
     # Without ensurepip (Debian's python3-venv) a venv has no pip.
     "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
         fail "$PYTHON cannot make a virtual environment; on Debian: apt-get install python3-venv"
-    "$PYTHON" -m venv --clear .venv
+    "$PYTHON" -m venv --clear "$venv"
 }
 
 # pip writes INSTALLER last: without it the package was cut off, and pip would take it for installed.
 forget_unfinished_packages() {
-    find .venv/lib -maxdepth 3 -name '*.dist-info' ! -exec test -e '{}/INSTALLER' ';' -prune -exec rm -r '{}' +
+    find "$venv/lib" -maxdepth 3 -name '*.dist-info' ! -exec test -e '{}/INSTALLER' ';' -prune -exec rm -r '{}' +
 }
 
 install_packages() {
     forget_unfinished_packages
-    # Compiling thousands of .pyc files that are never imported costs more than it saves.
-    "$venv_python" -m pip install --disable-pip-version-check --progress-bar off --no-compile -r requirements.lock
+    "${pip_install_many[@]}" -r requirements.lock
     if has_nvidia_gpu; then
         "$venv_python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' ||
             echo "setup: there is an NVIDIA GPU, but pip's configuration gave a CPU build of torch" >&2
@@ -44,14 +52,34 @@ build_extensions() {
     command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler; on Debian: apt-get install build-essential"
     "$venv_python" -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' \
         2>/dev/null || fail "Python.h is missing; on Debian: apt-get install python3-dev"
-    "$venv_python" -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .
+    "${pip_install[@]}" --quiet --no-build-isolation --no-deps -e .
 }
 
-case "${1:-}" in
+install_sglang() {
+    local locked=requirements-sglang.lock
+    forget_unfinished_packages
+    if has_nvidia_gpu; then
+        # SGLang pins its kernels, and they its torch.
+        "${pip_install_many[@]}" "$(grep -E '^sglang==' $locked)"
+        return
+    fi
+    # torch alone brings its dependencies: they are none for a CPU build and many for a CUDA build.
+    "${pip_install_many[@]}" "$(grep -oE '^torch==[^ ]+' $locked)" --constraint $locked
+    "${pip_install_many[@]}" --no-deps -r $locked
+    local packages
+    packages=$("$venv_python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    cp -R tools/sglang_cpu/sgl_kernel tools/sglang_cpu/torchvision_operators.py "$packages/"
+    echo "import torchvision_operators" >"$packages/torchvision_operators.pth"
+}
+
+case "$1" in
 packages)
     make_venv
     install_packages
     ;;
 build) build_extensions ;;
-*) fail "usage: tools/setup.sh packages|build" ;;
+sglang)
+    make_venv
+    install_sglang
+    ;;
 esac
