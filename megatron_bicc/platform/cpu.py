@@ -3,11 +3,12 @@
 Megatron-core names CUDA in factory calls (`device="cuda"`), in `torch.cuda` streams and random states, and
 in tensor type names. `CudaOnCpu` sends these to the CPU while it is entered, and to nothing else: code
 outside it sees an ordinary torch. tests/unit/test_platform.py names the seam that a new megatron-core moves.
+A dry run sends them to the meta device instead.
 """
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import megatron.core.tensor_parallel.random as megatron_random
 import torch
@@ -65,10 +66,10 @@ def _all_to_all(
     return _ALL_TO_ALL(output, input, *sizes, **kwargs)
 
 
-def _seams() -> list[tuple[ModuleType, str, Any]]:
-    """(module, attribute, its stand-in on a CPU)"""
+def _seams(device: str = "cpu") -> list[tuple[ModuleType, str, Any]]:
+    """(module, attribute, its stand-in on `device`)"""
     return [
-        (torch.cuda, "current_device", lambda: "cpu"),
+        (torch.cuda, "current_device", lambda: device),
         (torch.cuda, "current_stream", _CpuStream),
         (torch.cuda, "Stream", _CpuStream),
         (torch.cuda, "Event", _CpuStream),
@@ -90,9 +91,14 @@ def _is_cuda(device: Any) -> bool:
 class CudaOnCpu(TorchFunctionMode):
     """Context in which a request for CUDA is served by the CPU; may be entered again inside itself."""
 
+    def __init__(self, device: Literal["cpu", "meta"] = "cpu") -> None:
+        """`device`: where tensors that were meant for CUDA come to lie."""
+        super().__init__()
+        self.device = device
+
     def __enter__(self) -> "CudaOnCpu":
         self._saved = [(module, name, getattr(module, name)) for module, name, _ in _seams()]
-        for module, name, stand_in in _seams():
+        for module, name, stand_in in _seams(self.device):
             setattr(module, name, stand_in)
         return super().__enter__()
 
@@ -104,11 +110,11 @@ class CudaOnCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if _is_cuda(kwargs.get("device")):
-            kwargs = kwargs | {"device": "cpu"}
+            kwargs = kwargs | {"device": self.device}
         if func is torch.Tensor.cuda:
-            return args[0]
+            return args[0].to(self.device)
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], "cpu", *args[2:])
+            args = (args[0], self.device, *args[2:])
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # the distributed optimizer sorts parameters by the name 'torch.cuda.FloatTensor'
             return f"torch.cuda.{func(*args).rpartition('.')[2]}"

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_bicc.policy.hf_files import SafetensorsDirectory, copy_side_files
+from megatron_bicc.policy.hf_files import HfTensors, SafetensorsDirectory, copy_side_files
 from megatron_bicc.policy.hf_mapping import Rule, cut, from_whole, join, rule_for, to_whole
 from megatron_bicc.policy.model import PolicyModel
 
@@ -31,7 +31,11 @@ def load_weights(chunks: list[PolicyModel], hf_config: PretrainedConfig, path: s
 
     Raises ValueError naming the tensor that is missing or has the wrong shape.
     """
-    source = SafetensorsDirectory(path)
+    fill_parameters(chunks, hf_config, SafetensorsDirectory(path))
+
+
+def fill_parameters(chunks: list[PolicyModel], hf_config: PretrainedConfig, source: HfTensors) -> None:
+    """Fills every parameter of this rank from `source`; raises as `load_weights` does."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     first_expert = _first_expert(hf_config, parallel_state.get_expert_model_parallel_rank())
@@ -45,7 +49,7 @@ def load_weights(chunks: list[PolicyModel], hf_config: PretrainedConfig, path: s
             except RuntimeError as error:
                 shapes = [tuple(x.shape) for x in tensors]
                 raise ValueError(
-                    f"{path}: {', '.join(names)}: shape {shapes} does not fit config.json"
+                    f"{source.path}: {', '.join(names)}: shape {shapes} does not fit config.json"
                 ) from error
             parameter.data.copy_(part)
         _load_tied_output(chunk, hf_config, source, rank, size)
@@ -58,7 +62,7 @@ def _first_expert(hf_config: PretrainedConfig, expert_rank: int) -> int:
 
 
 def _load_tied_output(
-    chunk: PolicyModel, hf_config: PretrainedConfig, source: SafetensorsDirectory, rank: int, size: int
+    chunk: PolicyModel, hf_config: PretrainedConfig, source: HfTensors, rank: int, size: int
 ) -> None:
     """A later stage's copy of the tied embedding."""
     if chunk.share_embeddings_and_output_weights and chunk.post_process and not chunk.pre_process:

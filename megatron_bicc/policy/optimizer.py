@@ -10,8 +10,13 @@ from torch import Tensor
 from megatron_bicc.config import Config
 
 
-def make_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """Adam over the chunks' data-parallel shards, with fp32 main weights where the model is bf16."""
+def make_optimizer(
+    config: Config, chunks: list[DistributedDataParallel], gloo_groups: bool = True
+) -> MegatronOptimizer:
+    """Adam over the chunks' data-parallel shards, with fp32 main weights where the model is bf16.
+
+    gloo_groups: as given to `start_model_parallel`.
+    """
     c = config.optimizer
     dtype = getattr(torch, config.model.dtype)
     optimizer = get_megatron_optimizer(
@@ -29,6 +34,7 @@ def make_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Meg
             use_distributed_optimizer=True,
         ),
         chunks,
+        use_gloo_process_groups=gloo_groups,
     )
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.AdamW):

@@ -18,6 +18,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
@@ -32,8 +33,11 @@ from megatron_bicc.policy.packed import PackedBatch
 logger = logging.getLogger(__name__)
 
 
-def start_model_parallel(config: Config) -> None:
-    """Makes megatron-core's process groups and random states; once a process."""
+def start_model_parallel(config: Config, gloo_groups: bool = True) -> None:
+    """Makes megatron-core's process groups and random states; once a process.
+
+    gloo_groups: whether data-parallel ranks get the gloo groups over which checkpoints are gathered.
+    """
     parallel = config.parallel
     with platform.megatron():
         parallel_state.initialize_model_parallel(
@@ -44,8 +48,28 @@ def start_model_parallel(config: Config) -> None:
             ),
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=1,
+            create_gloo_process_groups=gloo_groups,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+
+
+def build_modules(
+    megatron_config: TransformerConfig,
+    hf_config: PretrainedConfig,
+    temperature: float,
+    device: torch.device,
+) -> list[PolicyModel]:
+    """This rank's model chunks, one a virtual pipeline stage, without weights."""
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    stages: list[int | None] = [None] if virtual is None else list(range(virtual))
+    modules = [PolicyModel(megatron_config, hf_config, temperature, stage) for stage in stages]
+    return [module.to(device, megatron_config.params_dtype) for module in modules]
+
+
+def data_parallel(megatron_config: TransformerConfig, module: PolicyModel) -> DistributedDataParallel:
+    """A chunk with its parameters and fp32 gradients in buffers that data-parallel ranks share out."""
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    return DistributedDataParallel(megatron_config, ddp, module)
 
 
 class Policy:
@@ -62,21 +86,13 @@ class Policy:
         if dist.get_rank() == 0:
             logger.info(describe(self.hf_config))
         with platform.megatron():
-            self.modules = self._build(config.rollout.temperature)
+            self.modules = build_modules(
+                self.megatron_config, self.hf_config, config.rollout.temperature, platform.device()
+            )
             load_weights(self.modules, self.hf_config, config.model.path)
-            self.chunks = [self._data_parallel(module) for module in self.modules]
+            self.chunks = [data_parallel(self.megatron_config, module) for module in self.modules]
             self.optimizer = make_optimizer(config, self.chunks)
             self.scheduler = make_scheduler(config, self.optimizer)
-
-    def _build(self, temperature: float) -> list[PolicyModel]:
-        virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
-        stages: list[int | None] = [None] if virtual is None else list(range(virtual))
-        modules = [PolicyModel(self.megatron_config, self.hf_config, temperature, stage) for stage in stages]
-        return [module.to(platform.device(), self.megatron_config.params_dtype) for module in modules]
-
-    def _data_parallel(self, module: PolicyModel) -> DistributedDataParallel:
-        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-        return DistributedDataParallel(self.megatron_config, ddp, module)
 
     def log_probs(self, batches: list[PackedBatch]) -> list[Tensor]:
         """Forward pass: float32 [2, N] (log-probs, entropy) of every micro-batch.

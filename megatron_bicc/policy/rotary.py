@@ -29,7 +29,8 @@ def rotary_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
     if kind == "default":
         size = head_dim(hf_config)
         return 1.0 / parameters["rope_theta"] ** (torch.arange(0, size, 2).float() / size), 1.0
-    return ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
+    with torch.device("cpu"):  # transformers' arange takes the default device, which a dry run sets to meta
+        return ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
 
 
 class PositionRotary(torch.nn.Module):
