@@ -51,6 +51,22 @@ class RolloutConfig:
 
 
 @dataclass
+class WeightSyncConfig:
+    """The policy's weights on their way to the rollout servers, after every step."""
+
+    method: Literal["tensor", "disk", "distributed"] = "tensor"
+    """Bytes by HTTP; files that the servers read; or a broadcast among trainer and servers."""
+    bucket_mb: float = 512.0
+    """Weights are sent in buckets of this size, in MiB; a larger tensor is one by itself."""
+    path: str = ""
+    """Directory for files of weights, on a disk or in memory; empty: rollout_weights in output_dir."""
+    keep_files: bool = True
+    """Keep the newest weights in files until the next sync, for a server that restarts before it."""
+    timeout_s: float = 600.0
+    """Seconds that a server may take for one call of a sync."""
+
+
+@dataclass
 class RewardConfig:
     """Scoring of a finished response."""
 
@@ -245,6 +261,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     bicc: BiccConfig = field(default_factory=BiccConfig)
     rcc: RccConfig = field(default_factory=RccConfig)

@@ -37,7 +37,13 @@ NOT_NEGATIVE = (
     "optimizer.weight_decay",
     "optimizer.clip_grad",
 )
-POSITIVE = ("rollout.temperature", "evaluation.temperature", "optimizer.eps")
+POSITIVE = (
+    "rollout.temperature",
+    "weight_sync.bucket_mb",
+    "weight_sync.timeout_s",
+    "evaluation.temperature",
+    "optimizer.eps",
+)
 SHARES = ("bicc.weight", "bicc.context_ratio")
 DECAYS = ("optimizer.beta1", "optimizer.beta2")
 
