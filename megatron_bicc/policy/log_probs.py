@@ -4,6 +4,7 @@ Shape suffixes: N rows, C rows of a chunk, V this rank's part of the vocabulary,
 No [N, V] tensor outlives a chunk: backward computes each chunk's logits again.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,23 +28,33 @@ class VocabShard:
     """The tensor-parallel group."""
 
 
+OnGradient = Callable[[int, Tensor, Tensor], None]
+"""(first row of a chunk, gradient of its logits [C, V], hidden [C, H])"""
+
+
 class VocabParallelLogProbs(torch.autograd.Function):
     """(hidden [N, H], weight [V, H], labels int64 [N], temperature, shard) -> (log-probs [N], entropy [N]).
 
     float32 for inputs of lower precision. The gradient of `hidden` is this rank's part: the caller reduces it
-    over the tensor-parallel group.
+    over the tensor-parallel group. The backward pass shows `on_gradient` every chunk.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, shard: VocabShard
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        temperature: float,
+        shard: VocabShard,
+        on_gradient: OnGradient | None = None,
     ) -> tuple[Tensor, Tensor]:
         found = torch.empty(3, hidden.shape[0], dtype=_at_least_float32(hidden), device=hidden.device)
         for rows in _chunks(hidden, weight):
             found[:, rows] = _forward_chunk(hidden[rows], weight, labels[rows], temperature, shard)
         log_probs, entropy, lse = found
         ctx.save_for_backward(hidden, weight, labels, lse, entropy)
-        ctx.temperature, ctx.shard = temperature, shard
+        ctx.temperature, ctx.shard, ctx.on_gradient = temperature, shard, on_gradient
         return log_probs.clone(), entropy.clone()
 
     @staticmethod
@@ -65,7 +76,9 @@ class VocabParallelLogProbs(torch.autograd.Function):
             ).to(weight.dtype)
             grad_hidden[rows] = grad_logits @ weight[tokens]
             _add_product(grad_weight[tokens], grad_logits.t(), hidden[rows])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+            if ctx.on_gradient is not None:
+                ctx.on_gradient(rows.start, grad_logits, hidden[rows])
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

@@ -1,5 +1,6 @@
 """The policy's module: megatron-core's GPTModel that ends in log-probs instead of logits."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_bicc.policy.architecture import padded_vocab_size
+from megatron_bicc.policy.gradient_sketch import GradientSketch
 from megatron_bicc.policy.layer_specs import layer_specs
 from megatron_bicc.policy.log_probs import VocabParallelLogProbs, VocabShard
 from megatron_bicc.policy.packed import PackedBatch
@@ -44,6 +46,8 @@ class PolicyModel(GPTModel):
         self.rotary_pos_emb = PositionRotary(rotary_frequencies(hf_config)[0])
         self.temperature = temperature
         self.true_vocab_size = hf_config.vocab_size
+        self.sketch: GradientSketch | None = None
+        """Takes the output layer's gradients of the backward pass; last stage only"""
 
     def run(self, packed: PackedBatch) -> Tensor:
         """Forward pass of a packed micro-batch."""
@@ -77,8 +81,9 @@ class PolicyModel(GPTModel):
         else:
             hidden_states = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states)
         rows = hidden_states[packed_seq_params.response_rows, 0]
+        sketch = None if self.sketch is None else partial(self.sketch.add, packed_seq_params.group_rows)
         return torch.stack(
             VocabParallelLogProbs.apply(
-                rows, self.output_weight(), labels, self.temperature, self.vocab_shard()
+                rows, self.output_weight(), labels, self.temperature, self.vocab_shard(), sketch
             )
         )

@@ -3,7 +3,7 @@
 Shape suffixes: T rows, N response rows, S response segments.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -68,6 +68,8 @@ class PackedBatch(PackedSeqParams):
     """int64 [N]: response segment (0..S-1) of each response row"""
     response_rows: slice = None
     """The response rows among the T rows"""
+    group_rows: list[tuple[int, slice]] = field(default_factory=list)
+    """(group, its rows among the N response rows); a group may come several times"""
     causal: Segments = None
     cross: Segments = None
 
@@ -84,6 +86,7 @@ class PackedBatch(PackedSeqParams):
             labels_N=to_long(batch.labels_T[first : first + rows]),
             response_N=to_long(np.repeat(np.arange(len(lengths_S)), lengths_S)),
             response_rows=slice(first, first + rows),
+            group_rows=_group_rows(batch),
             causal=Segments.make(batch.cu_seqlens, batch.cu_seqlens, device),
             cross=Segments.make(batch.cu_response_side, batch.cu_prefix, device),
         )
@@ -106,3 +109,11 @@ class PackedBatch(PackedSeqParams):
             causal=Segments.make(cu, cu, device),
             cross=Segments.make(none, none, device),
         )
+
+
+def _group_rows(batch: MicroBatch) -> list[tuple[int, slice]]:
+    """Neighbouring responses of a group are one entry."""
+    changes = np.flatnonzero(np.diff(batch.group_S)) + 1
+    firsts = np.concatenate([np.zeros(min(1, len(batch.group_S)), int), changes])
+    bounds = batch.cu_response[[*firsts, len(batch.group_S)]].tolist()
+    return [(int(batch.group_S[s]), slice(*bounds[i : i + 2])) for i, s in enumerate(firsts)]

@@ -25,6 +25,7 @@ from transformers import AutoConfig, PretrainedConfig
 from megatron_bicc import platform
 from megatron_bicc.config import Config
 from megatron_bicc.policy.architecture import describe, transformer_config
+from megatron_bicc.policy.gradient_sketch import GradientSketch, sketch_directions
 from megatron_bicc.policy.hf_weights import load_weights
 from megatron_bicc.policy.model import PolicyModel
 from megatron_bicc.policy.optimizer import make_optimizer, make_scheduler
@@ -89,6 +90,7 @@ class Policy:
             self.modules = build_modules(
                 self.megatron_config, self.hf_config, config.rollout.temperature, platform.device()
             )
+            self.directions = sketch_directions(self.hf_config.vocab_size, self.hf_config.hidden_size)
             load_weights(self.modules, self.hf_config, config.model.path)
             self.chunks = [data_parallel(self.megatron_config, module) for module in self.modules]
             self.optimizer = make_optimizer(config, self.chunks)
@@ -129,6 +131,18 @@ class Policy:
         self.zero_gradients()
         self._run(batches, weigh, forward_only=False)
         return sum(losses[i] for i in range(len(losses))), [found[i] for i in range(len(found))]
+
+    @contextmanager
+    def gradient_sketch(self, num_groups: int) -> Iterator[GradientSketch]:
+        """What backward passes inside it add to the output layer's gradient, by group."""
+        shard, device = self.modules[-1].vocab_shard(), platform.device()
+        dtype = self.megatron_config.params_dtype
+        sketch = GradientSketch(num_groups, self.directions, shard, dtype, device)
+        self.modules[-1].sketch = sketch
+        try:
+            yield sketch
+        finally:
+            self.modules[-1].sketch = None
 
     def zero_gradients(self) -> None:
         """Clears the gradient buffers before a step."""

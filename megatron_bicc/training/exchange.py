@@ -33,6 +33,12 @@ def sum_scalar(value: float) -> float:
     return float(_sum_over_ranks(torch.tensor(value, dtype=torch.float64, device=platform.device())))
 
 
+def sum_over_all(values: Tensor) -> Tensor:
+    """The sum over all ranks of parts that no two of them share, in place. Collective."""
+    dist.all_reduce(values)
+    return values
+
+
 def _sum_over_ranks(values: Tensor) -> Tensor:
     dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
     dist.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())

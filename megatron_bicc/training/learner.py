@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_bicc import platform
 from megatron_bicc.algorithms.advantages import has_contrast
 from megatron_bicc.algorithms.aggregation import token_weights
+from megatron_bicc.algorithms.gradient_variance import gradient_statistics
 from megatron_bicc.algorithms.policy_loss import policy_loss
 from megatron_bicc.config import Config
 from megatron_bicc.monitoring.timing import Stopwatch
@@ -25,7 +26,7 @@ from megatron_bicc.packing import StepPlan, pack
 from megatron_bicc.policy.policy import Policy
 from megatron_bicc.rollout.types import Group
 from megatron_bicc.training.batch import StepBatch, step_batch
-from megatron_bicc.training.exchange import gather_tokens, sum_scalar
+from megatron_bicc.training.exchange import gather_tokens, sum_over_all, sum_scalar
 from megatron_bicc.training.pieces import Piece, loss_rows, packing_settings, pieces_of
 from megatron_bicc.training.weighing import Advantages, TokenLogProbs, advantages, needs_reference
 
@@ -51,6 +52,8 @@ class StepResult:
     """Likewise"""
     loss: float
     grad_norm: float
+    gradient: dict[str, float]
+    """Variance over groups of the output layer's gradient (algorithms.gradient_variance)"""
 
 
 class Learner:
@@ -83,9 +86,11 @@ class Learner:
             return None
         batch = step_batch([group for group, kept in zip(groups, contrast_G, strict=True) if kept])
         weight_R = weight_R[np.repeat(contrast_G, np.diff(everything.rollouts.group_offsets_G))]
-        return self._learn(batch, weight_R, clock, moved)
+        return self._learn(batch, weight_R, len(groups), clock, moved)
 
-    def _learn(self, batch: StepBatch, weight_R: np.ndarray, clock: Stopwatch, moved: bool) -> StepResult:
+    def _learn(
+        self, batch: StepBatch, weight_R: np.ndarray, num_groups: int, clock: Stopwatch, moved: bool
+    ) -> StepResult:
         with clock("pack"):
             plain = pack(batch.rollouts, self.plain, self.dp_size)
             plans = self._plans(batch, plain)
@@ -98,10 +103,12 @@ class Learner:
         with clock("logprob"):
             old = self._denominators(pieces, log_probs, moved)
         with clock("train"):
-            loss, new = self._accumulate(pieces, old, log_probs, adv, weight_R)
+            with self.policy.gradient_sketch(len(adv.mean_G)) as sketch:
+                loss, new = self._accumulate(pieces, old, log_probs, adv, weight_R)
+            gradient = gradient_statistics(sum_over_all(sketch.values_GKL), num_groups)
             grad_norm = self.policy.update()
         ratios = {kind: _ratios(pieces, new, old, kind, len(batch.rollouts.tokens)) for kind in plans}
-        return StepResult(batch, log_probs, adv, plans, ratios, loss, grad_norm)
+        return StepResult(batch, log_probs, adv, plans, ratios, loss, grad_norm, gradient)
 
     def _plans(self, batch: StepBatch, plain: StepPlan) -> dict[bool, StepPlan]:
         """The plans to train on, by whether they are bilateral: one of them, or both mixed by bicc.weight."""

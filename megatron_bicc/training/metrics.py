@@ -30,16 +30,20 @@ def rollout_metrics(groups: list[Group], config: Config) -> dict[str, float]:
 def update_metrics(result: StepResult, config: Config) -> dict[str, float]:
     """Of one optimiser step: loss, gradient, baselines, ratios by side, tokens."""
     adv, stats = result.advantages, [plan.stats for plan in result.plans.values()]
-    return {
-        "train/loss": result.loss,
-        "train/grad_norm": result.grad_norm,
-        "train/entropy": float(result.log_probs.entropy_T.mean()),
-        "rcc/cov": float(adv.covariance_G.mean()),
-        "rcc/baseline_shift": float((adv.baseline_G - adv.mean_G).mean()),
-        "tokens/packed": float(sum(s["tokens_packed"] for s in stats)),
-        "tokens/rows": float(sum(s["tokens_rows"] for s in stats)),
-        "tokens/context": float(sum(s["tokens_context"] for s in stats)),
-    } | _ratios(result, config)
+    return (
+        {
+            "train/loss": result.loss,
+            "train/grad_norm": result.grad_norm,
+            "train/entropy": float(result.log_probs.entropy_T.mean()),
+            "rcc/cov": float(adv.covariance_G.mean()),
+            "rcc/baseline_shift": float((adv.baseline_G - adv.mean_G).mean()),
+            "tokens/packed": float(sum(s["tokens_packed"] for s in stats)),
+            "tokens/rows": float(sum(s["tokens_rows"] for s in stats)),
+            "tokens/context": float(sum(s["tokens_context"] for s in stats)),
+        }
+        | result.gradient
+        | _ratios(result, config)
+    )
 
 
 def _ratios(result: StepResult, config: Config) -> dict[str, float]:

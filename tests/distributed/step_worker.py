@@ -88,6 +88,7 @@ def run_step(inputs: Path, model: str, settings: dict) -> dict:
     return {
         "loss": result.loss,
         "grad_norm": result.grad_norm,
+        "gradient": result.gradient,
         "weights": weights,
         "response_rows": [[batch.num_response_rows for batch in rank] for rank in ranks],
     }

@@ -61,6 +61,7 @@ def test_layout_equals_one_process(
     # terms of size |A| cancel in the loss
     assert step["loss"] == pytest.approx(one["loss"], rel=1e-5, abs=1e-6)
     assert step["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+    assert step["gradient"] == pytest.approx(one["gradient"], rel=1e-4)
     assert step["weights"].keys() == one["weights"].keys()
     for name, weight in one["weights"].items():
         difference = (step["weights"][name] - weight).abs().max()

@@ -20,13 +20,18 @@ TOKENIZER = Path(__file__).parents[2] / "examples/tiny_policy"
 PROMPT, GROUP_SIZE, LOG_STD = 50, 8, 0.8
 
 
-def make_learner(algorithm: str, hidden: int, layers: int, max_sequence_tokens: int) -> Learner:
-    """Returns a learner in fp32 on a CPU, bf16 on a GPU; the process groups must be there."""
+def make_learner(
+    algorithm: str, hidden: int, layers: int, max_sequence_tokens: int, vocab_size: int | None = None
+) -> Learner:
+    """Returns a learner in fp32 on a CPU, bf16 on a GPU; the process groups must be there.
+
+    The vocabulary is the tokenizer's unless it is given.
+    """
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=len(tokenizer),
+            vocab_size=vocab_size or len(tokenizer),
             hidden_size=hidden,
             intermediate_size=8 * hidden // 3 // 16 * 16,
             num_hidden_layers=layers,
