@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup sglang demo test lint bench profile sanitize
+.PHONY: help setup sglang demo experiment test lint bench profile sanitize
 
 export PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV_PYTHON := $(CURDIR)/.venv/bin/python
@@ -22,6 +22,9 @@ sglang: $(SGLANG) ## .venv-sglang: SGLang, the rollout server; without a GPU its
 
 demo: $(BUILD) ## Train the tiny policy: STEPS=n SEED=n ALGORITHM=bicc|grpo ENGINE=local OUT=dir
 	@PYTHON="$(VENV_PYTHON)" examples/run_bicc_tiny.sh
+
+experiment: $(BUILD) ## Compare grpo, bicc and rcc on the tiny policy, write docs/results.md: about an hour on 2 cores
+	@$(VENV_PYTHON) -W ignore tools/run_experiment.py
 
 test: $(BUILD) ## All tests; TESTS=path picks some
 	@$(VENV_PYTHON) -m pytest $(TESTS)

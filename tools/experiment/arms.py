@@ -1,0 +1,80 @@
+"""What is compared: every arm gets the same prompts, rollouts and optimiser steps, seed by seed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+STEPS = 24
+COMMON = (
+    "parallel.tensor=1",
+    "rollout.prompts_per_step=16",
+    "rollout.group_size=8",
+    f"train.steps={STEPS}",
+    # contexts of 0.2, 0.4 and 0.6 of it hold about two, four and all seven opposite rollouts
+    "train.max_sequence_tokens=256",
+    "evaluation.every=3",
+    "evaluation.prompts=75",
+    "evaluation.samples=4",
+    "checkpoint.every=0",
+    "monitoring.tensorboard=false",
+    "monitoring.reference=true",
+)
+CONFIG = "examples/configs/tiny.yaml"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training."""
+
+    name: str
+    settings: tuple[str, ...]
+    """Beside COMMON"""
+    seeds: int
+    """Seeds 1 to this one"""
+    against: str = "grpo"
+    """The arm it is tested against, on the seeds that both have"""
+
+
+MAIN = (
+    Arm("grpo", ("algorithm=grpo",), 8),
+    Arm("grpo+rcc", ("algorithm=grpo+rcc",), 8),
+    Arm("bicc", ("algorithm=grpo+bicc",), 8),
+    Arm("bicc+rcc", ("algorithm=grpo+bicc+rcc",), 8),
+)
+VARIANTS = (
+    Arm("bicc, conditioned", ("algorithm=grpo+bicc", "bicc.denominator=conditioned"), 4, "bicc"),
+    Arm("bicc+rcc, conditioned", ("algorithm=grpo+bicc+rcc", "bicc.denominator=conditioned"), 4, "bicc+rcc"),
+    Arm("bicc+rcc, context 0.2", ("algorithm=grpo+bicc+rcc", "bicc.context_ratio=0.2"), 4, "bicc+rcc"),
+    Arm("bicc+rcc, context 0.6", ("algorithm=grpo+bicc+rcc", "bicc.context_ratio=0.6"), 4, "bicc+rcc"),
+    Arm("bicc+rcc, weight 0.5", ("algorithm=grpo+bicc+rcc", "bicc.weight=0.5"), 4, "bicc+rcc"),
+)
+HALFWAY = Arm("grpo, 5 steps", ("algorithm=grpo", "train.steps=5", "evaluation.every=5"), 4)
+"""Not compared: its policies, half-way up, are what tools/experiment/probes.py looks at."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an arm with a seed."""
+
+    arm: Arm
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Where it lies in the experiment's directory."""
+        return f"{self.arm.name.replace(', ', '_').replace(' ', '_')}/seed_{self.seed}"
+
+    def settings(self) -> tuple[str, ...]:
+        """Command line of megatron_bicc.train but for output_dir."""
+        return ("--config", CONFIG, *COMMON, *self.arm.settings, f"seed={self.seed}")
+
+
+def jobs() -> list[Job]:
+    """Every run, the main four first and seed by seed, so that a run cut short is a smaller experiment."""
+    by_arm = [Job(arm, seed) for arm in (*MAIN, HALFWAY, *VARIANTS) for seed in range(1, arm.seeds + 1)]
+    late = {arm.name: arm not in MAIN for arm in (*MAIN, HALFWAY, *VARIANTS)}
+    return sorted(by_arm, key=lambda job: (job.seed > 4, late[job.arm.name], job.seed))
+
+
+def run_dir(out: Path, arm: Arm, seed: int) -> Path:
+    """Directory of a run."""
+    return out / Job(arm, seed).folder

@@ -1,0 +1,57 @@
+"""Intervals over seeds, and tests of one arm against another seed by seed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % interval by Student's t."""
+
+    mean: float
+    half_width: float
+
+    @property
+    def text(self) -> str:
+        digits = 3 if abs(self.mean) < 100 else 0
+        return f"{self.mean:.{digits}f} ± {self.half_width:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A difference between two arms over the seeds that both have."""
+
+    difference: Interval
+    p_t: float
+    """Two-sided paired t test"""
+    p_permutation: float
+    """Two-sided exact test by flipping the signs of the differences: at least 2 / 2^n"""
+    seeds: int
+
+    @property
+    def verdict(self) -> str:
+        """What the t interval says at 5 %."""
+        if not self.p_t < 0.05:
+            return "no difference shown"
+        return "higher" if self.difference.mean > 0 else "lower"
+
+
+def interval(values: list[float]) -> Interval:
+    """Of at least two finite values."""
+    spread = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
+    return Interval(float(np.mean(values)), float(spread))
+
+
+def paired(ours: dict[int, float], theirs: dict[int, float]) -> Paired:
+    """Ours minus theirs, by seed. Raises ValueError where they share fewer than two seeds."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    if len(seeds) < 2:
+        raise ValueError(f"{len(seeds)} seeds in common; a paired test needs at least two")
+    difference = np.array([ours[seed] - theirs[seed] for seed in seeds])
+    if not difference.any():
+        return Paired(Interval(0.0, 0.0), 1.0, 1.0, len(seeds))
+    flipped = stats.permutation_test((difference,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    p_t = float(stats.ttest_1samp(difference, 0.0).pvalue)
+    return Paired(interval(list(difference)), p_t, float(flipped.pvalue), len(seeds))

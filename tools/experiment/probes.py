@@ -1,0 +1,207 @@
+"""Why it came out so: what a context does to the policy, and how noisy each estimator is on equal rollouts.
+
+Plain transformers forward passes, one row a response, and autograd; no step is taken. The rollouts of both
+probes are drawn from one policy, so whatever is compared is compared on the same texts.
+
+Shape suffixes: G groups with contrast, R rollouts of a group, L tokens of the longest row, P parameters.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from megatron_bicc import platform
+from megatron_bicc.algorithms.policy_loss import LossRows, policy_loss
+from megatron_bicc.algorithms.presets import resolve
+from megatron_bicc.algorithms.rcc import rcc_baseline
+from megatron_bicc.config import BiccConfig, Config
+from megatron_bicc.data import load_prompts
+from megatron_bicc.rewards import get_verifier
+from megatron_bicc.rollout.collect import collect_groups
+from megatron_bicc.rollout.local import LocalEngine
+from megatron_bicc.rollout.types import Group, Sampling
+
+PROMPTS, GROUP_SIZE, MAX_PROMPT, MAX_NEW = 80, 8, 32, 32
+CONTEXTS = ("none", "own", "shuffled")
+ESTIMATORS = ("grpo", "rcc first_order", "rcc exact", "bicc plain", "bicc conditioned")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A group with contrast as token ids."""
+
+    prompt: list[int]
+    responses: list[list[int]]
+    right_R: np.ndarray
+    """bool [R]"""
+
+
+@dataclass(frozen=True)
+class Headers:
+    """The delimiters of a context as token ids."""
+
+    wrong: list[int]
+    right: list[int]
+    answer: list[int]
+
+
+def draw_groups(policy: Path, data: Path, seed: int) -> tuple[list[Texts], Headers]:
+    """Rollouts of the first PROMPTS prompts of a file, sampled from a Hugging Face policy at temperature 1."""
+    platform.start_distributed()
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    prompts = load_prompts(data, tokenizer, MAX_PROMPT)[:PROMPTS]
+    engine = LocalEngine(str(policy), tokenizer, torch.float32, platform.device(), batch_size=256)
+    drawn = collect_groups(
+        prompts,
+        engine,
+        get_verifier("math"),
+        tokenizer,
+        Sampling(1.0, MAX_NEW),
+        GROUP_SIZE,
+        (seed, "probe"),
+    )
+    return [texts for group in drawn if (texts := _texts(group)) is not None], _headers(tokenizer)
+
+
+def _texts(group: Group) -> Texts | None:
+    right_R = group.rewards > 0.5
+    if right_R.all() or not right_R.any():
+        return None
+    return Texts(group.prompt.token_ids.tolist(), [s.token_ids.tolist() for s in group.samples], right_R)
+
+
+def _headers(tokenizer: PreTrainedTokenizerBase) -> Headers:
+    bicc = BiccConfig()
+    texts = (bicc.wrong_header, bicc.right_header, bicc.answer_header)
+    return Headers(*(tokenizer.encode(text, add_special_tokens=False) for text in texts))
+
+
+def context(source: Texts, for_right: bool, headers: Headers) -> list[int]:
+    """What BICC shows the right (wrong) responses of a group: its wrong (right) attempts, whole."""
+    header = headers.wrong if for_right else headers.right
+    opposite = [o for o, right in zip(source.responses, source.right_R, strict=True) if right != for_right]
+    # an attempt's last token ends the sequence; it stays out of contexts
+    return [token for o in opposite for token in header + o[:-1]] + headers.answer
+
+
+def log_probs(model: PreTrainedModel, prefixes: list[list[int]], responses: list[list[int]]) -> list[Tensor]:
+    """Log-prob of every token of each response after its prefix; float32 [its length] each."""
+    rows = [torch.tensor(p + o) for p, o in zip(prefixes, responses, strict=True)]
+    ids = pad_sequence(rows, batch_first=True)
+    # padding is on the right, so causality hides it
+    logp = model(input_ids=ids[:, :-1]).logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return [
+        logp[i, len(p) - 1 : len(p) + len(o) - 1]
+        for i, (p, o) in enumerate(zip(prefixes, responses, strict=True))
+    ]
+
+
+def load(policy: Path) -> PreTrainedModel:
+    """A Hugging Face directory, in float32."""
+    return AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def reading(model: PreTrainedModel, groups: list[Texts], headers: Headers) -> dict[str, dict[str, float]]:
+    """By what stands before the response: log-prob of a whole right and of a whole wrong response, and the
+    first minus the second within a group; means over groups, in nats.
+
+    own: the group's own opposite attempts, as in training. shuffled: those of the next group.
+    """
+    return {kind: _reading(model, groups, headers, kind) for kind in CONTEXTS}
+
+
+def _reading(model: PreTrainedModel, groups: list[Texts], headers: Headers, kind: str) -> dict[str, float]:
+    right_G, wrong_G = [], []
+    for group, following in zip(groups, groups[1:] + groups[:1], strict=True):
+        source = following if kind == "shuffled" else group
+        shown = [[] if kind == "none" else context(source, bool(right), headers) for right in group.right_R]
+        logp = log_probs(model, [group.prompt + c for c in shown], group.responses)
+        total_R = np.array([float(x.sum()) for x in logp])
+        right_G.append(total_R[group.right_R].mean())
+        wrong_G.append(total_R[~group.right_R].mean())
+    right, wrong = float(np.mean(right_G)), float(np.mean(wrong_G))
+    return {"right": right, "wrong": wrong, "margin": right - wrong}
+
+
+def estimators(
+    model: PreTrainedModel, start: PreTrainedModel, groups: list[Texts], headers: Headers
+) -> dict[str, dict[str, float]]:
+    """Noise and direction of the first on-policy gradient of each of ESTIMATORS; the reference is `start`.
+
+    variance: trace of the covariance over groups of a group's gradient; relative: that over the squared norm
+    of the expected gradient; cosine: of the expected gradient with GRPO's. Norm and inner products of
+    expectations are unbiased: products of two different groups only.
+    """
+    parts = {name: [] for name in ESTIMATORS}
+    for group in groups:
+        for name, gradient_P in zip(ESTIMATORS, _gradients(model, start, group, headers), strict=True):
+            parts[name].append(gradient_P)
+    return _moments({name: torch.stack(gradients) for name, gradients in parts.items()})
+
+
+def _moments(parts: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """parts [G, P] of each estimator -> its figures."""
+    grpo_GP = parts["grpo"]
+    moments = {}
+    for name, own_GP in parts.items():
+        norm2 = _between(own_GP, own_GP)
+        variance = float(own_GP.var(0).sum())
+        cosine = _between(own_GP, grpo_GP) / (norm2 * _between(grpo_GP, grpo_GP)) ** 0.5
+        moments[name] = {"variance": variance, "relative": variance / norm2, "cosine": cosine}
+    return moments
+
+
+def _between(a_GP: Tensor, b_GP: Tensor) -> float:
+    """Unbiased inner product of the expectations of a and b."""
+    count = len(a_GP)
+    return float((a_GP.sum(0) @ b_GP.sum(0) - (a_GP * b_GP).sum()) / (count * (count - 1)))
+
+
+def _gradients(
+    model: PreTrainedModel, start: PreTrainedModel, group: Texts, headers: Headers
+) -> list[Tensor]:
+    """One group's gradient [P] under each of ESTIMATORS."""
+    plain = [group.prompt] * len(group.responses)
+    shown = [group.prompt + context(group, bool(right), headers) for right in group.right_R]
+    new = log_probs(model, plain, group.responses)
+    old = [x.detach() for x in new]
+    with torch.no_grad():
+        reference = log_probs(start, plain, group.responses)
+    delta_R = np.array([float((a - b).mean()) for a, b in zip(old, reference, strict=True)])
+    rewards_R, whole = group.right_R.astype(float), np.array([0, len(old)])
+    mean, std = rewards_R.mean(), rewards_R.std()
+    first, exact = (
+        float(rcc_baseline(rewards_R, delta_R, whole, form).baseline_G[0])
+        for form in ("first_order", "exact")
+    )
+
+    def gradient(logp: list[Tensor], denominator: list[Tensor], baseline: float) -> Tensor:
+        return _gradient(model, logp, denominator, (rewards_R - baseline) / std)
+
+    by_baseline = [gradient(new, old, b) for b in (mean, first, exact)]
+    given = log_probs(model, shown, group.responses)
+    own = [x.detach() for x in given]
+    return [*by_baseline, gradient(given, old, mean), gradient(given, own, mean)]
+
+
+def _gradient(
+    model: PreTrainedModel, logp: list[Tensor], old: list[Tensor], advantage_R: np.ndarray
+) -> Tensor:
+    """Gradient [P] of the group's loss as the bicc preset clips it; on-policy GRPO has nothing to clip."""
+    lengths = torch.tensor([len(x) for x in logp])
+    rows = LossRows(
+        old_logp=torch.cat(old),
+        advantage=torch.tensor(advantage_R, dtype=torch.float32).repeat_interleave(lengths),
+        weight=(1.0 / lengths / len(logp)).repeat_interleave(lengths),
+        response=torch.arange(len(logp)).repeat_interleave(lengths),
+    )
+    loss = policy_loss(torch.cat(logp), rows, resolve(Config(algorithm="grpo+bicc")).loss)
+    parameters = list(model.parameters())
+    return parameters_to_vector(torch.autograd.grad(loss, parameters, retain_graph=True)).detach()

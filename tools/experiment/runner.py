@@ -1,0 +1,85 @@
+"""Runs the jobs, some at a time; what is finished is not run again, what was cut off starts anew."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from tqdm import tqdm
+
+from experiment.arms import Job
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DONE = "finished.json"
+
+
+class Runner:
+    """The running processes, so that none outlives this one."""
+
+    def __init__(self, out: Path, workers: int) -> None:
+        self.out, self.workers = out, workers
+        self._commit = commit()
+        self._running: set[subprocess.Popen] = set()
+        self._stopped = threading.Event()
+
+    def run(self, jobs: list[Job]) -> None:
+        """Every job that is not finished. Raises RuntimeError for one that fails, ValueError for one that was
+        made with other settings."""
+        waiting = [job for job in jobs if not self._finished(job)]
+        bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="experiment", unit="run")
+        with ThreadPoolExecutor(self.workers) as pool, bar:
+            try:
+                for done in as_completed([pool.submit(self._run, job) for job in waiting]):
+                    done.result()
+                    bar.update()
+            finally:
+                self._stop()
+
+    def _finished(self, job: Job) -> bool:
+        path = self.out / job.folder / DONE
+        if not path.exists():
+            return False
+        if json.loads(path.read_text())["settings"] != list(job.settings()):
+            raise ValueError(f"{path.parent}: made with other settings; delete it, or choose another --out")
+        return True
+
+    def _run(self, job: Job) -> None:
+        if self._stopped.is_set():
+            return
+        folder = self.out / job.folder
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        command = [sys.executable, "-W", "ignore", "-m", "megatron_bicc.train"]
+        command += [*job.settings(), f"output_dir={folder}"]
+        with (folder / "output.txt").open("w") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=output,
+                stderr=output,
+            )
+            self._running.add(process)
+            status = process.wait()
+            self._running.discard(process)
+        if status:
+            raise RuntimeError(f"{' '.join(command)} ended with status {status}; see {folder}/output.txt")
+        record = {"settings": list(job.settings()), "commit": self._commit}
+        (folder / DONE).write_text(json.dumps(record) + "\n")
+
+    def _stop(self) -> None:
+        self._stopped.set()
+        for process in list(self._running):
+            process.terminate()
+
+
+def commit() -> str:
+    """The commit of the working tree; "-modified" behind it where tracked files differ from it."""
+    git = ["git", "-C", str(REPOSITORY)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False)
+    return head.stdout.strip() + ("-modified" if changed.returncode else "")

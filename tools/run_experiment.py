@@ -1,0 +1,41 @@
+"""Trains every arm of tools/experiment/arms.py, then writes docs/results.md, its pictures and raw figures.
+
+What is finished in --out is not run again, so a run that was killed goes on by the same command.
+"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiment.arms import jobs
+from experiment.page import collect_figures, write_page
+from experiment.runner import REPOSITORY, Runner
+
+
+def main(argv: list[str]) -> None:
+    """Runs, collects, reports; a failure is one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(prog="tools/run_experiment.py", description=__doc__)
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "runs/experiment", help="folder of the runs")
+    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs", help="where results.md goes")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one core each [2]")
+    parser.add_argument("--only-runs", action="store_true", help="run, and write no page")
+    parser.add_argument("--only-report", action="store_true", help="write the page from docs/results alone")
+    options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
+    try:
+        if not options.only_report:
+            Runner(options.out.resolve(), options.workers).run(jobs())
+        if not options.only_report and not options.only_runs:
+            collect_figures(options.out.resolve(), options.docs / "results")
+        if not options.only_runs:
+            print(write_page(options.docs))
+    except (ValueError, RuntimeError) as error:
+        print(f"tools/run_experiment.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
