@@ -52,7 +52,7 @@ class Headers:
 
 
 def draw_groups(policy: Path, data: Path, seed: int) -> tuple[list[Texts], Headers]:
-    """Rollouts of the first PROMPTS prompts of a file, sampled from a Hugging Face policy at temperature 1."""
+    """Rollouts of the first PROMPTS prompts of a file by a Hugging Face policy, at temperature 1."""
     platform.start_distributed()
     tokenizer = AutoTokenizer.from_pretrained(policy)
     prompts = load_prompts(data, tokenizer, MAX_PROMPT)[:PROMPTS]
