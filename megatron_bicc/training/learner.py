@@ -88,6 +88,13 @@ class Learner:
         weight_R = weight_R[np.repeat(contrast_G, np.diff(everything.rollouts.group_offsets_G))]
         return self._learn(batch, weight_R, len(groups), clock, moved)
 
+    def log_probs(self, groups: list[Group]) -> np.ndarray:
+        """float32 [T]: the policy's own log-prob of every response token, given its prompt. Collective."""
+        batch = step_batch(groups)
+        pieces = pieces_of(pack(batch.rollouts, self.plain, self.dp_size), self.dp_rank)
+        passes = self.policy.log_probs([p.packed for p in pieces])
+        return gather_tokens([x[0] for x in passes], [p.batch for p in pieces], len(batch.rollouts.tokens))
+
     def _learn(
         self, batch: StepBatch, weight_R: np.ndarray, num_groups: int, clock: Stopwatch, moved: bool
     ) -> StepResult:

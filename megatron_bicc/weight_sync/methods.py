@@ -6,6 +6,7 @@ from typing import Protocol
 
 from megatron_bicc.weight_sync import tensor
 from megatron_bicc.weight_sync.buckets import Bucket
+from megatron_bicc.weight_sync.distributed import Distributed
 from megatron_bicc.weight_sync.session import Session, Sessions
 
 
@@ -20,6 +21,9 @@ class Method(Protocol):
     def send(self, sessions: Sessions, bucket: Bucket) -> None:
         """Gives the bucket to every live server."""
 
+    def close(self) -> None:
+        """Ends what it keeps from sync to sync."""
+
 
 class Disk:
     """Servers read the files: they must see the directory under the same path."""
@@ -29,6 +33,9 @@ class Disk:
 
     def send(self, sessions: Sessions, bucket: Bucket) -> None:
         """Nothing: the files are read at the end."""
+
+    def close(self) -> None:
+        """Nothing is kept."""
 
 
 class Tensor:
@@ -42,6 +49,9 @@ class Tensor:
         text = tensor.encode(bucket)
         sessions.each(partial(_post_text, text=text))
 
+    def close(self) -> None:
+        """Nothing is kept."""
+
 
 async def _post_text(session: Session, text: list[bytes]) -> None:
     await session.post(tensor.PATH, tensor.request_body(text, session.tensor_parallel))
@@ -53,4 +63,4 @@ async def load_files(session: Session, directory: Path) -> None:
     await session.post("/update_weights_from_disk", body)
 
 
-METHODS: dict[str, type[Method]] = {"disk": Disk, "tensor": Tensor}
+METHODS: dict[str, type[Method]] = {"disk": Disk, "tensor": Tensor, "distributed": Distributed}

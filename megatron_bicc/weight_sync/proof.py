@@ -1,4 +1,6 @@
-"""The proof that a server holds the policy's weights: its checksums against ours."""
+"""The proof that servers hold the policy's weights: their checksums against ours."""
+
+from collections.abc import Iterable
 
 import torch
 from transformers import PretrainedConfig
@@ -8,6 +10,8 @@ from megatron_bicc.weight_sync.checksums import Checksums, are_known
 from megatron_bicc.weight_sync.session import Session
 
 PATH = "/weights_checker"
+Layout = tuple[int, torch.dtype]
+"""Tensor-parallel size and type of a server's weights"""
 
 
 class WeightSyncError(RuntimeError):
@@ -19,12 +23,17 @@ class Proof:
 
     def __init__(self, hf_config: PretrainedConfig) -> None:
         self.hf_config = hf_config
-        self._checksums: dict[tuple[int, torch.dtype], Checksums] = {}
+        self.doubts: dict[str, list[str]] = {}
+        """By URL, what differs in servers that checksums do not prove; nothing if they cannot be compared"""
+        self._checksums: dict[Layout, Checksums] = {}
+        self._agreed: set[Layout] = set()
+        """Layouts whose checksums have agreed once: it is known how they are made"""
 
     def start(self, sessions: list[Session]) -> None:
         """Of the weights that come now, in the layouts of these servers."""
-        layouts = {(s.tensor_parallel, s.dtype) for s in sessions if _can_check(s)}
+        layouts = {_layout(session) for session in sessions if _can_check(session)}
         self._checksums = {layout: Checksums(self.hf_config, *layout) for layout in layouts}
+        self.doubts = {}
 
     def add(self, bucket: Bucket) -> None:
         """Some more of the weights."""
@@ -33,19 +42,40 @@ class Proof:
                 checksums.add(name, tensor)
 
     async def check(self, session: Session) -> None:
-        """Raises WeightSyncError naming the parameters that differ, ServerError if the server fails."""
-        expected = self._checksums.get((session.tensor_parallel, session.dtype))
-        if expected is None or not _can_check(session):
+        """Compares all parameters of a server; where that does not tell, the doubt is kept.
+
+        Checksums that differ at the first comparison may be of weights in a form that is not known here.
+        Raises WeightSyncError naming the parameters that differ, ServerError if the server fails.
+        """
+        layout = _layout(session)
+        if layout not in self._checksums or not _can_check(session):
+            self.doubts[session.client.url] = []
             return
         ranks = (await session.post(PATH, {"action": "checksum"}))["ranks"]
-        for rank, found in enumerate(ranks):
-            ours, theirs = expected.of_rank(rank), found["checksums"]
-            wrong = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
-            if wrong:
-                raise WeightSyncError(
-                    f"SGLang server {session.client.url}, rank {rank}: after the sync these weights are not "
-                    f"the policy's: {', '.join(sorted(wrong))}"
-                )
+        differ: set[str] = set()
+        for rank, answer in enumerate(ranks):
+            ours, theirs = self._checksums[layout].of_rank(rank), answer["checksums"]
+            differ |= {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)}
+        if not differ:
+            self._agreed.add(layout)
+        elif layout in self._agreed:
+            raise mismatch(session.client.url, differ)
+        else:
+            self.doubts[session.client.url] = sorted(differ)
+
+
+def mismatch(url: str, names: Iterable[str]) -> WeightSyncError:
+    """The error for a server with these parameters wrong; no names: it is not known which."""
+    listed = sorted(names)
+    shown = ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+    return WeightSyncError(
+        f"after weight sync SGLang server {url} has other weights than the policy: "
+        f"{shown or 'it cannot tell which'}"
+    )
+
+
+def _layout(session: Session) -> Layout:
+    return session.tensor_parallel, session.dtype
 
 
 def _can_check(session: Session) -> bool:

@@ -1,37 +1,43 @@
 """The policy's weights on their way to SGLang servers: one stream, every server."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bicc.config import Config
-from megatron_bicc.policy.policy import Policy
-from megatron_bicc.rollout.sglang.client import ServerClient
+from megatron_bicc.rollout.sglang.client import ServerClient, ServerError
+from megatron_bicc.training.learner import Learner
 from megatron_bicc.weight_sync.buckets import buckets, checked, expected_shapes
 from megatron_bicc.weight_sync.files import WeightFiles
 from megatron_bicc.weight_sync.methods import METHODS, load_files
-from megatron_bicc.weight_sync.proof import Proof, WeightSyncError
+from megatron_bicc.weight_sync.probe import Probe, differing, take, wrong
+from megatron_bicc.weight_sync.proof import Proof, WeightSyncError, mismatch
 from megatron_bicc.weight_sync.session import Run, Session, Sessions
 
 
 class WeightSync:
     """Brings weights to this process's servers; every process of the run has one, with servers or without."""
 
-    def __init__(self, config: Config, policy: Policy, run: Run) -> None:
-        """Raises ValueError for a model.path that cannot be read."""
+    def __init__(self, config: Config, learner: Learner, run: Run) -> None:
+        """`learner` gives the policy's log-probs, for servers whose weights have no checksums.
+
+        Raises ValueError for a model.path that cannot be read.
+        """
         settings = config.weight_sync
         root = Path(settings.path or Path(config.output_dir) / "rollout_weights")
         self.files = WeightFiles(root / f"rank_{dist.get_rank()}", Path(config.model.path))
-        self.expected = expected_shapes(config.model.path, policy.hf_config)
-        self.proof = Proof(policy.hf_config)
+        self.expected = expected_shapes(config.model.path, learner.policy.hf_config)
+        self.proof = Proof(learner.policy.hf_config)
         self.method = METHODS[settings.method]()
         self.writes_files = settings.keep_files or self.method.reads_files
-        self.keeps_files = settings.keep_files
-        self.capacity = int(settings.bucket_mb * 2**20)
-        self.timeout_s = settings.timeout_s
+        self.config = config
+        self.learner = learner
         self.run = run
         self.version = -1
         """Version of the newest `push`"""
@@ -51,15 +57,19 @@ class WeightSync:
         """
         stream = checked(tensors, self.expected)
         failed: dict[str, str] = {}
+        probes: list[Probe] = []
         fault = ""
         try:
             if clients:
-                failed = self._deliver(clients, stream, version)
+                failed, probes = self._deliver(clients, stream, version)
         except (OSError, WeightSyncError) as error:
             fault = str(error)
         for _ in stream:  # the other processes are still in it
             pass
-        return _agree(failed, fault)
+        outcomes = _gathered((failed, probes, fault))
+        _raise_first([fault for _, _, fault in outcomes])
+        self._judge([probe for _, some, _ in outcomes for probe in some], clients)
+        return {url: reason for some, _, _ in outcomes for url, reason in some.items()}
 
     async def restore(self, client: ServerClient) -> None:
         """Gives a server that comes late the weights of the newest `push`, from its files. At any time.
@@ -71,7 +81,7 @@ class WeightSync:
                 f"SGLang server {client.url} has no weights of version {self.version} until the next sync; "
                 "weight_sync.keep_files=true would have kept them for it"
             )
-        session = Session(client, self.timeout_s)
+        session = Session(client, self.config.weight_sync.timeout_s)
         try:
             await session.open(brackets=False)
             await load_files(session, self.files.complete)
@@ -83,13 +93,14 @@ class WeightSync:
             raise
 
     def close(self) -> None:
-        """Removes the files."""
+        """Removes the files and leaves the servers' process group."""
+        self.method.close()
         self.files.remove()
 
     def _deliver(
         self, clients: list[ServerClient], stream: Iterator[tuple[str, Tensor]], version: int
-    ) -> dict[str, str]:
-        sessions = Sessions(clients, self.timeout_s, self.run)
+    ) -> tuple[dict[str, str], list[Probe]]:
+        sessions = Sessions(clients, self.config.weight_sync.timeout_s, self.run)
         done = False
         try:
             sessions.each(partial(Session.open, brackets=self.method.brackets))
@@ -97,17 +108,43 @@ class WeightSync:
             sessions.each(Session.end)
             sessions.each(self.proof.check)
             sessions.each(partial(Session.close, version=version))
+            probes = sessions.each(self._probe)
             done = True
         finally:
             sessions.give_up(everything=not done)
-        return sessions.failed()
+        return sessions.failed(), [probe for probe in probes if probe]
+
+    async def _probe(self, session: Session) -> Probe | None:
+        differ = self.proof.doubts.get(session.client.url)
+        if differ is None:
+            return None
+        vocabulary = self.learner.policy.hf_config.vocab_size
+        return await take(session, self.config.rollout.temperature, vocabulary, differ)
+
+    def _judge(self, probes: list[Probe], clients: list[ServerClient]) -> None:
+        """Raises WeightSyncError for a probe that is not the policy's. Collective."""
+        if not probes:
+            return
+        dtype = getattr(torch, self.config.model.dtype)
+        faults = [""]
+        for probe in wrong(probes, self.learner.log_probs, dtype):
+            faults += [self._fault(probe, client) for client in clients if client.url == probe.url]
+        _raise_first([fault for some in _gathered(faults) for fault in some])
+
+    def _fault(self, probe: Probe, client: ServerClient) -> str:
+        names = probe.differ
+        if not names and self.files.complete:
+            session = Session(client, self.config.weight_sync.timeout_s)
+            with contextlib.suppress(ServerError):
+                names = self.run(differing, session, self.files.complete)
+        return str(mismatch(probe.url, names))
 
     def _stream(self, sessions: Sessions, stream: Iterator[tuple[str, Tensor]], version: int) -> None:
         self.proof.start(sessions.live())
         self.files.remove()
         if self.writes_files:
             self.files.start()
-        for bucket in buckets(stream, self.capacity):
+        for bucket in buckets(stream, self.config.weight_sync.bucket_mb * 2**20):
             if self.writes_files:
                 self.files.write(bucket)
             self.proof.add(bucket)
@@ -117,15 +154,21 @@ class WeightSync:
             directory = self.files.finish(version)
         if self.method.reads_files:
             sessions.each(partial(load_files, directory=directory))
-            if not self.keeps_files:
+            if not self.config.weight_sync.keep_files:
                 self.files.remove()
 
 
-def _agree(failed: dict[str, str], fault: str) -> dict[str, str]:
-    """Brings what happened to every process. Raises WeightSyncError for the first fault. Collective."""
-    outcomes: list[tuple[dict[str, str], str]] = [({}, "")] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (failed, fault))
-    for _, reason in outcomes:
-        if reason:
-            raise WeightSyncError(f"weight sync: {reason}")
-    return {url: reason for part, _ in outcomes for url, reason in part.items()}
+T = TypeVar("T")
+
+
+def _gathered(value: T) -> list[T]:
+    """Every process's value, in rank order. Collective."""
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _raise_first(faults: list[str]) -> None:
+    for fault in faults:
+        if fault:
+            raise WeightSyncError(fault)

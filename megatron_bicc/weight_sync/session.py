@@ -108,25 +108,30 @@ class Sessions:
 
     def __init__(self, clients: Sequence[ServerClient], timeout_s: float, run: Run) -> None:
         self._sessions = [Session(client, timeout_s) for client in clients]
-        self._run = run
+        self.run = run
 
     def live(self) -> list[Session]:
         """Those that still take part."""
         return [session for session in self._sessions if session.error is None]
 
-    def each(self, act: Callable[[Session], Awaitable[Any]]) -> None:
-        """Does it with every live server; one that raises ServerError takes no further part."""
+    def each(self, act: Callable[[Session], Awaitable[Result]]) -> list[Result]:
+        """Does it with every live server; one that raises ServerError takes no further part.
+
+        Returns what came of the others.
+        """
         live = self.live()
-        for session, result in zip(live, self._run(_outcomes, [act(s) for s in live]), strict=True):
-            if isinstance(result, ServerError):
-                session.error = result
-            elif isinstance(result, BaseException):
-                raise result
+        outcomes = self.run(_outcomes, [act(session) for session in live])
+        for session, outcome in zip(live, outcomes, strict=True):
+            if isinstance(outcome, ServerError):
+                session.error = outcome
+            elif isinstance(outcome, BaseException):
+                raise outcome
+        return [outcome for outcome in outcomes if not isinstance(outcome, ServerError)]
 
     def give_up(self, everything: bool) -> None:
         """Lets those go on that failed, or all."""
         lost = [session for session in self._sessions if everything or session.error]
-        self._run(_outcomes, [session.give_up() for session in lost])
+        self.run(_outcomes, [session.give_up() for session in lost])
 
     def failed(self) -> dict[str, str]:
         """The reasons, by URL."""

@@ -1,0 +1,79 @@
+"""The proof where checksums do not serve: log-probs of what a server samples, against the policy's."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_bicc.data import Prompt
+from megatron_bicc.rollout.sglang.client import ServerRefusal
+from megatron_bicc.rollout.types import Group, Sample
+from megatron_bicc.weight_sync import proof
+from megatron_bicc.weight_sync.methods import load_files
+from megatron_bicc.weight_sync.session import Session
+
+PROMPT_TOKENS, SAMPLES, SAMPLED_TOKENS = 8, 2, 16
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""Largest difference of a log-prob, by the coarser type of the policy's and the server's weights"""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a server sampled after a sync."""
+
+    url: str
+    group: Group
+    dtype: torch.dtype
+    """Of the server's weights"""
+    differ: list[str]
+    """Parameters whose checksums differ; empty if the server's checksums cannot be compared"""
+
+
+async def take(session: Session, temperature: float, vocabulary: int, differ: list[str]) -> Probe:
+    """Samples from a server. Raises ServerError."""
+    prompt = np.arange(1, 1 + PROMPT_TOKENS, dtype=np.int32) % vocabulary
+    sampling = {"max_new_tokens": SAMPLED_TOKENS, "temperature": temperature, "ignore_eos": True}
+    body = {"input_ids": [prompt.tolist()] * SAMPLES, "sampling_params": sampling, "return_logprob": True}
+    samples = [_sample(answer) for answer in await session.post("/generate", body)]
+    group = Group(Prompt(0, [], prompt, "", "", {}), samples, [""] * SAMPLES, np.zeros(SAMPLES, np.float32))
+    return Probe(session.client.url, group, session.dtype, differ)
+
+
+def _sample(answer: dict[str, Any]) -> Sample:
+    rows = answer["meta_info"]["output_token_logprobs"]
+    log_probs = np.array([log_prob for log_prob, *_ in rows], np.float32)
+    return Sample(np.array([token for _, token, *_ in rows], np.int32), log_probs, "length", 0)
+
+
+def wrong(
+    probes: list[Probe], log_probs: Callable[[list[Group]], np.ndarray], dtype: torch.dtype
+) -> list[Probe]:
+    """Those that the policy, of this type, does not agree with; the same on every process. Collective.
+
+    log_probs: float32 [T], the policy's, of every sampled token of the groups.
+    """
+    ours_T = log_probs([probe.group for probe in probes])
+    found, end = [], 0
+    for probe in probes:
+        theirs = np.concatenate([sample.log_probs for sample in probe.group.samples])
+        start, end = end, end + len(theirs)
+        difference = float(np.abs(ours_T[start:end] - theirs).max())
+        # not the other way round: NaN is wrong
+        if not difference <= max(TOLERANCE[dtype], TOLERANCE[probe.dtype]):
+            found.append(probe)
+    return found
+
+
+async def differing(session: Session, directory: Path) -> list[str]:
+    """The server's parameters that change when it loads the right weights from files. Raises ServerError."""
+    await session.post(proof.PATH, {"action": "snapshot"})
+    await load_files(session, directory)
+    try:
+        await session.post(proof.PATH, {"action": "compare"})
+    except ServerRefusal as refusal:
+        return re.findall(r"name=(\S+)", str(refusal))
+    return []
