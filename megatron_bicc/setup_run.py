@@ -48,7 +48,7 @@ def read_inputs(config: Config) -> Inputs:
     _check_output_dir(config)
     config = resolve(config)
     verifier = get_verifier(config.reward.verifier)
-    tokenizer = _tokenizer(config.model.path)
+    tokenizer = read_tokenizer(config.model.path)
     prompts = _prompts(config, config.data.train, tokenizer)
     heldout = _prompts(config, config.evaluation.data, tokenizer) if config.evaluation.data else []
     heldout = heldout[: config.evaluation.prompts or None]
@@ -67,14 +67,14 @@ def start_workers(inputs: Inputs) -> Workers:
     start_model_parallel(config)
     policy = Policy(config)
     learner = Learner(config, policy, inputs.tokenizer)
-    engine = LocalEngine(
-        config.model.path,
-        inputs.tokenizer,
-        getattr(torch, config.model.dtype),
-        platform.device(),
-        config.rollout.batch_size,
-    )
+    engine = make_engine(config, inputs.tokenizer)
     return Workers(policy, learner, engine)
+
+
+def make_engine(config: Config, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    """The engine that rollout.engine names, with the weights of model.path."""
+    dtype = getattr(torch, config.model.dtype)
+    return LocalEngine(config.model.path, tokenizer, dtype, platform.device(), config.rollout.batch_size)
 
 
 def _check_output_dir(config: Config) -> None:
@@ -99,8 +99,8 @@ def _check_output_dir(config: Config) -> None:
         )
 
 
-def _tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, checked against its config.json."""
+def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises ValueError, one line, where it does not fit the model's config.json."""
     try:
         vocab_size = AutoConfig.from_pretrained(path).vocab_size
     except Exception as error:  # transformers raises many kinds for a damaged configuration
