@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup sglang demo experiment test lint bench profile sanitize
+.PHONY: help setup sglang demo experiment test dry-run lint bench profile sanitize
 
 export PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV_PYTHON := $(CURDIR)/.venv/bin/python
@@ -12,7 +12,7 @@ BUILD := .venv/.build
 export OMP_NUM_THREADS ?= 1
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 setup: $(BUILD) ## .venv with pinned packages, csrc built in place
 	@echo "ready: .venv/bin/python"
@@ -28,6 +28,9 @@ experiment: $(BUILD) ## Compare grpo, bicc and rcc on the tiny policy, write doc
 
 test: $(BUILD) ## All tests; TESTS=path picks some
 	@$(VENV_PYTHON) -m pytest $(TESTS)
+
+dry-run: $(BUILD) ## A run on paper, without a GPU: CONFIG=file WORLD_SIZE=processes SETTINGS="a=b ..."
+	@WORLD_SIZE=$(or $(WORLD_SIZE),1) $(VENV_PYTHON) -m megatron_bicc.train --config $(CONFIG) --dry-run $(SETTINGS)
 
 lint: $(BUILD) ## ruff, and shellcheck where it is installed
 	@$(VENV_PYTHON) -m ruff check .

@@ -23,6 +23,7 @@ __all__ = ["abort", "parse_config", "settings", "validate"]
 
 PROGRAM = "python -m megatron_bicc.train"
 FLAGS = ("-h", "--help", "--print-config")
+DRY_RUN = ("--dry-run", "--dry_run")
 COMMAND_LINE = "command line"
 
 
@@ -73,9 +74,10 @@ class Assignment:
 def parse_config(argv: list[str]) -> Config:
     """The settings of a run: defaults, then each `--config FILE`, then the overrides.
 
-    An override is `section.name=value`, `--section.name=value` or `--section.name value`. `--help` and
-    `--print-config` (the YAML that would run, presets filled in) exit with status 0. A mistake is one line on
-    stderr and exit status 2. Values are checked for their type only; `validate` does the rest.
+    An override is `section.name=value`, `--section.name=value` or `--section.name value`; `--dry-run` is
+    short for `dry_run=true`. `--help` and `--print-config` (the YAML that would run, presets filled in) exit
+    with status 0. A mistake is one line on stderr and exit status 2. Values are checked for their type only;
+    `validate` does the rest.
     """
     try:
         flags, overrides = _read_arguments(argv)
@@ -174,7 +176,7 @@ def _read_arguments(argv: list[str]) -> tuple[list[str], list[Assignment]]:
     """The flags, and everything that has a value."""
     flags: list[str] = []
     assignments: list[Assignment] = []
-    tokens = iter(argv)
+    tokens = iter(_with_dry_run(argv))
     for token in tokens:
         if token in FLAGS:
             flags.append(token)
@@ -188,6 +190,14 @@ def _read_arguments(argv: list[str]) -> tuple[list[str], list[Assignment]]:
                 raise ValueError(f"{COMMAND_LINE}: {name} has no value; write {name}=value")
         assignments.append(Assignment(name, value, COMMAND_LINE))
     return flags, assignments
+
+
+def _with_dry_run(argv: list[str]) -> list[str]:
+    """With the value that --dry-run alone stands for."""
+    return [
+        "--dry_run=true" if token in DRY_RUN and value not in ("true", "false") else token
+        for token, value in zip(argv, [*argv[1:], ""], strict=False)
+    ]
 
 
 def _read_yaml(path: str) -> list[Assignment]:

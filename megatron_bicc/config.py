@@ -247,6 +247,22 @@ class MonitoringConfig:
 
 
 @dataclass
+class SyntheticConfig:
+    """Rollouts that a dry run and tools/plan.py suppose: log-normal lengths, cut to the run's limits."""
+
+    prompt_tokens: int | None = None
+    """Mean length of a prompt; None: a quarter of data.max_prompt_tokens."""
+    prompt_sigma: float = 0.5
+    """Standard deviation of the logarithm of a prompt's length."""
+    response_tokens: int | None = None
+    """Mean length of a response; None: half of rollout.max_new_tokens."""
+    response_sigma: float = 0.5
+    """Standard deviation of the logarithm of a response's length."""
+    pass_rate: float = 0.5
+    """Share of rollouts that are correct, within [0, 1]; each is so by itself."""
+
+
+@dataclass
 class Config:
     """A run of megatron_bicc."""
 
@@ -257,7 +273,7 @@ class Config:
     algorithm: str = "bicc"
     """grpo, dr_grpo, dapo, gspo, gmpo, aspo or cispo, with +bicc and +rcc; bicc means grpo+bicc+rcc."""
     dry_run: bool = False
-    """Check settings, files and every prompt, then stop before any training."""
+    """Check all that start-up would, every rank's shard and a synthetic step, without a GPU; then stop."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -272,3 +288,4 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)

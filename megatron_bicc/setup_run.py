@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_bicc import platform
@@ -44,9 +44,7 @@ class Workers:
 
 def read_inputs(config: Config) -> Inputs:
     """Reads and checks every setting and file. Raises ValueError, one line, for the first mistake."""
-    validate(config, platform.world_size())
-    _check_output_dir(config)
-    config = resolve(config)
+    config = check_settings(config)
     verifier = get_verifier(config.reward.verifier)
     tokenizer = read_tokenizer(config.model.path)
     prompts = _prompts(config, config.data.train, tokenizer)
@@ -54,6 +52,17 @@ def read_inputs(config: Config) -> Inputs:
     heldout = heldout[: config.evaluation.prompts or None]
     sampler = PromptSampler(len(prompts), config.rollout.prompts_per_step, config.seed)
     return Inputs(config, tokenizer, prompts, heldout, sampler, verifier)
+
+
+def check_settings(config: Config) -> Config:
+    """Checks settings, and that files and the run's directory are there; returns them with presets filled in.
+
+    Raises ValueError, one line, for the first mistake.
+    """
+    validate(config, platform.world_size())
+    _check_output_dir(config)
+    get_verifier(config.reward.verifier)
+    return resolve(config)
 
 
 def start_workers(inputs: Inputs) -> Workers:
@@ -99,14 +108,21 @@ def _check_output_dir(config: Config) -> None:
         )
 
 
-def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises ValueError, one line, where it does not fit the model's config.json."""
+def read_hf_config(path: str) -> PretrainedConfig:
+    """The model's config.json. Raises ValueError, one line, if it is no model's configuration."""
     try:
-        vocab_size = AutoConfig.from_pretrained(path).vocab_size
+        hf_config = AutoConfig.from_pretrained(path)
+        hf_config.vocab_size  # noqa: B018 - one without a vocabulary is no language model's
+        return hf_config
     except Exception as error:  # transformers raises many kinds for a damaged configuration
         raise ValueError(
             f"model.path is {path}; its config.json cannot be used: {_first_line(error)}"
         ) from error
+
+
+def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises ValueError, one line, where it does not fit the model's config.json."""
+    vocab_size = read_hf_config(path).vocab_size
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # and as many for a damaged tokenizer

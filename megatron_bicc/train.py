@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_bicc import platform
 from megatron_bicc.cli import abort, parse_config
 from megatron_bicc.config import Config
 from megatron_bicc.evaluation import evaluate
@@ -38,9 +39,9 @@ def main(argv: list[str]) -> None:
     """A run from its command line. A mistake in it is one line on stderr and exit status 2."""
     config = parse_config(argv)
     try:
-        inputs = read_inputs(config)
         if config.dry_run:
-            return
+            return print_dry_run(config)
+        inputs = read_inputs(config)
         workers = start_workers(inputs)
         first_step = restore(inputs, workers)
     except ValueError as error:
@@ -52,6 +53,14 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         abort(f"stopped; checkpoint.resume=true goes on from the newest checkpoint in {config.output_dir}")
     dist.destroy_process_group()
+
+
+def print_dry_run(config: Config) -> None:
+    """Everything but the run. Raises ValueError, one line."""
+    # Imported late: a run has no use for it.
+    from megatron_bicc.planning.dry_run import dry_run, summary
+
+    print(summary(dry_run(config, platform.world_size())))
 
 
 def train(inputs: Inputs, workers: Workers, first_step: int) -> None:

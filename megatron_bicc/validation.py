@@ -36,6 +36,8 @@ NOT_NEGATIVE = (
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
     "optimizer.clip_grad",
+    "synthetic.prompt_sigma",
+    "synthetic.response_sigma",
 )
 POSITIVE = (
     "rollout.temperature",
@@ -44,7 +46,7 @@ POSITIVE = (
     "evaluation.temperature",
     "optimizer.eps",
 )
-SHARES = ("bicc.weight", "bicc.context_ratio")
+SHARES = ("bicc.weight", "bicc.context_ratio", "synthetic.pass_rate")
 DECAYS = ("optimizer.beta1", "optimizer.beta2")
 
 
@@ -52,6 +54,7 @@ def validate(config: Config, world_size: int) -> None:
     """Raises ValueError, one line that names setting, value and remedy, for the first mistake found.
 
     world_size: number of processes of the run. Files are looked for, not read, and so are optional packages.
+    A dry run does without data.train.
     """
     resolve(config)
     _check_ranges(_flatten(asdict(config)))
@@ -82,6 +85,8 @@ def _check_ranges(values: dict[str, Any]) -> None:
     _require(values, {n: values[n] > 0 for n in POSITIVE}, "it must be greater than 0")
     _require(values, {n: 0 <= values[n] <= 1 for n in SHARES}, "it must be within 0 and 1")
     _require(values, {n: 0 <= values[n] < 1 for n in DECAYS}, "it must be at least 0 and less than 1")
+    lengths = ("synthetic.prompt_tokens", "synthetic.response_tokens")
+    _require(values, {n: values[n] is None or values[n] >= 1 for n in lengths}, "it must be at least 1")
     seed = {"seed": 0 <= values["seed"] < 2**31}
     _require(values, seed, "it must be at least 0 and less than 2147483648")
     group_size = {"rollout.group_size": values["rollout.group_size"] >= 2}
@@ -149,11 +154,12 @@ def _check_files(config: Config) -> None:
         ("model.path", config.model.path, "the Hugging Face directory of the policy"),
         ("data.train", config.data.train, "the file of training prompts"),
     ):
-        if not path:
+        if not path and not (config.dry_run and name == "data.train"):
             raise ValueError(f"{name} is not set; set it to {content}")
     if not (Path(config.model.path) / "config.json").is_file():
         raise ValueError(f"model.path is {config.model.path}; there is no Hugging Face config.json in it")
-    _check_file("data.train", config.data.train)
+    if config.data.train:
+        _check_file("data.train", config.data.train)
     if config.evaluation.data:
         _check_file("evaluation.data", config.evaluation.data)
     if config.monitoring.compare and not (Path(config.monitoring.compare) / "metrics.jsonl").is_file():

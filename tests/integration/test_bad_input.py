@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bicc.cli import parse_config
+from megatron_bicc.setup_run import read_inputs
 from megatron_bicc.train import main
 
 REPOSITORY = Path(__file__).parents[2]
@@ -69,7 +71,7 @@ def arguments(tmp_path: Path) -> list[str]:
 
 
 def test_good_input_passes(arguments: list[str]) -> None:
-    main(arguments)
+    assert len(read_inputs(parse_config(arguments)).prompts) == 8
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -172,6 +172,12 @@ def test_only_rank_0_speaks(monkeypatch, capsys, rank: str):
     assert capsys.readouterr().err == expected
 
 
+@pytest.mark.parametrize("spelling", [["--dry-run"], ["--dry_run"], ["--dry_run", "true"], ["dry_run=true"]])
+def test_spellings_of_a_dry_run(spelling: list[str]):
+    config = parse_config([*spelling, "seed=5"])
+    assert config.dry_run and config.seed == 5
+
+
 def test_parsing_needs_no_torch():
     code = "import sys, megatron_bicc.cli as cli; cli.parse_config([]); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -55,6 +55,8 @@ def test_sound_settings_pass(good: list[str], overrides: list[str]):
         (["rollout.prompts_per_step=0"], ["rollout.prompts_per_step is 0", "at least 1"]),
         (["rollout.batch_size=0"], ["rollout.batch_size is 0", "at least 1"]),
         (["checkpoint.every=-1"], ["checkpoint.every is -1", "at least 0"]),
+        (["synthetic.response_tokens=0"], ["synthetic.response_tokens is 0", "at least 1"]),
+        (["synthetic.pass_rate=2"], ["synthetic.pass_rate is 2", "within 0 and 1"]),
         (["train.updates_per_step=3"], ["train.updates_per_step is 3", "rollout.prompts_per_step = 32"]),
         (["parallel.tensor=3"], ["parallel.tensor is 3", "number of processes, 8"]),
         (["parallel.tensor=4", "parallel.pipeline=4"], ["parallel.pipeline is 4", "16", "processes, 8"]),

@@ -1,0 +1,128 @@
+"""A run on paper: everything that its start-up would check, every rank's shard, and one packed step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from megatron_bicc.config import Config
+from megatron_bicc.planning.shards import Shard, build_shards
+from megatron_bicc.planning.synthetic import SyntheticStep, UnknownTokenizer, synthetic_step
+from megatron_bicc.policy.architecture import describe
+from megatron_bicc.policy.hf_files import INDEX, SINGLE, HfTensors, SafetensorsDirectory
+from megatron_bicc.setup_run import check_settings, read_hf_config, read_inputs, read_tokenizer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run found."""
+
+    config: Config
+    """Resolved: presets filled in"""
+    hf_config: PretrainedConfig
+    world_size: int
+    shards: list[Shard]
+    step: SyntheticStep
+    unchecked: list[str]
+    """What could not be checked, and why: a line each"""
+
+    @property
+    def data_parallel(self) -> int:
+        return self.world_size // (self.config.parallel.tensor * self.config.parallel.pipeline)
+
+
+def dry_run(config: Config, world_size: int) -> DryRun:
+    """Checks a run of `world_size` processes without starting any. Raises ValueError, one line."""
+    unchecked: list[str] = []
+    config = check_settings(config)
+    path = Path(config.model.path)
+    hf_config = read_hf_config(config.model.path)
+    tokenizer = _tokenizer(path, unchecked)
+    _check_prompts(config, tokenizer, unchecked)
+    weights = _weights(path, unchecked)
+    shards = build_shards(config, hf_config, world_size, weights=weights)
+    data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    step = synthetic_step(config, hf_config, tokenizer or UnknownTokenizer(), data_parallel)
+    return DryRun(config, hf_config, world_size, shards, step, unchecked)
+
+
+def _tokenizer(path: Path, unchecked: list[str]) -> PreTrainedTokenizerBase | None:
+    if any((path / name).is_file() for name in TOKENIZER_FILES):
+        return read_tokenizer(str(path))
+    unchecked.append(f"the tokenizer: {path} holds none; the headers' lengths are estimates")
+    return None
+
+
+def _check_prompts(config: Config, tokenizer: PreTrainedTokenizerBase | None, unchecked: list[str]) -> None:
+    if not config.data.train:
+        unchecked.append("prompts: data.train is not set")
+    elif tokenizer is None:
+        unchecked.append("prompts: they cannot be read without a tokenizer")
+    else:
+        read_inputs(config)
+
+
+def _weights(path: Path, unchecked: list[str]) -> HfTensors | None:
+    if (path / SINGLE).is_file() or (path / INDEX).is_file():
+        return SafetensorsDirectory(path)
+    unchecked.append(f"weights: {path} holds neither {SINGLE} nor {INDEX}")
+    return None
+
+
+def summary(found: DryRun) -> str:
+    """The findings as text: layout, every distinct shard, the synthetic step, what was not checked."""
+    lines = [*_layout_lines(found), *_shard_lines(found.shards), *_step_lines(found)]
+    lines += [f"not checked: {line}" for line in found.unchecked]
+    return "\n".join(lines)
+
+
+def _layout_lines(found: DryRun) -> list[str]:
+    layout = found.config.parallel
+    virtual = f" x {layout.virtual_pipeline} chunks" if layout.virtual_pipeline > 1 else ""
+    sequence = " with sequence parallel" if layout.sequence else ""
+    return [
+        describe(found.hf_config),
+        f"{found.world_size} processes: tensor {layout.tensor}{sequence}, "
+        f"pipeline {layout.pipeline}{virtual}, data {found.data_parallel}, expert {layout.expert}",
+    ]
+
+
+def _shard_lines(shards: list[Shard]) -> list[str]:
+    """A line for every pipeline stage; its ranks differ at most in the sizes of their optimizer's share."""
+    lines = [f"{len(shards)} distinct shards, of these on each pipeline stage (GB = 1e9 bytes a rank):"]
+    for stage in sorted({shard.pipeline_rank for shard in shards}):
+        own = [shard for shard in shards if shard.pipeline_rank == stage]
+        worst = max(own, key=lambda shard: shard.total_bytes)
+        lines.append(
+            f"  stage {stage}: layers {_ranges(worst.layers)}, "
+            f"{worst.parameters:,} parameters, weights {worst.weight_bytes / 1e9:.2f} GB, "
+            f"gradients {worst.gradient_bytes / 1e9:.2f} GB, optimizer {worst.optimizer_bytes / 1e9:.2f} GB"
+        )
+    return lines
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """1-5, 21-25 for the numbers of two runs of layers."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    stops = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(f"{start}-{stop}" for start, stop in zip(starts, stops, strict=True))
+
+
+def _step_lines(found: DryRun) -> list[str]:
+    step = found.step
+    lines = [
+        f"synthetic step: {step.groups} groups of {found.config.rollout.group_size}, "
+        f"{step.groups_with_contrast} with right and wrong rollouts; "
+        f"{step.prompt_tokens:,} prompt and {step.response_tokens:,} response tokens"
+    ]
+    for number, update in enumerate(step.updates, 1):
+        for conditioned, plan in update.trained.items():
+            name = "bilateral" if conditioned else "plain"
+            lines.append(
+                f"  update {number}, {name}: {plan.stats['tokens_packed']:,} rows instead of "
+                f"{plan.stats['tokens_rows']:,}, micro-batches a data-parallel rank: {len(plan.ranks[0])}, "
+                f"{plan.stats['fill']:.0%} full, imbalance {plan.stats['imbalance']:.2f}"
+            )
+    return lines

@@ -1,0 +1,152 @@
+"""Every rank's part of the policy, built by the classes that a run uses, on the meta device."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from megatron_bicc.config import Config, ParallelConfig
+from megatron_bicc.platform.fake import fake_rank
+from megatron_bicc.policy.architecture import family_of, transformer_config
+from megatron_bicc.policy.hf_files import HfTensors
+from megatron_bicc.policy.hf_weights import fill_parameters
+from megatron_bicc.policy.model import PolicyModel
+from megatron_bicc.policy.optimizer import make_optimizer
+from megatron_bicc.policy.policy import build_modules, data_parallel, start_model_parallel
+
+ADAM_BYTES = 8
+"""Bytes of Adam's two fp32 moments for a parameter of this rank's share."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one rank holds of the policy, in bytes as allocated, padding included."""
+
+    rank: int
+    pipeline_rank: int
+    data_rank: int
+    layers: tuple[int, ...]
+    """Numbers of its transformer layers, from 1"""
+    parameters: int
+    """Elements of its parameters, without padding"""
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    """Its share of fp32 main weights (where the model is not fp32) and of Adam's moments"""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+
+
+def distinct_ranks(parallel: ParallelConfig, world_size: int, has_experts: bool) -> list[int]:
+    """The ranks whose shards differ in shape.
+
+    Tensor parallel cuts every tensor evenly, so of a tensor-parallel group one rank stands for all; not so
+    with experts, whose parallel groups cross the tensor-parallel ones.
+    """
+    return list(range(0, world_size, 1 if has_experts else parallel.tensor))
+
+
+def build_shards(
+    config: Config,
+    hf_config: PretrainedConfig,
+    world_size: int,
+    ranks: Iterable[int] | None = None,
+    weights: HfTensors | None = None,
+) -> list[Shard]:
+    """The shards of `ranks`, or of every distinct rank.
+
+    weights: where given, every parameter is looked for in it, and must have the right shape.
+    Raises ValueError naming what does not fit: layout, architecture, tensor.
+    """
+    megatron_config = transformer_config(hf_config, config)
+    if ranks is None:
+        ranks = distinct_ranks(config.parallel, world_size, family_of(hf_config).experts)
+    source = None if weights is None else HeadersOnly(weights)
+    return [_build_shard(config, hf_config, megatron_config, world_size, rank, source) for rank in ranks]
+
+
+class HeadersOnly:
+    """A directory's tensors as shapes without data."""
+
+    def __init__(self, source: HfTensors) -> None:
+        self.path, self.file_of = source.path, source.file_of
+        self._tensors = source.describe()
+
+    def describe(self) -> dict[str, Tensor]:
+        """Shape and dtype of every tensor."""
+        return self._tensors
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the meta device. Raises ValueError if it is missing."""
+        if name not in self._tensors:
+            raise ValueError(f"{self.path}: tensor {name} is missing")
+        return self._tensors[name]
+
+
+def _build_shard(
+    config: Config,
+    hf_config: PretrainedConfig,
+    megatron_config: TransformerConfig,
+    world_size: int,
+    rank: int,
+    source: HfTensors | None,
+) -> Shard:
+    with fake_rank(rank, world_size), _model_parallel(config):
+        modules = build_modules(megatron_config, hf_config, config.rollout.temperature, torch.device("meta"))
+        if source is not None:
+            fill_parameters(modules, hf_config, source)
+        chunks = [data_parallel(megatron_config, module) for module in modules]
+        optimizer = make_optimizer(config, chunks, gloo_groups=False)
+        return Shard(
+            rank=rank,
+            pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            data_rank=parallel_state.get_data_parallel_rank(),
+            layers=tuple(layer.layer_number for module in modules for layer in module.decoder.layers),
+            parameters=sum(p.numel() for module in modules for p in module.parameters()),
+            **state_bytes(modules, chunks, optimizer),
+        )
+
+
+@contextmanager
+def _model_parallel(config: Config) -> Iterator[None]:
+    try:
+        start_model_parallel(config, gloo_groups=False)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def state_bytes(
+    modules: list[PolicyModel], chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer
+) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer, by Shard's names: whole storages, each counted once."""
+    parameters = [p for module in modules for p in module.parameters()]
+    weights = _storages(parameters)
+    gradients = _storages(p.main_grad for p in parameters)
+    own = [
+        p
+        for part in optimizer.chained_optimizers
+        for group in part.optimizer.param_groups
+        for p in group["params"]
+    ]
+    main = {key: size for key, size in _storages(own).items() if key not in weights}
+    return {
+        "weight_bytes": sum(weights.values()),
+        "gradient_bytes": sum(gradients.values()),
+        "optimizer_bytes": sum(main.values()) + ADAM_BYTES * sum(p.numel() for p in own),
+    }
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of each storage behind the tensors, by its identity."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage._cdata: storage.nbytes() for storage in storages}

@@ -1,0 +1,119 @@
+"""A run on paper finds what the run itself would stumble over, at any number of processes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = REPOSITORY / "examples/configs"
+TINY = REPOSITORY / "examples/tiny_policy"
+TINY_RUN = [
+    "--config",
+    f"{CONFIGS}/tiny.yaml",
+    f"model.path={TINY}",
+    f"data.train={REPOSITORY}/examples/data/train.parquet",
+    f"evaluation.data={REPOSITORY}/examples/data/heldout.parquet",
+]
+VIRTUAL = ["parallel.virtual_pipeline=4", "synthetic.response_tokens=1000", "synthetic.pass_rate=0.1"]
+EXPERTS = ["parallel.expert=2", "parallel.sequence=true", "model.dtype=bfloat16", "data.train="]
+
+
+def damaged_models(root: Path) -> dict[str, Path]:
+    """The tiny policy without a tensor, with one of another shape, and without weights and tokenizer."""
+    paths = {name: root / name for name in ("missing", "misshapen", "bare")}
+    for path in paths.values():
+        shutil.copytree(TINY, path)
+    tensors = load_file(TINY / "model.safetensors")
+    name = "model.layers.2.mlp.up_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != name}, paths["missing"] / "model.safetensors")
+    save_file(tensors | {name: tensors[name][:-2]}, paths["misshapen"] / "model.safetensors")
+    for file in paths["bare"].iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    return paths
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, model_dirs: dict[str, Path]) -> dict[str, dict]:
+    """Every case's dry run, by name."""
+    root = tmp_path_factory.mktemp("dry_runs")
+    damaged = damaged_models(root)
+    unread = [*TINY_RUN, "data.train=", "evaluation.data="]
+    experts = [*TINY_RUN, f"model.path={model_dirs['qwen3_moe']}", *EXPERTS]
+    cases = {
+        "tiny": [4, [*TINY_RUN, "parallel.pipeline=2"]],
+        "experts": [8, experts],
+        "no data": [2, unread],
+        "bare": [2, [*TINY_RUN, f"model.path={damaged['bare']}"]],
+        "heads": [8, [*unread, "parallel.tensor=4"]],
+        "world": [3, [*unread]],
+        "missing": [2, [*unread, f"model.path={damaged['missing']}"]],
+        "misshapen": [2, [*unread, f"model.path={damaged['misshapen']}"]],
+        "no contrast": [2, [*unread, "synthetic.pass_rate=0"]],
+        "llama_70b": [64, ["--config", f"{CONFIGS}/llama_70b.yaml", *VIRTUAL]],
+    }
+    for _, arguments in cases.values():
+        arguments.append(f"output_dir={root}/run")
+    command = [sys.executable, str(Path(__file__).with_name("dry_run_worker.py"))]
+    subprocess.run(
+        [*command, json.dumps(list(cases.values())), str(root / "out.json")], check=True, cwd=REPOSITORY
+    )
+    return dict(zip(cases, json.loads((root / "out.json").read_text()), strict=True))
+
+
+def test_a_whole_run_is_checked_whole(results: dict[str, dict]) -> None:
+    found = results["tiny"]
+    assert found["status"] == 0, found["err"]
+    assert "4 processes: tensor 2, pipeline 2, data 1, expert 1" in found["out"]
+    assert "stage 0: layers 1-2, " in found["out"] and "stage 1: layers 3-4, " in found["out"]
+    assert "bilateral: " in found["out"]
+    assert "not checked" not in found["out"]
+
+
+def test_experts(results: dict[str, dict]) -> None:
+    assert results["experts"]["status"] == 0, results["experts"]["err"]
+    assert "8 distinct shards" in results["experts"]["out"]
+
+
+@pytest.mark.parametrize(
+    ("case", "unchecked"),
+    [("no data", ["prompts: data.train"]), ("bare", ["the tokenizer", "prompts", "weights"])],
+)
+def test_what_is_absent_is_named(results: dict[str, dict], case: str, unchecked: list[str]) -> None:
+    assert results[case]["status"] == 0, results[case]["err"]
+    lines = [line for line in results[case]["out"].splitlines() if line.startswith("not checked: ")]
+    assert len(lines) == len(unchecked)
+    for line, what in zip(lines, unchecked, strict=True):
+        assert line.startswith(f"not checked: {what}")
+
+
+@pytest.mark.parametrize(
+    ("case", "parts"),
+    [
+        ("heads", ["parallel.tensor=4", "num_key_value_heads=2"]),
+        ("world", ["parallel.tensor is 2", "number of processes, 3"]),
+        ("missing", ["missing", "tensor model.layers.2.mlp.up_proj.weight is missing"]),
+        ("misshapen", ["misshapen", "model.layers.2.mlp.up_proj.weight", "does not fit config.json"]),
+        ("no contrast", ["synthetic.pass_rate is 0", "no group"]),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_line(results: dict[str, dict], case: str, parts: list[str]) -> None:
+    assert results[case]["status"] == 2
+    assert len(results[case]["err"].splitlines()) == 1
+    assert all(part in results[case]["err"] for part in parts), results[case]["err"]
+
+
+def test_llama_70b_at_64(results: dict[str, dict]) -> None:
+    """Stage 0: layers of 855,654,400 parameters (attention 150,994,944, MLP 704,643,072, two norms of 8192)
+    over 8 tensor-parallel ranks, which all have the norms, and 128,256 x 8192 of embedding over them."""
+    found = results["llama_70b"]
+    assert found["status"] == 0, found["err"]
+    assert "stage 1: layers 6-10, 26-30, 46-50, 66-70, " in found["out"]
+    layer = (150_994_944 + 704_643_072) // 8 + 2 * 8192
+    assert f"{20 * layer + 128256 * 8192 // 8:,} parameters" in found["out"]
+    assert "8 distinct shards" in found["out"]
