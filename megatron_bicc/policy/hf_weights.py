@@ -27,32 +27,49 @@ def _parameters(chunk: PolicyModel) -> Iterator[tuple[Rule, Tensor]]:
 
 
 def load_weights(chunks: list[PolicyModel], hf_config: PretrainedConfig, path: str) -> None:
-    """Fills every parameter of this rank from a Hugging Face directory.
+    """Fills every parameter of this rank from a Hugging Face directory. Collective.
 
-    Raises ValueError naming the tensor that is missing or has the wrong shape.
+    Raises ValueError on every rank, naming the tensor that is missing on some rank, has the wrong shape, or
+    holds values that are not finite.
     """
-    fill_parameters(chunks, hf_config, SafetensorsDirectory(path))
+    error = None
+    try:
+        fill_parameters(chunks, hf_config, SafetensorsDirectory(path))
+    except ValueError as raised:
+        error = str(raised)
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    if any(errors):
+        raise ValueError(next(filter(None, errors)))
 
 
 def fill_parameters(chunks: list[PolicyModel], hf_config: PretrainedConfig, source: HfTensors) -> None:
-    """Fills every parameter of this rank from `source`; raises as `load_weights` does."""
+    """Fills every parameter of this rank from `source`; raises as `load_weights` does, but on this rank."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     first_expert = _first_expert(hf_config, parallel_state.get_expert_model_parallel_rank())
     for chunk in chunks:
         for rule, parameter in _parameters(chunk):
-            names = rule.hf_names(first_expert)
-            tensors = [source.read(name) for name in names]
+            tensors = {name: source.read(name) for name in rule.hf_names(first_expert)}
             shard = (rank, size) if rule.expert is None else (0, 1)
             try:
-                part = cut(rule.kind, to_whole(rule.kind, tensors, hf_config, size), *shard, parameter.shape)
+                whole = to_whole(rule.kind, list(tensors.values()), hf_config, size)
+                part = cut(rule.kind, whole, *shard, parameter.shape)
             except RuntimeError as error:
-                shapes = [tuple(x.shape) for x in tensors]
+                shapes = [tuple(x.shape) for x in tensors.values()]
                 raise ValueError(
-                    f"{source.path}: {', '.join(names)}: shape {shapes} does not fit config.json"
+                    f"{source.path}: {', '.join(tensors)}: shape {shapes} does not fit config.json"
                 ) from error
+            if not _is_finite(part):
+                bad = ", ".join(name for name, x in tensors.items() if not _is_finite(x))
+                raise ValueError(f"{source.path}: {bad}: holds NaN or infinite values; take an intact copy")
             parameter.data.copy_(part)
         _load_tied_output(chunk, hf_config, source, rank, size)
+
+
+def _is_finite(x: Tensor) -> bool:
+    """In one pass and without a copy: a NaN is the smallest and the largest of all. Meta tensors are."""
+    return x.is_meta or bool(torch.stack(torch.aminmax(x)).isfinite().all())
 
 
 def _first_expert(hf_config: PretrainedConfig, expert_rank: int) -> int:

@@ -11,43 +11,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_bicc.packing.types import MicroBatch
-
-
-@dataclass(frozen=True)
-class Segments:
-    """Boundaries of one variable-length attention call, on the host for CPU kernels, on the device for CUDA.
-
-    Rows bounds_q[i]:bounds_q[i + 1] attend to keys bounds_k[i]:bounds_k[i + 1].
-    """
-
-    bounds_q: list[int]
-    bounds_k: list[int]
-    cu_q: Tensor
-    """int32 [segments + 1], on the device"""
-    cu_k: Tensor
-    """int32 [segments + 1], on the device"""
-    max_q: int
-    max_k: int
-    keyless_rows: Tensor | None
-    """bool [queries]: rows whose segment has no keys; None where every segment has some"""
-
-    @classmethod
-    def make(cls, cu_q: np.ndarray, cu_k: np.ndarray, device: torch.device) -> "Segments":
-        """From int32 cumulative lengths [segments + 1] of queries and keys; segments without queries go."""
-        q_lens, k_lens = np.diff(cu_q), np.diff(cu_k)
-        if np.array_equal(cu_q, cu_k):
-            cu_q = cu_k = np.concatenate([[0], q_lens[q_lens > 0].cumsum()])
-        keyless = np.repeat(k_lens == 0, q_lens)
-        to_device = lambda cu: torch.from_numpy(cu.astype(np.int32)).to(device)  # noqa: E731
-        return cls(
-            bounds_q=cu_q.tolist(),
-            bounds_k=cu_k.tolist(),
-            cu_q=to_device(cu_q),
-            cu_k=to_device(cu_k),
-            max_q=int(q_lens.max(initial=0)),
-            max_k=int(k_lens.max(initial=0)),
-            keyless_rows=torch.from_numpy(keyless).to(device) if keyless.any() else None,
-        )
+from megatron_bicc.policy.segments import Segments
 
 
 @dataclass
@@ -87,8 +51,8 @@ class PackedBatch(PackedSeqParams):
             response_N=to_long(np.repeat(np.arange(len(lengths_S)), lengths_S)),
             response_rows=slice(first, first + rows),
             group_rows=_group_rows(batch),
-            causal=Segments.make(batch.cu_seqlens, batch.cu_seqlens, device),
-            cross=Segments.make(batch.cu_response_side, batch.cu_prefix, device),
+            causal=Segments.of_themselves(batch.cu_seqlens, device),
+            cross=Segments.across(batch.cu_response_side, batch.cu_prefix, device),
         )
 
     @classmethod
@@ -106,8 +70,8 @@ class PackedBatch(PackedSeqParams):
             labels_N=zeros[:0],
             response_N=zeros[:0],
             response_rows=slice(0, 0),
-            causal=Segments.make(cu, cu, device),
-            cross=Segments.make(none, none, device),
+            causal=Segments.of_themselves(cu, device),
+            cross=Segments.across(none, none, device),
         )
 
 

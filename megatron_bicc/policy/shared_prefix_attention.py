@@ -17,8 +17,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_bicc.policy.packed import PackedBatch, Segments
+from megatron_bicc.policy.packed import PackedBatch
+from megatron_bicc.policy.segments import Segments
 from megatron_bicc.policy.varlen_attention import varlen_backward, varlen_forward
+from megatron_bicc.policy.varlen_call import VarlenCall
 
 
 class SharedPrefixAttention(torch.autograd.Function):
@@ -35,13 +37,14 @@ class SharedPrefixAttention(torch.autograd.Function):
         cross: Segments,
         scale: float,
     ) -> Tensor:
-        out, lse = varlen_forward(q, k, v, causal, True, scale)
+        out, lse = varlen_forward(VarlenCall(q, k, v, causal, scale))
         rows = slice(first, first + cross.bounds_q[-1])
         if rows.start > 0 and rows.stop > rows.start:
-            out_cross, lse_cross = varlen_forward(q[rows], k[:first], v[:first], cross, False, scale)
+            out_cross, lse_cross = varlen_forward(VarlenCall(q[rows], k[:first], v[:first], cross, scale))
             merged = torch.logaddexp(lse[:, rows], lse_cross)
             out[rows] = _share(lse[:, rows], merged) * out[rows] + _share(lse_cross, merged) * out_cross
             lse[:, rows] = merged
+        out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.rows, ctx.causal, ctx.cross, ctx.scale = rows, causal, cross, scale
         return out
@@ -50,23 +53,16 @@ class SharedPrefixAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         rows, first, grad = ctx.rows, ctx.rows.start, grad.contiguous()
-        dq, dk, dv = varlen_backward(grad, q, k, v, out, lse, ctx.causal, True, ctx.scale)
+        dq, dk, dv = varlen_backward(VarlenCall(q, k, v, ctx.causal, ctx.scale), grad, out, lse)
         if rows.start > 0 and rows.stop > rows.start:
+            call = VarlenCall(q[rows], k[:first], v[:first], ctx.cross, ctx.scale)
             dq_cross, dk_cross, dv_cross = varlen_backward(
-                grad[rows],
-                q[rows],
-                k[:first],
-                v[:first],
-                out[rows],
-                lse[:, rows].contiguous(),
-                ctx.cross,
-                False,
-                ctx.scale,
+                call, grad[rows], out[rows], lse[:, rows].contiguous()
             )
             dq[rows] += dq_cross
             dk[:first] += dk_cross
             dv[:first] += dv_cross
-        return dq, dk, dv, None, None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
 def _share(part_HN: Tensor, whole_HN: Tensor) -> Tensor:

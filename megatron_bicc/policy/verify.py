@@ -17,7 +17,8 @@ from megatron_bicc.policy.architecture import transformer_config
 from megatron_bicc.policy.convert import supported_config
 from megatron_bicc.policy.megatron_files import MegatronCheckpoint, describe, load_chunks
 from megatron_bicc.policy.model import PolicyModel
-from megatron_bicc.policy.packed import PackedBatch, Segments
+from megatron_bicc.policy.packed import PackedBatch
+from megatron_bicc.policy.segments import Segments
 
 
 class LogitModel(PolicyModel):
@@ -76,6 +77,6 @@ def _causal(tokens_T: Tensor) -> PackedBatch:
         labels_N=none,
         response_N=none,
         response_rows=slice(length, length),
-        causal=Segments.make(whole, whole, device),
-        cross=Segments.make(nothing, whole, device),
+        causal=Segments.of_themselves(whole, device),
+        cross=Segments.across(nothing, whole, device),
     )

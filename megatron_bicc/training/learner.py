@@ -101,12 +101,13 @@ class Learner:
         with clock("pack"):
             plain = pack(batch.rollouts, self.plain, self.dp_size)
             plans = self._plans(batch, plain)
-        with clock("logprob"):
-            log_probs = self._log_probs(batch, plain)
-        adv = advantages(batch.rollouts, log_probs, self.config)
-        with clock("pack"):
             share = {True: self.bicc_weight, False: 1.0 - self.bicc_weight}
-            pieces = [p for kind in plans for p in pieces_of(plans[kind], self.dp_rank, kind, share[kind])]
+            laid_out = {False: plain} | plans
+            made = {kind: pieces_of(plan, self.dp_rank, kind, share[kind]) for kind, plan in laid_out.items()}
+            pieces = [piece for kind in plans for piece in made[kind]]
+        with clock("logprob"):
+            log_probs = self._log_probs(batch, made[False])
+        adv = advantages(batch.rollouts, log_probs, self.config)
         with clock("logprob"):
             old = self._denominators(pieces, log_probs, moved)
         with clock("train"):
@@ -126,9 +127,8 @@ class Learner:
             plans[False] = plain
         return plans
 
-    def _log_probs(self, batch: StepBatch, plain: StepPlan) -> TokenLogProbs:
+    def _log_probs(self, batch: StepBatch, pieces: list[Piece]) -> TokenLogProbs:
         """Old and reference policy over the plain shared-prefix layout."""
-        pieces = pieces_of(plain, self.dp_rank)
         packed, batches = [p.packed for p in pieces], [p.batch for p in pieces]
         num_tokens = len(batch.rollouts.tokens)
         passes = self.policy.log_probs(packed)

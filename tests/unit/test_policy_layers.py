@@ -1,6 +1,8 @@
 """What layers are built of where Transformer Engine or apex is installed, by construction."""
 
 import logging
+import re
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +15,7 @@ from megatron.core.extensions.transformer_engine_spec_provider import TESpecProv
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.moe.experts import TEGroupedMLP
+from safetensors.torch import load_file, save_file
 from support.steps import make_config
 from transformers import AutoConfig
 
@@ -133,3 +136,16 @@ def test_unusable_layout_is_one_line(
     with pytest.raises(ValueError, match=message.replace("*", r"\*")) as error:
         transformer_config(AutoConfig.from_pretrained(model_dirs[family]), config)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(
+    bad: float, model_dirs: dict[str, Path], tmp_path: Path, single_process: None
+) -> None:
+    name = "model.layers.1.self_attn.v_proj.weight"
+    path = shutil.copytree(model_dirs["qwen3_tied"], tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    tensors[name][-1, -1] = bad
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"model: {re.escape(name)}: holds NaN or infinite values"):
+        Policy(make_config(path, "grpo"))

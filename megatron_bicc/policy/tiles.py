@@ -1,0 +1,88 @@
+"""Short segments side by side, so that one call of the CPU's attention kernel computes many of them.
+
+Shape suffixes: X rows of all segments, B segments of a tile, L rows that a tile has for each, H heads.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LONGEST = 256
+"""Rows up to which segments share a tile; of a longer one, the copy costs more than a call of its own."""
+STEPS = 8
+"""Lengths are rounded up by at most 1 / STEPS, or to a multiple of STEPS."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where a tile's rows lie among all rows. Short segments are padded by copies of their last row."""
+
+    segments: int
+    """B"""
+    index: slice | Tensor
+    """int64 [B * L]"""
+    real: Tensor | None = None
+    """int64: which of the B * L are not padding; None with a slice, which has none"""
+    padding: Tensor | None = None
+    """int64: which are"""
+
+    def take(self, x_XH: Tensor) -> Tensor:
+        """[X, H, ...] -> [B, H, L, ...]: a view where the rows are a slice."""
+        taken = x_XH[self.index] if self.real is None else x_XH.index_select(0, self.index)
+        return taken.unflatten(0, (self.segments, -1)).transpose(1, 2)
+
+    def take_gradient(self, x_XH: Tensor) -> Tensor:
+        """Likewise, with zeros for the padding."""
+        if self.real is None:
+            return self.take(x_XH)
+        taken = x_XH.index_select(0, self.index).index_fill_(0, self.padding, 0.0)
+        return taken.unflatten(0, (self.segments, -1)).transpose(1, 2)
+
+    def put(self, target_XH: Tensor, x_BHL: Tensor) -> None:
+        """Writes [B, H, L, ...] to the rows that it belongs to; padding is left out."""
+        x = x_BHL.transpose(1, 2).flatten(0, 1)
+        if self.real is None:
+            target_XH[self.index] = x
+        else:
+            target_XH.index_copy_(0, self.index[self.real], x.index_select(0, self.real))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Segments for one call of the kernel."""
+
+    q: Rows
+    k: Rows
+
+
+def make_tiles(segments: list[tuple[slice, slice]], causal: bool) -> list[Tile]:
+    """Tiles of segments, each given by its query rows and its keys.
+
+    Only causal segments are padded: there the copies come after every real row, which does not see them.
+    """
+    tiles, short = [], defaultdict(list)
+    for rows, keys in segments:
+        length = rows.stop - rows.start
+        if causal and length <= LONGEST:
+            short[_rounded_up(length)].append(rows)
+        else:
+            tiles.append(Tile(Rows(1, rows), Rows(1, keys)))
+    return tiles + [Tile(rows, rows) for rows in map(_padded, short.values(), short)]
+
+
+def _rounded_up(length: int) -> int:
+    step = max(STEPS, 2 ** (length.bit_length() - 1) // STEPS)
+    return -(-length // step) * step
+
+
+def _padded(segments: list[slice], length: int) -> Rows:
+    """Rows of `length` for every segment."""
+    first_B1 = np.array([[rows.start] for rows in segments])
+    last_B1 = np.array([[rows.stop - 1] for rows in segments])
+    index_BL = first_B1 + np.arange(length)
+    is_real = (index_BL <= last_B1).ravel()
+    parts = (np.minimum(index_BL, last_B1).ravel(), np.flatnonzero(is_real), np.flatnonzero(~is_real))
+    return Rows(len(segments), *map(torch.from_numpy, parts))
