@@ -31,7 +31,7 @@ class Piece:
     """Its layout's share of the step's loss: bicc.weight, or 1 - bicc.weight"""
 
 
-def pieces_of(plan: StepPlan, dp_rank: int, conditioned: bool, share: float) -> list[Piece]:
+def pieces_of(plan: StepPlan, dp_rank: int, conditioned: bool = False, share: float = 1.0) -> list[Piece]:
     """This rank's micro-batches of a plan, on the device."""
     device = platform.device()
     return [Piece(b, PackedBatch.make(b, device), conditioned, share) for b in plan.ranks[dp_rank]]
