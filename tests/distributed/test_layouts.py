@@ -1,7 +1,5 @@
 """The same step under every parallel layout of up to four processes: loss, gradient norm, updated weights."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ from distributed import step_worker
 from distributed.step_worker import layouts
 from support.models import make_model
 from support.steps import make_examples, perturb
+from support.torchrun import torchrun
 
 MODELS = {"dense": "qwen3_tied", "moe": "qwen3_moe"}
 # the first test starts every process; a busy machine needs minutes for that
@@ -45,10 +44,7 @@ def found(inputs: Path, single_process: None) -> dict[tuple[int, str], dict]:
 def launch(inputs: Path, processes: int) -> dict[str, dict]:
     """What step_worker.py writes."""
     out = inputs / f"out{processes}.pt"
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), step_worker.__file__, str(inputs), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=800)
-    assert done.returncode == 0, done.stderr[-4000:]
+    torchrun(processes, step_worker.__file__, inputs, out)
     return torch.load(out)
 
 

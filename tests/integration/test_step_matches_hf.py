@@ -7,28 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from support.hf_reference import reference_loss
-from support.steps import CASES, TOKENIZER, make_config, make_examples, perturb, to_groups
+from support.steps import CASES, TOKENIZER, hf_gradients, make_config, make_examples, perturb, to_groups
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_bicc.monitoring.timing import Stopwatch
-from megatron_bicc.policy.hf_mapping import from_whole, join
-from megatron_bicc.policy.hf_weights import _parameters
 from megatron_bicc.policy.policy import Policy
 from megatron_bicc.training.learner import Learner
 
 EXPERTS = [("qwen3_moe", "bicc_rcc_mixed_conditioned"), ("qwen3_moe_raw_gates", "grpo")]
 FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-
-
-def hf_gradients(policy: Policy) -> dict[str, torch.Tensor]:
-    """Accumulated gradients under Hugging Face names (one process)."""
-    found: dict[str, torch.Tensor] = {}
-    for rule, parameter in _parameters(policy.modules[0]):
-        whole = join(rule.kind, [parameter.main_grad], policy.hf_config)
-        found |= zip(
-            rule.hf_names(first_expert=0), from_whole(rule.kind, whole, policy.hf_config), strict=True
-        )
-    return found
 
 
 def named_gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:

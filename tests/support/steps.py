@@ -1,16 +1,21 @@
 """Steps that tests run through the product and through the reference: configurations, groups, policies."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from transformers import PreTrainedModel
 
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
 from megatron_bicc.data import Prompt
+from megatron_bicc.policy.hf_weights import hf_tensors
+from megatron_bicc.policy.policy import Policy
 from megatron_bicc.rollout.types import Group, Sample
 from support.hf_reference import ANSWER, EOS, RIGHT, WRONG, Example, response_logp
 
@@ -34,13 +39,18 @@ def make_config(path: Path, algorithm: str, **bicc_or_rcc: object) -> Config:
     return resolve(config)
 
 
-def make_examples(model: PreTrainedModel, temperature: float) -> list[Example]:
-    """Ragged groups: mixed, one right in six, all right, a response of one token."""
+OUTCOMES = ((1, 0, 0, 1, 1), (0, 0, 0, 1, 0, 0), (1, 1, 1), (1, 0))
+"""Rewards of groups: mixed, one right in six, all right"""
+
+
+def make_examples(
+    model: PreTrainedModel, temperature: float, outcomes: Sequence[Sequence[int]] = OUTCOMES
+) -> list[Example]:
+    """Ragged groups, each with a response of one token."""
     rng = np.random.default_rng(3)
-    outcomes = [[1, 0, 0, 1, 1], [0, 0, 0, 1, 0, 0], [1, 1, 1], [1, 0]]
     groups = []
     for i, rewards in enumerate(outcomes):
-        prompt = rng.integers(2, 90, size=4 + 5 * i).tolist()
+        prompt = rng.integers(2, 90, size=4 + 5 * (i % 4)).tolist()
         responses = [rng.integers(2, 90, size=rng.integers(1, 14)).tolist() + [EOS] for _ in rewards]
         responses[-1] = responses[-1][:1]
         with torch.no_grad():
@@ -85,3 +95,19 @@ CASES = {
     "bicc_rcc_mixed_conditioned": ("bicc", {"bicc__weight": 0.3, "bicc__denominator": "conditioned"}),
 }
 """Name: (algorithm, settings as section__name)"""
+
+
+def hf_gradients(policy: Policy) -> dict[str, torch.Tensor]:
+    """Gradients of the last step under Hugging Face names, whole, on every rank. Collective.
+
+    The policy is of no use afterwards until it is given weights: these are overwritten.
+    """
+    group = parallel_state.get_data_parallel_group()
+    for bucket in (b for chunk in policy.chunks for some in chunk.bucket_groups for b in some.buckets):
+        # each data-parallel rank has the sum in its own share of the buffer
+        own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+        dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+    policy.set_weights(
+        [parameter.main_grad for module in policy.modules for parameter in module.parameters()]
+    )
+    return {name: x.clone() for name, x in hf_tensors(policy.modules, policy.hf_config)}

@@ -1,0 +1,102 @@
+"""One optimiser step of every preset, cut in many ways, for the tests of the normalisation contract."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import count
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_bicc.algorithms.presets import PRESETS
+from megatron_bicc.config import Config
+from megatron_bicc.monitoring.timing import Stopwatch
+from megatron_bicc.packing import pack
+from megatron_bicc.policy.hf_weights import load_weights
+from megatron_bicc.policy.policy import Policy
+from megatron_bicc.rollout.types import Group
+from megatron_bicc.training.batch import StepBatch, step_batch
+from megatron_bicc.training.learner import Learner
+from megatron_bicc.training.pieces import Piece, packing_settings
+from megatron_bicc.training.weighing import TokenLogProbs
+from support.models import make_model
+from support.steps import TOKENIZER, hf_gradients, make_config, make_examples, perturb, to_groups
+
+ALGORITHMS = tuple(f"{preset}{additions}" for preset in PRESETS for additions in ("", "+bicc+rcc"))
+OUTCOMES = (*3 * ((1, 0, 0, 1, 1), (0, 1, 0, 1, 0, 0), (1, 0), (0, 0, 1)), (1, 1, 1))
+"""Rewards of 13 groups; the last has no contrast and yet counts in every denominator"""
+
+LONGEST_ROW = 32
+"""Rows that a micro-batch must at least hold: a prompt and a response"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step came to."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+    micro_batches: list[int]
+    """Of every data-parallel rank"""
+
+
+class OffPolicyLearner(Learner):
+    """Takes the engine's log-probs for those of the old policy: ratios leave 1, so that clips act."""
+
+    def _log_probs(self, batch: StepBatch, pieces: list[Piece]) -> TokenLogProbs:
+        return replace(super()._log_probs(batch, pieces), old_T=batch.rollout_logp_T)
+
+
+class Stepper:
+    """Takes steps of every preset, with one policy under the process groups that are there."""
+
+    def __init__(self, inputs: Path, **parallel: int) -> None:
+        """`inputs` is `save_inputs`'."""
+        self.path, self.parallel = inputs / "reference", parallel
+        self.groups: list[Group] = torch.load(inputs / "groups.pt", weights_only=False)
+        self.dp_size = parallel_state.get_data_parallel_world_size()
+        self.policy = Policy(self._configure("grpo"))
+        self.reference = self.policy.host_copy()
+        load_weights(self.policy.modules, self.policy.hf_config, str(inputs / "moved"))
+        self.moved = self.policy.host_copy()
+
+    def step(self, algorithm: str, micro_batches: int, order: Sequence[int] = range(len(OUTCOMES))) -> Step:
+        """A step in so many micro-batches a rank, over the groups in that order."""
+        config = self._configure(algorithm)
+        config.train.max_tokens_per_microbatch = self._budgets(config.bicc.enabled)[micro_batches]
+        self.policy.set_weights(self.reference)
+        learner = OffPolicyLearner(config, self.policy, TOKENIZER)
+        self.policy.set_weights(self.moved)
+        result = learner.step([self.groups[i] for i in order], Stopwatch())
+        [plan] = result.plans.values()
+        return Step(result.loss, hf_gradients(self.policy), [len(rank) for rank in plan.ranks])
+
+    def _configure(self, algorithm: str) -> Config:
+        """Beside BICC and RCC, every term of the loss is on."""
+        terms = {"loss__kl_coefficient": 0.1, "loss__entropy_coefficient": 0.01, "loss__tis_cap": 1.1}
+        config = make_config(self.path, algorithm, **(terms if "+" in algorithm else {}))
+        config.train.max_sequence_tokens, config.bicc.context_ratio = 64, 0.25  # contexts are cut
+        config.parallel = replace(config.parallel, **self.parallel)
+        return config
+
+    @cache  # noqa: B019 a test holds one
+    def _budgets(self, bicc: bool) -> dict[int, int]:
+        """Numbers of micro-batches a rank, and a token budget that gives each."""
+        config = self._configure("bicc" if bicc else "grpo")
+        settings = packing_settings(config, self.policy.hf_config, TOKENIZER)[bicc]
+        rollouts = step_batch(self.groups[:-1]).rollouts
+        found: dict[int, int] = {}
+        for budget in count(LONGEST_ROW, 2):
+            plan = pack(rollouts, replace(settings, max_tokens_per_microbatch=budget), self.dp_size)
+            found.setdefault(len(plan.ranks[0]), budget)
+            if 1 in found:
+                return found
+
+
+def save_inputs(root: Path) -> None:
+    """The reference policy, the policy in training, which has moved away from it, and the groups."""
+    model = make_model("qwen3_tied")
+    model.save_pretrained(root / "reference")
+    perturb(model).save_pretrained(root / "moved")
+    torch.save(to_groups(make_examples(model, 0.8, OUTCOMES)), root / "groups.pt")
