@@ -239,11 +239,11 @@ class MonitoringConfig:
     wandb_project: str = ""
     """Weights & Biases project; empty is off."""
     report_groups: int = 6
-    """Groups shown side by side in report.html."""
+    """Groups that every evaluation records for report.html."""
     reference: bool = False
     """Compute the reference policy's log-probs, for rcc/cov and delta/*, where the algorithm needs none."""
     compare: str = ""
-    """Another run's directory whose curves report.html shows beside this one's."""
+    """Another run's directory, which report.html sets beside this one."""
 
 
 @dataclass

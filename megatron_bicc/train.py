@@ -31,6 +31,7 @@ from megatron_bicc.training.checkpoint import (
 )
 from megatron_bicc.training.metrics import mean_metrics, rollout_metrics, update_metrics
 from megatron_bicc.training.report_groups import report_groups
+from megatron_bicc.training.report_layout import report_layout
 from megatron_bicc.training.resume import check_resume, contents
 from megatron_bicc.weight_sync import sync_weights
 
@@ -117,6 +118,7 @@ def learn(
         metrics.append(update_metrics(result, config))
         if start == 0 and is_due(step, config.evaluation.every, config):
             log.groups(step, report_groups(result, groups[:size], inputs.tokenizer, config))
+            log.layout(step, report_layout(result, config))
     return metrics
 
 

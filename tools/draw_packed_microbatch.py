@@ -18,7 +18,13 @@ from matplotlib import pyplot
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from megatron_bicc.packing import MicroBatch, PackingSettings, RolloutBatch, pack  # noqa: E402
+from megatron_bicc.packing import (  # noqa: E402
+    MicroBatch,
+    PackingSettings,
+    RolloutBatch,
+    pack,
+    packed_sides,
+)
 
 PROMPT = ["q1", "q2"]
 RESPONSES = [(1.0, ["a1", "a2", "end"]), (1.0, ["b1", "b2", "b3", "end"]), (0.0, ["c1", "end"])]
@@ -73,14 +79,19 @@ def visibility(micro_batch: MicroBatch) -> np.ndarray:
     """Returns how each row (first axis) sees each other: OWN segment, its PREFIX, PADDING, or 0."""
     rows = len(micro_batch.tokens_T)
     seen = np.zeros((rows, rows), int)
-    for start, stop in zip(micro_batch.cu_seqlens[:-1], micro_batch.cu_seqlens[1:], strict=True):
-        inside = slice(start, stop)
-        used = start < micro_batch.num_prefix_rows + micro_batch.num_response_rows
-        seen[inside, inside] = np.tril(np.full((stop - start, stop - start), OWN if used else PADDING))
-    queries = micro_batch.num_prefix_rows + micro_batch.cu_response_side
-    for side in range(len(queries) - 1):
-        keys = slice(micro_batch.cu_prefix[side], micro_batch.cu_prefix[side + 1])
-        seen[queries[side] : queries[side + 1], keys] = PREFIX
+    key, query = 0, micro_batch.num_prefix_rows
+
+    def fill(start: int, length: int, value: int) -> int:
+        stop = start + length
+        seen[start:stop, start:stop] = np.tril(np.full((length, length), value))
+        return stop
+
+    for side in packed_sides(micro_batch):
+        prefix, key = slice(key, key + side.prefix_rows), fill(key, side.prefix_rows, OWN)
+        for length in side.response_rows:
+            seen[query : query + length, prefix] = PREFIX
+            query = fill(query, length, OWN)
+    fill(query, rows - query, PADDING)
     return seen
 
 
@@ -110,9 +121,9 @@ def draw(micro_batch: MicroBatch, names: list[str]) -> pyplot.Figure:
 
 def annotate(figure: pyplot.Figure, axes: pyplot.Axes, micro_batch: MicroBatch) -> pyplot.Figure:
     """Names the segments beside the mask and the colours below it."""
-    prefixes = len(micro_batch.cu_prefix) - 1
-    texts = [f"prefix {side + 1}" for side in range(prefixes)]
-    texts += [f"response {rollout + 1}" for rollout in micro_batch.rollout_S]
+    sides = packed_sides(micro_batch)
+    texts = [f"prefix {number}" for number in range(1, len(sides) + 1)]
+    texts += [f"response {rollout + 1}" for side in sides for rollout in side.rollouts]
     texts += ["padding"] * (len(micro_batch.cu_seqlens) - 1 - len(texts))
     for text, start, stop in zip(texts, micro_batch.cu_seqlens[:-1], micro_batch.cu_seqlens[1:], strict=True):
         axes.text(-4.2, (start + stop - 1) / 2, text, ha="right", va="center", weight="bold")

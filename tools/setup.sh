@@ -2,15 +2,16 @@
 # The development environment, one stage a call; the Makefile decides which stages are stale.
 #   setup.sh packages   .venv with the packages of requirements.lock
 #   setup.sh build      csrc built in place, the package installed editable
+#   setup.sh browser    Chromium for the tests of report.html, where none is there and root can install it
 #   setup.sh sglang     .venv-sglang with SGLang, the rollout server
 # An interrupted call leaves nothing that the next one would take for finished work.
 set -Eeuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 case "${1:-}" in
-packages | build) readonly venv=.venv ;;
+packages | build | browser) readonly venv=.venv ;;
 sglang) readonly venv=.venv-sglang ;;
-*) echo "usage: tools/setup.sh packages|build|sglang" >&2 && exit 1 ;;
+*) echo "usage: tools/setup.sh packages|build|browser|sglang" >&2 && exit 1 ;;
 esac
 readonly venv_python=$venv/bin/python
 pip_install=("$venv_python" -m pip install --disable-pip-version-check)
@@ -72,12 +73,27 @@ install_sglang() {
     echo "import torchvision_operators" >"$packages/torchvision_operators.pth"
 }
 
+install_browser() {
+    local name
+    for name in chromium chromium-browser google-chrome google-chrome-stable; do
+        if command -v "$name" >/dev/null; then return; fi
+    done
+    if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+        { apt-get -o Acquire::Retries=3 update --quiet &&
+            DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=3 install --quiet --yes \
+                --no-install-recommends chromium fonts-dejavu-core; } && return
+    fi
+    # The rest of the tests does not need it, and a test that does says so where it is skipped.
+    echo "setup: no Chromium: report.html is not tested in a browser; on Debian: apt-get install chromium" >&2
+}
+
 case "$1" in
 packages)
     make_venv
     install_packages
     ;;
 build) build_extensions ;;
+browser) install_browser ;;
 sglang)
     make_venv
     install_sglang

@@ -1,109 +1,132 @@
-"""Curves of one or several runs, drawn on matplotlib axes.
-
-A chart that finds nothing to draw returns False and leaves its axes empty.
-"""
+"""Charts of one or several runs, drawn by matplotlib: inline SVG for the report, PNG for other pages."""
 
 import io
-import itertools
+import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import matplotlib as mpl
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from megatron_bicc.monitoring import curves as points
+from megatron_bicc.monitoring.curves import Curve
+from megatron_bicc.monitoring.panels import STAGES, Line, Panel
 from megatron_bicc.monitoring.runs import Run
 
-Chart = Callable[[Axes, Sequence[Run]], bool]
-
-COLORS = ("#1d4ed8", "#c2410c", "#047857", "#7e22ce", "#57534e")
-STAGES = {
-    "rollout": "#93c5fd",
-    "logprob": "#c4b5fd",
-    "pack": "#f472b6",
-    "train": "#3b5fc0",
-    "sync": "#fdba74",
-    "eval": "#a7f3d0",
-}
-SVG_TYPE = {"svg.fonttype": "none", "svg.hashsalt": "megatron_bicc", "font.size": 10.5}
+# Beside each: the custom property of report.css that takes its place, so that the page can be dark too.
+COLORS = ("#1d4ed8", "#c2410c", "#047857", "#7e22ce", "#57534e", "#a21caf")
+GRID, INK = "#e7e5e4", "#000000"
+DASHES = ("solid", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+# As SVG's stroke-dasharray, for the legend.
+DASH_ARRAYS = ("", "5 2", "1 1.5", "6 2 1 2")
+SVG_TYPE = {"svg.fonttype": "none", "font.size": 11.5, "path.simplify_threshold": 0.3}
 
 
-def reward(axes: Axes, runs: Sequence[Run]) -> bool:
-    """Mean reward of each step's rollouts and its moving average."""
-    return _curves(axes, runs, "reward/mean", smooth=True)
+@dataclass(frozen=True)
+class Entry:
+    """A line of a legend."""
+
+    label: str
+    color: str
+    """As CSS"""
+    dash_array: str
 
 
-def pass_at_1(axes: Axes, runs: Sequence[Run]) -> bool:
-    """pass@1 on the held-out prompts."""
-    return _curves(axes, runs, "eval/pass_at_1", marker="o")
+@dataclass(frozen=True)
+class Drawing:
+    """A chart as the page shows it."""
+
+    title: str
+    caption: str
+    svg: Markup
+    legend: list[Entry]
+    table: list[list[str]]
+    description: str
 
 
-def covariance(axes: Axes, runs: Sequence[Run]) -> bool:
-    """Cov(R, delta): how far the policy's confidence already follows the reward."""
-    drawn = _curves(axes, runs, "rcc/cov", smooth=True)
-    if drawn:
-        axes.axhline(0, color="#a8a29e", linewidth=0.8, zorder=0)
-    return drawn
+def draw_panel(panel: Panel, runs: Sequence[Run]) -> Drawing | None:
+    """The panel's curves of all runs; None where none was recorded."""
+    curves = points.panel_curves(panel, runs)
+    if not curves:
+        return None
+    table = points.table(curves, "step")
+    return _drawing(panel.title, panel.caption, curves, table, lambda axes: plot(axes, panel, curves))
 
 
-def gradient_norm(axes: Axes, runs: Sequence[Run]) -> bool:
-    """Global gradient norm before clipping."""
-    drawn = _curves(axes, runs, "train/grad_norm", smooth=True)
-    if drawn:
+def draw_histogram(runs: Sequence[Run]) -> Drawing | None:
+    """Groups by their share of right rollouts, early and late in each run; None where it was not recorded."""
+    curves = points.histogram_curves(runs)
+    if not curves:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for curve in curves:
+            axes.plot(curve.x, curve.y, **_style(curve), marker="o", markersize=3.5)
         axes.set_ylim(bottom=0)
-    return drawn
+        _finish(axes, "right rollouts / all rollouts of a group")
+
+    table = points.table(curves, "right / all")
+    caption = (
+        "Share of groups by how many rollouts are right, in the first and the last quarter of the steps."
+    )
+    return _drawing("Right and wrong in a group", caption, curves, table, draw)
 
 
-def tokens(axes: Axes, runs: Sequence[Run]) -> bool:
-    """Rows that the first run computed, against one row a rollout for the same responses and contexts."""
-    packed, rows = runs[0].series("tokens/packed"), runs[0].series("tokens/rows")
-    if not packed[0] or not rows[0]:
-        return False
-    axes.plot(*rows, color=COLORS[4], linewidth=1.4, label="one row a rollout")
-    axes.plot(*packed, color=COLORS[0], linewidth=1.6, label="packed")
-    axes.fill_between(*packed, color=COLORS[0], alpha=0.12, linewidth=0)
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    return _finish(axes)
+def draw_stages(runs: Sequence[Run]) -> Drawing | None:
+    """Mean seconds a step by stage, a bar a run; None where none was recorded."""
+    means = [[_mean(run.values(f"time/{stage}_s")) for stage in STAGES] for run in runs]
+    if not any(map(any, means)):
+        return None
+
+    def draw(axes: Axes) -> None:
+        for j in range(len(STAGES)):
+            left, width = [sum(row[:j]) for row in means], [row[j] for row in means]
+            axes.barh(range(len(runs)), width, left=left, color=COLORS[j % len(COLORS)], height=0.6)
+        axes.set_yticks(range(len(runs)), [str(i + 1) for i in range(len(runs))])
+        axes.set_ylim(len(runs) - 0.4, -0.6)
+        _finish(axes, "seconds")
+
+    keys = [f"time/{stage}_s" for stage in STAGES]
+    table = [
+        ["run", *keys],
+        *([r.name, *map(points.number, row)] for r, row in zip(runs, means, strict=True)),
+    ]
+    words = [
+        f"{run.name}: " + ", ".join(f"{s} {points.number(v)}" for s, v in zip(STAGES, row, strict=True))
+        for run, row in zip(runs, means, strict=True)
+    ]
+    caption = "Mean seconds by stage over the steps that have it" + (
+        "; the runs from the top." if len(runs) > 1 else "."
+    )
+    legend = [Entry(stage, f"var(--run-{i})", "") for i, stage in enumerate(STAGES)]
+    return Drawing("Where the time goes", caption, _svg(draw, caption), legend, table, ". ".join(words) + ".")
 
 
-def step_time(axes: Axes, runs: Sequence[Run]) -> bool:
-    """Seconds a step of the first run by stage, and the totals of the others."""
-    staged = _stages(axes, runs[0])
-    totals = [Run(run.name, []) if staged and run is runs[0] else run for run in runs]
-    drawn = _curves(axes, totals, "time/step_s") or staged
-    if drawn:
-        _finish(axes)
+def plot(axes: Axes, panel: Panel, curves: Sequence[Curve]) -> None:
+    """Draws the curves of a panel."""
+    for curve in curves:
+        style, values = _style(curve), curve.y
+        marker = "o" if len(curve.x) < 12 or curve.key.startswith("eval/") else None
+        if panel.smooth and len(curve.x) >= 20:
+            axes.plot(curve.x, values, color=style["color"], alpha=0.25, linewidth=1)
+            values = points.moving_average(values)
+        axes.plot(curve.x, values, **style, marker=marker, markersize=3.5, label=curve.label)
+        if curve.error:
+            low, high = np.subtract(curve.y, curve.error), np.add(curve.y, curve.error)
+            axes.fill_between(curve.x, low, high, color=style["color"], alpha=0.13, linewidth=0)
+    if panel.band:
+        _fill(axes, panel.band, curves)
+    if panel.log and _spans_a_decade(curves):
+        axes.set_yscale("log")
+    if panel.zero:
         axes.set_ylim(bottom=0)
-    return drawn
-
-
-def _stages(axes: Axes, run: Run) -> bool:
-    steps, _ = run.series("time/step_s")
-    seconds = {stage: dict(zip(*run.series(f"time/{stage}_s"), strict=True)) for stage in STAGES}
-    heights = {stage: np.nan_to_num([s.get(step, 0.0) for step in steps]) for stage, s in seconds.items()}
-    shown = [stage for stage in STAGES if heights[stage].any()]
-    if not shown:
-        return False
-    colors = [STAGES[stage] for stage in shown]
-    axes.stackplot(steps, *(heights[s] for s in shown), colors=colors, labels=shown, step="mid", linewidth=0)
-    return True
-
-
-def svg(chart: Chart, runs: Sequence[Run]) -> str | None:
-    """The chart as an SVG element that scales to its container; None if there is nothing to draw."""
-    figure = Figure(figsize=(5.0, 2.9), layout="constrained")
-    FigureCanvasSVG(figure)
-    with mpl.rc_context(SVG_TYPE):
-        if not chart(figure.add_subplot(), runs):
-            return None
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    text = stream.getvalue()
-    return re.sub(r' (?:width|height)="[^"]*pt"', "", text[text.index("<svg") :], count=2)
+    _finish(axes, "step")
 
 
 def save_png(runs: Sequence[Run], path: str) -> None:
@@ -111,56 +134,122 @@ def save_png(runs: Sequence[Run], path: str) -> None:
 
     Raises ValueError that names the run in which neither was recorded.
     """
+    panels = (
+        Panel("mean reward of the rollouts", "", (Line("reward/mean"),), smooth=True),
+        Panel("pass@1 on held-out prompts", "", (Line("eval/pass_at_1"),)),
+    )
     for run in runs:
-        if not run.values("reward/mean") and not run.values("eval/pass_at_1"):
+        if not any(run.values(panel.lines[0].key) for panel in panels):
             raise ValueError(f"{run.name}: neither reward/mean nor eval/pass_at_1 was recorded")
     figure = Figure(figsize=(10, 3.6), layout="constrained")
-    for axes, chart, title in zip(
-        figure.subplots(1, 2),
-        (reward, pass_at_1),
-        ("mean reward of the rollouts", "pass@1 on held-out prompts"),
-        strict=True,
-    ):
-        chart(axes, runs)
+    for axes, panel in zip(figure.subplots(1, 2), panels, strict=True):
+        # Where there is one run, its name is what the legend has to say.
+        curves = points.panel_curves(panel, runs)
+        plot(axes, panel, curves)
         # the legend stands above the axes: the title goes over it
-        axes.set_title(title, fontsize=11, pad=22)
+        axes.set_title(panel.title, fontsize=11, pad=22)
+        _legend(axes, [runs[curve.run].name for curve in curves])
     figure.savefig(path, dpi=150)
 
 
-def _curves(
-    axes: Axes, runs: Sequence[Run], key: str, smooth: bool = False, marker: str | None = None
-) -> bool:
-    drawn = False
-    for run, color in zip(runs, itertools.cycle(COLORS), strict=False):
-        steps, values = run.series(key)
-        if not run.values(key):
-            continue
-        drawn = True
-        if smooth and len(steps) >= 20:
-            axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
-            values = _moving_average(values)
-        # matplotlib leaves labels that begin with an underscore out of the legend.
-        label = run.name.lstrip("_")
-        axes.plot(steps, values, color=color, linewidth=1.8, marker=marker, markersize=4, label=label)
-    return drawn and _finish(axes)
-
-
-def _moving_average(values: Sequence[float], window: int = 9) -> list[float]:
-    """Centred mean over at most `window` finite neighbours; NaN where there is none."""
-    half, array = window // 2, np.asarray(values, dtype=float)
-    windows = [array[max(0, i - half) : i + half + 1] for i in range(len(array))]
-    return [float(np.nanmean(w)) if np.isfinite(w).any() else float("nan") for w in windows]
-
-
-def _finish(axes: Axes) -> bool:
-    axes.set_xlabel("step")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e7e5e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+def _legend(axes: Axes, names: Sequence[str]) -> None:
+    lines = [line for line in axes.lines if line.get_alpha() is None]
     above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4, "borderaxespad": 0.2}
-    legend = axes.legend(frameon=False, fontsize=9, handlelength=1.4, columnspacing=1.2, **above)
+    legend = axes.legend(lines, names, frameon=False, fontsize=9, handlelength=1.8, **above)
     for text in legend.get_texts():
         # A run's name is whatever its directory is called: no formula is meant.
         text.set_parse_math(False)
-    return True
+
+
+def _drawing(
+    title: str,
+    caption: str,
+    curves: Sequence[Curve],
+    table: list[list[str]],
+    draw: Callable[[Axes], None],
+) -> Drawing:
+    return Drawing(title, caption, _svg(draw, title), _legend_of(curves), table, points.describe(curves))
+
+
+def _legend_of(curves: Sequence[Curve]) -> list[Entry]:
+    """An entry a curve; one a run and one a metric where runs differ in colour and metrics in their line."""
+    runs, lines = dict.fromkeys(c.run_name for c in curves), dict.fromkeys(c.line_name for c in curves)
+    if len(runs) == 1 or len(lines) == 1:
+        return [Entry(c.label, _color(c), _dash(c)) for c in curves if c.label]
+    first = {name: next(c for c in curves if c.run_name == name) for name in runs}
+    kinds = {name: next(c for c in curves if c.line_name == name) for name in lines}
+    return [
+        *(Entry(name, _color(curve), "") for name, curve in first.items()),
+        *(Entry(name, "currentColor", _dash(curve)) for name, curve in kinds.items()),
+    ]
+
+
+def _color(curve: Curve) -> str:
+    return f"var(--run-{curve.color % len(COLORS)})"
+
+
+def _dash(curve: Curve) -> str:
+    return DASH_ARRAYS[curve.dash % len(DASH_ARRAYS)]
+
+
+def _svg(draw: Callable[[Axes], None], salt: str) -> Markup:
+    """The chart as an SVG element without a size of its own; salt: makes the ids in it its own."""
+    with mpl.rc_context(SVG_TYPE | {"svg.hashsalt": salt}):
+        figure = Figure(figsize=(5.0, 2.9))
+        FigureCanvasSVG(figure)
+        axes = figure.add_axes((0.14, 0.17, 0.84, 0.78))
+        draw(axes)
+        stream = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
+    text = stream.getvalue()
+    return Markup(_for_page(text[text.index("<svg") :]))
+
+
+def _for_page(svg: str) -> str:
+    """Leaves out what would stand twice on the page, and gives colours over to its style sheet."""
+    svg = re.sub(r' (?:width|height)="[^"]*pt"', "", svg, count=2)
+    svg = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", svg)
+    # Within tags only: the labels of an axis keep their digits.
+    svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)
+    for i, color in enumerate(COLORS):
+        svg = svg.replace(color, f"var(--run-{i})")
+    return svg.replace(GRID, "var(--line)").replace(INK, "currentColor")
+
+
+def _style(curve: Curve) -> dict:
+    return {
+        "color": COLORS[curve.color % len(COLORS)],
+        "linestyle": DASHES[curve.dash % len(DASHES)],
+        "linewidth": 1.7,
+    }
+
+
+def _fill(axes: Axes, band: tuple[str, str], curves: Sequence[Curve]) -> None:
+    edges = {(curve.run, curve.key): curve for curve in curves}
+    for run in {curve.run for curve in curves}:
+        low, high = (edges.get((run, key)) for key in band)
+        if low and high and low.x == high.x:
+            axes.fill_between(
+                low.x, low.y, high.y, color=COLORS[low.color % len(COLORS)], alpha=0.13, linewidth=0
+            )
+
+
+def _spans_a_decade(curves: Sequence[Curve]) -> bool:
+    values = [value for curve in curves for value in curve.y if math.isfinite(value)]
+    return min(values) > 0 and max(values) > 10 * min(values)
+
+
+def _finish(axes: Axes, x_name: str) -> None:
+    axes.set_xlabel(x_name)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    if x_name == "step":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    if axes.get_yscale() == "linear" and max(map(abs, axes.get_ylim())) >= 10_000:
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else 0.0

@@ -1,124 +1,116 @@
-"""report.html: a run on one page that needs no network."""
+"""report.html: one or several runs on one page that needs no network."""
 
+import base64
+import hashlib
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from megatron_bicc.monitoring import charts
-from megatron_bicc.monitoring.runs import Run, read_groups, read_run
+from megatron_bicc.monitoring import charts, summary
+from megatron_bicc.monitoring.charts import Drawing
+from megatron_bicc.monitoring.group_browser import browser_groups, printable
+from megatron_bicc.monitoring.layout_bars import BANDS, step_layouts
+from megatron_bicc.monitoring.panels import SECTIONS, other_panels
+from megatron_bicc.monitoring.runs import Run, read_groups, read_layouts, read_run
 
 REPORT_FILE = "report.html"
-PANELS: tuple[tuple[str, str, charts.Chart], ...] = (
-    ("Reward", "Mean over the rollouts of a step.", charts.reward),
-    ("pass@1", "Held-out prompts, sampled, no context.", charts.pass_at_1),
-    (
-        "Cov(R, δ)",
-        "Reward and confidence, within groups; RCC moves the baseline by twice this.",
-        charts.covariance,
+# (class, meaning, top, height) of the parts of a bar
+LAYOUT_KEY = [
+    *(
+        (f"{part} {band}", f"{band} side's {part}", *BANDS[band])
+        for band in ("right", "wrong")
+        for part in ("prefix", "responses")
     ),
-    ("Tokens trained", "Packed with shared prefixes, against one row a rollout.", charts.tokens),
-    ("Gradient norm", "Before clipping.", charts.gradient_norm),
-    ("Seconds a step", "By stage.", charts.step_time),
-)
-# Control characters, those that reorder the text around them, and lone surrogates that no encoding takes.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+    ("prefix both", "prefix of both sides", *BANDS["both"]),
+    ("padding", "padding", *BANDS["both"]),
+]
 
 
 @dataclass(frozen=True)
-class Side:
-    """The right or the wrong rollouts of a group, as the page shows them."""
+class Section:
+    """Charts under one heading."""
 
-    label: str
-    rollouts: list[dict[str, Any]]
-    shared_context: str | None
-    """The context that all of them were trained under; None if they differ."""
+    title: str
+    drawings: list[Drawing]
 
 
-def write_report(run_dir: str | Path, compare_dir: str | Path | None = None, max_groups: int = 6) -> Path:
-    """Writes report.html into run_dir and returns its path.
+def write_report(run_dirs: Sequence[str | Path], path: str | Path | None = None) -> Path:
+    """Writes the page of the runs, the first one's story first, and returns its path.
 
-    compare_dir: a run whose curves are drawn beside. max_groups: groups shown rollout by rollout.
-    Raises ValueError that names the file if metrics.jsonl of either run is missing or broken.
+    path: by default report.html in the first run's directory, which is replaced.
+    Raises ValueError that names the file: one of a run's is missing or broken, or the page cannot be written.
     """
-    runs = [read_run(path) for path in (run_dir, compare_dir) if path]
-    page = _template().render(
-        run=runs[0],
-        compared=runs[1] if compare_dir else None,
-        tiles=_tiles(runs),
-        panels=[(title, caption, _figure(chart, runs)) for title, caption, chart in PANELS],
-        groups=[_present(group) for group in _spread(read_groups(run_dir), max_groups)],
+    runs = _distinct([read_run(run_dir) for run_dir in run_dirs])
+    page = _render(
+        runs=runs,
+        title=" against ".join(run.name for run in runs),
+        sentences=summary.sentences(runs),
+        facts=summary.facts(runs[0]) if len(runs) == 1 else [],
+        fact_table=summary.fact_table(runs),
+        settings=summary.differing_settings(runs),
+        sections=_sections(runs),
+        layout_key=LAYOUT_KEY,
+        layouts=[
+            each
+            for run, run_dir in zip(runs, run_dirs, strict=True)
+            for each in step_layouts(run, read_layouts(run_dir))
+        ],
+        browser=browser_groups([read_groups(run_dir) for run_dir in run_dirs])
+        | {"runs": [printable(run.name) for run in runs]},
     )
-    path = Path(run_dir) / REPORT_FILE
+    path = Path(path or Path(run_dirs[0]) / REPORT_FILE)
     draft = path.with_suffix(".new")
-    draft.write_text(page, encoding="utf-8")
-    os.replace(draft, path)
+    try:
+        draft.write_text(page, encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot write it: {error.strerror}") from None
     return path
 
 
-def _template() -> jinja2.Template:
+def _distinct(runs: list[Run]) -> list[Run]:
+    """The runs, those numbered whose directories are called alike."""
+    names = [run.name for run in runs]
+    return [
+        replace(run, name=f"{run.name} ({i})") if names.count(run.name) > 1 else run
+        for i, run in enumerate(runs, 1)
+    ]
+
+
+def _sections(runs: Sequence[Run]) -> list[Section]:
+    """The charts that find something to draw."""
+    drawn = {title: [charts.draw_panel(panel, runs) for panel in panels] for title, panels in SECTIONS}
+    drawn["Groups and responses"].insert(1, charts.draw_histogram(runs))
+    drawn["Tokens and time"].append(charts.draw_stages(runs))
+    drawn["Other metrics"] = [charts.draw_panel(panel, runs) for panel in other_panels(runs)]
+    sections = [Section(title, list(filter(None, drawings))) for title, drawings in drawn.items()]
+    return [section for section in sections if section.drawings]
+
+
+def _render(**values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("megatron_bicc.monitoring", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: value if isinstance(value, Markup) else _printable(value),
+        finalize=_finalize,
     )
-    return environment.get_template("report.html.j2")
+    style, script = _own_text("report.css"), _own_text("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    template = environment.get_template("report.html.j2")
+    return template.render(style=Markup(style), script=Markup(script), script_sha256=digest, **values)
 
 
-def _printable(value: Any) -> Any:
-    return _UNPRINTABLE.sub("�", value) if isinstance(value, str) else value
+def _own_text(name: str) -> str:
+    return resources.files("megatron_bicc.monitoring").joinpath(name).read_text(encoding="utf-8")
 
 
-def _figure(chart: charts.Chart, runs: Sequence[Run]) -> Markup | None:
-    drawing = charts.svg(chart, runs)
-    return Markup(drawing) if drawing else None
-
-
-def _tiles(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
-    """(label, value, remark) of the numbers at the top; a number that was not recorded has no tile."""
-    run, tiles = runs[0], []
-    for label, key in (("pass@1", "eval/pass_at_1"), ("mean reward", "reward/mean")):
-        ends = [(values[0], values[-1]) for r in runs if (values := r.values(key))]
-        if ends and run.values(key):
-            first, last = ends[0]
-            other = f"; {runs[1].name} {ends[1][1]:.3f}" if len(ends) > 1 else ""
-            tiles.append((label, f"{last:.3f}", f"from {first:.3f}{other}"))
-    packed, rows = sum(run.values("tokens/packed")), sum(run.values("tokens/rows"))
-    if packed and rows:
-        remark = f"{packed:,.0f} instead of {rows:,.0f}"
-        tiles.append(("tokens trained", f"{rows / packed:.2f}× fewer", remark))
-    if seconds := run.values("time/step_s"):
-        remark = f"{len(seconds)} steps, {sum(seconds) / len(seconds):.1f} s each"
-        tiles.append(("time", _duration(sum(seconds)), remark))
-    return tiles
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def _spread(groups: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """At most `count` groups with both right and wrong rollouts, evenly over the run, from end to end."""
-    mixed = [g for g in groups if len({bool(rollout["correct"]) for rollout in g["rollouts"]}) == 2]
-    if len(mixed) <= count:
-        return mixed
-    return [mixed[round(i * (len(mixed) - 1) / max(count - 1, 1))] for i in range(count)]
-
-
-def _present(group: dict[str, Any]) -> dict[str, Any]:
-    sides = []
-    for label, correct in (("right", True), ("wrong", False)):
-        rollouts = [rollout for rollout in group["rollouts"] if bool(rollout["correct"]) is correct]
-        contexts = {rollout["context"] for rollout in rollouts}
-        sides.append(Side(label, rollouts, contexts.pop() if len(contexts) == 1 else None))
-    return {"step": group["step"], "prompt": group["prompt"], "truth": group["ground_truth"], "sides": sides}
+def _finalize(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value

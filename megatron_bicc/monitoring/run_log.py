@@ -1,12 +1,21 @@
 """Everything that a run tells: the files it writes, its progress bar, its last words."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_bicc.config import Config
 from megatron_bicc.monitoring.progress import ProgressBar
 from megatron_bicc.monitoring.report import write_report
-from megatron_bicc.monitoring.writer import METRICS_FILE, GroupRecord, MetricsWriter, write_groups
+from megatron_bicc.monitoring.writer import (
+    METRICS_FILE,
+    GroupRecord,
+    LayoutRecord,
+    MetricsWriter,
+    write_groups,
+    write_layout,
+    write_settings,
+)
 
 
 class RunLog:
@@ -23,6 +32,7 @@ class RunLog:
             return
         monitoring = config.monitoring
         self._writer = MetricsWriter(config.output_dir, monitoring.tensorboard, monitoring.wandb_project)
+        write_settings(config.output_dir, asdict(config))
         # A run that starts at 0 writes step 0 itself.
         self._writer.truncate_after(first_step if first_step > 0 else -1)
         self._bar = ProgressBar(config.train.steps, first_step)
@@ -41,6 +51,11 @@ class RunLog:
         if self._enabled:
             write_groups(self._config.output_dir, step, groups)
 
+    def layout(self, step: int, layout: LayoutRecord) -> None:
+        """How a step's groups were packed, for the report."""
+        if self._enabled:
+            write_layout(self._config.output_dir, step, layout)
+
     def finish(self, last_checkpoint: Path, export: Path) -> None:
         """Writes report.html and prints where everything is."""
         if not self._enabled:
@@ -48,7 +63,7 @@ class RunLog:
         self._writer.close()
         self._bar.close()
         output_dir, monitoring = Path(self._config.output_dir), self._config.monitoring
-        report = write_report(output_dir, monitoring.compare or None, monitoring.report_groups)
+        report = write_report([output_dir, *filter(None, [monitoring.compare])])
         print(f"report        {report}")
         print(f"metrics       {output_dir / METRICS_FILE}")
         if monitoring.tensorboard:

@@ -1,20 +1,25 @@
 """Reading back what a run wrote."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_bicc.monitoring import jsonl
-from megatron_bicc.monitoring.writer import GROUPS_FILE, METRICS_FILE
+from megatron_bicc.monitoring.writer import GROUPS_FILE, LAYOUT_FILE, METRICS_FILE, SETTINGS_FILE
 
 
 @dataclass(frozen=True)
 class Run:
-    """The metrics of a run, by step."""
+    """The metrics of a run, by step, and its settings."""
 
     name: str
     records: list[dict[str, Any]]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """By dotted name; empty where the run did not record them"""
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric where it was recorded, possibly nowhere; null reads as NaN."""
@@ -29,16 +34,25 @@ class Run:
 def read_run(run_dir: str | Path) -> Run:
     """The run in a directory; of a step written twice, the later line counts.
 
-    Raises ValueError that names the file if metrics.jsonl is missing or broken.
+    Raises ValueError that names the file if metrics.jsonl is missing, or it or config.yaml is broken.
     """
     path = Path(run_dir) / METRICS_FILE
     by_step = {_step(record, path): record for record in jsonl.read(path)}
-    return Run(Path(run_dir).resolve().name, [by_step[step] for step in sorted(by_step)])
+    records = [by_step[step] for step in sorted(by_step)]
+    return Run(Path(run_dir).resolve().name, records, _read_settings(Path(run_dir) / SETTINGS_FILE))
 
 
 def read_groups(run_dir: str | Path) -> list[dict[str, Any]]:
     """The groups in a run's groups.jsonl, by step; empty if it wrote none."""
-    path = Path(run_dir) / GROUPS_FILE
+    return _by_step(Path(run_dir) / GROUPS_FILE)
+
+
+def read_layouts(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The packed layouts in a run's layout.jsonl, by step; empty if it wrote none."""
+    return _by_step(Path(run_dir) / LAYOUT_FILE)
+
+
+def _by_step(path: Path) -> list[dict[str, Any]]:
     records = jsonl.read(path) if path.exists() else []
     return sorted(records, key=lambda record: _step(record, path))
 
@@ -47,3 +61,21 @@ def _step(record: dict[str, Any], path: Path) -> int:
     if not isinstance(record.get("step"), int):
         raise ValueError(f"{path}: a line without a step: {str(record)[:80]}")
     return record["step"]
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        raise ValueError(f"{path}: not the settings of a run; remove it") from None
+    return dict(_flatten(settings)) if isinstance(settings, dict) else {}
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

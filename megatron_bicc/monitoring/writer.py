@@ -1,16 +1,21 @@
-"""What a run writes down: metrics.jsonl, groups.jsonl, TensorBoard, Weights & Biases."""
+"""What a run writes down: its settings, metrics.jsonl, groups.jsonl, layout.jsonl, TensorBoard, wandb."""
 
 import importlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypedDict
 
+import yaml
+
 from megatron_bicc.monitoring import jsonl
 
 METRICS_FILE = "metrics.jsonl"
 GROUPS_FILE = "groups.jsonl"
+LAYOUT_FILE = "layout.jsonl"
+SETTINGS_FILE = "config.yaml"
 
 
 class RolloutRecord(TypedDict):
@@ -30,6 +35,40 @@ class GroupRecord(TypedDict):
     prompt: str
     ground_truth: str
     rollouts: Sequence[RolloutRecord]
+
+
+class SideRecord(TypedDict):
+    """A prefix and its responses inside a micro-batch, in rows, as layout.jsonl holds them."""
+
+    group: int
+    """Counts the step's trained groups: those of groups.jsonl with contrast are the first of them."""
+    prefix: int
+    responses: list[int]
+    correct: list[bool]
+    """Of each response"""
+
+
+class MicroBatchRecord(TypedDict):
+    """A packed micro-batch: the prefixes of all sides, then their responses, then padding."""
+
+    padding: int
+    sides: list[SideRecord]
+
+
+class PlanRecord(TypedDict):
+    """The micro-batches of every data-parallel rank under one layout."""
+
+    context: bool
+    """Whether BICC's context stands in the prefixes"""
+    ranks: list[list[MicroBatchRecord]]
+
+
+class LayoutRecord(TypedDict):
+    """How a step's groups were packed."""
+
+    budget: int
+    """Rows that a micro-batch may hold"""
+    plans: list[PlanRecord]
 
 
 class MetricsWriter:
@@ -60,7 +99,7 @@ class MetricsWriter:
 
     def truncate_after(self, step: int) -> None:
         """Forgets what was written after `step`, before a run goes on from that step's checkpoint."""
-        for name in (METRICS_FILE, GROUPS_FILE):
+        for name in (METRICS_FILE, GROUPS_FILE, LAYOUT_FILE):
             jsonl.keep(self.output_dir / name, lambda record: record["step"] <= step)
         if self._tensorboard:
             self._tensorboard.close()
@@ -77,6 +116,19 @@ class MetricsWriter:
 def write_groups(output_dir: str | Path, step: int, groups: Sequence[GroupRecord]) -> None:
     """Appends the groups of a step to groups.jsonl, one JSON object {step, prompt, ...} a line."""
     jsonl.append(Path(output_dir) / GROUPS_FILE, ({"step": step, **group} for group in groups))
+
+
+def write_layout(output_dir: str | Path, step: int, layout: LayoutRecord) -> None:
+    """Appends the layout of a step to layout.jsonl as one line {step, budget, plans}."""
+    jsonl.append(Path(output_dir) / LAYOUT_FILE, [{"step": step, **layout}])
+
+
+def write_settings(output_dir: str | Path, settings: Mapping[str, Any]) -> None:
+    """Writes every setting to config.yaml, which --config reads again; replaces an earlier one whole."""
+    path = Path(output_dir) / SETTINGS_FILE
+    draft = path.with_suffix(".new")
+    draft.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    os.replace(draft, path)
 
 
 def _number(name: str, value: Any) -> int | float:

@@ -15,27 +15,26 @@ def report_groups(
 ) -> list[dict[str, Any]]:
     """The first monitoring.report_groups trained groups, as docs/metrics.md describes groups.jsonl.
 
+    Then the first group that was all right and the first that was all wrong, which were not trained.
     `groups` are those given to the optimiser step, without contrast included.
     """
-    correct = [group.rewards > config.reward.threshold for group in groups]
-    trained = [group for group, right in zip(groups, correct, strict=True) if 0 < right.sum() < len(right)]
-    plan = result.plans.get(True)
-    described, first = [], 0
+    right_shares = [float((group.rewards > config.reward.threshold).mean()) for group in groups]
+    trained = [group for group, share in zip(groups, right_shares, strict=True) if 0 < share < 1]
+    plan, shown, first = result.plans.get(True), [], 0
     for group in trained[: config.monitoring.report_groups]:
-        described.append(_describe(group, first, result, plan, tokenizer, config))
-        first += len(group.samples)
-    return described
+        stop = first + len(group.samples)
+        advantages = result.advantages.advantage_R[first:stop].tolist()
+        contexts = [_context(plan, i, len(group.prompt.token_ids), tokenizer) for i in range(first, stop)]
+        shown.append(_describe(group, advantages, contexts, config))
+        first = stop
+    without_contrast = [groups[right_shares.index(share)] for share in (1.0, 0.0) if share in right_shares]
+    if config.monitoring.report_groups:
+        for group in without_contrast:
+            shown.append(_describe(group, [0.0] * len(group.samples), [""] * len(group.samples), config))
+    return shown
 
 
-def _describe(
-    group: Group,
-    first: int,
-    result: StepResult,
-    plan: StepPlan | None,
-    tokenizer: PreTrainedTokenizerBase,
-    config: Config,
-) -> dict[str, Any]:
-    """`first` is the index of the group's first rollout among the trained ones."""
+def _describe(group: Group, advantages: list[float], contexts: list[str], config: Config) -> dict[str, Any]:
     return {
         "prompt": "\n".join(message["content"] for message in group.prompt.messages),
         "ground_truth": group.prompt.ground_truth,
@@ -43,11 +42,13 @@ def _describe(
             {
                 "text": text,
                 "reward": float(reward),
-                "advantage": float(result.advantages.advantage_R[first + i]),
+                "advantage": advantage,
                 "correct": bool(reward > config.reward.threshold),
-                "context": _context(plan, first + i, len(group.prompt.token_ids), tokenizer),
+                "context": context,
             }
-            for i, (text, reward) in enumerate(zip(group.texts, group.rewards, strict=True))
+            for text, reward, advantage, context in zip(
+                group.texts, group.rewards, advantages, contexts, strict=True
+            )
         ],
     }
 

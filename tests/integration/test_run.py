@@ -58,7 +58,14 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "whole"
     done = train(out, "train.steps=4")
     assert done.returncode == 0, done.stderr[-3000:]
-    for place in ("metrics.jsonl", "report.html", "hf", "checkpoints/step_00000004"):
+    for place in (
+        "metrics.jsonl",
+        "config.yaml",
+        "layout.jsonl",
+        "report.html",
+        "hf",
+        "checkpoints/step_00000004",
+    ):
         assert (out / place).exists()
         assert str(out / place) in done.stdout
     return out
