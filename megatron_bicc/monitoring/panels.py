@@ -128,6 +128,13 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 smooth=True,
                 zero=True,
             ),
+            _one(
+                "Gradient noise",
+                "That variance over the squared norm.",
+                "train/gradient_noise",
+                smooth=True,
+                zero=True,
+            ),
             _one("Loss", "Not comparable between algorithms.", "train/loss", smooth=True),
             _one("Entropy", "Of the policy at response tokens, in nats.", "train/entropy", smooth=True),
             _one("Learning rate", "After the step.", "train/lr", zero=True),
