@@ -15,6 +15,7 @@ from megatron_bicc.data import Prompt, PromptSampler, load_prompts
 from megatron_bicc.policy.policy import Policy, start_model_parallel
 from megatron_bicc.rewards import Verifier, get_verifier
 from megatron_bicc.rollout.local import LocalEngine
+from megatron_bicc.rollout.sglang.engine import SglangEngine
 from megatron_bicc.rollout.types import Engine
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.validation import validate
@@ -76,12 +77,17 @@ def start_workers(inputs: Inputs) -> Workers:
     start_model_parallel(config)
     policy = Policy(config)
     learner = Learner(config, policy, inputs.tokenizer)
-    engine = make_engine(config, inputs.tokenizer)
-    return Workers(policy, learner, engine)
+    return Workers(policy, learner, make_engine(config, inputs.tokenizer, learner))
 
 
-def make_engine(config: Config, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    """The engine that rollout.engine names, with the weights of model.path."""
+def make_engine(config: Config, tokenizer: PreTrainedTokenizerBase, learner: Learner | None = None) -> Engine:
+    """The engine that rollout.engine names. Collective.
+
+    It has the weights of model.path, and takes others where there is a learner for them to be proven against.
+    Raises ValueError, one line, if a rollout server does not come up or serves another model.
+    """
+    if config.rollout.engine == "sglang":
+        return SglangEngine(config, tokenizer, learner)
     dtype = getattr(torch, config.model.dtype)
     return LocalEngine(config.model.path, tokenizer, dtype, platform.device(), config.rollout.batch_size)
 

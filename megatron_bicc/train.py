@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 -m megatron_bicc.train --config examples/configs/tin
 
 import logging
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from megatron_bicc.monitoring.run_log import RunLog
 from megatron_bicc.monitoring.timing import Stopwatch
 from megatron_bicc.policy.hf_weights import save_hf
 from megatron_bicc.rollout.collect import collect_groups
-from megatron_bicc.rollout.types import Group, Sampling
+from megatron_bicc.rollout.types import Group, RolloutError, Sampling
 from megatron_bicc.setup_run import Inputs, Workers, read_inputs, start_workers
 from megatron_bicc.training.checkpoint import (
     CheckpointError,
@@ -34,6 +35,7 @@ from megatron_bicc.training.report_groups import report_groups
 from megatron_bicc.training.report_layout import report_layout
 from megatron_bicc.training.resume import check_resume, contents
 from megatron_bicc.weight_sync import sync_weights
+from megatron_bicc.weight_sync.proof import WeightSyncError
 
 
 def main(argv: list[str]) -> None:
@@ -49,7 +51,7 @@ def main(argv: list[str]) -> None:
         abort(str(error))
     try:
         train(inputs, workers, first_step)
-    except CheckpointError as error:
+    except (CheckpointError, RolloutError, WeightSyncError) as error:
         abort(str(error))
     except KeyboardInterrupt:
         abort(f"stopped; checkpoint.resume=true goes on from the newest checkpoint in {config.output_dir}")
@@ -77,11 +79,13 @@ def train(inputs: Inputs, workers: Workers, first_step: int) -> None:
         with clock("step"):
             with clock("rollout"):
                 groups = roll_out(inputs, workers, step)
-            updates = learn(inputs, workers, groups, clock, log, step)
+            with released_memory(inputs, workers):
+                updates = learn(inputs, workers, groups, clock, log, step)
             with clock("sync"):
                 sync_weights(workers.policy, workers.engine, step)
             metrics = rollout_metrics(groups, config) | mean_metrics(updates)
             metrics["train/lr"] = workers.policy.learning_rate()
+            metrics |= workers.engine.counts()
             if is_due(step, config.evaluation.every, config):
                 with clock("eval"):
                     metrics |= held_out(inputs, workers)
@@ -89,6 +93,7 @@ def train(inputs: Inputs, workers: Workers, first_step: int) -> None:
         if is_due(step, config.checkpoint.every, config):
             save(inputs, workers, step)
     finish(inputs, workers, log)
+    workers.engine.close()
 
 
 def roll_out(inputs: Inputs, workers: Workers, step: int) -> list[Group]:
@@ -103,6 +108,11 @@ def roll_out(inputs: Inputs, workers: Workers, step: int) -> list[Group]:
         config.rollout.group_size,
         seed=(config.seed, step),
     )
+
+
+def released_memory(inputs: Inputs, workers: Workers) -> AbstractContextManager[None]:
+    """The engine's memory is the trainer's inside it, if the two share their devices."""
+    return workers.engine.memory_released() if inputs.config.rollout.colocate else nullcontext()
 
 
 def learn(

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
+from megatron_bicc.rollout.sglang.settings import check_servers
 
 POSITIVE_COUNTS = (
     "train.steps",
@@ -18,6 +19,8 @@ POSITIVE_COUNTS = (
     "rollout.prompts_per_step",
     "rollout.max_new_tokens",
     "rollout.batch_size",
+    "rollout.sglang.servers_per_node",
+    "rollout.sglang.max_concurrency",
     "parallel.tensor",
     "parallel.pipeline",
     "parallel.virtual_pipeline",
@@ -41,6 +44,10 @@ NOT_NEGATIVE = (
 )
 POSITIVE = (
     "rollout.temperature",
+    "rollout.sglang.start_timeout_s",
+    "rollout.sglang.health_timeout_s",
+    "rollout.sglang.request_timeout_s",
+    "rollout.sglang.retry_s",
     "weight_sync.bucket_mb",
     "weight_sync.timeout_s",
     "evaluation.temperature",
@@ -62,6 +69,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_batches(config)
     _check_budget(config)
     _check_files(config)
+    check_servers(config.rollout)
     if config.monitoring.wandb_project:
         # Imported late: it brings the drawing library along.
         from megatron_bicc.monitoring.writer import import_wandb

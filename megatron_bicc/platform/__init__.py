@@ -27,6 +27,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def node_rank() -> int:
+    """Rank of this process's host, as torchrun tells it; 0 without torchrun."""
+    return int(os.environ.get("GROUP_RANK", "0"))
+
+
 def world_size() -> int:
     """Number of processes of the job, as torchrun tells it; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_bicc.data import Prompt
 from megatron_bicc.rewards import Verifier
-from megatron_bicc.rollout.types import Engine, Group, Request, Sample, Sampling
+from megatron_bicc.rollout.types import Engine, Group, Request, RolloutError, Sample, Sampling
 
 
 def sample_seed(*parts: int | str) -> int:
@@ -27,7 +27,8 @@ def collect_groups(
 ) -> list[Group]:
     """G scored samples of every prompt, in the prompts' order, the same on every process. Collective.
 
-    A sample depends on the weights, its prompt, its place in the group and `seed`.
+    A sample depends on the weights, its prompt, its place in the group and `seed`. Raises RolloutError on
+    every process if the engine of one does.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = prompts[rank::world]
@@ -36,10 +37,17 @@ def collect_groups(
         for prompt in mine
         for i in range(group_size)
     ]
-    samples = engine.generate(requests, sampling) if requests else []
-    groups = _score(mine, samples, verifier, tokenizer, group_size)
-    shares: list[list[Group]] = [[] for _ in range(world)]
-    dist.all_gather_object(shares, groups)
+    outcome: list[Group] | RolloutError
+    try:
+        samples = engine.generate(requests, sampling) if requests else []
+        outcome = _score(mine, samples, verifier, tokenizer, group_size)
+    except RolloutError as error:
+        outcome = error
+    shares: list[list[Group] | RolloutError] = [[] for _ in range(world)]
+    dist.all_gather_object(shares, outcome)
+    for share in shares:
+        if isinstance(share, RolloutError):
+            raise share
     return [shares[i % world][i // world] for i in range(len(prompts))]
 
 

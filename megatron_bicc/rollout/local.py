@@ -1,6 +1,7 @@
 """The engine inside the training processes: transformers' generate on a Hugging Face copy of the policy."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -56,6 +57,17 @@ class LocalEngine:
         if missing:
             raise ValueError(f"weight sync: no new weights came for {', '.join(sorted(missing))}")
         self.version = version
+
+    def memory_released(self) -> AbstractContextManager[None]:
+        """Releases nothing: the model stays where it is."""
+        return nullcontext()
+
+    def counts(self) -> dict[str, float]:
+        """Nothing goes wrong that could be made good."""
+        return {}
+
+    def close(self) -> None:
+        """Ends nothing."""
 
     def _generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
         input_ids, mask = _left_padded([r.token_ids for r in requests], self.tokenizer.pad_token_id)

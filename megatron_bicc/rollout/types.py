@@ -1,6 +1,7 @@
 """What an engine is asked for, what it answers, and the protocol that every engine keeps."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -8,6 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from megatron_bicc.data import Prompt
+
+
+class RolloutError(Exception):
+    """The engine could not do its work within the configured time. One line: why, and where."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,16 @@ class Engine(Protocol):
     """Generates samples with the policy's weights."""
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
-        """One sample a request, in the requests' order."""
+        """One sample a request, in the requests' order. Raises RolloutError."""
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Takes whole tensors under their Hugging Face names, streamed. Every parameter must come once."""
+
+    def memory_released(self) -> AbstractContextManager[None]:
+        """Inside it training may use the memory of the devices; after it new weights must come."""
+
+    def counts(self) -> dict[str, float]:
+        """What went wrong since the last call and was made good, as metrics of all processes. Collective."""
+
+    def close(self) -> None:
+        """Ends what the engine started."""

@@ -1,0 +1,182 @@
+"""The engine whose samples come from SGLang servers."""
+
+import ipaddress
+import os
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import groupby
+
+import anyio
+import torch.distributed as dist
+from anyio.from_thread import start_blocking_portal
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from megatron_bicc import platform
+from megatron_bicc.config import Config
+from megatron_bicc.rollout.sglang.check import check_model, until_well
+from megatron_bicc.rollout.sglang.client import ServerClient
+from megatron_bicc.rollout.sglang.launch import SpawnedServer
+from megatron_bicc.rollout.sglang.messages import generate_body, read_samples
+from megatron_bicc.rollout.sglang.servers import UNTOUCHED, ServerPool
+from megatron_bicc.rollout.types import Request, RolloutError, Sample, Sampling
+from megatron_bicc.training.learner import Learner
+from megatron_bicc.weight_sync.servers import WeightSync
+
+
+class SglangEngine:
+    """Every process asks all servers that it can reach; each server gets its weights from one process: from
+    the first when they were attached, from the first of its node when that started them."""
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, learner: Learner | None) -> None:
+        """Starts or finds the servers and waits for them. Collective.
+
+        learner: whose weights the servers get; without one they keep those that they started with. Raises
+        ValueError, one line and on every process, for a server that does not come up or that serves
+        another model.
+        """
+        self._settings = config.rollout.sglang
+        self._eos = tokenizer.eos_token_id
+        self._hf_config = AutoConfig.from_pretrained(config.model.path)
+        self._loop = start_blocking_portal()
+        self._portal = self._loop.__enter__()
+        self._sync = WeightSync(config, learner, self._portal.call) if learner else None
+        self._spawned: list[SpawnedServer] = []
+        urls, own = self._servers(config)
+        key = os.environ.get(self._settings.api_key_variable) if self._settings.api_key_variable else None
+        clients = {url: ServerClient(url, key) for url in urls}
+        self._own = [clients[url] for url in own]
+        first = dist.get_rank() % len(urls)
+        self._pool = ServerPool(list(clients.values()), self._settings, self._restore, first)
+        self._per_process = max(1, self._settings.max_concurrency // dist.get_world_size())
+        self._start()
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
+        """One sample a request, in the requests' order; requests of one prompt, side by side, go together.
+
+        Raises RolloutError when no server has done its work for rollout.sglang.retry_s seconds, ValueError
+        for a token that is not in the vocabulary.
+        """
+        for request in requests:
+            if request.token_ids.min() < 0 or request.token_ids.max() >= self._hf_config.vocab_size:
+                raise ValueError(
+                    f"a prompt has token {request.token_ids.max()}; the policy's vocabulary has "
+                    f"{self._hf_config.vocab_size} tokens, and the rollout server would end on it"
+                )
+        try:
+            return self._portal.call(self._generate, requests, sampling)
+        except* RolloutError as errors:
+            raise errors.exceptions[0] from None
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Streams the tensors to all servers. Collective.
+
+        A server that fails is not used until it has been given them. Raises ValueError for a tensor that is
+        unknown, missing or misshapen, WeightSyncError if a server's weights are not ours afterwards.
+        """
+        failed = self._sync.push(self._own, tensors, version)
+        self._pool.hold(str(version), failed)
+
+    @contextmanager
+    def memory_released(self) -> Iterator[None]:
+        """Inside it the servers hold no weights and no cache; afterwards new weights must come."""
+        self._portal.call(self._each_own, ServerClient.release_memory)
+        yield
+        self._portal.call(self._each_own, ServerClient.take_memory)
+
+    def counts(self) -> dict[str, float]:
+        """Over all processes, since the last call: rollouts that were asked for again after a server failed,
+        and rollouts refused for stale weights. Collective."""
+        parts = [(0, 0)] * dist.get_world_size()
+        dist.all_gather_object(parts, (self._pool.resent, self._pool.stale))
+        self._pool.resent = self._pool.stale = 0
+        resent, stale = (float(sum(column)) for column in zip(*parts, strict=True))
+        return {"rollout/resent": resent, "rollout/stale": stale}
+
+    def close(self) -> None:
+        """Ends the servers that this process started, and the connections to the others."""
+        for server in self._pool.servers:
+            self._portal.call(server.client.aclose)
+        if self._sync:
+            self._sync.close()
+        self._loop.__exit__(None, None, None)
+        for server in self._spawned:
+            server.stop()
+
+    def _servers(self, config: Config) -> tuple[list[str], list[str]]:
+        """URLs of the servers that this process asks, and of those to which it sends weights. Collective."""
+        if config.rollout.launch == "attach":
+            urls = [url.strip().rstrip("/") for url in self._settings.servers.split(",")]
+            return urls, urls if dist.get_rank() == 0 else []
+        if platform.local_rank() == 0:
+            count = self._settings.servers_per_node
+            self._spawned = [SpawnedServer(config, index) for index in range(count)]
+        own = [server.url for server in self._spawned]
+        nodes: list[tuple[int, list[str]]] = [(0, [])] * dist.get_world_size()
+        dist.all_gather_object(nodes, (platform.node_rank(), own))
+        alone = ipaddress.ip_address(self._settings.host).is_loopback
+        reachable = (urls for node, urls in nodes if not alone or node == platform.node_rank())
+        return [url for urls in reachable for url in urls], own
+
+    def _start(self) -> None:
+        """Waits for own servers and checks them. Raises ValueError on every process. Collective."""
+        error = ""
+        try:
+            self._portal.call(self._each_own, self._started)
+            for server in self._spawned:
+                server.ready()
+        except* ValueError as errors:
+            error = str(errors.exceptions[0])
+        errors = [""] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        for error in filter(None, errors):
+            self.close()
+            raise ValueError(error)
+        if self._sync is None:
+            self._pool.hold(UNTOUCHED, {})
+
+    async def _started(self, client: ServerClient) -> None:
+        spawned = [server for server in self._spawned if server.url == client.url]
+        check_starting = spawned[0].check_starting if spawned else lambda: None
+        await until_well(client, self._settings.start_timeout_s, check_starting)
+        await check_model(client, self._hf_config)
+
+    async def _each_own(self, act: Callable[[ServerClient], Awaitable[None]]) -> None:
+        async with anyio.create_task_group() as tasks:
+            for client in self._own:
+                tasks.start_soon(act, client)
+
+    async def _restore(self, client: ServerClient) -> bool:
+        if client not in self._own or self._sync is None:
+            return False
+        await self._sync.restore(client)
+        return True
+
+    async def _generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
+        groups = [list(group) for _, group in groupby(requests, key=lambda r: r.token_ids.tobytes())]
+        slots = anyio.Semaphore(max(1, self._per_process // max(map(len, groups))))
+        samples: dict[int, list[Sample]] = {}
+        hidden = None if dist.get_rank() == 0 else True  # None: where there is no terminal
+        bar = tqdm(total=len(requests), desc="rollouts", leave=False, disable=hidden)
+
+        async def group_samples(i: int) -> None:
+            async with slots:
+                samples[i] = await self._group(groups[i], sampling)
+            bar.update(len(samples[i]))
+
+        async with anyio.create_task_group() as watchers:
+            for server in self._pool.servers:
+                watchers.start_soon(self._pool.look, server)
+            async with anyio.create_task_group() as tasks:
+                for i in range(len(groups)):
+                    tasks.start_soon(group_samples, i)
+            watchers.cancel_scope.cancel()
+        bar.close()
+        return [sample for i in range(len(groups)) for sample in samples[i]]
+
+    async def _group(self, group: list[Request], sampling: Sampling) -> list[Sample]:
+        version, vocab_size = self._pool.version, self._hf_config.vocab_size
+        read = partial(read_samples, count=len(group), version=version, vocab_size=vocab_size)
+        return await self._pool.ask(generate_body(group, sampling, self._eos), read)

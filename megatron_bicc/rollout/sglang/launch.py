@@ -1,0 +1,88 @@
+"""Servers that the run starts itself: their command, their ports, and a guard for each."""
+
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+
+from megatron_bicc import platform
+from megatron_bicc.config import Config
+
+CPU_ARGUMENTS = (
+    "--device cpu --attention-backend torch_native --sampling-backend pytorch --grammar-backend none "
+    "--disable-overlap-schedule --sleep-on-idle"
+)
+CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+LOG_LINES = 12
+"""Of a server that did not start, in the error."""
+
+
+class SpawnedServer:
+    """A server and its guard (megatron_bicc.rollout.sglang.guard), started by this process."""
+
+    def __init__(self, config: Config, index: int) -> None:
+        """index: of the server on its node."""
+        settings = config.rollout.sglang
+        self.url = f"http://{settings.host}:{_free_port(settings.host)}"
+        self.log = Path(config.output_dir) / f"servers/{socket.gethostname()}_{index}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        # servers of one seed would draw the same numbers
+        seed = config.seed + platform.node_rank() * settings.servers_per_node + index
+        guard = [sys.executable, "-m", "megatron_bicc.rollout.sglang.guard", str(self.log)]
+        self._guard = subprocess.Popen(
+            [*guard, *_command(config, self.url, seed)],
+            stdin=subprocess.PIPE,
+            env=_environment(config, index),
+        )
+
+    def check_starting(self) -> None:
+        """Raises ValueError, with the server's last words, if it has ended."""
+        if self._guard.poll() is not None:
+            with open(self.log, encoding="utf-8", errors="replace") as lines:
+                last = " | ".join(line.strip() for line in deque(lines, LOG_LINES) if line.strip())
+            raise ValueError(f"rollout server {self.url} ended while it started, see {self.log}: {last}")
+
+    def ready(self) -> None:
+        """From now on the server is started again when it ends."""
+        self._guard.stdin.write(b"r")
+        self._guard.stdin.flush()
+
+    def stop(self) -> None:
+        """Ends the server and waits for it."""
+        self._guard.stdin.close()
+        self._guard.wait()
+
+
+def _command(config: Config, url: str, seed: int) -> list[str]:
+    settings = config.rollout.sglang
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    given = ["--model-path", config.model.path, "--dtype", config.model.dtype, "--host", host, "--port", port]
+    given += ["--random-seed", str(seed)]
+    if config.rollout.colocate and platform.has_cuda():
+        given.append("--enable-memory-saver")
+    if not platform.has_cuda():
+        given += CPU_ARGUMENTS.split()
+    start = [settings.python, "-W", "ignore", "-m", "sglang.launch_server"]
+    return [*start, *given, *shlex.split(settings.server_args)]
+
+
+def _environment(config: Config, index: int) -> dict[str, str]:
+    env = dict(os.environ)
+    # torchrun's variables are of another job, and log-probs are to be those at the sampling temperature
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        env.pop(name, None)
+    env.pop("SGLANG_RETURN_ORIGINAL_LOGPROB", None)
+    if not platform.has_cuda():
+        env |= CPU_ENVIRONMENT
+    if config.rollout.sglang.gpus:
+        env["CUDA_VISIBLE_DEVICES"] = config.rollout.sglang.gpus.split("/")[index]
+    return env
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]

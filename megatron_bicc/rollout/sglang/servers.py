@@ -1,0 +1,169 @@
+"""The servers as one process sees them: which can be used, how busy they are, and what if one fails."""
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import anyio
+
+from megatron_bicc.config import SglangConfig
+from megatron_bicc.rollout.sglang.client import ServerClient, ServerError, ServerRefusal, ServerUnavailable
+from megatron_bicc.rollout.sglang.messages import BadAnswer, StaleWeights
+from megatron_bicc.rollout.types import RolloutError
+
+log = logging.getLogger(__name__)
+UNTOUCHED = "default"
+"""Weight version of a server that no weights were ever sent to."""
+LOOK_S = 1.0
+"""Pause between two looks at a server."""
+LONGEST_PAUSE_S = 10.0
+"""Between two attempts at one request; the first is half a second, and each is twice the one before."""
+Result = TypeVar("Result")
+
+
+class Server:
+    """One server."""
+
+    def __init__(self, client: ServerClient) -> None:
+        self.client = client
+        self.outstanding = 0
+        """Samples that it is working on for this process"""
+        self.reason = f"{client.url}: it has got no weights yet"
+        """Why it is not used; empty if it is"""
+        self._running: set[anyio.CancelScope] = set()
+
+    async def generate(self, body: dict[str, Any], timeout_s: float) -> Any:
+        """The answer. Raises ServerUnavailable, also if `lose` is called before it came."""
+        samples = len(body["input_ids"])
+        self.outstanding += samples
+        try:
+            with anyio.CancelScope() as scope:
+                self._running.add(scope)
+                return await self.client.generate(body, timeout_s)
+            raise ServerUnavailable(self.client.url, "/generate", self.reason)
+        finally:
+            self._running.discard(scope)
+            self.outstanding -= samples
+
+    def avoid(self, reason: str) -> None:
+        """Gives it no new requests."""
+        if not self.reason:
+            log.warning("rollout server not used: %s", reason)
+        self.reason = reason
+
+    def lose(self, reason: str) -> None:
+        """Gives it no new requests, and takes from it those that it has."""
+        self.avoid(reason)
+        for scope in self._running:
+            scope.cancel()
+
+
+class ServerPool:
+    """All servers. Everything here runs in one event loop."""
+
+    def __init__(
+        self,
+        clients: list[ServerClient],
+        settings: SglangConfig,
+        restore: Callable[[ServerClient], Awaitable[bool]],
+        first: int,
+    ) -> None:
+        """restore: gives a server that lacks the current weights those weights; False if others will do so.
+
+        first: of equally busy servers this one is taken, so that processes do not all begin with the same.
+        """
+        self.servers = [Server(client) for client in clients[first:] + clients[:first]]
+        self.version = UNTOUCHED
+        """Of the weights that a server must hold to be used"""
+        self.resent = 0
+        """Samples that were asked for again after a failure"""
+        self.stale = 0
+        """Samples that were refused as other weights had made them"""
+        self._settings = settings
+        self._restore = restore
+
+    def hold(self, version: str, failed: dict[str, str]) -> None:
+        """All servers hold the weights of this version, but for those that failed: reasons by URL."""
+        self.version = version
+        for server in self.servers:
+            server.reason = failed.get(server.client.url, "")
+
+    async def look(self, server: Server) -> None:
+        """Watches a server, for ever: loses one that hangs, takes one back that is well again."""
+        while True:
+            if server.outstanding or server.reason:
+                if not await server.client.is_healthy(self._settings.health_timeout_s):
+                    seconds = f"{self._settings.health_timeout_s:g} s"
+                    server.lose(f"{server.client.url}: /health was not answered well within {seconds}")
+                elif server.reason:
+                    await self._take_back(server)
+            await anyio.sleep(LOOK_S)
+
+    async def ask(self, body: dict[str, Any], read: Callable[[Any], Result]) -> Result:
+        """What `read` makes of the answer of the least busy server, of another one if that one fails.
+
+        read: raises StaleWeights or BadAnswer for an answer that cannot be used. Raises RolloutError when all
+        attempts of retry_s seconds have failed, or a well server refuses the request.
+        """
+        attempts = Attempts(self._settings.retry_s)
+        while True:
+            await attempts.begin()
+            server = min((s for s in self.servers if not s.reason), key=lambda s: s.outstanding, default=None)
+            if server is None:
+                attempts.failed(f"no rollout server can be used: {self.reasons()}")
+                continue
+            try:
+                return read(await server.generate(body, self._settings.request_timeout_s))
+            except ServerRefusal as refusal:
+                raise RolloutError(str(refusal)) from None
+            except (ServerUnavailable, StaleWeights, BadAnswer) as error:
+                samples = len(body["input_ids"])
+                self.resent += samples
+                self.stale += samples if isinstance(error, StaleWeights) else 0
+                reason = str(error) if isinstance(error, ServerError) else f"{server.client.url}: {error}"
+                server.avoid(reason)
+                attempts.failed(reason)
+
+    def reasons(self) -> str:
+        """Why servers are not used."""
+        return "; ".join(server.reason for server in self.servers if server.reason)
+
+    async def _take_back(self, server: Server) -> None:
+        try:
+            found = str((await server.client.model_info())["weight_version"])
+            if found != self.version and not await self._restore(server.client):
+                server.reason = f"{server.client.url}: its weight version is {found}, not {self.version}"
+                return
+        except ServerError as error:
+            server.reason = str(error)
+            return
+        log.warning("rollout server %s is used again", server.client.url)
+        server.reason = ""
+
+
+class Attempts:
+    """The attempts at one request: the pauses between them, and when to give up."""
+
+    def __init__(self, retry_s: float) -> None:
+        self._retry_s = retry_s
+        self._begun = 0.0
+        self._failing_since: float | None = None
+        self._pause_s = 0.0
+
+    async def begin(self) -> None:
+        """Waits before the next attempt; not before the first."""
+        await anyio.sleep(self._pause_s)
+        self._pause_s = min(max(0.5, 2 * self._pause_s), LONGEST_PAUSE_S)
+        self._begun = time.monotonic()
+
+    def failed(self, reason: str) -> None:
+        """Raises RolloutError with the reason if the time is up.
+
+        An attempt that ran for longer than that time was real work lost: counting begins anew after it.
+        """
+        now = time.monotonic()
+        if self._failing_since is None or now - self._begun > self._retry_s:
+            self._failing_since = now
+        if now - self._failing_since > self._retry_s:
+            raise RolloutError(f"no answer after {self._retry_s:g} s of attempts; the last: {reason}")

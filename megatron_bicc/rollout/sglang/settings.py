@@ -1,0 +1,95 @@
+"""Whether the settings of the rollout servers make sense together."""
+
+import ipaddress
+import os
+import shlex
+import shutil
+from urllib.parse import urlsplit
+
+from megatron_bicc.config import RolloutConfig
+
+OURS = ("--model-path", "--model", "--host", "--port", "--dtype", "--random-seed", "--config")
+SECRETS = ("--api-key", "--admin-api-key")
+
+
+def check_servers(rollout: RolloutConfig) -> None:
+    """Raises ValueError, one line that names setting, value and remedy, for the first mistake found."""
+    if rollout.engine != "sglang":
+        if rollout.colocate:
+            raise ValueError("rollout.colocate is true; it needs rollout.engine=sglang")
+        return
+    if rollout.launch == "attach":
+        _check_attach(rollout)
+    else:
+        _check_spawn(rollout)
+
+
+def _check_attach(rollout: RolloutConfig) -> None:
+    settings = rollout.sglang
+    if not settings.servers:
+        raise ValueError("rollout.launch is attach; name the servers in rollout.sglang.servers")
+    for url in settings.servers.split(","):
+        _check_url(url.strip())
+    variable = settings.api_key_variable
+    if variable and not os.environ.get(variable):
+        raise ValueError(f"rollout.sglang.api_key_variable is {variable}; that variable is not set")
+
+
+def _check_url(url: str) -> None:
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        raise ValueError(
+            "rollout.sglang.servers holds a password; take it out and use rollout.sglang.api_key_variable"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
+        raise ValueError(
+            f"rollout.sglang.servers has {url!r}; write http://host:port, commas between several"
+        )
+
+
+def _check_spawn(rollout: RolloutConfig) -> None:
+    settings = rollout.sglang
+    if settings.servers:
+        raise ValueError("rollout.sglang.servers is set; it needs rollout.launch=attach")
+    if settings.api_key_variable:
+        raise ValueError(
+            "rollout.sglang.api_key_variable is set; it needs rollout.launch=attach: a server writes its key "
+            "into its log"
+        )
+    if not shutil.which(settings.python):
+        raise ValueError(
+            f"rollout.sglang.python is {settings.python}; there is no such program: `make sglang` makes it, "
+            "with SGLang"
+        )
+    try:
+        ipaddress.ip_address(settings.host)
+    except ValueError:
+        raise ValueError(f"rollout.sglang.host is {settings.host!r}; it must be an IP address") from None
+    _check_arguments(settings.server_args)
+    if settings.gpus and len(settings.gpus.split("/")) != settings.servers_per_node:
+        raise ValueError(
+            f"rollout.sglang.gpus is {settings.gpus!r}; it must name the GPUs of "
+            f"rollout.sglang.servers_per_node = {settings.servers_per_node} servers, with / between them"
+        )
+
+
+def _check_arguments(text: str) -> None:
+    try:
+        arguments = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"rollout.sglang.server_args is {text!r}: {error}") from None
+    for name in (argument.partition("=")[0] for argument in arguments):
+        if name in OURS:
+            raise ValueError(
+                f"rollout.sglang.server_args has {name}; the run sets it from its other settings"
+            )
+        if name in SECRETS:
+            raise ValueError(
+                f"rollout.sglang.server_args has {name}; a server writes it into its log: start the servers "
+                "yourself and use rollout.launch=attach"
+            )
+        if name == "--preferred-sampling-params":
+            raise ValueError(
+                f"rollout.sglang.server_args has {name}; the policy gradient needs samples of the whole "
+                "distribution, so top_p, top_k, min_p and penalties stay off"
+            )
