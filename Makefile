@@ -20,7 +20,7 @@ setup: $(BUILD) ## .venv with pinned packages, csrc built in place
 sglang: $(SGLANG) ## .venv-sglang: SGLang, the rollout server; without a GPU its CPU build
 	@echo "ready: .venv-sglang/bin/python -m sglang.launch_server"
 
-demo: $(BUILD) ## Train the tiny policy: STEPS=n SEED=n ALGORITHM=bicc|grpo ENGINE=local OUT=dir
+demo: $(BUILD) $(if $(filter sglang,$(ENGINE)),$(SGLANG)) ## Train the tiny policy: STEPS=n SEED=n ALGORITHM=bicc|grpo ENGINE=local|sglang OUT=dir
 	@PYTHON="$(VENV_PYTHON)" examples/run_bicc_tiny.sh
 
 experiment: $(BUILD) ## Compare grpo, bicc and rcc on the tiny policy, write docs/results.md: about an hour on 2 cores

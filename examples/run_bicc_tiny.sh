@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains examples/tiny_policy with BICC and RCC on two CPU processes (tensor parallel).
-#   STEPS=n SEED=n ALGORITHM=bicc|grpo ENGINE=local OUT=dir examples/run_bicc_tiny.sh [section.name=value ...]
+#   STEPS=n SEED=n ALGORITHM=bicc|grpo ENGINE=local|sglang OUT=dir examples/run_bicc_tiny.sh [section.name=value ...]
 set -Eeuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

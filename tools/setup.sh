@@ -71,6 +71,9 @@ install_sglang() {
     packages=$("$venv_python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     cp -R tools/sglang_cpu/sgl_kernel tools/sglang_cpu/torchvision_operators.py "$packages/"
     echo "import torchvision_operators" >"$packages/torchvision_operators.pth"
+    # What a server imports is imported once, so that its start compiles nothing, and to see that it can be.
+    env -u PYTHONDONTWRITEBYTECODE SGLANG_USE_CPU_ENGINE=1 "$venv_python" -W ignore -c \
+        'import sglang.srt.entrypoints.http_server, sglang.srt.managers.scheduler'
 }
 
 install_browser() {

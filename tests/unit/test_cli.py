@@ -137,12 +137,16 @@ def test_binary_file_is_refused(capsys, tmp_path: Path):
     assert "not UTF-8" in error_line(capsys, "--config", str(path))
 
 
+def leaves(section: type) -> int:
+    return sum(leaves(f.type) if is_dataclass(f.type) else 1 for f in fields(section))
+
+
 def test_help_shows_every_setting_with_default_and_meaning(capsys):
     with pytest.raises(SystemExit) as stop:
         parse_config(["--help"])
     assert stop.value.code == 0
     words = " ".join(capsys.readouterr().out.split())
-    assert len(settings()) == sum(len(fields(f.type)) if is_dataclass(f.type) else 1 for f in fields(Config))
+    assert len(settings()) == leaves(Config)
     for name, setting in settings().items():
         assert f"--{name} " in words
         assert " ".join(setting.help.split()) in words
