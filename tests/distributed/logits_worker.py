@@ -1,4 +1,9 @@
-"""Run by torchrun: logits of two tensor-parallel processes against those of transformers."""
+"""Run by torchrun: logits of two tensor-parallel processes against those of transformers.
+
+torchrun --nproc-per-node 2 logits_worker.py BROKEN MODEL ...
+
+BROKEN holds a model with a NaN in the second process's part of BROKEN_TENSOR.
+"""
 
 import sys
 from functools import partial
@@ -16,6 +21,20 @@ from support.steps import make_config
 
 from megatron_bicc import platform
 from megatron_bicc.policy.policy import Policy, start_model_parallel
+
+BROKEN_TENSOR = "model.layers.0.self_attn.q_proj.weight"
+
+
+def check_refusal(path: str) -> None:
+    """Raises AssertionError unless this process names the tensor, whoever has the NaN in its part."""
+    config = make_config(Path(path), "grpo")
+    config.parallel.tensor = 2
+    try:
+        Policy(config)
+    except ValueError as error:
+        assert f"{path}: {BROKEN_TENSOR}: holds NaN or infinite values" in str(error), error
+    else:
+        raise AssertionError(f"{path} was loaded")
 
 
 def check(path: str) -> None:
@@ -39,6 +58,7 @@ if __name__ == "__main__":
     two.parallel.tensor = 2
     platform.start_distributed()
     start_model_parallel(two)
-    for directory in sys.argv[1:]:
+    check_refusal(sys.argv[1])
+    for directory in sys.argv[2:]:
         check(directory)
     torch.distributed.destroy_process_group()
