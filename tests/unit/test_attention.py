@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_bicc.policy import tiles, varlen_attention, varlen_cpu, varlen_math
+from megatron_bicc.policy import tiles, varlen_attention, varlen_cpu, varlen_cuda, varlen_math
 from megatron_bicc.policy.segments import Segments
 from megatron_bicc.policy.shared_prefix_attention import SharedPrefixAttention
 
@@ -89,3 +89,19 @@ def differentiate(attention: object, inputs: list[Tensor], grad: Tensor) -> list
     out = attention(*leaves)
     out.backward(grad)
     return [out.detach(), *(x.grad for x in leaves)]
+
+
+def test_cuda_kernels_take_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By shapes and types alone, on meta tensors: no GPU is needed, and no value is computed."""
+    monkeypatch.setattr(varlen_attention, "_kernels", lambda q: varlen_cuda)
+    meta = torch.device("meta")
+    causal = Segments.of_themselves(cu([21, 15, 4, 7, 6]), meta)
+    cross = Segments.across(cu([11, 6]), cu([21, 15]), meta)
+    leaves = [
+        torch.empty(53, h, 64, dtype=torch.bfloat16, device=meta, requires_grad=True) for h in (4, 2, 2)
+    ]
+    out = SharedPrefixAttention.apply(*leaves, 36, causal, cross, 0.3)
+    out.backward(torch.empty_like(out))
+    assert [(x.shape, x.dtype) for x in (out, *(x.grad for x in leaves))] == [
+        (x.shape, torch.bfloat16) for x in (leaves[0], *leaves)
+    ]

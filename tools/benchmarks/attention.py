@@ -23,7 +23,7 @@ from megatron_bicc.policy.architecture import transformer_config
 from megatron_bicc.policy.model import PolicyModel
 from megatron_bicc.policy.packed import PackedBatch
 
-PROMPT = 50
+PROMPT, CONTEXT = 50, 1600
 LOG_STD = 0.8
 """Of lognormal response lengths"""
 
@@ -55,7 +55,8 @@ class Case:
     def pairs(self) -> list[Segment]:
         """A row for every (response, opposite rollout); the n opposite ones share the prefix's tokens."""
         n = len(self.responses)
-        shown = PROMPT + max(0, self.prefix - PROMPT) // n
+        prompt = round(self.prefix * PROMPT / (PROMPT + CONTEXT))
+        shown = prompt + (self.prefix - prompt) // n
         return [Segment(shown, (length,)) for length in self.responses for _ in range(n)]
 
     def pairs_padded(self) -> list[Segment]:
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", type=float, default=0.25, help="of all lengths (%(default)s)")
     parser.add_argument("--responses", type=int, default=4, help="n, responses of a side (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls, median counts (%(default)s)")
+    parser.add_argument("--peak-tflops", type=float, help="of the device in this type: adds mfu_*")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -81,8 +83,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Returns:
         cases: a list, each with name, P, n, S (mean), ms_* and tokens_* of each layout, peak_mb_shared,
-        peak_mb_rows, speedup (ms_rows / ms_shared), token_ratio (tokens_rows / tokens_shared), and
-        flop_ratio (that of pairs_padded and shared).
+        peak_mb_rows, speedup (ms_rows / ms_shared), token_ratio (tokens_rows / tokens_shared),
+        speedup_pairs_padded and flop_ratio_pairs_padded likewise, and mfu_* of each layout, the share of
+        --peak-tflops that the layers' FLOPs took (backward counts twice; no output layer).
     """
     a = arguments
     with one_process():
@@ -93,13 +96,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_cases(n: int, scale: float) -> list[Case]:
-    """Returns sides with a context of 1,600 tokens and responses of fixed and of lognormal lengths."""
+    """Returns sides with a prompt of 50 tokens, a context of 1,600, and responses of fixed and of lognormal lengths."""
     random = np.random.default_rng(0)
     drawn = random.lognormal(math.log(800) - LOG_STD**2 / 2, LOG_STD, n)
     lengths = {f"fixed_{length}": [length] * n for length in (200, 800, 1600, 4000)} | {
         "lognormal_800": drawn
     }
-    prefix = round((PROMPT + 1600) * scale)
+    prefix = round((PROMPT + CONTEXT) * scale)
     return [
         Case(name, prefix, tuple(max(1, round(x * scale)) for x in values))
         for name, values in lengths.items()
@@ -113,7 +116,7 @@ def measure(case: Case, a: argparse.Namespace) -> dict[str, Any]:
     ms = median_ms(a.repeats, {name: run_layers(layers, s) for name, s in segments.items()})
     peak = {name: peak_mb(make_and_run, a.layers, a.hidden, segments[name]) for name in ("shared", "rows")}
     tokens = {name: sum(s.prefix + sum(s.responses) for s in found) for name, found in segments.items()}
-    flops = {name: sum(flops_of(s, a.hidden) for s in found) for name, found in segments.items()}
+    flops = {name: 3 * sum(flops_of(s, layers) for s in found) for name, found in segments.items()}
     return {
         "name": case.name,
         "P": case.prefix,
@@ -126,14 +129,17 @@ def measure(case: Case, a: argparse.Namespace) -> dict[str, Any]:
         "token_ratio": tokens["rows"] / tokens["shared"],
         "speedup_pairs_padded": ms["pairs_padded"] / ms["shared"],
         "flop_ratio_pairs_padded": flops["pairs_padded"] / flops["shared"],
+        **({f"mfu_{n}": flops[n] / ms[n] / a.peak_tflops / 1e9 for n in LAYOUTS} if a.peak_tflops else {}),
     }
 
 
-def flops_of(segment: Segment, hidden: int) -> float:
-    """Returns forward FLOPs of a layer: 24 h^2 a token and 4 h a query-key pair."""
+def flops_of(segment: Segment, model: PolicyModel) -> float:
+    """Returns forward FLOPs of the layers: 2 a token and weight, 4 a query-key pair and element of a row."""
     own = [segment.prefix, *segment.responses]
     pairs = sum(x * (x + 1) / 2 for x in own) + segment.prefix * sum(segment.responses)
-    return 24 * hidden**2 * sum(own) + 4 * hidden * pairs
+    weights = sum(p.numel() for p in model.decoder.layers.parameters() if p.dim() == 2)
+    width = model.config.num_attention_heads * model.config.kv_channels * model.config.num_layers
+    return 2 * weights * sum(own) + 4 * width * pairs
 
 
 def make_layers(layers: int, hidden: int) -> PolicyModel:
