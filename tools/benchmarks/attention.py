@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_cases(n: int, scale: float) -> list[Case]:
-    """Returns sides with a prompt of 50 tokens, a context of 1,600, and responses of fixed and of lognormal lengths."""
+    """Returns sides with a prompt of 50 tokens and a context of 1,600, by the lengths of their responses."""
     random = np.random.default_rng(0)
     drawn = random.lognormal(math.log(800) - LOG_STD**2 / 2, LOG_STD, n)
     lengths = {f"fixed_{length}": [length] * n for length in (200, 800, 1600, 4000)} | {
