@@ -1,4 +1,4 @@
-"""Logits under tensor parallel, and weights that one process refuses for both.
+"""Logits and log-probs under tensor parallel, and weights that one process refuses for both.
 
 tests/integration/test_logits_match_hf.py has logits of one process.
 """

@@ -8,10 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from support.token_loss import ESTIMATORS, OBJECTIVES, loss_config, loss_in_torch, loss_inputs
 
 from megatron_bicc.algorithms.clipping import clip_bounds
 from megatron_bicc.algorithms.kl import kl_penalty
-from megatron_bicc.algorithms.policy_loss import LossRows, policy_loss
+from megatron_bicc.algorithms.statistics import clip_masks
 from megatron_bicc.config import LossConfig
 from megatron_bicc.packing import PackingSettings, RolloutBatch, pack
 
@@ -117,20 +118,11 @@ def test_pre_backward_reduction(dtype):
     torch.testing.assert_close(delta_HT, expected_HT, rtol=1e-5, atol=1e-4)
 
 
-def loss_inputs(lengths: list[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    torch.manual_seed(0)
-    rows = sum(lengths)
-    old_T = -torch.rand(rows, device=DEVICE)
-    response_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(DEVICE)
-    tensors = {
-        "logp": old_T + 0.5 * torch.randn(rows, device=DEVICE),
-        "old_logp": old_T,
-        "advantage": torch.randn(len(lengths), device=DEVICE)[response_T],
-        "weight": torch.rand(rows, device=DEVICE),
-        "ref_logp": old_T + 0.3 * torch.randn(rows, device=DEVICE),
-        "rollout_logp": old_T + 0.3 * torch.randn(rows, device=DEVICE),
-    }
-    return tensors, response_T
+LENGTHS = [1, 300, 7, 1025, 64, 2]
+
+
+def on_device(inputs: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(values.astype(np.float32)).to(DEVICE) for name, values in inputs.items()}
 
 
 def run_token_loss(
@@ -163,34 +155,23 @@ def run_token_loss(
     return gradient_T, dict(zip(_C_cuda.LOSS_STATISTICS, statistics.tolist(), strict=True))
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-@pytest.mark.parametrize("objective", ["token", "sequence", "geometric", "aspo", "cispo"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_token_loss_equals_pytorch(objective, estimator):
-    config = LossConfig(
-        objective=objective,
-        clip_low=0.2,
-        clip_high=0.28,
-        dual_clip=1.2,
-        tis_cap=1.2,
-        kl_coefficient=0.1,
-        kl_estimator=estimator,
-    )
-    lengths = [1, 300, 7, 1025, 64, 2]
-    tensors, response_T = loss_inputs(lengths)
-    gradient_T, statistics = run_token_loss(tensors, lengths, config)
-    again_T, statistics_again = run_token_loss(tensors, lengths, config)
+    config = loss_config(objective, estimator)
+    tensors = on_device(loss_inputs(np.random.default_rng(0), LENGTHS))
+    gradient_T, statistics = run_token_loss(tensors, LENGTHS, config)
+    again_T, statistics_again = run_token_loss(tensors, LENGTHS, config)
     exact = {name: tensor.double() for name, tensor in tensors.items()}
-    logp_T = exact.pop("logp").requires_grad_()
-    loss = policy_loss(logp_T, LossRows(**exact, response=response_T), config)
-    loss.backward()
-    torch.testing.assert_close(gradient_T.double(), logp_T.grad, rtol=1e-4, atol=1e-6)
-    assert statistics["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    log_ratio_T = logp_T.detach() - exact["old_logp"]
-    assert statistics["rows"] == sum(lengths)
+    loss, expected_T = loss_in_torch(exact, LENGTHS, config)
+    torch.testing.assert_close(gradient_T.double(), expected_T, rtol=1e-4, atol=1e-6)
+    assert statistics["loss"] == pytest.approx(loss, rel=1e-5)
+    log_ratio_T = exact["logp"] - exact["old_logp"]
+    assert statistics["rows"] == sum(LENGTHS)
     assert statistics["kl_old_new"] == pytest.approx(
         (log_ratio_T.expm1() - log_ratio_T).sum().item(), rel=1e-5
     )
-    kl_ref = kl_penalty(logp_T.detach(), exact["ref_logp"], "k3").sum().item()
+    kl_ref = kl_penalty(exact["logp"], exact["ref_logp"], "k3").sum().item()
     assert statistics["kl_new_ref"] == pytest.approx(kl_ref, rel=1e-5)
     assert statistics["ratio_min"] == pytest.approx(log_ratio_T.min().exp().item(), rel=1e-5)
     assert statistics["ratio_max"] == pytest.approx(log_ratio_T.max().exp().item(), rel=1e-5)
@@ -198,16 +179,13 @@ def test_token_loss_equals_pytorch(objective, estimator):
     assert statistics == statistics_again
 
 
-@pytest.mark.parametrize("objective", ["token", "sequence", "geometric", "aspo", "cispo"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_clip_counts_equal_the_statistics(objective):
-    from megatron_bicc.algorithms.statistics import clip_masks
-
-    config = LossConfig(objective=objective, clip_low=0.2, clip_high=0.28, dual_clip=1.2)
-    lengths = [1, 300, 7, 1025, 64, 2]
-    tensors, _ = loss_inputs(lengths)
-    _, statistics = run_token_loss(tensors, lengths, config)
+    config = loss_config(objective)
+    tensors = on_device(loss_inputs(np.random.default_rng(0), LENGTHS))
+    _, statistics = run_token_loss(tensors, LENGTHS, config)
     log_ratio_T = (tensors["logp"] - tensors["old_logp"]).double().cpu().numpy()
-    offsets_R = np.cumsum([0, *lengths])
+    offsets_R = np.cumsum([0, *LENGTHS])
     advantage_R = tensors["advantage"].cpu().numpy()[offsets_R[:-1]]
     for edge, mask_T in clip_masks(log_ratio_T, advantage_R, offsets_R, config).items():
         assert statistics[f"clipped_{edge}"] == mask_T.sum()

@@ -13,17 +13,15 @@ import numpy as np
 import pytest
 import torch
 from packing_cases import Group, Rollout, make_batch, make_settings, micro_batches
+from support.token_loss import ESTIMATORS, OBJECTIVES, loss_config, loss_in_torch, loss_inputs
 
 from megatron_bicc import _C
 from megatron_bicc.algorithms.clipping import clip_bounds
-from megatron_bicc.algorithms.policy_loss import LossRows, policy_loss
 from megatron_bicc.algorithms.statistics import clip_masks
 from megatron_bicc.config import LossConfig
 from megatron_bicc.packing import pack
 
 REPOSITORY = Path(__file__).parents[2]
-OBJECTIVES = ["token", "sequence", "geometric", "aspo", "cispo"]
-ESTIMATORS = ["k1", "k2", "k3"]
 
 
 class FillArrays(ctypes.Structure):
@@ -119,40 +117,20 @@ def test_merging_two_parts_of_a_softmax(host):
     assert merged[-1].tolist() == [0.0, 0.0, -math.inf]
 
 
-def loss_rows(random: np.random.Generator, count: int) -> dict[str, np.ndarray]:
-    """Returns the rows of one response: ratios on both sides of every edge, one advantage."""
-    old = -random.random(count)
-    return {
-        "logp": old + random.normal(0, 0.9, count),
-        "old_logp": old,
-        "advantage": np.full(count, random.normal()),
-        "weight": random.random(count),
-        "ref_logp": old + random.normal(0, 0.3, count),
-        "rollout_logp": old + random.normal(0, 0.3, count),
-    }
-
-
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_loss_of_a_response(host, objective, estimator):
     random = np.random.default_rng([OBJECTIVES.index(objective), ESTIMATORS.index(estimator)])
-    config = LossConfig(
-        objective=objective,
-        clip_low=0.2,
-        clip_high=0.28,
-        dual_clip=1.2,
-        tis_cap=1.2,
-        kl_coefficient=0.1,
-        kl_estimator=estimator,
-    )
+    config = loss_config(objective, estimator)
     totals = np.zeros(3, np.int64)
     for _ in range(80):
-        rows = loss_rows(random, int(random.integers(1, 12)))
+        rows_T = int(random.integers(1, 12))
+        rows = loss_inputs(random, [rows_T])
         loss, gradient, clipped = on_host(host, rows, config)
-        expected_loss, expected_gradient = in_torch(rows, config)
+        tensors = {name: torch.from_numpy(values) for name, values in rows.items()}
+        expected_loss, expected_gradient = loss_in_torch(tensors, [rows_T], config)
         np.testing.assert_allclose(loss, expected_loss, rtol=2e-5, atol=1e-6)
-        np.testing.assert_allclose(gradient, expected_gradient, rtol=2e-5, atol=1e-6)
-        rows_T = len(rows["logp"])
+        np.testing.assert_allclose(gradient, expected_gradient.numpy(), rtol=2e-5, atol=1e-6)
         log_ratio_T = rows["logp"] - rows["old_logp"]
         masks = clip_masks(log_ratio_T, rows["advantage"][:1], np.array([0, rows_T]), config)
         assert clipped.tolist() == [masks[edge].sum() for edge in ("low", "high", "dual")]
@@ -182,20 +160,11 @@ def on_host(
     return loss, gradient, clipped
 
 
-def in_torch(rows: dict[str, np.ndarray], config: LossConfig) -> tuple[float, np.ndarray]:
-    tensors = {name: torch.from_numpy(values) for name, values in rows.items()}
-    logp = tensors.pop("logp").requires_grad_()
-    response = torch.zeros(len(logp), dtype=torch.int64)
-    loss = policy_loss(logp, LossRows(**tensors, response=response), config)
-    loss.backward()
-    return loss.item(), logp.grad.numpy()
-
-
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_broken_log_prob_reaches_the_loss(host, objective):
     config = LossConfig(objective=objective, clip_low=0.2, clip_high=0.2, dual_clip=3.0)
     for advantage in (1.0, -1.0):
-        rows = loss_rows(np.random.default_rng(0), 3)
+        rows = loss_inputs(np.random.default_rng(0), [3])
         rows["advantage"][:], rows["logp"][1] = advantage, np.nan
         loss, _, _ = on_host(host, rows, config)
         assert math.isnan(loss)

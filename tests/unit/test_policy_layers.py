@@ -16,13 +16,16 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from safetensors.torch import load_file, save_file
+from support.models import LLAMA3_ROPE, YARN_ROPE
 from support.steps import make_config
-from transformers import AutoConfig
+from transformers import AutoConfig, Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from megatron_bicc.policy import layer_specs
 from megatron_bicc.policy.architecture import describe, transformer_config
 from megatron_bicc.policy.hf_mapping import rule_for
 from megatron_bicc.policy.policy import Policy
+from megatron_bicc.policy.rotary import PositionRotary, rotary_frequencies
 from megatron_bicc.policy.shared_prefix_attention import SharedPrefixCoreAttention
 
 
@@ -149,3 +152,23 @@ def test_weights_that_are_not_finite_are_refused_by_name(
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=f"model: {re.escape(name)}: holds NaN or infinite values"):
         Policy(make_config(path, "grpo"))
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 10000.0},
+        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        LLAMA3_ROPE,
+        YARN_ROPE,
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_rotary_angles_are_transformers(rope: dict) -> None:
+    hf_config = Qwen3Config(hidden_size=64, num_attention_heads=4, head_dim=32, rope_parameters=rope)
+    positions = torch.tensor([0, 1, 2, 7, 300, 3, 4, 3])
+    frequencies, factor = rotary_frequencies(hf_config)
+    angles = PositionRotary(frequencies)(positions)[:, 0, 0]
+    expected = Qwen3RotaryEmbedding(hf_config)(torch.zeros(1), positions[None])
+    for ours, theirs in zip((angles.cos(), angles.sin()), expected, strict=True):
+        torch.testing.assert_close(factor * ours, theirs[0], rtol=1e-6, atol=1e-6)
