@@ -1,4 +1,4 @@
-"""Run by torchrun: two tensor-parallel processes' logits against transformers', log-probs against log_softmax.
+"""Run by torchrun: logits of two processes against transformers', log-probs against log_softmax.
 
 torchrun --nproc-per-node 2 logits_worker.py BROKEN MODEL ...
 
