@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LONGEST = 256
+LONGEST = 64
 """Rows up to which segments share a tile; of a longer one, the copy costs more than a call of its own."""
 STEPS = 8
 """Lengths are rounded up by at most 1 / STEPS, or to a multiple of STEPS."""
