@@ -1,7 +1,7 @@
 """Every setting of a run: nested dataclasses, read from YAML and `section.name=value` overrides.
 
-A setting of None in `loss`, `bicc.enabled` or `rcc.enabled` takes its value from the preset that
-`algorithm` names (megatron_bicc.algorithms.presets).
+A setting of None takes its value from the preset that `algorithm` names
+(megatron_bicc.algorithms.presets).
 """
 
 from dataclasses import dataclass, field
@@ -82,6 +82,12 @@ class RolloutConfig:
     """Sampling temperature; log-probs are taken at the same temperature."""
     batch_size: int = 256
     """Rollouts that the local engine generates at once."""
+    dynamic_sampling: bool | None = None
+    """Draw prompts until prompts_per_step groups have right and wrong rollouts; None: as the preset says."""
+    max_prompts_per_step: int = 320
+    """Most prompts that dynamic sampling draws for a step; fewer groups than it needs by then is an error."""
+    leftover: Literal["drop", "keep"] = "drop"
+    """Groups with contrast beyond prompts_per_step: dropped, or learned from in the next step."""
     sglang: SglangConfig = field(default_factory=SglangConfig)
 
 
@@ -109,6 +115,10 @@ class RewardConfig:
     """Name of a registered verifier (megatron_bicc.rewards)."""
     threshold: float = 0.5
     """A rollout is correct if its reward is greater than this."""
+    overlong_penalty: float | None = None
+    """Taken off the reward of a response as long as max_new_tokens; 0 is off; None: as the preset says."""
+    overlong_share: float = 0.2
+    """Last share of rollout.max_new_tokens, over which that penalty grows from 0."""
 
 
 @dataclass

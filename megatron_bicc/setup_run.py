@@ -14,6 +14,7 @@ from megatron_bicc.config import Config
 from megatron_bicc.data import Prompt, PromptSampler, load_prompts
 from megatron_bicc.policy.policy import Policy, start_model_parallel
 from megatron_bicc.rewards import Verifier, get_verifier
+from megatron_bicc.rollout.dynamic import Collector
 from megatron_bicc.rollout.local import LocalEngine
 from megatron_bicc.rollout.sglang.engine import SglangEngine
 from megatron_bicc.rollout.types import Engine
@@ -30,7 +31,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     prompts: list[Prompt]
     heldout: list[Prompt]
-    sampler: PromptSampler
+    collector: Collector
     verifier: Verifier
 
 
@@ -52,7 +53,7 @@ def read_inputs(config: Config) -> Inputs:
     heldout = _prompts(config, config.evaluation.data, tokenizer) if config.evaluation.data else []
     heldout = heldout[: config.evaluation.prompts or None]
     sampler = PromptSampler(len(prompts), config.rollout.prompts_per_step, config.seed)
-    return Inputs(config, tokenizer, prompts, heldout, sampler, verifier)
+    return Inputs(config, tokenizer, prompts, heldout, Collector(config, prompts, sampler), verifier)
 
 
 def check_settings(config: Config) -> Config:

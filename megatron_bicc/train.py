@@ -14,11 +14,13 @@ import torch.distributed as dist
 from megatron_bicc import platform
 from megatron_bicc.cli import abort, parse_config
 from megatron_bicc.config import Config
+from megatron_bicc.data import Prompt
 from megatron_bicc.evaluation import evaluate
 from megatron_bicc.monitoring.run_log import RunLog
 from megatron_bicc.monitoring.timing import Stopwatch
 from megatron_bicc.policy.hf_weights import save_hf
 from megatron_bicc.rollout.collect import collect_groups
+from megatron_bicc.rollout.dynamic import Collected
 from megatron_bicc.rollout.types import Group, RolloutError, Sampling
 from megatron_bicc.setup_run import Inputs, Workers, read_inputs, start_workers
 from megatron_bicc.training.checkpoint import (
@@ -78,12 +80,12 @@ def train(inputs: Inputs, workers: Workers, first_step: int) -> None:
         clock = Stopwatch()
         with clock("step"):
             with clock("rollout"):
-                groups = roll_out(inputs, workers, step)
+                rollouts = roll_out(inputs, workers, step)
             with released_memory(inputs, workers):
-                updates = learn(inputs, workers, groups, clock, log, step)
+                updates = learn(inputs, workers, rollouts.groups, clock, log, step)
             with clock("sync"):
                 sync_weights(workers.policy, workers.engine, step)
-            metrics = rollout_metrics(groups, config) | mean_metrics(updates)
+            metrics = rollout_metrics(rollouts, config) | mean_metrics(updates)
             metrics["train/lr"] = workers.policy.learning_rate()
             metrics |= workers.engine.counts()
             if is_due(step, config.evaluation.every, config):
@@ -96,18 +98,23 @@ def train(inputs: Inputs, workers: Workers, first_step: int) -> None:
     workers.engine.close()
 
 
-def roll_out(inputs: Inputs, workers: Workers, step: int) -> list[Group]:
+def roll_out(inputs: Inputs, workers: Workers, step: int) -> Collected:
     """G scored rollouts of each of the step's prompts."""
     config = inputs.config
-    return collect_groups(
-        [inputs.prompts[i] for i in inputs.sampler.next_step()],
-        workers.engine,
-        inputs.verifier,
-        inputs.tokenizer,
-        Sampling(config.rollout.temperature, config.rollout.max_new_tokens),
-        config.rollout.group_size,
-        seed=(config.seed, step),
-    )
+    sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
+
+    def sample(prompts: list[Prompt], seed: tuple[int, ...]) -> list[Group]:
+        return collect_groups(
+            prompts,
+            workers.engine,
+            inputs.verifier,
+            inputs.tokenizer,
+            sampling,
+            config.rollout.group_size,
+            seed,
+        )
+
+    return inputs.collector.step(step, sample)
 
 
 def released_memory(inputs: Inputs, workers: Workers) -> AbstractContextManager[None]:
@@ -159,7 +166,7 @@ def save(inputs: Inputs, workers: Workers, step: int) -> None:
     """A checkpoint from which the run goes on after this step."""
     c = inputs.config
     state = workers.policy.scheduler.state_dict()
-    progress = Progress(step, inputs.sampler.state_dict(), state, asdict(c), contents(c))
+    progress = Progress(step, inputs.collector.state_dict(), state, asdict(c), contents(c))
     save_checkpoint(c.output_dir, workers.policy, progress, c.checkpoint.keep)
 
 
@@ -171,7 +178,7 @@ def restore(inputs: Inputs, workers: Workers) -> int:
         return 0
     check_resume(read_progress(found[-1]), inputs.config, first_process=dist.get_rank() == 0)
     progress = load_checkpoint(found[-1], workers.policy)
-    inputs.sampler.load_state_dict(progress.sampler)
+    inputs.collector.load_state_dict(progress.sampler)
     return progress.step
 
 

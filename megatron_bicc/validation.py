@@ -21,6 +21,7 @@ POSITIVE_COUNTS = (
     "rollout.batch_size",
     "rollout.sglang.servers_per_node",
     "rollout.sglang.max_concurrency",
+    "rollout.max_prompts_per_step",
     "parallel.tensor",
     "parallel.pipeline",
     "parallel.virtual_pipeline",
@@ -31,6 +32,7 @@ POSITIVE_COUNTS = (
     "checkpoint.keep",
 )
 NOT_NEGATIVE = (
+    "reward.overlong_penalty",
     "evaluation.prompts",
     "checkpoint.every",
     "monitoring.report_groups",
@@ -48,12 +50,13 @@ POSITIVE = (
     "rollout.sglang.health_timeout_s",
     "rollout.sglang.request_timeout_s",
     "rollout.sglang.retry_s",
+    "reward.overlong_share",
     "weight_sync.bucket_mb",
     "weight_sync.timeout_s",
     "evaluation.temperature",
     "optimizer.eps",
 )
-SHARES = ("bicc.weight", "bicc.context_ratio", "synthetic.pass_rate")
+SHARES = ("bicc.weight", "bicc.context_ratio", "reward.overlong_share", "synthetic.pass_rate")
 DECAYS = ("optimizer.beta1", "optimizer.beta2")
 
 
@@ -63,7 +66,7 @@ def validate(config: Config, world_size: int) -> None:
     world_size: number of processes of the run. Files are looked for, not read, and so are optional packages.
     A dry run does without data.train.
     """
-    resolve(config)
+    config = resolve(config)
     _check_ranges(_flatten(asdict(config)))
     _check_layout(config, world_size)
     _check_batches(config)
@@ -133,6 +136,12 @@ def _check_batches(config: Config) -> None:
     if prompts % updates:
         raise ValueError(
             f"train.updates_per_step is {updates}; it must divide rollout.prompts_per_step = {prompts}"
+        )
+    most = config.rollout.max_prompts_per_step
+    if config.rollout.dynamic_sampling and most < prompts:
+        raise ValueError(
+            f"rollout.max_prompts_per_step is {most}; "
+            f"it must be at least rollout.prompts_per_step = {prompts}"
         )
     if config.optimizer.min_lr > config.optimizer.lr:
         raise ValueError(

@@ -1,20 +1,21 @@
-"""Named algorithms: each is a choice of advantage, ratio-and-clip and aggregation, and nothing else."""
+"""Named algorithms: each is a choice of advantage, ratio-and-clip, aggregation, sampling and shaping."""
 
 from dataclasses import dataclass, fields, replace
 from difflib import SequenceMatcher
 from itertools import product
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, TypeVar
 
-from megatron_bicc.config import Config, LossConfig
+from megatron_bicc.config import Config, LossConfig, RewardConfig, RolloutConfig
 
 BICC_DUAL_CLIP = 3.0
+Section = TypeVar("Section", LossConfig, RolloutConfig, RewardConfig)
 ALIASES = MappingProxyType({"bicc": "grpo+bicc+rcc"})
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What an algorithm sets in `config.loss`; names and meanings are those of LossConfig."""
+    """What an algorithm sets; names and meanings are those of LossConfig, RolloutConfig and RewardConfig."""
 
     advantage: Literal["normalized", "centered"]
     objective: Literal["token", "sequence", "geometric", "aspo", "cispo"]
@@ -22,13 +23,17 @@ class Preset:
     clip_high: float
     aggregation: Literal["sequence_mean", "constant", "token_mean"]
     dual_clip: float = 0.0
+    dynamic_sampling: bool = False
+    overlong_penalty: float = 0.0
 
 
 PRESETS = MappingProxyType(
     {
         "grpo": Preset("normalized", "token", 0.2, 0.2, "sequence_mean"),  # arXiv 2402.03300
         "dr_grpo": Preset("centered", "token", 0.2, 0.2, "constant"),  # arXiv 2503.20783
-        "dapo": Preset("normalized", "token", 0.2, 0.28, "token_mean"),  # arXiv 2503.14476
+        "dapo": Preset(  # arXiv 2503.14476
+            "normalized", "token", 0.2, 0.28, "token_mean", dynamic_sampling=True, overlong_penalty=1.0
+        ),
         "gspo": Preset("normalized", "sequence", 3e-4, 4e-4, "sequence_mean"),  # arXiv 2507.18071
         "gmpo": Preset("normalized", "geometric", 0.4, 0.4, "sequence_mean"),  # arXiv 2507.20673
         "aspo": Preset("normalized", "aspo", 0.2, 0.2, "token_mean", dual_clip=3.0),  # arXiv 2510.06062
@@ -56,7 +61,7 @@ def parse_algorithm(name: str) -> tuple[str, bool, bool]:
 
 
 def resolve(config: Config) -> Config:
-    """A copy of config in which every None of loss, bicc.enabled and rcc.enabled comes from the preset.
+    """A copy of config in which every None comes from the preset.
 
     Explicit values win. Where BICC ends up enabled, a dual clip that nobody set is 3. Raises ValueError for
     an unknown algorithm and for a loss setting out of its range.
@@ -65,12 +70,23 @@ def resolve(config: Config) -> Config:
     bicc = bicc if config.bicc.enabled is None else config.bicc.enabled
     rcc = rcc if config.rcc.enabled is None else config.rcc.enabled
     preset = replace(PRESETS[base], dual_clip=BICC_DUAL_CLIP) if bicc else PRESETS[base]
-    missing = [f.name for f in fields(preset) if getattr(config.loss, f.name) is None]
-    loss = replace(config.loss, **{name: getattr(preset, name) for name in missing})
+    loss = _filled(config.loss, preset)
     _check_ranges(loss)
     return replace(
-        config, loss=loss, bicc=replace(config.bicc, enabled=bicc), rcc=replace(config.rcc, enabled=rcc)
+        config,
+        loss=loss,
+        rollout=_filled(config.rollout, preset),
+        reward=_filled(config.reward, preset),
+        bicc=replace(config.bicc, enabled=bicc),
+        rcc=replace(config.rcc, enabled=rcc),
     )
+
+
+def _filled(section: Section, preset: Preset) -> Section:
+    """The section with the preset's values where it holds None."""
+    names = {f.name for f in fields(preset)} & {f.name for f in fields(section)}
+    missing = [name for name in names if getattr(section, name) is None]
+    return replace(section, **{name: getattr(preset, name) for name in missing})
 
 
 def _check_ranges(loss: LossConfig) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 
 
 class PromptSampler:
-    """Shuffled epochs over prompts, cut into steps that may cross from one epoch into the next.
+    """Shuffled epochs over prompts; a draw may cross from one epoch into the next.
 
     The order depends on `seed` alone, and `state_dict` is all that it takes to go on where a run ended.
     """
@@ -17,13 +17,12 @@ class PromptSampler:
                 f"in data.train, {num_prompts}"
             )
         self._num_prompts = num_prompts
-        self._prompts_per_step = prompts_per_step
         self._seed = seed
         self._drawn = 0
 
-    def next_step(self) -> list[int]:
-        """Indices of the next prompts_per_step prompts."""
-        draws = range(self._drawn, self._drawn + self._prompts_per_step)
+    def draw(self, count: int) -> list[int]:
+        """Indices of the next `count` prompts."""
+        draws = range(self._drawn, self._drawn + count)
         epochs = {n // self._num_prompts for n in draws}
         orders = {epoch: self._order(epoch) for epoch in epochs}
         self._drawn = draws.stop
@@ -38,7 +37,7 @@ class PromptSampler:
         return {"drawn": self._drawn, "num_prompts": self._num_prompts, "seed": self._seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the last step of a state; raises ValueError if it is of other data or another seed."""
+        """Go on after the last draw of a state; raises ValueError if it is of other data or another seed."""
         for name, now in (("num_prompts", self._num_prompts), ("seed", self._seed)):
             if state[name] != now:
                 raise ValueError(

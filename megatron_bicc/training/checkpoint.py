@@ -38,7 +38,7 @@ class Progress:
     step: int
     """Finished steps"""
     sampler: dict[str, Any]
-    """The prompt sampler's state"""
+    """The state of rollout.dynamic.Collector: the position in the data, and groups left over"""
     scheduler: dict[str, Any]
     """The learning-rate scheduler's state"""
     config: dict[str, Any]

@@ -5,25 +5,32 @@ Shape suffixes: R rollouts, T tokens of all responses.
 
 import numpy as np
 
+from megatron_bicc.algorithms.shaping import overlong_penalty
 from megatron_bicc.algorithms.statistics import StepTokens, contrast_statistics, ratio_statistics
 from megatron_bicc.config import Config
-from megatron_bicc.rollout.types import Group
+from megatron_bicc.rollout.dynamic import Collected
 from megatron_bicc.training.batch import step_batch
 from megatron_bicc.training.learner import StepResult
 
 
-def rollout_metrics(groups: list[Group], config: Config) -> dict[str, float]:
-    """Of the rollouts of a step: rewards, lengths, contrast."""
+def rollout_metrics(collected: Collected, config: Config) -> dict[str, float]:
+    """Of all rollouts that a step sampled: rewards, lengths, contrast."""
+    groups = collected.sampled
     batch = step_batch(groups)
     rewards_R = batch.rollouts.rewards_R
     correct_R = rewards_R > config.reward.threshold
+    penalty_R = overlong_penalty(batch.lengths_R, config.rollout.max_new_tokens, config.reward)
     truncated = [s.finish_reason == "length" for group in groups for s in group.samples]
     return {
         "reward/mean": float(rewards_R.mean()),
         "reward/pass_rate": float(correct_R.mean()),
+        "reward/overlong_penalty": float(penalty_R.mean()),
         "rollout/length_mean": float(batch.lengths_R.mean()),
         "rollout/length_max": float(batch.lengths_R.max()),
         "rollout/truncated": float(np.mean(truncated)),
+        "rollout/prompts": len(groups),
+        "rollout/carried": collected.carried,
+        "rollout/leftover": collected.leftover,
     } | contrast_statistics(correct_R, batch.rollouts.group_offsets_G)
 
 

@@ -26,6 +26,8 @@ DANGEROUS = (
     "rollout.group_size",
     "rollout.max_new_tokens",
     "rollout.temperature",
+    "rollout.dynamic_sampling",
+    "rollout.leftover",
     "train.updates_per_step",
 )
 """Settings, or sections of them, whose change makes another experiment of a run"""

@@ -10,6 +10,7 @@ import numpy as np
 from megatron_bicc.algorithms.advantages import group_advantages, mean_baseline
 from megatron_bicc.algorithms.kl import kl_in_reward
 from megatron_bicc.algorithms.rcc import rcc_baseline, sequence_delta
+from megatron_bicc.algorithms.shaping import overlong_penalty
 from megatron_bicc.config import Config
 from megatron_bicc.packing.types import RolloutBatch
 
@@ -71,10 +72,14 @@ def needs_reference(config: Config) -> bool:
 
 
 def _rewards(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config) -> np.ndarray:
+    """The verifier's rewards, which alone say what is right, shaped for their values."""
+    lengths_R = np.diff(rollouts.offsets_R)
+    penalty_R = overlong_penalty(lengths_R, config.rollout.max_new_tokens, config.reward)
+    rewards_R = rollouts.rewards_R.astype(np.float64) - penalty_R
     if not (config.loss.kl_coefficient and config.loss.kl_in == "reward"):
-        return rollouts.rewards_R.astype(np.float64)
+        return rewards_R
     return kl_in_reward(
-        rollouts.rewards_R,
+        rewards_R,
         log_probs.old_T,
         log_probs.ref_T,
         rollouts.offsets_R,

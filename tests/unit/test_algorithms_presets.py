@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest
 
 from megatron_bicc.algorithms.presets import PRESETS, parse_algorithm, resolve
-from megatron_bicc.config import BiccConfig, Config, LossConfig, RccConfig
+from megatron_bicc.config import BiccConfig, Config, LossConfig, RccConfig, RewardConfig, RolloutConfig
 
 
 @pytest.mark.parametrize("base", PRESETS)
@@ -16,10 +16,18 @@ def test_every_preset_with_and_without_bicc_and_rcc(base: str, bicc: bool, rcc: 
     assert parse_algorithm(name) == (base, bicc, rcc)
     config = resolve(Config(algorithm=name))
     assert (config.bicc.enabled, config.rcc.enabled) == (bicc, rcc)
+    found = vars(config.reward) | vars(config.rollout) | vars(config.loss)
     for field in fields(PRESETS[base]):
         if not (field.name == "dual_clip" and bicc):
-            assert getattr(config.loss, field.name) == getattr(PRESETS[base], field.name)
-    assert all(getattr(config.loss, field.name) is not None for field in fields(LossConfig))
+            assert found[field.name] == getattr(PRESETS[base], field.name)
+    assert None not in found.values()
+
+
+def test_only_dapo_samples_dynamically_and_shapes() -> None:
+    for base in PRESETS:
+        config = resolve(Config(algorithm=base))
+        assert config.rollout.dynamic_sampling == (base == "dapo")
+        assert config.reward.overlong_penalty == float(base == "dapo")
 
 
 def test_the_parts_of_a_name_come_in_any_order() -> None:
@@ -55,11 +63,14 @@ def test_explicit_values_win_and_the_given_config_stays_as_it_was() -> None:
     config = Config(
         algorithm="dapo+bicc+rcc",
         loss=LossConfig(clip_high=0.5, dual_clip=10.0, aggregation="constant"),
+        rollout=RolloutConfig(dynamic_sampling=False),
+        reward=RewardConfig(overlong_penalty=0.5),
         rcc=RccConfig(enabled=False),
     )
     resolved = resolve(config)
     assert resolved.loss == LossConfig("normalized", "token", 0.2, 0.5, 10.0, "constant")
     assert (resolved.bicc.enabled, resolved.rcc.enabled) == (True, False)
+    assert (resolved.rollout.dynamic_sampling, resolved.reward.overlong_penalty) == (False, 0.5)
     assert config.loss.clip_low is None and config.bicc.enabled is None
 
 
