@@ -128,10 +128,12 @@ def learn(
     """The step's optimiser steps, each on its share of the groups; their metrics."""
     config, metrics = inputs.config, []
     size = len(groups) // config.train.updates_per_step
-    for start in range(0, len(groups), size):
-        result = workers.learner.step(groups[start : start + size], clock, moved=start > 0)
-        if result is None:
+    starts = range(0, len(groups), size)
+    prepared = [workers.learner.prepare(groups[i : i + size], clock, moves=i > 0) for i in starts]
+    for start, share in zip(starts, prepared, strict=True):
+        if share is None:
             continue
+        result = workers.learner.update(share, clock)
         metrics.append(update_metrics(result, config))
         if start == 0 and is_due(step, config.evaluation.every, config):
             log.groups(step, report_groups(result, groups[:size], inputs.tokenizer, config))

@@ -56,6 +56,22 @@ class StepResult:
     """Variance over groups of the output layer's gradient (algorithms.gradient_variance)"""
 
 
+@dataclass(frozen=True)
+class PreparedStep:
+    """An optimiser step that the old policy has been asked for; the policy may move before it is taken."""
+
+    batch: StepBatch
+    num_groups: int
+    """Groups without contrast included"""
+    weight_R: np.ndarray
+    log_probs: TokenLogProbs
+    advantages: Advantages
+    plans: dict[bool, StepPlan]
+    pieces: list[Piece]
+    old: dict[int, Tensor]
+    """Denominators float32 [N] of pieces' rows; left out where the policy is to be its own old one"""
+
+
 class Learner:
     """Turns scored groups into optimiser steps of the policy."""
 
@@ -69,11 +85,16 @@ class Learner:
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.plain, self.bilateral = packing_settings(config, policy.hf_config, tokenizer)
 
-    def step(self, groups: list[Group], clock: Stopwatch, moved: bool = True) -> StepResult | None:
-        """One optimiser step; None if no group has both right and wrong rollouts. Collective.
+    def step(self, groups: list[Group], clock: Stopwatch) -> StepResult | None:
+        """One optimiser step; None if no group has both right and wrong rollouts. Collective."""
+        prepared = self.prepare(groups, clock, moves=False)
+        return None if prepared is None else self.update(prepared, clock)
 
-        `moved` is whether the policy was updated since these groups' rollouts were sampled: if it was not,
-        it is its own old policy, and a pass is saved.
+    def prepare(self, groups: list[Group], clock: Stopwatch, moves: bool) -> PreparedStep | None:
+        """All of an optimiser step that the policy as it is now decides: it is the step's old policy.
+
+        `moves` is whether the policy will be updated before this step is; if not, it is its own old policy
+        then, and a pass is saved. None if no group has both right and wrong rollouts. Collective.
         """
         everything = step_batch(groups)
         weight_R = token_weights(
@@ -86,18 +107,6 @@ class Learner:
             return None
         batch = step_batch([group for group, kept in zip(groups, contrast_G, strict=True) if kept])
         weight_R = weight_R[np.repeat(contrast_G, np.diff(everything.rollouts.group_offsets_G))]
-        return self._learn(batch, weight_R, len(groups), clock, moved)
-
-    def log_probs(self, groups: list[Group]) -> np.ndarray:
-        """float32 [T]: the policy's own log-prob of every response token, given its prompt. Collective."""
-        batch = step_batch(groups)
-        pieces = pieces_of(pack(batch.rollouts, self.plain, self.dp_size), self.dp_rank)
-        passes = self.policy.log_probs([p.packed for p in pieces])
-        return gather_tokens([x[0] for x in passes], [p.batch for p in pieces], len(batch.rollouts.tokens))
-
-    def _learn(
-        self, batch: StepBatch, weight_R: np.ndarray, num_groups: int, clock: Stopwatch, moved: bool
-    ) -> StepResult:
         with clock("pack"):
             plain = pack(batch.rollouts, self.plain, self.dp_size)
             plans = self._plans(batch, plain)
@@ -107,16 +116,29 @@ class Learner:
             pieces = [piece for kind in plans for piece in made[kind]]
         with clock("logprob"):
             log_probs = self._log_probs(batch, made[False])
+            old = self._denominators(pieces, log_probs, moves)
         adv = advantages(batch.rollouts, log_probs, self.config)
-        with clock("logprob"):
-            old = self._denominators(pieces, log_probs, moved)
+        return PreparedStep(batch, len(groups), weight_R, log_probs, adv, plans, pieces, old)
+
+    def update(self, step: PreparedStep, clock: Stopwatch) -> StepResult:
+        """Takes a prepared optimiser step. Collective."""
         with clock("train"):
-            with self.policy.gradient_sketch(len(adv.mean_G)) as sketch:
-                loss, new = self._accumulate(pieces, old, log_probs, adv, weight_R)
-            gradient = gradient_statistics(sum_over_all(sketch.values_GKL), num_groups)
+            with self.policy.gradient_sketch(len(step.advantages.mean_G)) as sketch:
+                loss, new = self._accumulate(step)
+            gradient = gradient_statistics(sum_over_all(sketch.values_GKL), step.num_groups)
             grad_norm = self.policy.update()
-        ratios = {kind: _ratios(pieces, new, old, kind, len(batch.rollouts.tokens)) for kind in plans}
-        return StepResult(batch, log_probs, adv, plans, ratios, loss, grad_norm, gradient)
+        tokens = len(step.batch.rollouts.tokens)
+        ratios = {kind: _ratios(step.pieces, new, step.old, kind, tokens) for kind in step.plans}
+        return StepResult(
+            step.batch, step.log_probs, step.advantages, step.plans, ratios, loss, grad_norm, gradient
+        )
+
+    def log_probs(self, groups: list[Group]) -> np.ndarray:
+        """float32 [T]: the policy's own log-prob of every response token, given its prompt. Collective."""
+        batch = step_batch(groups)
+        pieces = pieces_of(pack(batch.rollouts, self.plain, self.dp_size), self.dp_rank)
+        passes = self.policy.log_probs([p.packed for p in pieces])
+        return gather_tokens([x[0] for x in passes], [p.batch for p in pieces], len(batch.rollouts.tokens))
 
     def _plans(self, batch: StepBatch, plain: StepPlan) -> dict[bool, StepPlan]:
         """The plans to train on, by whether they are bilateral: one of them, or both mixed by bicc.weight."""
@@ -139,8 +161,8 @@ class Learner:
                 ref_T = gather_tokens([x[0] for x in self.policy.log_probs(packed)], batches, num_tokens)
         return TokenLogProbs(old_T, ref_T, batch.rollout_logp_T, entropy_T)
 
-    def _denominators(self, pieces: list[Piece], log_probs: TokenLogProbs, moved: bool) -> dict[int, Tensor]:
-        """Old log-probs float32 [N] of each piece's rows; left out where the policy is its own old one.
+    def _denominators(self, pieces: list[Piece], log_probs: TokenLogProbs, moves: bool) -> dict[int, Tensor]:
+        """PreparedStep.old.
 
         On the last pipeline stage; those of conditioned pieces are empty on the others.
         """
@@ -152,27 +174,21 @@ class Learner:
             for i, piece in enumerate(pieces)
             if i not in given_context
         }
-        if given_context and moved:
+        if given_context and moves:
             passes = self.policy.log_probs([pieces[i].packed for i in given_context])
             old |= {i: x[0] for i, x in zip(given_context, passes, strict=False)}
         return old
 
-    def _accumulate(
-        self,
-        pieces: list[Piece],
-        old: dict[int, Tensor],
-        log_probs: TokenLogProbs,
-        adv: Advantages,
-        weight_R: np.ndarray,
-    ) -> tuple[float, list[Tensor]]:
+    def _accumulate(self, step: PreparedStep) -> tuple[float, list[Tensor]]:
         """Gradients of the step's loss; (the loss, log-probs of every piece's rows)."""
 
         def loss(index: int, logp_N: Tensor, entropy_N: Tensor) -> Tensor:
-            piece, old_N = pieces[index], old.get(index, logp_N.detach())
-            rows = loss_rows(piece, old_N, entropy_N, log_probs, adv.advantage_R, weight_R)
+            piece, old_N = step.pieces[index], step.old.get(index, logp_N.detach())
+            advantage_R = step.advantages.advantage_R
+            rows = loss_rows(piece, old_N, entropy_N, step.log_probs, advantage_R, step.weight_R)
             return policy_loss(logp_N, rows, self.config.loss)
 
-        share, new = self.policy.accumulate_gradients([piece.packed for piece in pieces], loss)
+        share, new = self.policy.accumulate_gradients([piece.packed for piece in step.pieces], loss)
         return sum_scalar(share), new
 
 

@@ -32,29 +32,34 @@ def named_gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("moved_since_rollout", [False, True])
+@pytest.mark.parametrize("moves", [False, True])
 @pytest.mark.parametrize(("family", "case"), [*product(["qwen3_tied", "llama3"], CASES), *EXPERTS])
 def test_step_equals_reference(
     case: str,
     family: str,
-    moved_since_rollout: bool,
+    moves: bool,
     model_dirs: dict[str, Path],
     single_process: None,
     tmp_path: Path,
 ) -> None:
     algorithm, settings = CASES[case]
     reference = AutoModelForCausalLM.from_pretrained(model_dirs[family], dtype=torch.float32).eval()
-    moved = perturb(reference)
-    moved.save_pretrained(tmp_path)
+    old = perturb(reference)
+    old.save_pretrained(tmp_path / "old")
+    moved = perturb(old) if moves else old
+    moved.save_pretrained(tmp_path / "moved")
     config = make_config(model_dirs[family], algorithm, **settings)
     examples = make_examples(reference, config.rollout.temperature)
 
     policy = Policy(config)
     learner = Learner(config, policy, TOKENIZER)
-    policy.set_weights(Policy(make_config(tmp_path, algorithm)).host_copy())
-    result = learner.step(to_groups(examples), Stopwatch(), moved_since_rollout)
+    weights = {name: Policy(make_config(tmp_path / name, algorithm)).host_copy() for name in ("old", "moved")}
+    policy.set_weights(weights["old"])
+    prepared = learner.prepare(to_groups(examples), Stopwatch(), moves)
+    policy.set_weights(weights["moved"])
+    result = learner.update(prepared, Stopwatch())
 
-    expected = reference_loss(moved, copy.deepcopy(moved), reference, examples, config)
+    expected = reference_loss(moved, copy.deepcopy(old), reference, examples, config)
     expected.backward()
     # terms of size |A| cancel in the loss: an absolute error of 1e-6 is 1e-6 of a term
     assert result.loss == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)

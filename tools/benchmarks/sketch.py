@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         learner = make_learner("grpo", a.hidden, a.layers, 10 * a.mean_length, a.vocab)
         groups = make_groups(a.groups, a.mean_length, 5 * a.mean_length, a.vocab)
         for _ in range(a.repeats + 1):
-            times.append(timed_step(lambda: learner.step(groups, Stopwatch(), moved=False)))
+            times.append(timed_step(lambda: learner.step(groups, Stopwatch())))
     step_ms, sketch_ms = np.median(times[1:], axis=0) * 1e3
     print(f"step {step_ms:,.1f} ms, of it the sketch {sketch_ms:,.1f} ms: {sketch_ms / step_ms:.2%}")
     return {

@@ -60,7 +60,7 @@ def make_step(algorithm: str, a: argparse.Namespace) -> Callable[[], StepResult]
     longest = 5 * a.mean_length
     learner = make_learner(algorithm, a.hidden, a.layers, 2 * longest)
     groups = make_groups(a.groups, a.mean_length, longest, learner.policy.hf_config.vocab_size)
-    return lambda: learner.step(groups, Stopwatch(), moved=False)
+    return lambda: learner.step(groups, Stopwatch())
 
 
 def row_passes(result: StepResult) -> int:
