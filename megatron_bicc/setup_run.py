@@ -13,7 +13,7 @@ from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
 from megatron_bicc.data import Prompt, PromptSampler, load_prompts
 from megatron_bicc.policy.policy import Policy, start_model_parallel
-from megatron_bicc.rewards import Verifier, get_verifier
+from megatron_bicc.rewards import Verifier, get_verifier, unscorable
 from megatron_bicc.rollout.dynamic import Collector
 from megatron_bicc.rollout.local import LocalEngine
 from megatron_bicc.rollout.sglang.engine import SglangEngine
@@ -153,4 +153,12 @@ def _first_line(error: Exception) -> str:
 
 
 def _prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    return load_prompts(path, tokenizer, config.data.max_prompt_tokens, config.data.overlong_prompts)
+    prompts = load_prompts(path, tokenizer, config.data.max_prompt_tokens, config.data.overlong_prompts)
+    reward, truths = config.reward, [prompt.ground_truth for prompt in prompts]
+    for i in unscorable(reward.verifier, truths, reward.threshold):
+        raise ValueError(
+            f"{path}, row {prompts[i].index + 1}: no response can be right: "
+            f"reward.verifier={reward.verifier} does not even accept the ground truth itself, "
+            f"{truths[i][:60]!r}; correct it or remove the row"
+        )
+    return prompts

@@ -60,6 +60,7 @@ def ratio_statistics(tokens: StepTokens, loss: LossConfig) -> dict[str, float]:
     kl/old_new                                k3 estimate of KL(old || new) a token: how far the update went
     kl/old_ref                                k3 estimate of KL(old || ref) a token; needs ref_logp_T
     kl/rollout_old                            k3 estimate of KL(engine || old) a token: the engine mismatch
+    kl/old_rollout                            that of KL(old || engine), by the weights old / engine
     tis/mean, /q01, /q50, /q99, /max          weights old / engine a token before any cap
     delta/right, delta/wrong, delta/gap       mean over the side's rollouts of the token mean of log old / ref
                                               and right minus wrong; needs ref_logp_T
@@ -144,7 +145,10 @@ def _engine_statistics(tokens: StepTokens) -> dict[str, float]:
         return {}
     check_log_probs(tokens.rollout_logp_T, tokens.offsets_R, "log-prob of the rollout engine")
     log_ratio_T = _difference(_plain_logp(tokens), tokens.rollout_logp_T)
-    return _mean("kl/rollout_old", _k3(log_ratio_T)) | _distribution("tis", np.exp(log_ratio_T))
+    # the tokens are the engine's: under the other policy they count by their weight
+    reverse_T = np.exp(log_ratio_T) * log_ratio_T - np.expm1(log_ratio_T)
+    kl = _mean("kl/rollout_old", _k3(log_ratio_T)) | _mean("kl/old_rollout", reverse_T)
+    return kl | _distribution("tis", np.exp(log_ratio_T))
 
 
 def _plain_logp(tokens: StepTokens) -> np.ndarray:

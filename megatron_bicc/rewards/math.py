@@ -28,6 +28,11 @@ def score(texts: list[str], truths: list[str]) -> np.ndarray:
     return np.array([_reward(t, truth) for t, truth in zip(texts, truths, strict=True)], dtype=np.float32)
 
 
+def response(truth: str) -> str:
+    """A response that answers exactly `truth`."""
+    return f"\\boxed{{{truth}}}"
+
+
 def _reward(text: str, truth: str) -> float:
     answer = last_boxed(text)
     if not answer or len(answer) > MAX_ANSWER_CHARACTERS:

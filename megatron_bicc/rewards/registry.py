@@ -11,6 +11,8 @@ Verifier = Callable[[list[str], list[str]], np.ndarray]
 """(responses, ground truths) -> float32 [N] rewards."""
 
 VERIFIERS: dict[str, Verifier] = {"math": math.score}
+RESPONSES: dict[str, Callable[[str], str]] = {"math": math.response}
+"""What answers a ground truth with exactly that, by verifier"""
 
 
 def get_verifier(name: str) -> Verifier:
@@ -19,3 +21,9 @@ def get_verifier(name: str) -> Verifier:
         nearest = get_close_matches(name, VERIFIERS, n=1, cutoff=0)[0]
         raise ValueError(f"reward.verifier: unknown '{name}'; did you mean '{nearest}'?")
     return VERIFIERS[name]
+
+
+def unscorable(name: str, truths: list[str], threshold: float) -> list[int]:
+    """Indices of the ground truths for which even a response that answers exactly that is not right."""
+    rewards = get_verifier(name)([RESPONSES[name](truth) for truth in truths], truths)
+    return np.flatnonzero(~(rewards > threshold)).tolist()

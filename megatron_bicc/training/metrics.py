@@ -36,7 +36,10 @@ def rollout_metrics(collected: Collected, config: Config) -> dict[str, float]:
 
 def update_metrics(result: StepResult, config: Config) -> dict[str, float]:
     """Of one optimiser step: loss, gradient, baselines, ratios by side, tokens."""
-    adv, stats = result.advantages, [plan.stats for plan in result.plans.values()]
+    adv, plans = result.advantages, result.plans.values()
+    packed, rows, context = (
+        float(sum(plan.stats[f"tokens_{name}"] for plan in plans)) for name in ("packed", "rows", "context")
+    )
     return (
         {
             "train/loss": result.loss,
@@ -44,9 +47,10 @@ def update_metrics(result: StepResult, config: Config) -> dict[str, float]:
             "train/entropy": float(result.log_probs.entropy_T.mean()),
             "rcc/cov": float(adv.covariance_G.mean()),
             "rcc/baseline_shift": float((adv.baseline_G - adv.mean_G).mean()),
-            "tokens/packed": float(sum(s["tokens_packed"] for s in stats)),
-            "tokens/rows": float(sum(s["tokens_rows"] for s in stats)),
-            "tokens/context": float(sum(s["tokens_context"] for s in stats)),
+            "tokens/packed": packed,
+            "tokens/rows": rows,
+            "tokens/saved": rows - packed,
+            "tokens/context": context,
         }
         | result.gradient
         | _ratios(result, config)

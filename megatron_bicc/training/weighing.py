@@ -10,6 +10,7 @@ import numpy as np
 from megatron_bicc.algorithms.advantages import group_advantages, mean_baseline
 from megatron_bicc.algorithms.kl import kl_in_reward
 from megatron_bicc.algorithms.rcc import rcc_baseline, sequence_delta
+from megatron_bicc.algorithms.segments import check_log_probs
 from megatron_bicc.algorithms.shaping import overlong_penalty
 from megatron_bicc.config import Config
 from megatron_bicc.packing.types import RolloutBatch
@@ -42,7 +43,11 @@ class Advantages:
 
 
 def advantages(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config) -> Advantages:
-    """Advantages of groups that all have right and wrong rollouts, by value of their rewards."""
+    """Advantages of groups that all have right and wrong rollouts, by value of their rewards.
+
+    Raises ValueError that names rollout and token where a log-prob is not finite.
+    """
+    _check(log_probs, rollouts.offsets_R)
     rewards_R = _rewards(rollouts, log_probs, config)
     groups_G = rollouts.group_offsets_G
     mean_G = baseline_G = mean_baseline(rewards_R, groups_G)
@@ -69,6 +74,13 @@ def needs_reference(config: Config) -> bool:
     """Whether a resolved configuration asks for the frozen reference policy's log-probs."""
     by_rcc = config.rcc.enabled and config.rcc.reference == "ref"
     return bool(config.loss.kl_coefficient) or by_rcc or config.monitoring.reference
+
+
+def _check(log_probs: TokenLogProbs, offsets_R: np.ndarray) -> None:
+    check_log_probs(log_probs.old_T, offsets_R, "log-prob under the old policy")
+    check_log_probs(log_probs.rollout_T, offsets_R, "log-prob of the rollout engine")
+    if log_probs.ref_T is not None:
+        check_log_probs(log_probs.ref_T, offsets_R, "log-prob under the reference policy")
 
 
 def _rewards(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config) -> np.ndarray:

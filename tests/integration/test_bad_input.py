@@ -39,6 +39,7 @@ ROWS = {
     json.dumps({"prompt": "1+1="}): "row 2: ",
     json.dumps({"question": "1+1=", "answer": "it is 2"}): "row 2: ",
     json.dumps({"text": "1+1="}): "row 2: ",
+    json.dumps(GOOD_ROW | {"answer": "\\frac{1}{2"}): "row 2: no response can be right",
 }
 
 

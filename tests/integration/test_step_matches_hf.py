@@ -1,6 +1,7 @@
 """A packed step on megatron-core against the Hugging Face reference: loss and every parameter's gradient."""
 
 import copy
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -35,28 +36,43 @@ def named_gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("moves", [False, True])
 @pytest.mark.parametrize(("family", "case"), [*product(["qwen3_tied", "llama3"], CASES), *EXPERTS])
 def test_step_equals_reference(
-    case: str,
-    family: str,
-    moves: bool,
-    model_dirs: dict[str, Path],
-    single_process: None,
-    tmp_path: Path,
+    case: str, family: str, moves: bool, model_dirs: dict[str, Path], single_process: None, tmp_path: Path
 ) -> None:
+    check_step(case, model_dirs[family], tmp_path, moves, graded=False)
+
+
+@pytest.mark.parametrize("case", ["grpo", "bicc_rcc_mixed"])
+def test_rewards_that_are_not_binary(
+    case: str, model_dirs: dict[str, Path], single_process: None, tmp_path: Path
+) -> None:
+    """Sides by the threshold, advantages by value; a group that is all right teaches nothing."""
+    check_step(case, model_dirs["qwen3_tied"], tmp_path, moves=False, graded=True)
+
+
+def set_weights(policy: Policy, model: PreTrainedModel, path: Path) -> None:
+    model.save_pretrained(path)
+    policy.set_weights(Policy(make_config(path, "grpo")).host_copy())
+
+
+def check_step(case: str, model: Path, tmp_path: Path, moves: bool, graded: bool) -> None:
+    """`moves`: the policy moves between a step's preparation and its update."""
     algorithm, settings = CASES[case]
-    reference = AutoModelForCausalLM.from_pretrained(model_dirs[family], dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     old = perturb(reference)
-    old.save_pretrained(tmp_path / "old")
     moved = perturb(old) if moves else old
-    moved.save_pretrained(tmp_path / "moved")
-    config = make_config(model_dirs[family], algorithm, **settings)
+    config = make_config(model, algorithm, **settings)
     examples = make_examples(reference, config.rollout.temperature)
+    if graded:
+        examples = [
+            replace(e, rewards=[0.6 * r + 0.1 * (i % 4) for i, r in enumerate(e.rewards)]) for e in examples
+        ]
 
     policy = Policy(config)
     learner = Learner(config, policy, TOKENIZER)
-    weights = {name: Policy(make_config(tmp_path / name, algorithm)).host_copy() for name in ("old", "moved")}
-    policy.set_weights(weights["old"])
+    set_weights(policy, old, tmp_path / "old")
     prepared = learner.prepare(to_groups(examples), Stopwatch(), moves)
-    policy.set_weights(weights["moved"])
+    if moves:
+        set_weights(policy, moved, tmp_path / "moved")
     result = learner.update(prepared, Stopwatch())
 
     expected = reference_loss(moved, copy.deepcopy(old), reference, examples, config)

@@ -149,7 +149,7 @@ def one_token(loss: LossConfig, log_ratio: float, advantage: float) -> tuple[flo
     return value.item(), logp.grad.item()
 
 
-@pytest.mark.parametrize("preset", ["grpo", "dapo", "gspo", "gmpo", "aspo"])
+@pytest.mark.parametrize("preset", ["grpo", "dr_grpo", "dapo", "gspo", "gmpo", "aspo"])
 def test_a_ratio_exactly_at_an_edge_is_not_clipped_and_beyond_it_has_no_gradient(preset: str) -> None:
     loss = loss_config(preset, dual_clip=0.0)
     low, high = (-0.4, 0.4) if preset == "gmpo" else (math.log1p(-loss.clip_low), math.log1p(loss.clip_high))
@@ -160,6 +160,19 @@ def test_a_ratio_exactly_at_an_edge_is_not_clipped_and_beyond_it_has_no_gradient
         assert gradient == pytest.approx(-advantage * ratio, rel=1e-15)
         assert one_token(loss, edge + 1e-9 * outward, advantage)[1] == 0.0
         assert one_token(loss, -edge - 1e-3 * outward, advantage)[1] != 0.0  # the other side stays open
+
+
+@pytest.mark.parametrize("advantage", [1.5, -1.5])
+def test_cispo_bounds_the_weight_at_its_edge_and_keeps_the_gradient(advantage: float) -> None:
+    loss = loss_config("cispo")
+    for log_ratio, weight in (
+        (math.log(5.0) - 0.01, 5.0 * math.exp(-0.01)),
+        (math.log(5.0), 5.0),
+        (2.0, 5.0),
+    ):
+        value, gradient = one_token(loss, log_ratio, advantage)
+        assert gradient == pytest.approx(-advantage * weight, rel=1e-15)
+        assert value == pytest.approx(-advantage * weight * log_ratio, rel=1e-15)
 
 
 def test_dual_clip_bounds_the_loss_of_negative_advantages_only() -> None:

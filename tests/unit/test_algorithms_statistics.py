@@ -62,6 +62,8 @@ def test_distances_of_the_policies() -> None:
     for key, p, q in (("old_new", old, new), ("old_ref", old, ref), ("rollout_old", mu, old)):
         k3 = [math.exp(b - a) - 1 - (b - a) for a, b in zip(p, q, strict=True)]
         assert statistics[f"kl/{key}"] == pytest.approx(sum(k3) / 12)
+    weights = np.exp(old - mu)
+    assert statistics["kl/old_rollout"] == pytest.approx((weights * np.log(weights) - weights + 1).mean())
     assert statistics["tis/max"] == pytest.approx(np.exp(old - mu).max())
     assert statistics["tis/mean"] == pytest.approx(np.exp(old - mu).mean())
     delta = [(old - ref)[a:b].mean() for a, b in zip(OFFSETS_R[:-1], OFFSETS_R[1:], strict=True)]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_bicc.rewards import get_verifier
+from megatron_bicc.rewards import get_verifier, unscorable
 from megatron_bicc.rewards.extraction import last_boxed
 from megatron_bicc.rewards.limit import OutOfTime, cpu_limit
 
@@ -105,3 +105,13 @@ def test_score_of_nothing_and_of_unequal_lengths():
 def test_unknown_verifier_names_the_nearest():
     with pytest.raises(ValueError, match="reward.verifier: unknown 'maths'; did you mean 'math'"):
         get_verifier("maths")
+
+
+@pytest.mark.parametrize("truth", ["109", "\\frac{1}{2}", "(1,2]", "\\text{east}", "\\{1, 2\\}", "1,000"])
+def test_a_truth_that_can_be_scored(truth: str):
+    assert unscorable("math", ["7", truth], 0.5) == []
+
+
+@pytest.mark.parametrize("truth", ["\\frac{1}{2", "1}{2", "\\boxed{5", "1+" * 400 + "1", "5\\"])
+def test_a_truth_that_no_response_can_meet(truth: str):
+    assert unscorable("math", ["7", truth, "8"], 0.5) == [1]

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
@@ -38,3 +39,20 @@ def test_a_reference_that_is_only_watched_moves_no_advantage() -> None:
     np.testing.assert_allclose(corrected.covariance_G, np.cov([1, 0, 0], OLD_T - REF_T, bias=True)[0, 1])
     assert (corrected.baseline_G > watched.baseline_G).all()
     assert without.covariance_G == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [
+        ("old_T", "under the old policy"),
+        ("ref_T", "under the reference policy"),
+        ("rollout_T", "of the rollout engine"),
+    ],
+)
+@pytest.mark.parametrize("algorithm", ["grpo", "grpo+rcc"])
+def test_a_log_prob_of_minus_infinity_is_refused_by_name(field: str, name: str, algorithm: str) -> None:
+    fields = {"old_T": OLD_T, "ref_T": REF_T, "rollout_T": OLD_T, "entropy_T": OLD_T}
+    broken_T = fields[field].copy()
+    broken_T[1] = -np.inf
+    with pytest.raises(ValueError, match=f"log-prob {name} of rollout 1, token 0 is -inf"):
+        advantages(ROLLOUTS, TokenLogProbs(**fields | {field: broken_T}), configuration(algorithm))
