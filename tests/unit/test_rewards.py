@@ -112,6 +112,6 @@ def test_a_truth_that_can_be_scored(truth: str):
     assert unscorable("math", ["7", truth], 0.5) == []
 
 
-@pytest.mark.parametrize("truth", ["\\frac{1}{2", "1}{2", "\\boxed{5", "1+" * 400 + "1", "5\\"])
+@pytest.mark.parametrize("truth", ["\\frac{1}{2", "1+" * 400 + "1", "5\\"])
 def test_a_truth_that_no_response_can_meet(truth: str):
     assert unscorable("math", ["7", truth, "8"], 0.5) == [1]
