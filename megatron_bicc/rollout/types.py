@@ -12,7 +12,7 @@ from megatron_bicc.data import Prompt
 
 
 class RolloutError(Exception):
-    """The engine could not do its work within the configured time. One line: why, and where."""
+    """A step's rollouts cannot be had, such as from an engine that does not answer. One line: why, where."""
 
 
 @dataclass(frozen=True)
