@@ -28,7 +28,7 @@ SETTINGS = [
     "train.updates_per_step=2",
     "train.steps=3",
     "parallel.tensor=1",
-    "evaluation.prompts=2",
+    "evaluation.prompts=1",
     "evaluation.samples=2",
     "checkpoint.every=1",
     "checkpoint.keep=3",
@@ -64,18 +64,10 @@ def test_steps_are_full_and_groups_are_carried_over(whole: tuple[Path, list[dict
     assert any(step["rollout/carried"] for step in steps)
 
 
-def test_the_second_update_has_moved_from_the_old_policy(
-    whole: tuple[Path, list[dict]], tmp_path: Path
-) -> None:
-    """Without contexts the ratio of a step's first update is 1; that of its second is not."""
-    one, two = (
-        run(tmp_path / str(updates), "algorithm=dapo", f"train.updates_per_step={updates}", "train.steps=1")[
-            1
-        ]
-        for updates in (1, 2)
-    )
-    assert one["kl/old_new"] == pytest.approx(0.0, abs=1e-12)
-    assert two["kl/old_new"] > 1e-9
+def test_the_second_update_has_moved_from_the_old_policy(single_process: None, tmp_path: Path) -> None:
+    """Without contexts every ratio of a step's first update is 1: what is left is the second one's."""
+    found = run(tmp_path / "run", "algorithm=dapo", "train.steps=1", "rollout.prompts_per_step=2")
+    assert found[1]["kl/old_new"] > 1e-9
 
 
 def test_resumed_run_equals_one_that_was_not_stopped(whole: tuple[Path, list[dict]], tmp_path: Path) -> None:
