@@ -94,9 +94,16 @@ def parse_config(argv: list[str]) -> Config:
         abort(str(error))
 
 
-def abort(message: str) -> NoReturn:
-    """Ends the process with one line on stderr and exit status 2."""
-    _speak_once(f"{PROGRAM}: error: {' '.join(message.split())}\n", sys.stderr)
+def abort(message: str, everywhere: bool = False) -> NoReturn:
+    """Ends the process with one line on stderr and exit status 2.
+
+    everywhere: every process of the job has a line of its own to say, not only the first.
+    """
+    line = f"{PROGRAM}: error: {' '.join(message.split())}\n"
+    if everywhere:
+        print(line, end="", file=sys.stderr, flush=True)
+    else:
+        _speak_once(line, sys.stderr)
     raise SystemExit(2)
 
 

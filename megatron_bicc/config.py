@@ -5,7 +5,7 @@ A setting of None takes its value from the preset that `algorithm` names
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
@@ -205,6 +205,8 @@ class ParallelConfig:
     """Expert-parallel size."""
     context: int = 1
     """Context-parallel size; only 1 is supported."""
+    silence_seconds: float = 30.0
+    """A host that is not heard of for so long ends the run; 0 waits for collectives to fail."""
 
 
 @dataclass
@@ -334,3 +336,11 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every setting by its dotted name, from dataclasses.asdict of a Config."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_bicc import platform
+from megatron_bicc.agreement import check_agreement
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
 from megatron_bicc.data import Prompt, PromptSampler, load_prompts
@@ -75,6 +76,8 @@ def start_workers(inputs: Inputs) -> Workers:
     config = inputs.config
     disable_progress_bar()  # the run has one of its own
     platform.start_distributed()
+    check_agreement(config)
+    platform.watch_hosts(config.parallel.silence_seconds)
     start_model_parallel(config)
     policy = Policy(config)
     learner = Learner(config, policy, inputs.tokenizer)

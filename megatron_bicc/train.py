@@ -41,8 +41,20 @@ from megatron_bicc.weight_sync.proof import WeightSyncError
 
 
 def main(argv: list[str]) -> None:
-    """A run from its command line. A mistake in it is one line on stderr and exit status 2."""
+    """A run from its command line. What ends it early is one line on stderr and exit status 2."""
     config = parse_config(argv)
+    try:
+        run(config)
+    except KeyboardInterrupt:
+        abort(f"stopped; checkpoint.resume=true goes on from the newest checkpoint in {config.output_dir}")
+    except RuntimeError as error:
+        if not platform.is_connection_loss(error):
+            raise
+        abort(f"{platform.lost_connection(error)}; checkpoint.resume=true goes on", everywhere=True)
+
+
+def run(config: Config) -> None:
+    """A run: inputs, workers, every step."""
     try:
         if config.dry_run:
             return print_dry_run(config)
@@ -55,9 +67,7 @@ def main(argv: list[str]) -> None:
         train(inputs, workers, first_step)
     except (CheckpointError, RolloutError, WeightSyncError) as error:
         abort(str(error))
-    except KeyboardInterrupt:
-        abort(f"stopped; checkpoint.resume=true goes on from the newest checkpoint in {config.output_dir}")
-    dist.destroy_process_group()
+    platform.end_distributed()
 
 
 def print_dry_run(config: Config) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bicc.algorithms.presets import resolve
-from megatron_bicc.config import Config
+from megatron_bicc.config import Config, flatten
 from megatron_bicc.rollout.sglang.settings import check_servers
 
 POSITIVE_COUNTS = (
@@ -36,6 +36,7 @@ NOT_NEGATIVE = (
     "evaluation.prompts",
     "checkpoint.every",
     "monitoring.report_groups",
+    "parallel.silence_seconds",
     "optimizer.lr",
     "optimizer.min_lr",
     "optimizer.warmup_steps",
@@ -67,7 +68,7 @@ def validate(config: Config, world_size: int) -> None:
     A dry run does without data.train.
     """
     config = resolve(config)
-    _check_ranges(_flatten(asdict(config)))
+    _check_ranges(flatten(asdict(config)))
     _check_layout(config, world_size)
     _check_batches(config)
     _check_budget(config)
@@ -78,13 +79,6 @@ def validate(config: Config, world_size: int) -> None:
         from megatron_bicc.monitoring.writer import import_wandb
 
         import_wandb(config.monitoring.wandb_project)
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _check_ranges(values: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Where the processes run: CUDA with NCCL, or the CPU with gloo. No other room tests for CUDA."""
 
 import os
+import socket
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
@@ -8,8 +9,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_bicc.platform.cpu import CudaOnCpu
+from megatron_bicc.platform.heartbeat import Heartbeat
 
 TIMEOUT = timedelta(minutes=30)
+MEETING_TIMEOUT = timedelta(minutes=5)
+_heartbeat: Heartbeat | None = None
 
 
 def has_cuda() -> bool:
@@ -38,19 +42,67 @@ def world_size() -> int:
 
 
 def start_distributed() -> None:
-    """Joins the process group that torchrun describes; alone, makes a group of one."""
+    """Joins the process group that torchrun describes; alone, makes a group of one.
+
+    Raises ValueError naming the address if the processes cannot meet there.
+    """
     if has_cuda():
         torch.cuda.set_device(local_rank())
     if "RANK" not in os.environ:
         store = dist.HashStore()
         dist.init_process_group(_backend(), store=store, rank=0, world_size=1, timeout=TIMEOUT)
     else:
-        dist.init_process_group(_backend(), timeout=TIMEOUT)
+        store, rank, size = _meet()
+        dist.init_process_group(_backend(), store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+
+
+def watch_hosts(silence_seconds: float) -> None:
+    """From now on a host that is silent for so long ends this process with one line; 0: never. Collective."""
+    global _heartbeat
+    if silence_seconds and "RANK" in os.environ:
+        _heartbeat = Heartbeat(silence_seconds, local_rank())
+
+
+def end_distributed() -> None:
+    """Leaves the process group once every process is here. Collective."""
+    dist.barrier()
+    if _heartbeat:
+        _heartbeat.stop()
+    dist.destroy_process_group()
+
+
+def is_connection_loss(error: RuntimeError) -> bool:
+    """Whether another process, or the link to it, is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def lost_connection(error: RuntimeError) -> str:
+    """One line that says which process on which host lost the connection, and to whom."""
+    place = f"process {os.environ.get('RANK', '0')} on host {socket.gethostname()}"
+    return f"{place} lost the connection to another process: {_first_line(error)}"
 
 
 def megatron() -> AbstractContextManager:
     """Inside it megatron-core may be called: on a CPU its CUDA calls are redirected, else nothing changes."""
     return nullcontext() if has_cuda() else CudaOnCpu()
+
+
+def _meet() -> tuple[dist.Store, int, int]:
+    """(store, rank, number of processes) at the address that torchrun gave."""
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=MEETING_TIMEOUT))
+    except dist.DistError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ValueError(
+            f"MASTER_ADDR:MASTER_PORT is {address}; process {os.environ['RANK']} on host "
+            f"{socket.gethostname()} cannot meet the others there: {_first_line(error)}; give a free port "
+            "of the first host, the same on every host"
+        ) from error
+    return dist.PrefixStore("default_pg", store), rank, size
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _backend() -> str:

@@ -79,6 +79,8 @@ def save_checkpoint(output_dir: str, policy: Policy, progress: Progress, keep: i
         if dist.get_rank() == 0:
             _publish(partial, final, keep)
     except (OSError, RuntimeError, CheckpointException) as error:
+        if isinstance(error, RuntimeError) and platform.is_connection_loss(error):
+            raise
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"{final}: cannot be written: {_reason(error)}; free space and go on by checkpoint.resume=true"

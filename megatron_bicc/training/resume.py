@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_bicc.config import Config
+from megatron_bicc.config import Config, flatten
 from megatron_bicc.policy.hf_files import SIDE_FILES
 from megatron_bicc.training.checkpoint import Progress
 
@@ -39,7 +39,7 @@ def check_resume(progress: Progress, config: Config, first_process: bool) -> Non
     Raises ValueError naming those that make another experiment of the run, unless checkpoint.force. A file
     that was moved and holds the same is no change.
     """
-    changed = _changes(_flatten(progress.config), _flatten(asdict(config)))
+    changed = _changes(flatten(progress.config), flatten(asdict(config)))
     now = contents(config)
     same_files = {name for name in now if progress.contents.get(name) == now[name]}
     edited = dict.fromkeys(now.keys() - same_files - changed.keys(), "its content has changed")
@@ -72,10 +72,3 @@ def contents(config: Config) -> dict[str, str]:
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     return {name: f"was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]}
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
