@@ -57,7 +57,8 @@ def run(config: Config) -> None:
     """A run: inputs, workers, every step."""
     try:
         if config.dry_run:
-            return print_dry_run(config)
+            print_dry_run(config)
+            return
         inputs = read_inputs(config)
         workers = start_workers(inputs)
         first_step = restore(inputs, workers)

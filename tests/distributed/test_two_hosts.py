@@ -12,7 +12,7 @@ from support.hosts import why_not
 
 REPOSITORY = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("hosts_worker.py")
-pytestmark = pytest.mark.skipif(bool(reason := why_not()), reason=reason)
+pytestmark = [pytest.mark.skipif(bool(reason := why_not()), reason=reason), pytest.mark.timeout(620)]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What hosts_worker.py reports: the directory as "out", and scenario: {"status": [..], "err": [..]}."""
     out = tmp_path_factory.mktemp("hosts")
     command = [sys.executable, "-W", "ignore", str(WORKER), str(out)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=290)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((out / "report.json").read_text()) | {"out": out}
 
