@@ -142,7 +142,7 @@ def kill_one_host(out: Path) -> dict:
     kill_host(1)
     victim.wait()
     back = torchrun(out, 1)
-    statuses = [survivor.wait(timeout=150), back.wait(timeout=60)]
+    statuses = [survivor.wait(timeout=300), back.wait(timeout=100)]
     return {"status": statuses, "err": [Path(f"{out}.torchrun{host}").read_text() for host in range(2)]}
 
 
