@@ -96,7 +96,7 @@ def both(out: Path, local_port: int = 0) -> dict:
 
 def wait_for_step(out: Path, step: int) -> None:
     """Until the run has finished that step."""
-    for _ in range(2400):
+    for _ in range(6000):
         if (out / "metrics.jsonl").exists() and f'"step": {step}' in (out / "metrics.jsonl").read_text():
             return
         time.sleep(0.05)
