@@ -1,13 +1,13 @@
 """Reading back what a run wrote."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_bicc.config import flatten
 from megatron_bicc.monitoring import jsonl
 from megatron_bicc.monitoring.writer import GROUPS_FILE, LAYOUT_FILE, METRICS_FILE, SETTINGS_FILE
 
@@ -70,12 +70,4 @@ def _read_settings(path: Path) -> dict[str, Any]:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         raise ValueError(f"{path}: not the settings of a run; remove it") from None
-    return dict(_flatten(settings)) if isinstance(settings, dict) else {}
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    return flatten(settings) if isinstance(settings, dict) else {}
