@@ -19,9 +19,9 @@ ALGORITHMS = {"grpo": "grpo", "bicc": "grpo+bicc"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's own options."""
-    parser.add_argument("--groups", type=int, default=4, help="groups of 8 rollouts (%(default)s)")
+    parser.add_argument("--groups", type=int, default=2, help="groups of 8 rollouts (%(default)s)")
     parser.add_argument("--layers", type=int, default=2, help="layers (%(default)s)")
-    parser.add_argument("--hidden", type=int, default=256, help="hidden size (%(default)s)")
+    parser.add_argument("--hidden", type=int, default=512, help="hidden size (%(default)s)")
     parser.add_argument("--mean-length", type=int, default=100, help="of a response (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps, median counts (%(default)s)")
 
