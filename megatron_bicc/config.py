@@ -278,6 +278,16 @@ class CheckpointConfig:
 
 
 @dataclass
+class ExportConfig:
+    """The policy in Hugging Face format while it is trained; output_dir/hf holds it at the end."""
+
+    every: int = 0
+    """Steps between exports to output_dir/exports/step_N; 0: none but that at the end."""
+    keep: int = 2
+    """Newest of these exports to keep."""
+
+
+@dataclass
 class MonitoringConfig:
     """What the run writes beside metrics.jsonl and report.html."""
 
@@ -334,6 +344,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 

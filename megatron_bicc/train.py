@@ -18,7 +18,6 @@ from megatron_bicc.data import Prompt
 from megatron_bicc.evaluation import evaluate
 from megatron_bicc.monitoring.run_log import RunLog
 from megatron_bicc.monitoring.timing import Stopwatch
-from megatron_bicc.policy.hf_weights import save_hf
 from megatron_bicc.rollout.collect import collect_groups
 from megatron_bicc.rollout.dynamic import Collected
 from megatron_bicc.rollout.types import Group, RolloutError, Sampling
@@ -30,8 +29,9 @@ from megatron_bicc.training.checkpoint import (
     checkpoints,
     load_checkpoint,
     read_progress,
-    save_checkpoint,
 )
+from megatron_bicc.training.checkpoint_writer import CheckpointWriter
+from megatron_bicc.training.export import export, export_step
 from megatron_bicc.training.metrics import mean_metrics, rollout_metrics, update_metrics
 from megatron_bicc.training.report_groups import report_groups
 from megatron_bicc.training.report_layout import report_layout
@@ -83,6 +83,7 @@ def train(inputs: Inputs, workers: Workers, first_step: int) -> None:
     """Every step of a run after the `first_step` that are finished. Collective."""
     config = inputs.config
     log = RunLog(config, first_step, enabled=dist.get_rank() == 0)
+    writer = CheckpointWriter(config.output_dir, config.checkpoint.keep)
     sync_weights(workers.policy, workers.engine, first_step)
     if first_step == 0:
         log.step(0, held_out(inputs, workers))
@@ -102,9 +103,17 @@ def train(inputs: Inputs, workers: Workers, first_step: int) -> None:
             if is_due(step, config.evaluation.every, config):
                 with clock("eval"):
                     metrics |= held_out(inputs, workers)
+            if config.export.every and step % config.export.every == 0 and step < config.train.steps:
+                with clock("export"):
+                    export_step(workers.policy, config, step)
+            writer.check()
+            if is_due(step, config.checkpoint.every, config):
+                with clock("save"):
+                    writer.snapshot(workers.policy, progress(inputs, workers, step))
         log.step(step, metrics | clock.metrics())
-        if is_due(step, config.checkpoint.every, config):
-            save(inputs, workers, step)
+        # once the step's metrics are on disk: a run that goes on from its checkpoint lacks none
+        writer.start()
+    writer.wait()
     finish(inputs, workers, log)
     workers.engine.close()
 
@@ -175,12 +184,11 @@ def is_due(step: int, every: int, config: Config) -> bool:
     return step == config.train.steps or (every > 0 and step % every == 0)
 
 
-def save(inputs: Inputs, workers: Workers, step: int) -> None:
-    """A checkpoint from which the run goes on after this step."""
+def progress(inputs: Inputs, workers: Workers, step: int) -> Progress:
+    """Where the run stands after this step."""
     c = inputs.config
     state = workers.policy.scheduler.state_dict()
-    progress = Progress(step, inputs.collector.state_dict(), state, asdict(c), contents(c))
-    save_checkpoint(c.output_dir, workers.policy, progress, c.checkpoint.keep)
+    return Progress(step, inputs.collector.state_dict(), state, asdict(c), contents(c))
 
 
 def restore(inputs: Inputs, workers: Workers) -> int:
@@ -189,18 +197,19 @@ def restore(inputs: Inputs, workers: Workers) -> int:
     found = checkpoints(inputs.config.output_dir) if inputs.config.checkpoint.resume else []
     if not found:
         return 0
-    check_resume(read_progress(found[-1]), inputs.config, first_process=dist.get_rank() == 0)
-    progress = load_checkpoint(found[-1], workers.policy)
-    inputs.collector.load_state_dict(progress.sampler)
-    return progress.step
+    saved = read_progress(found[-1])
+    check_resume(saved, inputs.config, first_process=dist.get_rank() == 0)
+    load_checkpoint(found[-1], workers.policy, saved)
+    inputs.collector.load_state_dict(saved.sampler)
+    return saved.step
 
 
 def finish(inputs: Inputs, workers: Workers, log: RunLog) -> None:
     """The trained policy as a Hugging Face directory, the report, and where to look."""
-    config, policy = inputs.config, workers.policy
-    export = Path(config.output_dir) / "hf"
-    save_hf(policy.modules, policy.hf_config, config.model.path, str(export), dist.get_rank() == 0)
-    log.finish(last_checkpoint=checkpoints(config.output_dir)[-1], export=export)
+    config = inputs.config
+    target = Path(config.output_dir) / "hf"
+    export(workers.policy, config, target)
+    log.finish(last_checkpoint=checkpoints(config.output_dir)[-1], export=target)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,13 @@ POSITIVE_COUNTS = (
     "evaluation.every",
     "evaluation.samples",
     "checkpoint.keep",
+    "export.keep",
 )
 NOT_NEGATIVE = (
     "reward.overlong_penalty",
     "evaluation.prompts",
     "checkpoint.every",
+    "export.every",
     "monitoring.report_groups",
     "parallel.silence_seconds",
     "optimizer.lr",
@@ -167,7 +169,13 @@ def _check_files(config: Config) -> None:
     ):
         if not path and not (config.dry_run and name == "data.train"):
             raise ValueError(f"{name} is not set; set it to {content}")
-    if not (Path(config.model.path) / "config.json").is_file():
+    model = Path(config.model.path)
+    if (model / "metadata.json").is_file() and not (model / "config.json").is_file():
+        raise ValueError(
+            f"model.path is {model}; it is a Megatron checkpoint, but a run starts from a Hugging Face "
+            "directory: make one of it by tools/convert_hf_checkpoint.py export"
+        )
+    if not (model / "config.json").is_file():
         raise ValueError(f"model.path is {config.model.path}; there is no Hugging Face config.json in it")
     if config.data.train:
         _check_file("data.train", config.data.train)

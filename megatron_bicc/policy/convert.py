@@ -28,7 +28,8 @@ from megatron_bicc.policy.hf_files import (
     write_file,
     write_index,
 )
-from megatron_bicc.policy.megatron_files import MegatronCheckpoint, Piece, describe, write_checkpoint
+from megatron_bicc.policy.megatron_files import MegatronCheckpoint, write_checkpoint
+from megatron_bicc.policy.megatron_pieces import Piece, describe
 
 HF = "hf"
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"

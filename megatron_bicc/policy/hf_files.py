@@ -1,9 +1,10 @@
 """The files of a Hugging Face directory: its tensors one at a time, in and out, and what lies beside them."""
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -190,6 +191,30 @@ def write_file(path: Path, described: dict[str, Tensor], tensors: Iterable[tuple
             file.write(tensor.contiguous().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_model(
+    target: Path, described: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor]], largest_file: int
+) -> None:
+    """One safetensors file, or several with their index, in the order of `tensors`, one of which is held.
+
+    described: shape and dtype of every tensor, in the same order. Files are of at most `largest_file` bytes,
+    unless one tensor is larger.
+    """
+    files: list[dict[str, Tensor]] = [{}]
+    for name, tensor in described.items():
+        if files[-1] and sum(x.nbytes for x in files[-1].values()) + tensor.nbytes > largest_file:
+            files.append({})
+        files[-1][name] = tensor
+    total = len(files)
+    names = (
+        [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)] if total > 1 else [SINGLE]
+    )
+    for file, held in zip(names, files, strict=True):
+        write_file(target / file, held, itertools.islice(tensors, len(held)))
+    if total > 1:
+        file_of = {name: file for file, held in zip(names, files, strict=True) for name in held}
+        write_index(target, file_of, described)
 
 
 def weight_map(index: Path) -> dict[str, str]:

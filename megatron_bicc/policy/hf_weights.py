@@ -1,17 +1,17 @@
 """Weights between Hugging Face safetensors and the policy's shards."""
 
+import collections
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import save_torch_state_dict
 from megatron.core import parallel_state
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_bicc.policy.hf_files import HfTensors, SafetensorsDirectory, copy_side_files
+from megatron_bicc.policy.hf_files import HfTensors, SafetensorsDirectory, copy_side_files, write_model
 from megatron_bicc.policy.hf_mapping import Rule, cut, from_whole, join, rule_for, to_whole
 from megatron_bicc.policy.model import PolicyModel
 
@@ -94,26 +94,49 @@ def hf_tensors(chunks: list[PolicyModel], hf_config: PretrainedConfig) -> Iterat
 
     All ranks of the tensor-, expert- and pipeline-parallel groups must exhaust it together.
     """
-    tp_group = parallel_state.get_tensor_model_parallel_group()
-    ep_group = parallel_state.get_expert_model_parallel_group()
     pp_group = parallel_state.get_pipeline_model_parallel_group()
-    own = [(rule, parameter) for chunk in chunks for rule, parameter in _parameters(chunk)]
-    tables: list = [None] * pp_group.size()
-    dist.all_gather_object(tables, [(rule, tuple(p.shape), p.dtype) for rule, p in own], group=pp_group)
-    for stage, table in enumerate(tables):
+    own = [parameter for chunk in chunks for _, parameter in _parameters(chunk)]
+    for stage, table in enumerate(_tables(chunks)):
         for i, (rule, shape, dtype) in enumerate(table):
             mine = stage == pp_group.rank()
-            part = (
-                own[i][1].data.contiguous()
-                if mine
-                else torch.empty(shape, dtype=dtype, device=own[0][1].device)
-            )
+            part = own[i].data.contiguous() if mine else torch.empty(shape, dtype=dtype, device=own[0].device)
             dist.broadcast(part, group=pp_group, group_src=stage)
-            if rule.expert is None:
-                yield from _to_hf(rule, _gather(part, tp_group), 0, hf_config)
-            else:
-                for rank, expert in enumerate(_gather(part, ep_group)):
-                    yield from _to_hf(rule, [expert], _first_expert(hf_config, rank), hf_config)
+            yield from _assemble(rule, part, _gather, hf_config)
+
+
+def describe_hf(chunks: list[PolicyModel], hf_config: PretrainedConfig) -> dict[str, Tensor]:
+    """Shape and dtype of all that `hf_tensors` yields, in its order, as meta tensors. Collective."""
+    found: dict[str, Tensor] = {}
+    for rule, shape, dtype in (entry for table in _tables(chunks) for entry in table):
+        part = torch.empty(shape, dtype=dtype, device="meta")
+        found |= _assemble(rule, part, lambda part, group: [part] * group.size(), hf_config)
+    return found
+
+
+def _tables(chunks: list[PolicyModel]) -> list[list[tuple[Rule, torch.Size, torch.dtype]]]:
+    """Every pipeline stage's parameters. Collective."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    tables: list = [None] * group.size()
+    own = [
+        (rule, parameter.shape, parameter.dtype) for chunk in chunks for rule, parameter in _parameters(chunk)
+    ]
+    dist.all_gather_object(tables, own, group=group)
+    return tables
+
+
+def _assemble(
+    rule: Rule,
+    part: Tensor,
+    gather: Callable[[Tensor, dist.ProcessGroup], list[Tensor]],
+    hf_config: PretrainedConfig,
+) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors of a parameter from every rank's part of it."""
+    if rule.expert is None:
+        yield from _to_hf(rule, gather(part, parallel_state.get_tensor_model_parallel_group()), 0, hf_config)
+        return
+    experts = gather(part, parallel_state.get_expert_model_parallel_group())
+    for rank, expert in enumerate(experts):
+        yield from _to_hf(rule, [expert], _first_expert(hf_config, rank), hf_config)
 
 
 def _gather(part: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
@@ -130,19 +153,34 @@ def _to_hf(
 
 
 def save_hf(
-    chunks: list[PolicyModel], hf_config: PretrainedConfig, source: str, target: str, is_writer: bool
+    chunks: list[PolicyModel],
+    hf_config: PretrainedConfig,
+    source: Path,
+    target: Path,
+    is_writer: bool,
+    largest_file: int = 5_000_000_000,
 ) -> None:
     """Writes a Hugging Face directory: the policy's weights beside `source`'s configuration and tokenizer.
 
-    Collective; one process has `is_writer`. Written aside and renamed, so `target` is whole or absent.
+    Collective; one process has `is_writer`, and holds one tensor at a time. Files of at most `largest_file`
+    bytes, unless one tensor is larger. Written aside and renamed, so `target` is whole or absent. Raises
+    ValueError, on the writer, if it cannot be written.
     """
-    tensors = {name: tensor.cpu().clone() for name, tensor in hf_tensors(chunks, hf_config) if is_writer}
+    described, stream = describe_hf(chunks, hf_config), hf_tensors(chunks, hf_config)
     if not is_writer:
+        collections.deque(stream, maxlen=0)
         return
-    partial = Path(f"{target}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    copy_side_files(Path(source), partial)
-    save_torch_state_dict(tensors, partial)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    partial, old = (target.with_name(target.name + suffix) for suffix in (".partial", ".old.partial"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        partial.mkdir(parents=True)
+        copy_side_files(source, partial)
+        write_model(partial, described, ((name, tensor.cpu()) for name, tensor in stream), largest_file)
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ValueError(f"{target}: cannot be written: {error.strerror or error}") from error

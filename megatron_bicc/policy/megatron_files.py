@@ -1,31 +1,27 @@
 """A policy's weights in megatron-core's distributed checkpoint format, read and written piece by piece.
 
-The format does not know layouts: each tensor of it is whole, and whoever loads it takes its own part. What a
-checkpoint holds for a policy is asked from megatron-core itself, of a policy built without memory.
+The format does not know layouts: each tensor of it is whole, and whoever loads it takes its own part.
 """
 
-import copy
 import errno
 import io
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_save_common_strategy
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
     CachedMetadataFileSystemReader,
 )
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     ReadItem,
@@ -35,68 +31,12 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from transformers import PretrainedConfig
 
 from megatron_bicc import platform
-from megatron_bicc.config import Config
-from megatron_bicc.policy.architecture import transformer_config
-from megatron_bicc.policy.hf_mapping import Rule, cut, from_whole, join, rule_for, to_whole
+from megatron_bicc.policy.megatron_pieces import Piece
 from megatron_bicc.policy.model import PolicyModel
 
 FORMAT = CheckpointingConfig("torch_dist", 1)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A parameter of the whole policy, and its place in a tensor of the checkpoint."""
-
-    rule: Rule
-    key: str
-    """Name of the checkpoint's tensor, which holds this parameter of every layer"""
-    offset: tuple[int, ...]
-    """Where the parameter starts in that tensor"""
-    global_shape: tuple[int, ...]
-    shape: torch.Size
-    """The parameter's own shape; its missing leading dimensions are of size 1"""
-
-    @property
-    def hf_names(self) -> tuple[str, ...]:
-        return self.rule.hf_names(0)
-
-    def to_megatron(self, tensors: list[Tensor], hf_config: PretrainedConfig) -> Tensor:
-        """Hugging Face tensors -> the parameter."""
-        return cut(self.rule.kind, to_whole(self.rule.kind, tensors, hf_config, 1), 0, 1, self.shape)
-
-    def to_hf(self, parameter: Tensor, hf_config: PretrainedConfig) -> list[Tensor]:
-        """The parameter -> Hugging Face tensors, in the order of `hf_names`."""
-        return from_whole(self.rule.kind, join(self.rule.kind, [parameter], hf_config), hf_config)
-
-    def hf_shapes(self, hf_config: PretrainedConfig) -> list[torch.Size]:
-        """Shapes of the Hugging Face tensors."""
-        return [x.shape for x in self.to_hf(torch.empty(self.shape, device="meta"), hf_config)]
-
-
-def describe(hf_config: PretrainedConfig) -> tuple[list[Piece], list[ShardedObject]]:
-    """What a checkpoint of this policy holds: its parameters, and megatron-core's own objects.
-
-    megatron-core's process groups must have been made, without model parallel. Raises ValueError for an
-    architecture that is not supported.
-    """
-    # rotary frequencies are no parameters, and transformers cannot make every kind of them without memory
-    plain = copy.deepcopy(hf_config)
-    plain.rope_parameters = {"rope_type": "default", "rope_theta": 1.0}
-    with platform.megatron(), torch.device("meta"):
-        model = PolicyModel(transformer_config(plain, Config()), plain, temperature=1.0)
-        state = model.sharded_state_dict()
-    parameters = dict(model.named_parameters())
-    pieces = [_piece(name, state[name], parameters[name].shape) for name in parameters if name in state]
-    return pieces, [entry for entry in state.values() if isinstance(entry, ShardedObject)]
-
-
-def _piece(name: str, entry: ShardedTensor | ShardedTensorFactory, shape: torch.Size) -> Piece:
-    # a gated linear's two halves are cut apart, one after the other: together they are the parameter
-    first = entry.build()[0] if isinstance(entry, ShardedTensorFactory) else entry
-    return Piece(rule_for(name, 0), first.key, tuple(first.global_offset), tuple(first.global_shape), shape)
 
 
 def write_checkpoint(
@@ -154,7 +94,7 @@ class _StreamPlanner(dcp.DefaultSavePlanner):
             self._written.untyped_storage().resize_(0)
         piece, _ = self._pieces[write_item.index]
         self._written = _own(self._read(piece))
-        return self._written.view(_sizes(piece))
+        return self._written.view(piece.sizes)
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -165,16 +105,8 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _write_item(index: MetadataIndex, piece: Piece, dtype: torch.dtype) -> WriteItem:
-    data = TensorWriteData(_chunk(piece), TensorProperties(dtype=dtype), torch.Size(piece.global_shape))
+    data = TensorWriteData(piece.chunk, TensorProperties(dtype=dtype), torch.Size(piece.global_shape))
     return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
-
-
-def _chunk(piece: Piece) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(_sizes(piece)))
-
-
-def _sizes(piece: Piece) -> tuple[int, ...]:
-    return (1,) * (len(piece.global_shape) - len(piece.shape)) + tuple(piece.shape)
 
 
 class MegatronCheckpoint:
@@ -223,11 +155,11 @@ class _PiecePlanner(dcp.DefaultLoadPlanner):
 
     def __init__(self, piece: Piece, parameter: Tensor) -> None:
         super().__init__(flatten_state_dict=False)
-        self._piece, self._target = piece, parameter.view(_sizes(piece))
+        self._piece, self._target = piece, parameter.view(piece.sizes)
 
     def create_local_plan(self) -> LoadPlan:
         stored = self.metadata.state_dict_metadata[self._piece.key]
-        return LoadPlan(create_read_items_for_chunk_list(self._piece.key, stored, [_chunk(self._piece)]))
+        return LoadPlan(create_read_items_for_chunk_list(self._piece.key, stored, [self._piece.chunk]))
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         bounds = zip(read_item.dest_offsets, read_item.lengths, strict=True)

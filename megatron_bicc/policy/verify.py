@@ -3,11 +3,13 @@
 Shape suffixes: T tokens of a prompt, V vocabulary.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +17,8 @@ from megatron_bicc import platform
 from megatron_bicc.config import Config
 from megatron_bicc.policy.architecture import transformer_config
 from megatron_bicc.policy.convert import supported_config
-from megatron_bicc.policy.megatron_files import MegatronCheckpoint, describe, load_chunks
+from megatron_bicc.policy.megatron_files import MegatronCheckpoint, load_chunks
+from megatron_bicc.policy.megatron_pieces import describe
 from megatron_bicc.policy.model import PolicyModel
 from megatron_bicc.policy.packed import PackedBatch
 from megatron_bicc.policy.segments import Segments
@@ -29,18 +32,24 @@ class LogitModel(PolicyModel):
 
 
 def largest_difference(hf_dir: Path, checkpoint: Path, prompts: int, length: int) -> tuple[float, float]:
-    """(largest difference of a logit, largest logit) over random prompts, both models in float32.
+    """(largest difference of a logit, largest logit) over random prompts, both models in float32. Collective.
 
-    One process; both models are in memory, one after the other. Raises ValueError if one cannot be read.
+    Each process takes a share of the prompts, and has both models in memory, one after the other. Raises
+    ValueError if one cannot be read.
     """
     hf_config = supported_config(hf_dir)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, hf_config.vocab_size, (prompts, length), generator=generator)
+    tokens = tokens[dist.get_rank() :: dist.get_world_size()]
     ours = _megatron_logits(hf_dir, checkpoint, tokens)
     theirs = _transformers_logits(hf_dir, tokens)
     pairs = list(zip(ours, theirs, strict=True))
-    difference = max(float((a - b).abs().max()) for a, b in pairs)
-    return difference, max(float(b.abs().max()) for _, b in pairs)
+    found: list = [None] * dist.get_world_size()
+    own = [(float((a - b).abs().max()), float(b.abs().max())) for a, b in pairs]
+    dist.all_gather_object(found, own)
+    # a NaN stays one, as it would not in Python's max
+    difference, largest = torch.tensor(list(itertools.chain(*found))).amax(dim=0).tolist()
+    return difference, largest
 
 
 @torch.no_grad()

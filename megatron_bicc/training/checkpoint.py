@@ -1,27 +1,24 @@
-"""Checkpoints by megatron-core's dist_checkpointing: written aside, renamed when whole.
+"""Checkpoints by megatron-core's dist_checkpointing: what they hold, and loading one.
 
 OUTPUT_DIR/checkpoints/step_00000050/    weights and optimizer, sharded, progress.json and manifest.json
 OUTPUT_DIR/checkpoints/latest            symbolic link to the newest
 """
 
 import json
-import os
 import re
-import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
-from torch.distributed.checkpoint.api import CheckpointException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import is_main_replica
+from torch import Tensor
 
 from megatron_bicc import platform
 from megatron_bicc.policy.policy import Policy
-from megatron_bicc.training.manifest import check_manifest, write_manifest
+from megatron_bicc.training.manifest import check_file, check_manifest
 
 PROGRESS, LATEST, PARTIAL = "progress.json", "latest", ".partial"
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -67,123 +64,54 @@ def check_writable(output_dir: str) -> None:
         raise CheckpointError(f"output_dir: {root} cannot be written: {error.strerror}") from error
 
 
-def save_checkpoint(output_dir: str, policy: Policy, progress: Progress, keep: int) -> Path:
-    """Writes a checkpoint and removes all but the newest `keep`. Collective.
-
-    Raises CheckpointError if it cannot be written; the earlier ones stay.
-    """
-    final = Path(output_dir) / "checkpoints" / f"step_{progress.step:08d}"
-    partial = final.with_name(final.name + PARTIAL)
-    try:
-        _write(partial, policy, progress)
-        if dist.get_rank() == 0:
-            _publish(partial, final, keep)
-    except (OSError, RuntimeError, CheckpointException) as error:
-        if isinstance(error, RuntimeError) and platform.is_connection_loss(error):
-            raise
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"{final}: cannot be written: {_reason(error)}; free space and go on by checkpoint.resume=true"
-        ) from error
-    dist.barrier()
-    return final
-
-
 def read_progress(path: Path) -> Progress:
     """Where the run of a checkpoint stood. Raises CheckpointError if it is damaged."""
     try:
+        check_file(path, PROGRESS)
         return Progress(**json.loads((path / PROGRESS).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path / PROGRESS}: cannot be read: {error}; {_remedy(path)}") from error
+        raise CheckpointError(f"{error}; {_remedy(path)}") from error
 
 
-def load_checkpoint(path: Path, policy: Policy) -> Progress:
-    """Fills the policy and its optimizer, under any layout; returns where the run stood. Collective.
+def load_checkpoint(path: Path, policy: Policy, progress: Progress) -> None:
+    """Fills the policy, its optimizer and its schedule, under any layout. Collective.
 
-    Raises CheckpointError that names the file that is damaged, and what to go on from.
+    progress: `read_progress` of the same checkpoint. Raises CheckpointError that names the file that is
+    damaged, and what to go on from.
     """
     try:
         check_manifest(path)
     except ValueError as error:
         raise CheckpointError(f"{error}; {_remedy(path)}") from error
-    progress = read_progress(path)
     with platform.megatron():
-        state = dist_checkpointing.load(_state(policy, is_loading=True), str(path))
+        model = _model_state(policy)
+        state = model | {"optimizer": _optimizer_state(policy, model, is_loading=True)}
+        state = dist_checkpointing.load(state, str(path))
         for i, chunk in enumerate(policy.chunks):
             chunk.module.load_state_dict(state[f"model{i}"], strict=False)
         policy.optimizer.load_state_dict(state["optimizer"])
     policy.scheduler.load_state_dict(progress.scheduler)
-    return progress
 
 
-def _write(partial: Path, policy: Policy, progress: Progress) -> None:
-    if dist.get_rank() == 0:
-        for leftover in partial.parent.glob(f"*{PARTIAL}"):
-            shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    with platform.megatron():
-        dist_checkpointing.save(
-            _state(policy, is_loading=False), str(partial), sharded_strategy=_Writer("torch_dist", 1)
-        )
-    if dist.get_rank() == 0:
-        (partial / PROGRESS).write_text(json.dumps(asdict(progress), indent=1))
-    dist.barrier()
-    write_manifest(partial)
+def host_state(policy: Policy) -> dict[str, Any]:
+    """What a checkpoint holds of the policy, in memory that training does not touch. Collective."""
+    model = _model_state(policy)
+    # megatron-core has gathered the optimizer's part in host memory of its own
+    optimizer = _optimizer_state(policy, model, is_loading=False)
+    for entry in nested_values(model):
+        if isinstance(entry.data, Tensor) and is_main_replica(entry.replica_id):
+            entry.data = entry.data.detach().to("cpu", copy=True)
+    return model | {"optimizer": optimizer}
 
 
-def _publish(partial: Path, final: Path, keep: int) -> None:
-    """Gives a whole checkpoint its name; at every moment the newest one is whole, and `latest` names one."""
-    if final.exists():
-        _remove(final)
-    partial.rename(final)
-    link = final.with_name(LATEST + PARTIAL)
-    link.unlink(missing_ok=True)
-    link.symlink_to(final.name)
-    os.replace(link, final.with_name(LATEST))
-    for old in checkpoints(str(final.parents[1]))[:-keep]:
-        _remove(old)
+def _model_state(policy: Policy) -> dict[str, Any]:
+    return {f"model{i}": chunk.module.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
 
 
-def _remove(checkpoint: Path) -> None:
-    """Under another name first: half a checkpoint must not look like one."""
-    doomed = checkpoint.with_name(checkpoint.name + ".old" + PARTIAL)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+def _optimizer_state(policy: Policy, model: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+    return policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_SHARDING)
 
 
 def _remedy(path: Path) -> str:
     earlier = [p for p in checkpoints(str(path.parents[1])) if p.name < path.name]
     return f"delete {path} to " + (f"go on from {earlier[-1]}" if earlier else "start again")
-
-
-def _state(policy: Policy, is_loading: bool) -> dict[str, Any]:
-    model = {f"model{i}": chunk.module.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
-    optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_SHARDING)
-    return model | {"optimizer": optimizer}
-
-
-class _Writer(torch_strategy.TorchDistSaveShardedStrategy):
-    """megatron-core's format, by torch's own writer.
-
-    megatron-core's writer starts a process that loads the whole program again, and outlives a killed run.
-    """
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str) -> None:
-        main_replicas, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(
-            sharded_state_dict, self.keep_only_main_replica
-        )
-        dcp.save(
-            torch_strategy.mcore_to_pyt_state_dict(main_replicas, False),
-            # of two threads torch would lose the second one's error
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
-            planner=torch_strategy.MCoreSavePlanner(flatten_state_dict=False),
-        )
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what failed, on whichever process."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    hint = "; is the disk full?" if isinstance(error, RuntimeError) else ""
-    return str(error).partition("\n")[0] + hint

@@ -3,36 +3,46 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 MANIFEST = "manifest.json"
 
 
-def write_manifest(directory: Path) -> None:
-    """Writes the manifest of all files there. Collective: each process reads a share of them."""
-    parts: list = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, {name: _describe(directory / name) for name in _share(_names(directory))})
-    if dist.get_rank() == 0:
-        files = {name: found for part in parts for name, found in part.items()}
-        (directory / MANIFEST).write_text(json.dumps(files, indent=1, sort_keys=True))
+def describe_share(directory: Path) -> dict[str, Any]:
+    """This process's share of the manifest: size and SHA-256 of every so-many-th file there."""
+    return {name: _describe(directory / name) for name in _share(_names(directory))}
+
+
+def write_manifest(directory: Path, parts: list[dict[str, Any]]) -> None:
+    """Writes the manifest from every process's share."""
+    files = {name: found for part in parts for name, found in part.items()}
+    (directory / MANIFEST).write_text(json.dumps(files, indent=1, sort_keys=True))
+
+
+def check_file(directory: Path, name: str) -> None:
+    """Raises ValueError if a file is missing or was changed."""
+    if damage := _damage(directory, [name]):
+        raise ValueError(damage)
 
 
 def check_manifest(directory: Path) -> None:
     """Raises ValueError, on every process, that names a file that is missing or was changed. Collective."""
     parts: list = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, _first_damage(directory))
+    dist.all_gather_object(parts, _damage(directory))
     for damage in filter(None, parts):
         raise ValueError(damage)
 
 
-def _first_damage(directory: Path) -> str | None:
+def _damage(directory: Path, names: list[str] | None = None) -> str | None:
+    """The first file that is damaged, in words; of all files this process looks at its share."""
     try:
         files = json.loads((directory / MANIFEST).read_text())
-        for name in _share(sorted(files)):
+        for name in names or _share(sorted(files)):
             if _describe(directory / name) != files[name]:
                 return f"{directory / name} is damaged: it is not what {MANIFEST} says"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         return f"{getattr(error, 'filename', None) or directory / MANIFEST} cannot be read: {error}"
     return None
 

@@ -8,32 +8,64 @@ import shutil
 import signal
 import socket
 import sys
-import time
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from statistics import median
+
+import pyarrow.parquet as pq
+import torch
+from transformers import AutoModelForCausalLM
 
 from megatron_bicc import platform
+from megatron_bicc.cli import parse_config
 from megatron_bicc.config import Config
+from megatron_bicc.monitoring.timing import Stopwatch
 from megatron_bicc.policy.convert import export_hf
 from megatron_bicc.policy.policy import start_model_parallel
+from megatron_bicc.setup_run import read_inputs
 from megatron_bicc.train import main
+from megatron_bicc.training.checkpoint_writer import CheckpointWriter
 
 SETTINGS = [
     "--config",
     "examples/configs/tiny.yaml",
     "parallel.tensor=1",
-    "train.steps=4",
+    "train.steps=6",
     "rollout.prompts_per_step=4",
     "evaluation.prompts=2",
     "evaluation.every=2",
     "evaluation.samples=1",
     "checkpoint.every=1",
+    "export.every=2",
+    "export.keep=1",
     "monitoring.tensorboard=false",
 ]
 RESUME = "checkpoint.resume=true"
+PHASES = ("rollout", "pack", "logprob", "train", "sync", "eval", "export", "save", "write")
 
 
-def start(out: Path, settings: tuple[str, ...], file_size: int | None = None, **variables: str) -> int:
-    """Forks a run's process under these environment variables; its id. Its stderr is added to OUT.err."""
+def settings_of(out: Path, *settings: str) -> list[str]:
+    """The command line of a run in `out`, which learns from a few prompts beside it."""
+    prompts = out.with_name("prompts.parquet")
+    data = [f"data.train={prompts}", f"evaluation.data={prompts}"]
+    return [*SETTINGS, *data, f"output_dir={out}", *settings]
+
+
+def warm_up(out: Path) -> None:
+    """Writes the training prompts, and loads here what every run would load anew."""
+    pq.write_table(pq.read_table("examples/data/train.parquet")[:64], out.with_name("prompts.parquet"))
+    inputs = read_inputs(parse_config(settings_of(out)))
+    model = AutoModelForCausalLM.from_pretrained(inputs.config.model.path)
+    model.generate(torch.tensor([inputs.prompts[0].token_ids.tolist()]), max_new_tokens=2)
+
+
+def start(
+    out: Path, settings: tuple[str, ...], prepare: Callable[[], object], variables: dict[str, str]
+) -> int:
+    """Forks a run's process, prepared, with these environment variables; its id. Its stderr: OUT.err."""
     child = os.fork()
     if child:
         return child
@@ -42,9 +74,8 @@ def start(out: Path, settings: tuple[str, ...], file_size: int | None = None, **
         os.environ |= variables
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(os.open(f"{out}.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-        if file_size:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-        main([*SETTINGS, f"output_dir={out}", *settings])
+        prepare()
+        main(settings_of(out, *settings))
         status = 0
     except SystemExit as ended:
         status = ended.code
@@ -53,11 +84,11 @@ def start(out: Path, settings: tuple[str, ...], file_size: int | None = None, **
         os._exit(status)
 
 
-def run(out: Path, *settings: str, file_size: int | None = None, processes: int = 1) -> dict:
+def run(out: Path, *settings: str, prepare: Callable[[], object] = lambda: None, processes: int = 1) -> dict:
     """A run to its end: its exit status and what it wrote to stderr."""
     Path(f"{out}.err").unlink(missing_ok=True)
     variables = [{}] if processes == 1 else torchrun_variables(processes)
-    children = [start(out, settings, file_size, **more) for more in variables]
+    children = [start(out, settings, prepare, more) for more in variables]
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     return {"status": max(statuses, key=abs), "err": Path(f"{out}.err").read_text()}
 
@@ -71,26 +102,66 @@ def torchrun_variables(processes: int) -> list[dict[str, str]]:
     return [common | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
 
 
-def kill_and_resume(out: Path, kills: int, seconds: float) -> dict:
-    """Kills at random moments of a run that takes so many seconds, each followed by a resume.
+class Killer:
+    """Kills this process inside a phase: a stage that Stopwatch times, or the writing of a checkpoint."""
 
-    A run that ends before its kill is kept as OUT_0, OUT_1, ..., and another one is started, killed sooner.
+    def __init__(self, phase: str, visit: int, delay: float, report: Path) -> None:
+        """At its visit-th time, so many seconds after its beginning, or at its end if that is sooner."""
+        self.phase, self.visits, self.delay, self.report = phase, visit, delay, report
+
+    def arm(self) -> None:
+        """Watches every phase of the run that this process is about to start."""
+        stage, write = Stopwatch.__call__, CheckpointWriter._write
+        Stopwatch.__call__ = lambda clock, name: self.watch(name, stage(clock, name))
+        CheckpointWriter._write = lambda *args: self.write(write, *args)
+
+    def write(self, write: Callable[..., None], *args: object) -> None:
+        with self.watch("write", nullcontext()):
+            write(*args)
+
+    @contextmanager
+    def watch(self, name: str, inner: AbstractContextManager) -> Iterator[None]:
+        self.visits -= name == self.phase
+        deadly = name == self.phase and self.visits == 0
+        if deadly:
+            threading.Timer(self.delay, self.kill).start()
+        with inner:
+            yield
+            if deadly:
+                self.kill()
+
+    def kill(self) -> None:
+        with self.report.open("a") as report:
+            report.write(self.phase + "\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_and_resume(out: Path, kills: int, times: dict[str, float]) -> dict:
+    """Kills at random moments of every phase in turn, each followed by a resume.
+
+    times: seconds that the phases take. A run that ends before its kill is kept as OUT_0, OUT_1, ..., and
+    another one is started.
     """
-    rng, done, ended, bad_latest = random.Random(1), 0, 0, []
-    while done < kills:
-        child = start(out, (RESUME,))
-        time.sleep(rng.uniform(0.1, 0.7) * seconds)
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
+    rng, ended, bad_latest, report = random.Random(1), 0, [], Path(f"{out}.phases")
+    report.touch()
+    while (done := len(report.read_text().split())) < kills:
+        phase = PHASES[done % len(PHASES)]
+        killer = Killer(phase, rng.choice((1, 1, 2)), rng.random() * times[phase], report)
+        _, status = os.waitpid(start(out, (RESUME,), killer.arm, {}), 0)
         if os.waitstatus_to_exitcode(status) == 0:
             out.rename(out.with_name(f"{out.name}_{ended}"))
-            ended, seconds = ended + 1, 0.7 * seconds
-            continue
-        done += 1
+            ended += 1
         latest = out / "checkpoints/latest"
         if latest.is_symlink() and not (latest / "manifest.json").is_file():
             bad_latest.append(done)
-    return run(out, RESUME) | {"kills": done, "bad_latest": bad_latest}
+    return run(out, RESUME) | {"phases": report.read_text().split(), "bad_latest": bad_latest}
+
+
+def phase_times(out: Path) -> dict[str, float]:
+    """Median seconds of a run's phases; writing is taken to be as long as the copying before it."""
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
+    times = {p: median(s[f"time/{p}_s"] for s in steps if f"time/{p}_s" in s) for p in PHASES[:-1]}
+    return times | {"write": times["save"]}
 
 
 def flip(directory: Path) -> str:
@@ -109,18 +180,22 @@ def copy(source: Path, name: str) -> Path:
     return target
 
 
+def small_disk(file_size: int) -> None:
+    """Makes writes fail beyond so many bytes of a file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+
+
 def scenarios(out: Path, kills: int) -> dict:
     """Every scenario, by name."""
     found, whole = {}, out / "whole"
-    start_time = time.monotonic()
+    warm_up(whole)
     found["whole"] = run(whole)
-    seconds = time.monotonic() - start_time
-    found["killed"] = kill_and_resume(out / "killed", kills, seconds)
+    found["killed"] = kill_and_resume(out / "killed", kills, phase_times(whole))
 
     damaged = copy(whole, "copy")
-    file = flip(damaged / "checkpoints/step_00000004")
+    file = flip(damaged / "checkpoints/step_00000006")
     found["flipped"] = run(damaged, RESUME) | {"file": file}
-    shutil.rmtree(damaged / "checkpoints/step_00000004")
+    shutil.rmtree(damaged / "checkpoints/step_00000006")
     changed = (
         "bicc.context_ratio=0.3",
         "rollout.temperature=0.9",
@@ -132,13 +207,13 @@ def scenarios(out: Path, kills: int) -> dict:
     found["previous"] = run(damaged, RESUME)
 
     moved = out / "moved.parquet"
-    shutil.copy("examples/data/train.parquet", moved)
-    found["harmless"] = run(copy(whole, "harmless"), RESUME, "train.steps=5", f"data.train={moved}")
+    shutil.copy(out / "prompts.parquet", moved)
+    found["harmless"] = run(copy(whole, "harmless"), RESUME, "train.steps=7", f"data.train={moved}")
     found["tp2"] = run(out / "tp2", "train.steps=3", "checkpoint.keep=3", "parallel.tensor=2", processes=2)
     dp2 = copy(out / "tp2", "dp2")
     shutil.rmtree(dp2 / "checkpoints/step_00000003")
     found["dp2"] = run(dp2, "train.steps=3", RESUME, processes=2)
-    found["full"] = run(out / "full", file_size=1_000_000)
+    found["full"] = run(out / "full", prepare=partial(small_disk, 1_000_000))
     (out / "unwritable").mkdir()
     (out / "unwritable/checkpoints").write_text("")
     found["unwritable"] = run(out / "unwritable")

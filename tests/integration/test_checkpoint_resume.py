@@ -7,11 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 REPOSITORY = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
@@ -22,11 +24,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What checkpoint_worker.py reports: the directory as "out", and scenario: {"status": .., "err": ..}."""
     out = tmp_path_factory.mktemp("checkpoints")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(WORKER), str(out), os.environ.get("KILLS", "4")],
+        [sys.executable, "-W", "ignore", str(WORKER), str(out), os.environ.get("KILLS", "20")],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=290,
+        timeout=590,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((out / "report.json").read_text()) | {"out": out}
@@ -57,11 +59,19 @@ def test_killed_at_random_moments(found: dict) -> None:
     assert not found["killed"]["bad_latest"]
 
 
+def test_kills_cover_a_step(found: dict) -> None:
+    """Twenty kills, inside of every phase at least two."""
+    phases = Counter(found["killed"]["phases"])
+    assert phases.total() >= 20
+    assert set(phases) == {"rollout", "pack", "logprob", "train", "sync", "eval", "export", "save", "write"}
+    assert min(phases.values()) >= 2
+
+
 def test_flipped_bit_is_found(found: dict) -> None:
     line = one_line(found["flipped"])
     assert f"{found['flipped']['file']} is damaged" in line
     assert "delete " in line
-    assert line.endswith("to go on from " + str(found["out"] / "copy/checkpoints/step_00000003"))
+    assert line.endswith("to go on from " + str(found["out"] / "copy/checkpoints/step_00000005"))
 
 
 def test_previous_checkpoint_goes_on(found: dict) -> None:
@@ -79,11 +89,11 @@ def test_dangerous_settings_are_refused_by_name(found: dict) -> None:
 
 def test_forced_settings_and_harmless_ones_are_logged(found: dict) -> None:
     assert found["forced"]["status"] == 0, found["forced"]["err"]
-    assert "changed since step 3: bicc.context_ratio: was 0.4, is 0.3" in found["forced"]["err"]
+    assert "changed since step 5: bicc.context_ratio: was 0.4, is 0.3" in found["forced"]["err"]
     assert found["harmless"]["status"] == 0, found["harmless"]["err"]
-    assert "changed since step 4: train.steps: was 4, is 5" in found["harmless"]["err"]
+    assert "changed since step 6: train.steps: was 6, is 7" in found["harmless"]["err"]
     assert "data.train: was" in found["harmless"]["err"]
-    assert [record["step"] for record in metrics(found["out"] / "harmless")] == [0, 1, 2, 3, 4, 5]
+    assert [record["step"] for record in metrics(found["out"] / "harmless")] == list(range(8))
 
 
 def test_another_layout(found: dict) -> None:
@@ -118,7 +128,19 @@ def test_converter_exports_a_training_checkpoint(found: dict) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_exports_between(found: dict) -> None:
+    """Of those after steps 2 and 4 the newest stays, whole, and not the policy of the end."""
+    exports = found["out"] / "whole/exports"
+    assert [path.name for path in exports.iterdir()] == ["step_00000004"]
+    ours = AutoModelForCausalLM.from_pretrained(exports / "step_00000004").state_dict()
+    end = load_file(found["out"] / "whole/hf/model.safetensors")
+    assert any((ours[name] != end[name]).any() for name in end)
+    for killed in (path for path in found["out"].glob("killed*") if path.is_dir()):
+        theirs = load_file(killed / "exports/step_00000004/model.safetensors")
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_latest(found: dict) -> None:
     checkpoints = found["out"] / "whole/checkpoints"
-    assert (checkpoints / "latest").resolve() == (checkpoints / "step_00000004").resolve()
-    assert sorted(p.name for p in checkpoints.iterdir()) == ["latest", "step_00000003", "step_00000004"]
+    assert (checkpoints / "latest").resolve() == (checkpoints / "step_00000006").resolve()
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["latest", "step_00000005", "step_00000006"]

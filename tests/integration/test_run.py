@@ -17,7 +17,7 @@ from support.steps import make_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_bicc.policy.policy import Policy
-from megatron_bicc.training.checkpoint import load_checkpoint
+from megatron_bicc.training.checkpoint import load_checkpoint, read_progress
 
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS = [
@@ -110,7 +110,8 @@ def test_export_gives_the_trained_policys_greedy_answers(whole_run: Path, single
     exported = AutoModelForCausalLM.from_pretrained(whole_run / "hf")
     tokenizer = AutoTokenizer.from_pretrained(whole_run / "hf")
     policy = Policy(make_config(REPOSITORY / "examples/tiny_policy", "grpo"))
-    load_checkpoint(whole_run / "checkpoints/step_00000004", policy)
+    checkpoint = whole_run / "checkpoints/step_00000004"
+    load_checkpoint(checkpoint, policy, read_progress(checkpoint))
     module = policy.modules[0]
     module._postprocess = partial(GPTModel._postprocess, module)
     for question in ("47+8-6=", "31-5+9=", "60+7+7="):
