@@ -6,7 +6,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -28,6 +27,10 @@ from megatron_bicc.policy.policy import start_model_parallel
 from megatron_bicc.setup_run import read_inputs
 from megatron_bicc.train import main
 from megatron_bicc.training.checkpoint_writer import CheckpointWriter
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support import forked
 
 SETTINGS = [
     "--config",
@@ -66,40 +69,22 @@ def start(
     out: Path, settings: tuple[str, ...], prepare: Callable[[], object], variables: dict[str, str]
 ) -> int:
     """Forks a run's process, prepared, with these environment variables; its id. Its stderr: OUT.err."""
-    child = os.fork()
-    if child:
-        return child
-    status: object = 1
-    try:
-        os.environ |= variables
+
+    def task() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(os.open(f"{out}.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         prepare()
         main(settings_of(out, *settings))
-        status = 0
-    except SystemExit as ended:
-        status = ended.code
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
+
+    return forked.fork(task, variables)
 
 
 def run(out: Path, *settings: str, prepare: Callable[[], object] = lambda: None, processes: int = 1) -> dict:
     """A run to its end: its exit status and what it wrote to stderr."""
     Path(f"{out}.err").unlink(missing_ok=True)
-    variables = [{}] if processes == 1 else torchrun_variables(processes)
-    children = [start(out, settings, prepare, more) for more in variables]
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return {"status": max(statuses, key=abs), "err": Path(f"{out}.err").read_text()}
-
-
-def torchrun_variables(processes: int) -> list[dict[str, str]]:
-    """What torchrun would tell each of the processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-    return [common | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
+    variables = [{}] if processes == 1 else forked.torchrun_variables(processes)
+    status = forked.wait([start(out, settings, prepare, more) for more in variables])
+    return {"status": status, "err": Path(f"{out}.err").read_text()}
 
 
 class Killer:
@@ -147,8 +132,7 @@ def kill_and_resume(out: Path, kills: int, times: dict[str, float]) -> dict:
     while (done := len(report.read_text().split())) < kills:
         phase = PHASES[done % len(PHASES)]
         killer = Killer(phase, rng.choice((1, 1, 2)), rng.random() * times[phase], report)
-        _, status = os.waitpid(start(out, (RESUME,), killer.arm, {}), 0)
-        if os.waitstatus_to_exitcode(status) == 0:
+        if forked.wait([start(out, (RESUME,), killer.arm, {})]) == 0:
             out.rename(out.with_name(f"{out.name}_{ended}"))
             ended += 1
         latest = out / "checkpoints/latest"

@@ -1,9 +1,11 @@
-"""Run by torchrun for test_convert_command.py: convert_worker.py reshard|memory HF_DIR OUT"""
+"""Run by test_convert_command.py: convert_worker.py OUT; converts OUT/small and OUT/large: OUT/report.json"""
 
+import importlib.util
 import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -18,16 +20,27 @@ from megatron_bicc.policy.megatron_files import load_chunks
 from megatron_bicc.policy.model import PolicyModel
 from megatron_bicc.policy.policy import start_model_parallel
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-def reshard(source: Path, out: Path) -> None:
-    """HF_DIR -> checkpoint -> checkpoint written at TP=2 PP=2 -> at TP=1, each of them exported."""
-    start_model_parallel(Config())
-    import_hf(source, out / "megatron", allow_pickle=False)
-    export_hf(out / "megatron", out / "back", side_files=None)
-    previous = out / "megatron"
+from support import forked
+
+
+def command(*arguments: object) -> None:
+    """tools/convert_hf_checkpoint.py as one process of a job."""
+    path = Path(__file__).parents[2] / "tools/convert_hf_checkpoint.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    raise SystemExit(module.main([str(argument) for argument in arguments]))
+
+
+def reshard(source: Path, imported: Path, out: Path) -> None:
+    """A checkpoint loaded and saved at TP=2 PP=2, that one at TP=1, and an export of each."""
+    platform.start_distributed()
+    previous, side_files = imported, imported / "hf"
     for name, tensor, pipeline in (("tp2_pp2", 2, 2), ("tp1", 1, 1)):
         _load_and_save(source, previous, out / name, tensor, pipeline)
-        export_hf(out / name, out / f"back_{name}", side_files=previous / "hf" if tensor == 2 else source)
+        export_hf(out / name, out / f"back_{name}", side_files)
         previous = out / name
 
 
@@ -35,7 +48,6 @@ def _load_and_save(source: Path, checkpoint: Path, out: Path, tensor: int, pipel
     config = Config()
     config.model.dtype = "float32"
     config.parallel.tensor, config.parallel.pipeline = tensor, pipeline
-    parallel_state.destroy_model_parallel()
     start_model_parallel(config)
     hf_config = AutoConfig.from_pretrained(source)
     with platform.megatron():
@@ -49,14 +61,15 @@ def _load_and_save(source: Path, checkpoint: Path, out: Path, tensor: int, pipel
     start_model_parallel(Config())
 
 
-def memory(source: Path, out: Path) -> None:
-    """Prints how far the resident memory of import and of export went above that at their start, in bytes."""
+def memory(source: Path, out: Path) -> dict[str, int]:
+    """How far the resident memory of import and of export goes above that at their start, in bytes."""
+    platform.start_distributed()
     start_model_parallel(Config())
     tasks = {
-        "import": lambda: import_hf(source, out / "megatron", allow_pickle=False),
-        "export": lambda: export_hf(out / "megatron", out / "back", side_files=None),
+        "import": lambda: import_hf(source, out / "large_megatron", allow_pickle=False),
+        "export": lambda: export_hf(out / "large_megatron", out / "large_back", side_files=None),
     }
-    print(json.dumps({name: _peak(task) for name, task in tasks.items()}))
+    return {name: _peak(task) for name, task in tasks.items()}
 
 
 def _peak(task: Callable[[], None]) -> int:
@@ -70,7 +83,24 @@ def _kilobytes(name: str) -> int:
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
+def main(out: Path) -> None:
+    source, imported = out / "small", out / "small_megatron"
+    commands = {
+        "import": ("import", source, imported, "--tp", 2, "--pp", 2),
+        "export": ("export", imported, out / "back"),
+        "verify": ("verify", source, imported, "--prompts", 3),
+        "strict": ("verify", source, imported, "--tolerance", 0),
+        "taken": ("export", imported, out / "back"),
+    }
+    report: dict[str, object] = {
+        name: forked.run(partial(command, *arguments), processes=4 if name == "import" else 2)
+        for name, arguments in commands.items()
+    }
+    report["reshard"] = forked.run(partial(reshard, source, imported, out), processes=4)
+    # after it this process can fork no more jobs
+    report["memory"] = memory(out / "large", out)
+    (out / "report.json").write_text(json.dumps(report))
+
+
 if __name__ == "__main__":
-    platform.start_distributed()
-    {"reshard": reshard, "memory": memory}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
-    dist.destroy_process_group()
+    main(Path(sys.argv[1]))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
@@ -15,15 +16,19 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 WORKER = Path(__file__).with_name("convert_worker.py")
 
 
-def run(task: str, source: Path, out: Path, processes: int) -> str:
-    """What convert_worker.py prints under torchrun."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), str(WORKER), task, str(source), str(out)]
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What convert_worker.py reports, exit statuses and peaks of memory; the directory as "out"."""
+    out = tmp_path_factory.mktemp("convert")
+    make_model("qwen3_tied").save_pretrained(out / "small", max_shard_size="50kB")
+    shard, largest = large_model(out / "large")
     # glibc keeps up to 64 MB of freed memory for itself, which is much beside tensors of 30 MB
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    command = [sys.executable, "-W", "ignore", str(WORKER), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    report = json.loads((out / "report.json").read_text())
+    return report | {"out": out, "shard": shard, "largest": largest, "print": done.stdout, "err": done.stderr}
 
 
 def same(ours: Path, theirs: Path) -> bool:
@@ -34,21 +39,28 @@ def same(ours: Path, theirs: Path) -> bool:
     return mine.keys() == his.keys() and all(torch.equal(mine[name], his[name]) for name in his)
 
 
-def test_resharding(tmp_path: Path) -> None:
+def test_command_by_several_processes(found: dict) -> None:
+    assert (found["import"], found["export"], found["verify"]) == (0, 0, 0), found["err"]
+    assert same(found["out"] / "back", found["out"] / "small")
+    assert found["print"].count("largest difference of a logit ") == 2
+    assert found["strict"] == 1
+    assert found["taken"] == 2
+    assert "back: already exists; choose another directory or delete it" in found["err"]
+
+
+def test_resharding(found: dict) -> None:
     """Imported by four processes, loaded and saved at TP=2 PP=2, then at TP=1: every export is the source."""
-    make_model("qwen3_tied").save_pretrained(tmp_path / "hf", max_shard_size="50kB")
-    run("reshard", tmp_path / "hf", tmp_path, processes=4)
-    for name in ("back", "back_tp2_pp2", "back_tp1"):
-        assert same(tmp_path / name, tmp_path / "hf"), name
+    assert found["reshard"] == 0, found["err"]
+    for name in ("back_tp2_pp2", "back_tp1"):
+        assert same(found["out"] / name, found["out"] / "small"), name
 
 
-def test_memory_is_bounded_by_shards(tmp_path: Path) -> None:
+def test_memory_is_bounded_by_shards(found: dict) -> None:
     """Peak memory: no more than two of the input's shards and its largest tensor above that at the start."""
-    shard, largest = large_model(tmp_path / "hf")
-    peaks = json.loads(run("memory", tmp_path / "hf", tmp_path, processes=1))
-    assert sum(file.stat().st_size for file in (tmp_path / "hf").iterdir()) > 3 * (2 * shard + largest)
-    assert max(peaks.values()) < 2 * shard + largest, f"{peaks}, files of {shard}, tensors of {largest} bytes"
-    assert same(tmp_path / "back", tmp_path / "hf")
+    source, bound = found["out"] / "large", 2 * found["shard"] + found["largest"]
+    assert sum(file.stat().st_size for file in source.iterdir()) > 3 * bound
+    assert max(found["memory"].values()) < bound, f"{found['memory']}, bound {bound} bytes"
+    assert same(found["out"] / "large_back", source)
 
 
 def large_model(path: Path) -> tuple[int, int]:
