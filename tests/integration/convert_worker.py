@@ -1,4 +1,4 @@
-"""Run by test_convert_command.py: convert_worker.py OUT; converts OUT/small and OUT/large: OUT/report.json"""
+"""Run by test_convert_command.py: convert_worker.py OUT; converts OUT/small, experts and large; report.json."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from transformers import AutoConfig
 
 from megatron_bicc import platform
-from megatron_bicc.config import Config
+from megatron_bicc.config import Config, ParallelConfig
 from megatron_bicc.policy.architecture import transformer_config
 from megatron_bicc.policy.convert import export_hf, import_hf
 from megatron_bicc.policy.megatron_files import load_chunks
@@ -34,20 +34,20 @@ def command(*arguments: object) -> None:
     raise SystemExit(module.main([str(argument) for argument in arguments]))
 
 
-def reshard(source: Path, imported: Path, out: Path) -> None:
-    """A checkpoint loaded and saved at TP=2 PP=2, that one at TP=1, and an export of each."""
+def reshard(source: Path, imported: Path, layouts: dict[str, ParallelConfig]) -> None:
+    """A checkpoint loaded and saved under each layout in turn, and an export of each to SOURCE_LAYOUT_back."""
     platform.start_distributed()
     previous, side_files = imported, imported / "hf"
-    for name, tensor, pipeline in (("tp2_pp2", 2, 2), ("tp1", 1, 1)):
-        _load_and_save(source, previous, out / name, tensor, pipeline)
-        export_hf(out / name, out / f"back_{name}", side_files)
-        previous = out / name
+    for name, layout in layouts.items():
+        saved = source.with_name(f"{source.name}_{name}")
+        _load_and_save(source, previous, saved, layout)
+        export_hf(saved, saved.with_name(f"{saved.name}_back"), side_files)
+        previous = saved
 
 
-def _load_and_save(source: Path, checkpoint: Path, out: Path, tensor: int, pipeline: int) -> None:
-    config = Config()
+def _load_and_save(source: Path, checkpoint: Path, out: Path, layout: ParallelConfig) -> None:
+    config = Config(parallel=layout)
     config.model.dtype = "float32"
-    config.parallel.tensor, config.parallel.pipeline = tensor, pipeline
     start_model_parallel(config)
     hf_config = AutoConfig.from_pretrained(source)
     with platform.megatron():
@@ -96,7 +96,14 @@ def main(out: Path) -> None:
         name: forked.run(partial(command, *arguments), processes=4 if name == "import" else 2)
         for name, arguments in commands.items()
     }
-    report["reshard"] = forked.run(partial(reshard, source, imported, out), processes=4)
+    dense = {"tp2_pp2": ParallelConfig(tensor=2, pipeline=2), "tp1": ParallelConfig()}
+    report["reshard"] = forked.run(partial(reshard, source, imported, dense), processes=4)
+    moe = {"ep2": ParallelConfig(expert=2), "tp2_ep2": ParallelConfig(tensor=2, sequence=True, expert=2)}
+    experts, imported = out / "experts", out / "experts_megatron"
+    report["import experts"] = forked.run(
+        partial(command, "import", experts, imported, "--ep", 2), processes=2
+    )
+    report["reshard experts"] = forked.run(partial(reshard, experts, imported, moe), processes=2)
     # after it this process can fork no more jobs
     report["memory"] = memory(out / "large", out)
     (out / "report.json").write_text(json.dumps(report))

@@ -21,6 +21,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What convert_worker.py reports, exit statuses and peaks of memory; the directory as "out"."""
     out = tmp_path_factory.mktemp("convert")
     make_model("qwen3_tied").save_pretrained(out / "small", max_shard_size="50kB")
+    make_model("qwen3_moe").save_pretrained(out / "experts", max_shard_size="50kB")
     shard, largest = large_model(out / "large")
     # glibc keeps up to 64 MB of freed memory for itself, which is much beside tensors of 30 MB
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
@@ -51,8 +52,15 @@ def test_command_by_several_processes(found: dict) -> None:
 def test_resharding(found: dict) -> None:
     """Imported by four processes, loaded and saved at TP=2 PP=2, then at TP=1: every export is the source."""
     assert found["reshard"] == 0, found["err"]
-    for name in ("back_tp2_pp2", "back_tp1"):
-        assert same(found["out"] / name, found["out"] / "small"), name
+    for layout in ("tp2_pp2", "tp1"):
+        assert same(found["out"] / f"small_{layout}_back", found["out"] / "small"), layout
+
+
+def test_resharding_of_experts(found: dict) -> None:
+    """Likewise at EP=2, then at TP=2 EP=2."""
+    assert (found["import experts"], found["reshard experts"]) == (0, 0), found["err"]
+    for layout in ("ep2", "tp2_ep2"):
+        assert same(found["out"] / f"experts_{layout}_back", found["out"] / "experts"), layout
 
 
 def test_memory_is_bounded_by_shards(found: dict) -> None:

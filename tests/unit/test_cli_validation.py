@@ -55,6 +55,8 @@ def test_sound_settings_pass(good: list[str], overrides: list[str]):
         (["rollout.prompts_per_step=0"], ["rollout.prompts_per_step is 0", "at least 1"]),
         (["rollout.batch_size=0"], ["rollout.batch_size is 0", "at least 1"]),
         (["checkpoint.every=-1"], ["checkpoint.every is -1", "at least 0"]),
+        (["export.every=-1"], ["export.every is -1", "at least 0"]),
+        (["export.keep=0"], ["export.keep is 0", "at least 1"]),
         (["synthetic.response_tokens=0"], ["synthetic.response_tokens is 0", "at least 1"]),
         (["synthetic.pass_rate=2"], ["synthetic.pass_rate is 2", "within 0 and 1"]),
         (["train.updates_per_step=3"], ["train.updates_per_step is 3", "rollout.prompts_per_step = 32"]),
@@ -85,6 +87,14 @@ def test_sound_settings_pass(good: list[str], overrides: list[str]):
 def test_unsound_settings_are_named(good: list[str], overrides: list[str], parts: list[str]):
     line = message(good + overrides)
     assert all(part in line for part in parts), line
+
+
+def test_a_megatron_checkpoint_is_no_model(good: list[str], tmp_path: Path):
+    (tmp_path / "imported").mkdir()
+    (tmp_path / "imported" / "metadata.json").write_text("{}")
+    line = message([*good, f"model.path={tmp_path}/imported"])
+    assert f"model.path is {tmp_path}/imported; it is a Megatron checkpoint" in line
+    assert "tools/convert_hf_checkpoint.py export" in line
 
 
 def test_missing_wandb_is_named(good: list[str], monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -172,11 +173,29 @@ def test_pickles_are_read_only_when_asked(tmp_path: Path, single_process: None) 
     refused(source, tmp_path, "there is no model.safetensors")
     torch.save(state, source / "pytorch_model.bin")
     refused(source, tmp_path, "holds pickled tensors only; --allow-pickle")
-    import_hf(source, tmp_path / "megatron", allow_pickle=True)
+    assert command("import", source, tmp_path / "megatron", "--allow-pickle") == 0
     export_hf(tmp_path / "megatron", tmp_path / "back", side_files=None)
     found = tensors(tmp_path / "back")
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+class Hostile:
+    """A pickle that runs a command where it is loaded as any pickle is."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("ran",)
+
+
+def test_pickles_run_no_code(tmp_path: Path, single_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = hf_directory(tmp_path / "hf", "qwen2")
+    (source / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Hostile()}, source / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin: cannot be read: .*") as raised:
+        import_hf(source, tmp_path / "megatron", allow_pickle=True)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_command(tmp_path: Path, single_process: None, capsys: pytest.CaptureFixture[str]) -> None:
