@@ -1,4 +1,4 @@
-"""Run by test_convert_command.py: convert_worker.py OUT; converts OUT/small, experts and large; report.json."""
+"""Run by test_convert_command.py: convert_worker.py OUT; converts OUT/small, experts, large; OUT/report.json"""
 
 import importlib.util
 import json
@@ -35,7 +35,7 @@ def command(*arguments: object) -> None:
 
 
 def reshard(source: Path, imported: Path, layouts: dict[str, ParallelConfig]) -> None:
-    """A checkpoint loaded and saved under each layout in turn, and an export of each to SOURCE_LAYOUT_back."""
+    """A checkpoint loaded and saved under each layout in turn, and an export of each: SOURCE_LAYOUT_back."""
     platform.start_distributed()
     previous, side_files = imported, imported / "hf"
     for name, layout in layouts.items():
