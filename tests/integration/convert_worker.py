@@ -1,4 +1,4 @@
-"""Run by test_convert_command.py: convert_worker.py OUT; converts OUT/small, experts, large; OUT/report.json"""
+"""Run by test_convert_command.py: convert_worker.py OUT; converts OUT/small, experts, large: report.json"""
 
 import importlib.util
 import json
