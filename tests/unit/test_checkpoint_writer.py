@@ -1,0 +1,117 @@
+"""Checkpoints written behind a run hold the moment of the snapshot; one at a time; failures are told."""
+
+import os
+import resource
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from support.models import make_model
+from torch import Tensor
+
+from megatron_bicc.config import Config
+from megatron_bicc.policy.policy import Policy
+from megatron_bicc.training.checkpoint import (
+    CheckpointError,
+    Progress,
+    checkpoints,
+    load_checkpoint,
+    read_progress,
+)
+from megatron_bicc.training.checkpoint_writer import CheckpointWriter
+
+
+@pytest.fixture
+def policy(tmp_path: Path, single_process: None) -> Policy:
+    """A random tied Qwen3, after an update by random gradients."""
+    make_model("qwen3_tied").save_pretrained(tmp_path / "hf")
+    config = Config()
+    config.model.path, config.model.dtype, config.optimizer.lr = str(tmp_path / "hf"), "float32", 1e-3
+    policy = Policy(config)
+    update(policy)
+    return policy
+
+
+def update(policy: Policy) -> None:
+    """One step of the optimizer; the next one's gradients differ."""
+    for chunk in policy.chunks:
+        for parameter in chunk.parameters():
+            parameter.main_grad.normal_()
+    policy.update()
+
+
+def held(policy: Policy) -> list[Tensor]:
+    """A copy of all weights and of all that Adam keeps."""
+    optimizers = [part.optimizer for part in policy.optimizer.chained_optimizers]
+    adam = [x for o in optimizers for state in o.state.values() for _, x in sorted(state.items())]
+    return [x.detach().clone() for x in (*policy.modules[0].parameters(), *adam)]
+
+
+def progress(policy: Policy, step: int) -> Progress:
+    return Progress(step, {}, policy.scheduler.state_dict(), {}, {})
+
+
+def test_a_checkpoint_holds_the_moment_of_its_snapshot(policy: Policy, tmp_path: Path) -> None:
+    writer = CheckpointWriter(str(tmp_path), keep=2)
+    writer.snapshot(policy, progress(policy, 1))
+    then = held(policy)
+    update(policy)
+    writer.start()
+    writer.wait()
+    assert not all(torch.equal(a, b) for a, b in zip(held(policy), then, strict=True))
+    (path,) = checkpoints(str(tmp_path))
+    load_checkpoint(path, policy, read_progress(path))
+    assert all(torch.equal(a, b) for a, b in zip(held(policy), then, strict=True))
+
+
+def test_one_at_a_time(policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = CheckpointWriter._write
+
+    def late(*arguments: object) -> None:
+        time.sleep(0.3)
+        write(*arguments)
+
+    monkeypatch.setattr(CheckpointWriter, "_write", late)
+    writer = CheckpointWriter(str(tmp_path), keep=2)
+    for step in (1, 2, 3):
+        writer.snapshot(policy, progress(policy, step))
+        assert len(checkpoints(str(tmp_path))) == min(step - 1, 2)
+        writer.start()
+    writer.wait()
+    assert [path.name for path in checkpoints(str(tmp_path))] == ["step_00000002", "step_00000003"]
+    assert os.readlink(tmp_path / "checkpoints/latest") == "step_00000003"
+
+
+def test_what_fails_behind_the_run_is_raised_at_a_later_step(policy: Policy, tmp_path: Path) -> None:
+    writer = CheckpointWriter(str(tmp_path), keep=2)
+    writer.snapshot(policy, progress(policy, 1))
+    writer.start()
+    writer.wait()
+    writer.snapshot(policy, progress(policy, 2))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        writer.start()
+        with pytest.raises(
+            CheckpointError, match="step_00000002: cannot be written: .*; free space"
+        ) as raised:
+            while True:
+                writer.check()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(raised.value)
+    writer.wait()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000001"]
+
+
+def test_a_kill_between_two_names_of_latest_is_mended(policy: Policy, tmp_path: Path) -> None:
+    """What a killed run leaves aside does not stop the next save."""
+    root = tmp_path / "checkpoints"
+    (root / "step_00000007.partial").mkdir(parents=True)
+    (root / "latest.new").symlink_to("step_00000006")
+    writer = CheckpointWriter(str(tmp_path), keep=2)
+    writer.snapshot(policy, progress(policy, 1))
+    writer.start()
+    writer.wait()
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_00000001"]
