@@ -103,10 +103,10 @@ def train(inputs: Inputs, workers: Workers, first_step: int) -> None:
             if is_due(step, config.evaluation.every, config):
                 with clock("eval"):
                     metrics |= held_out(inputs, workers)
+            writer.check()
             if config.export.every and step % config.export.every == 0 and step < config.train.steps:
                 with clock("export"):
                     export_step(workers.policy, config, step)
-            writer.check()
             if is_due(step, config.checkpoint.every, config):
                 with clock("save"):
                     writer.snapshot(workers.policy, progress(inputs, workers, step))

@@ -197,7 +197,7 @@ def scenarios(out: Path, kills: int) -> dict:
     dp2 = copy(out / "tp2", "dp2")
     shutil.rmtree(dp2 / "checkpoints/step_00000003")
     found["dp2"] = run(dp2, "train.steps=3", RESUME, processes=2)
-    found["full"] = run(out / "full", prepare=partial(small_disk, 1_000_000))
+    found["full"] = run(out / "full", "export.every=0", prepare=partial(small_disk, 1_000_000))
     (out / "unwritable").mkdir()
     (out / "unwritable/checkpoints").write_text("")
     found["unwritable"] = run(out / "unwritable")
