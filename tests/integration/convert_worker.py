@@ -42,6 +42,7 @@ def reshard(source: Path, imported: Path, layouts: dict[str, ParallelConfig]) ->
         saved = source.with_name(f"{source.name}_{name}")
         _load_and_save(source, previous, saved, layout)
         export_hf(saved, saved.with_name(f"{saved.name}_back"), side_files)
+        parallel_state.destroy_model_parallel()
         previous = saved
 
 
