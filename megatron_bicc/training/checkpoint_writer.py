@@ -90,13 +90,7 @@ class CheckpointWriter:
         """The thread's work."""
         aside = _aside(final)
         try:
-            dcp.save(
-                tensors,
-                # of two threads torch would lose the second one's error
-                storage_writer=dcp.FileSystemWriter(aside, thread_count=1, per_thread_copy_ahead=0),
-                planner=torch_strategy.MCoreSavePlanner(flatten_state_dict=False),
-                process_group=self._group,
-            )
+            write_tensors(aside, tensors, self._group)
             parts = self._together(lambda: describe_share(aside))
             self._together(lambda: _publish(final, parts, self._keep) if dist.get_rank() == 0 else None)
         except (OSError, RuntimeError, CheckpointException) as error:
@@ -127,19 +121,36 @@ def _take(aside: Path, policy: Policy, progress: Progress) -> dict[str, Any]:
             shutil.rmtree(leftover)
         aside.mkdir(parents=True)
     dist.barrier()
-    later = _Later("torch_dist", 1)
     with platform.megatron():
-        dist_checkpointing.save(host_state(policy), str(aside), sharded_strategy=later)
+        tensors = collect_tensors(aside, host_state(policy))
     if dist.get_rank() == 0:
         (aside / PROGRESS).write_text(json.dumps(asdict(progress), indent=1))
+    return tensors
+
+
+def collect_tensors(directory: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Writes all but the tensors of a state in megatron-core's format; returns these. Collective."""
+    later = _Later("torch_dist", 1)
+    dist_checkpointing.save(state, str(directory), sharded_strategy=later)
     return later.tensors
 
 
-class _Later(torch_strategy.TorchDistSaveShardedStrategy):
-    """Keeps the tensors that are to be written in megatron-core's format, for torch's own writer.
+def write_tensors(directory: Path, tensors: dict[str, Any], group: dist.ProcessGroup) -> None:
+    """Writes what `collect_tensors` returned, by torch's own writer. Collective over `group`.
 
     megatron-core's writer starts a process that loads the whole program again, and outlives a killed run.
     """
+    dcp.save(
+        tensors,
+        # of two threads torch would lose the second one's error
+        storage_writer=dcp.FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0),
+        planner=torch_strategy.MCoreSavePlanner(flatten_state_dict=False),
+        process_group=group,
+    )
+
+
+class _Later(torch_strategy.TorchDistSaveShardedStrategy):
+    """Keeps the tensors that are to be written."""
 
     tensors: dict[str, Any]
 

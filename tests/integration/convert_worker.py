@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from transformers import AutoConfig
 
 from megatron_bicc import platform
@@ -19,6 +19,7 @@ from megatron_bicc.policy.convert import export_hf, import_hf
 from megatron_bicc.policy.megatron_files import load_chunks
 from megatron_bicc.policy.model import PolicyModel
 from megatron_bicc.policy.policy import start_model_parallel
+from megatron_bicc.training.checkpoint_writer import collect_tensors, write_tensors
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -57,7 +58,8 @@ def _load_and_save(source: Path, checkpoint: Path, out: Path, layout: ParallelCo
     out.mkdir(exist_ok=True)
     dist.barrier()
     with platform.megatron():
-        dist_checkpointing.save({"model0": model.sharded_state_dict()}, str(out))
+        tensors = collect_tensors(out, {"model0": model.sharded_state_dict()})
+    write_tensors(out, tensors, dist.group.WORLD)
     parallel_state.destroy_model_parallel()
     start_model_parallel(Config())
 
