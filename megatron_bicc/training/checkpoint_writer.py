@@ -94,6 +94,8 @@ class CheckpointWriter:
             parts = self._together(lambda: describe_share(aside))
             self._together(lambda: _publish(final, parts, self._keep) if dist.get_rank() == 0 else None)
         except (OSError, RuntimeError, CheckpointException) as error:
+            if isinstance(error, RuntimeError) and platform.is_connection_loss(error):
+                raise
             shutil.rmtree(aside, ignore_errors=True)
             raise _failure(final, error) from error
 
