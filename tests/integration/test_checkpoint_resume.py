@@ -28,7 +28,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=590,
+        timeout=290,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((out / "report.json").read_text()) | {"out": out}
