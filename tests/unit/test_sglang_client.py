@@ -1,0 +1,265 @@
+"""What of the SGLang engine can be tested without SGLang: HTTP, answers, settings, the guard of a process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from urllib.parse import unquote
+
+import anyio
+import numpy as np
+import psutil
+import pytest
+
+from megatron_bicc.config import RolloutConfig, SglangConfig
+from megatron_bicc.rollout.sglang.client import ServerClient, ServerError, ServerRefusal, ServerUnavailable
+from megatron_bicc.rollout.sglang.guard import finish, start
+from megatron_bicc.rollout.sglang.messages import BadAnswer, StaleWeights, generate_body, read_samples
+from megatron_bicc.rollout.sglang.servers import Attempts
+from megatron_bicc.rollout.sglang.settings import check_servers
+from megatron_bicc.rollout.types import Request, RolloutError, Sampling
+
+KEY = "a-secret-key"
+
+
+class Answers(BaseHTTPRequestHandler):
+    """/STATUS/TEXT answers with that status and text; 403 without the key."""
+
+    def do_GET(self) -> None:
+        _, status, text = unquote(self.path).split("/", 2)
+        if self.headers.get("Authorization") != f"Bearer {KEY}":
+            status = "403"
+        self.send_response(int(status))
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), Answers)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def ask(url: str, path: str, key: str | None = KEY) -> Any:
+    return anyio.run(ServerClient(url, key, timeout_s=5.0).post, path, {})
+
+
+def test_the_key_is_sent_and_not_told(url: str) -> None:
+    assert ask(url, '/200/{"success":true}') == {"success": True}
+    with pytest.raises(ServerRefusal, match="HTTP 403"):
+        ask(url, "/200/{}", key=None)
+    for path in ("/500/{}", "/400/{}", "/200/["):
+        with pytest.raises(ServerError) as error:
+            ask(url, path)
+        assert KEY not in str(error.value) + repr(error.value)
+    client = ServerClient(url, KEY)
+    assert KEY not in repr(client.__dict__) + repr(client._http.headers)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/500/oops", ServerUnavailable),
+        ('/200/{"output_ids":', ServerUnavailable),
+        ("/404/gone", ServerRefusal),
+        ('/200/{"success":false,"message":"no parameter x"}', ServerRefusal),
+    ],
+)
+def test_errors_name_the_server_and_what_it_said(url: str, path: str, kind: type) -> None:
+    with pytest.raises(kind) as error:
+        ask(url, path)
+    assert url in str(error.value) and "\n" not in str(error.value)
+    assert path.split("/", 2)[2].strip("{}")[:11] in str(error.value) or "no parameter x" in str(error.value)
+
+
+def test_no_server_is_unavailable() -> None:
+    with pytest.raises(ServerUnavailable, match="http://127.0.0.1:9/x"):
+        ask("http://127.0.0.1:9", "/x")
+
+
+def answer(**meta: Any) -> list[dict[str, Any]]:
+    known = {
+        "finish_reason": {"type": "stop"},
+        "weight_version": "3",
+        "weight_versions": [{"version": "3", "start": 0, "end": 2}],
+        "output_token_logprobs": [[-0.5, 7, None], [-1.5, 1, None]],
+    }
+    return [{"output_ids": [7, 1], "meta_info": known | meta}]
+
+
+def test_a_good_answer() -> None:
+    (sample,) = read_samples(answer(), 1, "3", 10)
+    np.testing.assert_array_equal(sample.token_ids, [7, 1])
+    np.testing.assert_array_equal(sample.log_probs, np.float32([-0.5, -1.5]))
+    assert (sample.finish_reason, sample.weight_version) == ("stop", 3)
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "error", "message"),
+    [
+        (answer(weight_version="2"), StaleWeights, "of weight version 2, 3, not 3"),
+        (answer(weight_versions=[{"version": "2"}, {"version": "3"}]), StaleWeights, "2, 3, not 3"),
+        (answer(finish_reason={"type": "abort"}), BadAnswer, "abort"),
+        (answer(output_token_logprobs=[[-0.5, 7, None]]), BadAnswer, "log-probs"),
+        (answer(output_token_logprobs=[[-0.5, 8, None], [-1, 1, None]]), BadAnswer, "log-probs"),
+        (answer(output_token_logprobs=[[float("nan"), 7, 0], [-1, 1, 0]]), BadAnswer, "log-probs"),
+        (answer()[0], BadAnswer, "1 samples were asked for"),
+        (answer() * 2, BadAnswer, "1 samples were asked for"),
+        ([{"output_ids": [7, 1]}], BadAnswer, "meta_info"),
+    ],
+)
+def test_spoiled_answers(spoiled: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        read_samples(spoiled, 1, "3", 10)
+
+
+def test_a_token_beyond_the_vocabulary_is_refused() -> None:
+    with pytest.raises(BadAnswer, match="token 7 was sampled, but the policy has 7 tokens"):
+        read_samples(answer(), 1, "3", 7)
+
+
+def test_nothing_is_cut_off_the_distribution() -> None:
+    request = Request(np.array([5], dtype=np.int32), seed=11)
+    body = generate_body([request, request], Sampling(0.7, 9), eos=1)
+    (settings, _) = body["sampling_params"]
+    assert (settings["temperature"], settings["top_p"], settings["top_k"], settings["min_p"]) == (
+        0.7,
+        1,
+        -1,
+        0,
+    )
+    assert settings["sampling_seed"] == 11 and settings["max_new_tokens"] == 9
+
+
+@pytest.mark.parametrize(
+    ("launch", "settings", "message"),
+    [
+        ("attach", {}, "rollout.launch is attach; name the servers"),
+        ("attach", {"servers": "localhost:30000"}, "'localhost:30000'; write http://host:port"),
+        ("attach", {"servers": "http://me:pw@host:1"}, "holds a password"),
+        ("attach", {"servers": "http://h:1", "api_key_variable": "NOT_SET_X"}, "that variable is not set"),
+        ("spawn", {"servers": "http://h:1"}, "it needs rollout.launch=attach"),
+        ("spawn", {"python": "no/such/python"}, "make sglang"),
+        ("spawn", {"api_key_variable": "HOME"}, "writes its key"),
+        ("spawn", {"host": "somewhere"}, "must be an IP address"),
+        ("spawn", {"server_args": "--port=1"}, "server_args has --port"),
+        ("spawn", {"server_args": "--api-key x"}, "server_args has --api-key; a server writes it"),
+        ("spawn", {"server_args": '--preferred-sampling-params {"top_p":0.9}'}, "whole distribution"),
+        ("spawn", {"server_args": "'"}, "No closing quotation"),
+        ("spawn", {"gpus": "0/1"}, "rollout.sglang.servers_per_node = 1"),
+    ],
+)
+def test_settings_that_do_not_fit(launch: str, settings: dict[str, str], message: str) -> None:
+    sglang = SglangConfig(**({"python": sys.executable} | settings))
+    with pytest.raises(ValueError, match=message) as error:
+        check_servers(RolloutConfig("sglang", launch, sglang=sglang))
+    assert "pw" not in str(error.value)
+
+
+def test_colocation_needs_servers() -> None:
+    with pytest.raises(ValueError, match="rollout.colocate is true"):
+        check_servers(RolloutConfig("local", colocate=True))
+
+
+def test_attempts_end_when_the_time_is_up() -> None:
+    attempts = Attempts(retry_s=0.6)
+
+    async def fail_for_ever() -> None:
+        while True:
+            await attempts.begin()
+            attempts.failed("the reason")
+
+    with pytest.raises(RolloutError, match="after 0.6 s of attempts; the last: the reason"):
+        anyio.run(fail_for_ever)
+
+
+PARENT = "import signal,subprocess,time; child = subprocess.Popen(['sleep', '500']); "
+PARENT += "print(child.pid, flush=True); "
+STUBBORN = "signal.signal(15, signal.SIG_IGN); "
+SLEEP = "time.sleep(500)"
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, Path]]:
+    """A guard whose "server" is a process with a child."""
+    log = tmp_path / "log"
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_bicc.rollout.sglang.guard",
+        str(log),
+        sys.executable,
+        "-c",
+        PARENT + SLEEP,
+    ]
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE)
+    yield guard, log
+    guard.kill()
+
+
+def child(log: Path, count: int) -> psutil.Process:
+    """The child of the server's count-th start."""
+    while not log.exists() or log.read_text().count("\n") < count:
+        time.sleep(0.05)
+    return psutil.Process(int(log.read_text().split()[count - 1]))
+
+
+def gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_server_is_started_again(guarded: tuple[subprocess.Popen, Path]) -> None:
+    guard, log = guarded
+    first = child(log, 1)
+    guard.stdin.write(b"r")
+    guard.stdin.flush()
+    time.sleep(1)
+    first.parent().kill()
+    second = child(log, 2)
+    assert gone(first) and not gone(second)
+    guard.stdin.close()
+    assert guard.wait() == 0
+    assert gone(second)
+
+
+def test_a_server_that_does_not_start_ends_its_guard(guarded: tuple[subprocess.Popen, Path]) -> None:
+    guard, log = guarded
+    first = child(log, 1)
+    first.parent().kill()
+    assert guard.wait() != 0
+    assert gone(first)
+
+
+def test_signals_of_the_terminal_do_not_end_a_guard(guarded: tuple[subprocess.Popen, Path]) -> None:
+    guard, log = guarded
+    first = child(log, 1)
+    os.kill(guard.pid, signal.SIGINT)
+    time.sleep(1)
+    assert guard.poll() is None and not gone(first)
+    guard.stdin.close()
+    guard.wait()
+    assert gone(first)
+
+
+def test_a_server_that_does_not_want_to_end_is_killed(tmp_path: Path) -> None:
+    log, shared = tmp_path / "log", Path("/dev/shm/megatron_bicc_test")
+    shared.write_text("left over")
+    server = start(str(log), [sys.executable, "-c", PARENT + STUBBORN + SLEEP])
+    first = child(log, 1)
+    finish(server, {str(shared)}, patience_s=0.3)
+    assert server.returncode == -signal.SIGKILL and gone(first)
+    assert not shared.exists()
