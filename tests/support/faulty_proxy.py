@@ -42,15 +42,22 @@ class FaultyProxy:
         except asyncio.IncompleteReadError:
             return writer.close()
         lines = [line for line in head[:-4].split(b"\r\n") if not line.lower().startswith(b"connection:")]
-        length = [line for line in lines if line.lower().startswith(b"content-length:")]
-        body = await reader.readexactly(int(length[0].split(b":")[1])) if length else b""
         if self._count and b"/generate" in lines[0]:
             self._count -= 1
+            length = next(line for line in lines if line.lower().startswith(b"content-length:"))
+            await reader.readexactly(int(length.split(b":")[1]))
             writer.write(ANSWERS[self._fault])
         else:
             upstream, out = await asyncio.open_connection(self._host, self._port)
-            out.write(b"\r\n".join([*lines, b"Connection: close", b"", body]))
-            while part := await upstream.read(1 << 16):
-                writer.write(part)
+            out.write(b"\r\n".join([*lines, b"Connection: close", b"", b""]))
+            rest = asyncio.create_task(_pass_on(reader, out))
+            await _pass_on(upstream, writer)
+            rest.cancel()
             out.close()
         writer.close()
+
+
+async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while part := await reader.read(1 << 16):
+        writer.write(part)
+        await writer.drain()
