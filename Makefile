@@ -26,7 +26,7 @@ demo: $(BUILD) $(if $(filter sglang,$(ENGINE)),$(SGLANG)) ## Train the tiny poli
 experiment: $(BUILD) ## Compare grpo, bicc and rcc on the tiny policy, write docs/results.md: about an hour on 2 cores
 	@$(VENV_PYTHON) -W ignore tools/run_experiment.py
 
-test: $(BUILD) ## All tests; TESTS=path picks some
+test: $(BUILD) $(SGLANG) ## All tests; TESTS=path picks some
 	@$(VENV_PYTHON) -m pytest $(TESTS)
 
 dry-run: $(BUILD) ## A run on paper, without a GPU: CONFIG=file WORLD_SIZE=processes SETTINGS="a=b ..."

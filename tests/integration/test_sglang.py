@@ -182,6 +182,15 @@ def test_an_unknown_token_is_not_sent(servers: Servers, learner: Learner, tmp_pa
         assert engine.generate([Request(np.array([3, 263], dtype=np.int32), 1)], Sampling(1.0, 2))
 
 
+def test_memory_is_released_and_taken_back(servers: Servers, learner: Learner, tmp_path: Path) -> None:
+    asked, sampling = requests(2, 2), Sampling(1.0, 8)
+    with attached(servers.urls, learner, tmp_path) as engine:
+        with engine.memory_released():
+            pass
+        sync_weights(learner.policy, engine, 3)
+        assert_samples_are_the_policys(asked, engine.generate(asked, sampling), learner, sampling)
+
+
 @pytest.mark.parametrize("fault", ["500", "half of the JSON", "connection cut"])
 def test_spoiled_answers(fault: Fault, servers: Servers, learner: Learner, tmp_path: Path) -> None:
     proxy = FaultyProxy(servers.urls[0])

@@ -17,6 +17,7 @@ async def until_well(client: ServerClient, timeout_s: float, check_starting: Cal
     while True:
         check_starting()
         try:
+            await client.resume()  # a trainer that was killed while it sent weights left the server paused
             await client.get("/health", 30.0)
             return
         except ServerRefusal as refusal:

@@ -23,6 +23,7 @@ from megatron_bicc.rollout.sglang.messages import generate_body, read_samples
 from megatron_bicc.rollout.sglang.servers import UNTOUCHED, ServerPool
 from megatron_bicc.rollout.types import Request, RolloutError, Sample, Sampling
 from megatron_bicc.training.learner import Learner
+from megatron_bicc.weight_sync.proof import WeightSyncError
 from megatron_bicc.weight_sync.servers import WeightSync
 
 
@@ -49,8 +50,10 @@ class SglangEngine:
         clients = {url: ServerClient(url, key) for url in urls}
         self._own = [clients[url] for url in own]
         first = dist.get_rank() % len(urls)
-        self._pool = ServerPool(list(clients.values()), self._settings, self._restore, first)
+        self._pool = ServerPool(list(clients.values()), self._settings, self._own, self._restore, first)
         self._per_process = max(1, self._settings.max_concurrency // dist.get_world_size())
+        self._watched = False
+        self._watcher = self._portal.start_task_soon(self._pool.watch)
         self._start()
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
@@ -76,12 +79,15 @@ class SglangEngine:
         A server that fails is not used until it has been given them. Raises ValueError for a tensor that is
         unknown, missing or misshapen, WeightSyncError if a server's weights are not ours afterwards.
         """
+        self._leave_alone()
         failed = self._sync.push(self._own, tensors, version)
         self._pool.hold(str(version), failed)
+        self._watch()
 
     @contextmanager
     def memory_released(self) -> Iterator[None]:
         """Inside it the servers hold no weights and no cache; afterwards new weights must come."""
+        self._leave_alone()
         self._portal.call(self._each_own, ServerClient.release_memory)
         yield
         self._portal.call(self._each_own, ServerClient.take_memory)
@@ -97,6 +103,7 @@ class SglangEngine:
 
     def close(self) -> None:
         """Ends the servers that this process started, and the connections to the others."""
+        self._watcher.cancel()
         for server in self._pool.servers:
             self._portal.call(server.client.aclose)
         if self._sync:
@@ -136,6 +143,16 @@ class SglangEngine:
             raise ValueError(error)
         if self._sync is None:
             self._pool.hold(UNTOUCHED, {})
+            self._watch()
+
+    def _leave_alone(self) -> None:
+        if self._watched:
+            self._portal.call(self._pool.close_gates)
+        self._watched = False
+
+    def _watch(self) -> None:
+        self._portal.call(self._pool.open_gates)
+        self._watched = True
 
     async def _started(self, client: ServerClient) -> None:
         spawned = [server for server in self._spawned if server.url == client.url]
@@ -148,11 +165,14 @@ class SglangEngine:
             for client in self._own:
                 tasks.start_soon(act, client)
 
-    async def _restore(self, client: ServerClient) -> bool:
+    async def _restore(self, client: ServerClient) -> str:
         if client not in self._own or self._sync is None:
-            return False
-        await self._sync.restore(client)
-        return True
+            return f"{client.url}: its weights are not of version {self._pool.version}"
+        try:
+            await self._sync.restore(client)
+        except WeightSyncError as error:
+            return str(error)
+        return ""
 
     async def _generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
         groups = [list(group) for _, group in groupby(requests, key=lambda r: r.token_ids.tobytes())]
@@ -166,13 +186,9 @@ class SglangEngine:
                 samples[i] = await self._group(groups[i], sampling)
             bar.update(len(samples[i]))
 
-        async with anyio.create_task_group() as watchers:
-            for server in self._pool.servers:
-                watchers.start_soon(self._pool.look, server)
-            async with anyio.create_task_group() as tasks:
-                for i in range(len(groups)):
-                    tasks.start_soon(group_samples, i)
-            watchers.cancel_scope.cancel()
+        async with anyio.create_task_group() as tasks:
+            for i in range(len(groups)):
+                tasks.start_soon(group_samples, i)
         bar.close()
         return [sample for i in range(len(groups)) for sample in samples[i]]
 

@@ -31,6 +31,8 @@ class Server:
         """Samples that it is working on for this process"""
         self.reason = f"{client.url}: it has got no weights yet"
         """Why it is not used; empty if it is"""
+        self.gate = anyio.Semaphore(0)
+        """Taken by who looks after it"""
         self._running: set[anyio.CancelScope] = set()
 
     async def generate(self, body: dict[str, Any], timeout_s: float) -> Any:
@@ -66,11 +68,13 @@ class ServerPool:
         self,
         clients: list[ServerClient],
         settings: SglangConfig,
-        restore: Callable[[ServerClient], Awaitable[bool]],
+        own: list[ServerClient],
+        restore: Callable[[ServerClient], Awaitable[str]],
         first: int,
     ) -> None:
-        """restore: gives a server that lacks the current weights those weights; False if others will do so.
+        """own: those that this process gives weights to, watched even when they have nothing to do.
 
+        restore: gives a server that lacks the current weights those weights, or returns why it does not.
         first: of equally busy servers this one is taken, so that processes do not all begin with the same.
         """
         self.servers = [Server(client) for client in clients[first:] + clients[:first]]
@@ -81,6 +85,7 @@ class ServerPool:
         self.stale = 0
         """Samples that were refused as other weights had made them"""
         self._settings = settings
+        self._own = own
         self._restore = restore
 
     def hold(self, version: str, failed: dict[str, str]) -> None:
@@ -89,16 +94,21 @@ class ServerPool:
         for server in self.servers:
             server.reason = failed.get(server.client.url, "")
 
-    async def look(self, server: Server) -> None:
-        """Watches a server, for ever: loses one that hangs, takes one back that is well again."""
-        while True:
-            if server.outstanding or server.reason:
-                if not await server.client.is_healthy(self._settings.health_timeout_s):
-                    seconds = f"{self._settings.health_timeout_s:g} s"
-                    server.lose(f"{server.client.url}: /health was not answered well within {seconds}")
-                elif server.reason:
-                    await self._take_back(server)
-            await anyio.sleep(LOOK_S)
+    async def watch(self) -> None:
+        """Watches every server, for ever, while the gates are open."""
+        async with anyio.create_task_group() as watchers:
+            for server in self.servers:
+                watchers.start_soon(self._watch, server)
+
+    async def close_gates(self) -> None:
+        """Waits for what the watchers do and stops them, as the servers are to be left alone."""
+        for server in self.servers:
+            await server.gate.acquire()
+
+    async def open_gates(self) -> None:
+        """Lets the watchers go on."""
+        for server in self.servers:
+            server.gate.release()
 
     async def ask(self, body: dict[str, Any], read: Callable[[Any], Result]) -> Result:
         """What `read` makes of the answer of the least busy server, of another one if that one fails.
@@ -129,17 +139,28 @@ class ServerPool:
         """Why servers are not used."""
         return "; ".join(server.reason for server in self.servers if server.reason)
 
-    async def _take_back(self, server: Server) -> None:
+    async def _watch(self, server: Server) -> None:
+        while True:
+            async with server.gate:
+                if server.outstanding or server.reason or server.client in self._own:
+                    await self._look(server)
+            await anyio.sleep(LOOK_S)
+
+    async def _look(self, server: Server) -> None:
+        """Loses a server that hangs, takes one back that is well again and has the current weights."""
+        client, seconds = server.client, self._settings.health_timeout_s
+        if (server.outstanding or server.reason) and not await client.is_healthy(seconds):
+            return server.lose(f"{client.url}: /health was not answered well within {seconds:g} s")
         try:
-            found = str((await server.client.model_info())["weight_version"])
-            if found != self.version and not await self._restore(server.client):
-                server.reason = f"{server.client.url}: its weight version is {found}, not {self.version}"
-                return
+            found = str((await client.model_info())["weight_version"])
+            reason = "" if found == self.version else await self._restore(client)
         except ServerError as error:
-            server.reason = str(error)
-            return
-        log.warning("rollout server %s is used again", server.client.url)
-        server.reason = ""
+            reason = str(error)
+        if reason:
+            server.avoid(reason)
+        elif server.reason:
+            log.warning("rollout server used again: %s", client.url)
+            server.reason = ""
 
 
 class Attempts:
