@@ -231,7 +231,7 @@ def test_a_killed_server(servers: Servers, learner: Learner, tmp_path: Path) -> 
     killed, other = servers.urls
     asked = requests(16, 4)
     with attached(servers.urls, learner, tmp_path) as engine:
-        Timer(1.5, servers.processes(killed)[0].kill).start()
+        Timer(0.7, servers.processes(killed)[0].kill).start()
         samples = engine.generate(asked, LONG)
         assert engine.counts()["rollout/resent"] > 0
         assert_samples_are_the_policys(asked, samples, learner, LONG)
@@ -242,7 +242,7 @@ def test_a_killed_server(servers: Servers, learner: Learner, tmp_path: Path) -> 
         until(lambda: engine.generate(few, Sampling(1.0, 8)) and weight_version(killed) == "3")
 
         hanging = servers.processes(other)
-        Timer(1.5, lambda: [process.suspend() for process in hanging]).start()
+        Timer(0.7, lambda: [process.suspend() for process in hanging]).start()
         try:
             samples = engine.generate(asked, LONG)
         finally:

@@ -60,7 +60,7 @@ def _command(config: Config, url: str, seed: int) -> list[str]:
     settings = config.rollout.sglang
     host, _, port = url.removeprefix("http://").rpartition(":")
     given = ["--model-path", config.model.path, "--dtype", config.model.dtype, "--host", host, "--port", port]
-    given += ["--random-seed", str(seed)]
+    given += ["--random-seed", str(seed), "--log-level-http", "warning"]
     if config.rollout.colocate and platform.has_cuda():
         given.append("--enable-memory-saver")
     if not platform.has_cuda():
