@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
 
 from megatron_bicc.monitoring import curves as points
 from megatron_bicc.monitoring.curves import Curve
@@ -197,7 +197,7 @@ def _svg(draw: Callable[[Axes], None], salt: str) -> Markup:
     with mpl.rc_context(SVG_TYPE | {"svg.hashsalt": salt}):
         figure = Figure(figsize=(5.0, 2.9))
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.14, 0.17, 0.84, 0.78))
+        axes = figure.add_axes((0.18, 0.17, 0.8, 0.75))
         draw(axes)
         stream = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -247,8 +247,12 @@ def _finish(axes: Axes, x_name: str) -> None:
     axes.set_axisbelow(True)
     if x_name == "step":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    if axes.get_yscale() == "linear" and max(map(abs, axes.get_ylim())) >= 10_000:
+    if axes.get_yscale() == "log":
+        return
+    if max(map(abs, axes.get_ylim())) >= 10_000:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    elif isinstance(axes.yaxis.get_major_formatter(), ScalarFormatter):
+        axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-4, 5))
 
 
 def _mean(values: Sequence[float]) -> float:

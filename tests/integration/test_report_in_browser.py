@@ -82,9 +82,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, each in enumerate(bad["rollouts"]):
         each["text"], each["context"] = f"{i} {HOSTILE} {UNBROKEN}", HOSTILE
     without_contrast = [group(2, right=5, wrong=0), group(3, right=0, wrong=4)]
-    groups = [group(1), *without_contrast, bad, *map(group, range(20, 40))]
+    groups = [group(1), *without_contrast, bad, *map(group, range(28, 36))]
     settings = {"algorithm": "bicc", "seed": 1, "bicc": {"weight": 1.0, "right_header": HOSTILE}}
-    runs = [make_full_run(root / f"<b onclick=x>{UNBROKEN[:100]}", 24, groups, settings)]
+    runs = [make_full_run(root / f"<b onclick=x>{UNBROKEN[:100]}", 9, groups, settings)]
     settings = {"algorithm": "grpo", "seed": 1, "bicc": {"weight": 1.0, "right_header": ""}}
     runs += [make_full_run(root / "grpo", 6, [group(50, context="")], settings)]
     return write_report(runs)
@@ -116,7 +116,7 @@ def test_page_is_silent_alone_and_fits(visit, report: Path, width: int, scheme: 
     page = watched.page
     page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
     page.fill("#search", "hostile")
-    expect(page.locator("#group-list > *")).to_have_count(8)
+    expect(page.locator("#group-list > *")).to_have_count(3)
     assert page.evaluate(OVERFLOW) == [0, []]
     assert page.evaluate(CONTRAST) == []
     assert page.evaluate("window.hit") is None
@@ -129,14 +129,14 @@ def test_page_is_silent_alone_and_fits(visit, report: Path, width: int, scheme: 
 def test_search_filters_and_escape(visit):
     page = visit().page
     options, detail, count = map(page.locator, ("#group-list > *", "#group", "#group-count"))
-    expect(count).to_have_text("194 groups")
+    expect(count).to_have_text("38 groups")
     page.get_by_role("searchbox", name="Search prompts").fill("PROMPT-3")
-    # 3 and 30 to 39, at 8 steps
-    expect(count).to_have_text("88 of 194 groups")
+    # 3 and 30 to 35, at 3 steps
+    expect(count).to_have_text("21 of 38 groups")
     assert all("prompt-3" in text for text in options.all_inner_texts())
     assert detail.locator("mark").all_inner_texts() == ["prompt-3"]
     page.get_by_role("combobox", name="Outcome").select_option("all wrong")
-    expect(options).to_have_count(8)
+    expect(options).to_have_count(3)
     expect(detail).to_contain_text("4 wrong")
     expect(detail).to_contain_text("Not trained: no contrast.")
     page.locator("#filter-step").select_option("9")
@@ -150,11 +150,11 @@ def test_search_filters_and_escape(visit):
 
 def test_sides_stand_under_the_opposite_context(visit):
     page = visit().page
-    page.get_by_role("searchbox", name="Search prompts").fill("prompt-20")
+    page.get_by_role("searchbox", name="Search prompts").fill("prompt-30")
     right, wrong = page.locator(".side.right"), page.locator(".side.wrong")
     expect(right).to_contain_text(re.compile("2 right.*seen: wrong ones.*advantage \\+1.25", re.DOTALL))
-    assert [f"wrong-20-{i}" in wrong.inner_text() for i in range(3)] == [True] * 3
-    assert "wrong-20" not in right.inner_text()
+    assert [f"wrong-30-{i}" in wrong.inner_text() for i in range(3)] == [True] * 3
+    assert "wrong-30" not in right.inner_text()
     expect(wrong).to_contain_text("seen: right ones")
     page.get_by_role("combobox", name="Side").select_option("wrong")
     expect(right).to_have_count(0)
@@ -183,7 +183,7 @@ def test_keyboard_alone_is_enough(visit):
         return int(number.removeprefix("group-"))
 
     keys = ["ArrowDown", "j", "j", "k", "ArrowUp", "End", "j", "Home", "k"]
-    assert [chosen_after(key) for key in keys] == [1, 2, 3, 2, 1, 193, 193, 0, 0]
+    assert [chosen_after(key) for key in keys] == [1, 2, 3, 2, 1, 37, 37, 0, 0]
     chosen_after("End")
     inside = "(o) => { const l = o.parentElement; return o.offsetTop >= l.scrollTop - 1 && "
     inside += "o.offsetTop + o.offsetHeight <= l.scrollTop + l.clientHeight + 1; }"
