@@ -102,6 +102,7 @@ def visit(browser: Browser, report: Path) -> Iterator[Callable[..., Watched]]:
         page.on("pageerror", lambda error: watched.said.append(str(error)))
         page.on("dialog", lambda dialog: (watched.said.append(dialog.message), dialog.dismiss()))
         page.on("request", lambda request: watched.asked.append(request.url))
+        page.set_default_timeout(120_000)  # a slow machine draws slowly
         page.goto(report.as_uri())
         return watched
 
