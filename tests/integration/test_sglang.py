@@ -59,7 +59,8 @@ class Servers:
         port = url.rpartition(":")[2]
         for process in psutil.process_iter(["cmdline"]):
             command = process.info["cmdline"] or []
-            if "sglang.launch_server" in command and port in command:
+            guard = "megatron_bicc.rollout.sglang.guard" in command
+            if "sglang.launch_server" in command and port in command and not guard:
                 return [process, *process.children(recursive=True)]
         return []
 
