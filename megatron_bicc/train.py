@@ -37,7 +37,7 @@ from megatron_bicc.training.report_groups import report_groups
 from megatron_bicc.training.report_layout import report_layout
 from megatron_bicc.training.resume import check_resume, contents
 from megatron_bicc.weight_sync import sync_weights
-from megatron_bicc.weight_sync.proof import WeightSyncError
+from megatron_bicc.weight_sync.errors import WeightSyncError
 
 
 def main(argv: list[str]) -> None:
@@ -96,10 +96,11 @@ def train(inputs: Inputs, workers: Workers, first_step: int) -> None:
             with released_memory(inputs, workers):
                 updates = learn(inputs, workers, rollouts.groups, clock, log, step)
             with clock("sync"):
-                sync_weights(workers.policy, workers.engine, step)
+                num_bytes = sync_weights(workers.policy, workers.engine, step)
             metrics = rollout_metrics(rollouts, config) | mean_metrics(updates)
             metrics["train/lr"] = workers.policy.learning_rate()
             metrics |= workers.engine.counts()
+            metrics["sync/gb"] = num_bytes / 1e9
             if is_due(step, config.evaluation.every, config):
                 with clock("eval"):
                     metrics |= held_out(inputs, workers)

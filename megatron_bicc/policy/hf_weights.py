@@ -2,7 +2,8 @@
 
 import collections
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -92,28 +93,47 @@ def _load_tied_output(
 def hf_tensors(chunks: list[PolicyModel], hf_config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
     """Every Hugging Face tensor of the policy, whole, on every rank, one at a time. Collective.
 
+    The experts of a layer come by number, whatever rank holds them.
+
     All ranks of the tensor-, expert- and pipeline-parallel groups must exhaust it together.
     """
     pp_group = parallel_state.get_pipeline_model_parallel_group()
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    ep_group = parallel_state.get_expert_model_parallel_group()
     own = [parameter for chunk in chunks for _, parameter in _parameters(chunk)]
     for stage, table in enumerate(_tables(chunks)):
-        for i, (rule, shape, dtype) in enumerate(table):
-            mine = stage == pp_group.rank()
+        for owner, i in _in_order(table, ep_group.size()):
+            rule, shape, dtype = table[i]
+            here = owner in (None, ep_group.rank())
+            mine = here and stage == pp_group.rank()
             part = own[i].data.contiguous() if mine else torch.empty(shape, dtype=dtype, device=own[0].device)
-            dist.broadcast(part, group=pp_group, group_src=stage)
-            yield from _assemble(rule, part, _gather, hf_config)
+            if here:
+                dist.broadcast(part, group=pp_group, group_src=stage)
+            if owner is None:
+                yield from _to_hf(rule, _gather(part, tp_group), 0, hf_config)
+            else:
+                dist.broadcast(part, group=ep_group, group_src=owner)
+                yield from _to_hf(rule, [part], _first_expert(hf_config, owner), hf_config)
 
 
 def describe_hf(chunks: list[PolicyModel], hf_config: PretrainedConfig) -> dict[str, Tensor]:
     """Shape and dtype of all that `hf_tensors` yields, in its order, as meta tensors. Collective."""
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    expert = parallel_state.get_expert_model_parallel_world_size()
     found: dict[str, Tensor] = {}
-    for rule, shape, dtype in (entry for table in _tables(chunks) for entry in table):
-        part = torch.empty(shape, dtype=dtype, device="meta")
-        found |= _assemble(rule, part, lambda part, group: [part] * group.size(), hf_config)
+    for table in _tables(chunks):
+        for owner, i in _in_order(table, expert):
+            rule, shape, dtype = table[i]
+            parts = [torch.empty(shape, dtype=dtype, device="meta")] * (tensor if owner is None else 1)
+            found |= _to_hf(rule, parts, _first_expert(hf_config, owner or 0), hf_config)
     return found
 
 
-def _tables(chunks: list[PolicyModel]) -> list[list[tuple[Rule, torch.Size, torch.dtype]]]:
+Table = list[tuple[Rule, torch.Size, torch.dtype]]
+"""A pipeline stage's parameters"""
+
+
+def _tables(chunks: list[PolicyModel]) -> list[Table]:
     """Every pipeline stage's parameters. Collective."""
     group = parallel_state.get_pipeline_model_parallel_group()
     tables: list = [None] * group.size()
@@ -124,19 +144,15 @@ def _tables(chunks: list[PolicyModel]) -> list[list[tuple[Rule, torch.Size, torc
     return tables
 
 
-def _assemble(
-    rule: Rule,
-    part: Tensor,
-    gather: Callable[[Tensor, dist.ProcessGroup], list[Tensor]],
-    hf_config: PretrainedConfig,
-) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors of a parameter from every rank's part of it."""
-    if rule.expert is None:
-        yield from _to_hf(rule, gather(part, parallel_state.get_tensor_model_parallel_group()), 0, hf_config)
-        return
-    experts = gather(part, parallel_state.get_expert_model_parallel_group())
-    for rank, expert in enumerate(experts):
-        yield from _to_hf(rule, [expert], _first_expert(hf_config, rank), hf_config)
+def _in_order(table: Table, expert_parallel: int) -> Iterator[tuple[int | None, int]]:
+    """(expert-parallel rank that holds it, index in the table): a layer's experts by the model's numbers.
+
+    The rank is None for a parameter that is no expert's.
+    """
+    for is_expert, run in groupby(range(len(table)), key=lambda i: table[i][0].expert is not None):
+        indices = list(run)
+        for owner in range(expert_parallel) if is_expert else [None]:
+            yield from ((owner, i) for i in indices)
 
 
 def _gather(part: Tensor, group: dist.ProcessGroup) -> list[Tensor]:

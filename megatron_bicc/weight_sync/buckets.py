@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -82,4 +83,4 @@ def buckets(tensors: Iterable[tuple[str, Tensor]], capacity: int) -> Iterator[Bu
 def _alone(tensor: Tensor) -> Tensor:
     """A part of a larger tensor would keep, and send, all of it."""
     owns_all = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if owns_all else tensor.clone().contiguous()
+    return tensor if owns_all else tensor.clone(memory_format=torch.contiguous_format)

@@ -76,7 +76,7 @@ class Checksums:
 def are_known(server_info: dict[str, Any]) -> bool:
     """Whether the checksums of a server with these arguments are those that `Checksums` computes."""
     plain = all(server_info.get(name) == value for name, value in _PLAIN.items())
-    return plain and not server_info.get("enable_dp_attention")
+    return plain and server_info["dtype"] != "auto" and not server_info.get("enable_dp_attention")
 
 
 def server_name(name: str) -> str:

@@ -1,6 +1,5 @@
 """The proof where checksums do not serve: log-probs of what a server samples, against the policy's."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,9 @@ import numpy as np
 import torch
 
 from megatron_bicc.data import Prompt
-from megatron_bicc.rollout.sglang.client import ServerRefusal
 from megatron_bicc.rollout.types import Group, Sample
-from megatron_bicc.weight_sync import proof
 from megatron_bicc.weight_sync.methods import load_files
+from megatron_bicc.weight_sync.proof import served_checksums, unequal
 from megatron_bicc.weight_sync.session import Session
 
 PROMPT_TOKENS, SAMPLES, SAMPLED_TOKENS = 8, 2, 16
@@ -69,11 +67,11 @@ def wrong(
 
 
 async def differing(session: Session, directory: Path) -> list[str]:
-    """The server's parameters that change when it loads the right weights from files. Raises ServerError."""
-    await session.post(proof.PATH, {"action": "snapshot"})
+    """The server's parameters that change when it loads the right weights from files. Raises ServerError.
+
+    Whatever kind its checksums are of, equal ones are of equal weights.
+    """
+    before = await served_checksums(session)
     await load_files(session, directory)
-    try:
-        await session.post(proof.PATH, {"action": "compare"})
-    except ServerRefusal as refusal:
-        return re.findall(r"name=(\S+)", str(refusal))
-    return []
+    after = await served_checksums(session)
+    return [name for rank in range(len(after)) for name in unequal(before[rank], after[rank])]

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import anyio
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,10 +15,11 @@ from megatron_bicc.config import Config
 from megatron_bicc.rollout.sglang.client import ServerClient, ServerError
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.weight_sync.buckets import buckets, checked, expected_shapes
+from megatron_bicc.weight_sync.errors import WeightSyncError
 from megatron_bicc.weight_sync.files import WeightFiles
 from megatron_bicc.weight_sync.methods import METHODS, load_files
 from megatron_bicc.weight_sync.probe import Probe, differing, take, wrong
-from megatron_bicc.weight_sync.proof import Proof, WeightSyncError, mismatch
+from megatron_bicc.weight_sync.proof import Proof, mismatch
 from megatron_bicc.weight_sync.session import Run, Session, Sessions
 
 
@@ -51,9 +53,8 @@ class WeightSync:
         reasons by URL, those of all processes.
 
         Raises:
-            ValueError: on every process, naming a tensor that is unknown, missing or has the wrong shape.
-            WeightSyncError: on every process, naming what differs in a server, or a file that could not be
-                written.
+            WeightSyncError: on every process, naming a tensor that is unknown, missing or has the wrong
+                shape, what differs in a server, or a file that could not be written.
         """
         stream = checked(tensors, self.expected)
         failed: dict[str, str] = {}
@@ -62,10 +63,13 @@ class WeightSync:
         try:
             if clients:
                 failed, probes = self._deliver(clients, stream, version)
-        except (OSError, WeightSyncError) as error:
+        except OSError as error:
+            fault = f"weight sync: files for rollout servers (weight_sync.path) cannot be written: {error}"
+        except WeightSyncError as error:
             fault = str(error)
-        for _ in stream:  # the other processes are still in it
-            pass
+        except ValueError as error:  # of the stream: the same on every process
+            raise WeightSyncError(str(error)) from None
+        _exhaust(stream)
         outcomes = _gathered((failed, probes, fault))
         _raise_first([fault for _, _, fault in outcomes])
         self._judge([probe for _, some, _ in outcomes for probe in some], clients)
@@ -74,7 +78,8 @@ class WeightSync:
     async def restore(self, client: ServerClient) -> None:
         """Gives a server that comes late the weights of the newest `push`, from its files. At any time.
 
-        Raises ServerError if the server fails at it, WeightSyncError if no files are kept.
+        Raises ServerError if the server fails at it, WeightSyncError if no files are kept or if what it then
+        has is not in them.
         """
         if self.files.complete is None:
             raise WeightSyncError(
@@ -89,7 +94,8 @@ class WeightSync:
             await self.proof.check(session)
             await session.close(self.version)
         except BaseException:
-            await session.give_up()
+            with anyio.CancelScope(shield=True):
+                await session.give_up()
             raise
 
     def close(self) -> None:
@@ -156,6 +162,15 @@ class WeightSync:
             sessions.each(partial(load_files, directory=directory))
             if not self.config.weight_sync.keep_files:
                 self.files.remove()
+
+
+def _exhaust(stream: Iterator[tuple[str, Tensor]]) -> None:
+    """Takes part in the stream to its end, with those that still need it. Raises WeightSyncError."""
+    try:
+        for _ in stream:
+            pass
+    except ValueError as error:
+        raise WeightSyncError(str(error)) from None
 
 
 T = TypeVar("T")

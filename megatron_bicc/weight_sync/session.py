@@ -50,8 +50,8 @@ class Session:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the server's weights."""
-        return getattr(torch, self.info["dtype"])
+        """Type of the server's weights; if it does not say, the coarsest."""
+        return getattr(torch, self.info["dtype"], torch.bfloat16)
 
     async def open(self, brackets: bool) -> None:
         """Pauses the server; running requests are aborted: no sequence is to be of two versions.

@@ -59,9 +59,15 @@ def test_layout_equals_one_process(
     assert step["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
     assert step["gradient"] == pytest.approx(one["gradient"], rel=1e-4)
     assert step["weights"].keys() == one["weights"].keys()
+    assert experts(step["weights"]) == experts(one["weights"])
     for name, weight in one["weights"].items():
         difference = (step["weights"][name] - weight).abs().max()
         assert difference <= 1e-5, f"{name} differs by {difference:.1e}"
+
+
+def experts(weights: dict) -> list[str]:
+    """Their names layer by layer, in the order in which they came."""
+    return sorted((n for n in weights if ".experts." in n), key=lambda name: name.partition(".mlp.")[0])
 
 
 def test_micro_batches_are_unequal_and_some_are_empty(found: dict[tuple[int, str], dict]) -> None:

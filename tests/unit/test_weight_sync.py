@@ -1,6 +1,7 @@
 """Weights on their way to SGLang servers: what needs no server."""
 
 import base64
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -8,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from megatron_bicc.weight_sync.buckets import Bucket, buckets, checked, expected_shapes
+from megatron_bicc.weight_sync.checksums import Checksums
 from megatron_bicc.weight_sync.files import WeightFiles
 from megatron_bicc.weight_sync.tensor import encode, request_body
 
@@ -111,3 +113,78 @@ def test_files_are_a_hugging_face_directory(model_dirs: dict[str, Path], tmp_pat
     assert all(torch.equal(p, tensors[name] + 2) for name, p in model.named_parameters())
     files.remove()
     assert not list(tmp_path.iterdir())
+
+
+def as_served(tensors: dict, config: PretrainedConfig, size: int, rank: int) -> dict[str, torch.Tensor]:
+    """The parameters of an SGLang server's tensor-parallel rank, written out one by one."""
+
+    def rows(weight: torch.Tensor, parts: int = size, part: int = rank) -> torch.Tensor:
+        return weight.reshape(parts, -1, *weight.shape[1:])[part]
+
+    def columns(weight: torch.Tensor) -> torch.Tensor:
+        width = weight.shape[1] // size
+        return weight[:, rank * width : (rank + 1) * width]
+
+    def vocabulary(weight: torch.Tensor) -> torch.Tensor:
+        padded = torch.zeros(128, weight.shape[1], dtype=weight.dtype)
+        padded[: len(weight)] = weight
+        return rows(padded)
+
+    kv_parts = min(size, config.num_key_value_heads)
+    found = {"model.embed_tokens.weight": vocabulary(tensors["model.embed_tokens.weight"])}
+    found["model.norm.weight"] = tensors["model.norm.weight"]
+    if "lm_head.weight" in tensors:
+        found["lm_head.weight"] = vocabulary(tensors["lm_head.weight"])
+    for i in range(config.num_hidden_layers):
+        layer, attention = f"model.layers.{i}.", f"model.layers.{i}.self_attn."
+        for name in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
+            if f"{layer}{name}.weight" in tensors:
+                found[f"{layer}{name}.weight"] = tensors[f"{layer}{name}.weight"]
+        for kind in ("weight", "bias"):
+            if f"{attention}q_proj.{kind}" in tensors:
+                q, k, v = (tensors[f"{attention}{x}_proj.{kind}"] for x in "qkv")
+                own = rank * kv_parts // size
+                found[f"{attention}qkv_proj.{kind}"] = torch.cat(
+                    [rows(q), rows(k, kv_parts, own), rows(v, kv_parts, own)]
+                )
+        found[f"{attention}o_proj.weight"] = columns(tensors[f"{attention}o_proj.weight"])
+        mlp = f"{layer}mlp."
+        if f"{mlp}gate.weight" in tensors:
+            found[f"{mlp}gate.weight"] = tensors[f"{mlp}gate.weight"]
+            each = [f"{mlp}experts.{e}." for e in range(config.num_experts)]
+            gate_up = [[rows(tensors[f"{e}{x}_proj.weight"]) for x in ("gate", "up")] for e in each]
+            found[f"{mlp}experts.w13_weight"] = torch.stack([torch.cat(pair) for pair in gate_up])
+            down = [columns(tensors[f"{e}down_proj.weight"]) for e in each]
+            found[f"{mlp}experts.w2_weight"] = torch.stack(down)
+        else:
+            gate_up = [rows(tensors[f"{mlp}{x}_proj.weight"]) for x in ("gate", "up")]
+            found[f"{mlp}gate_up_proj.weight"] = torch.cat(gate_up)
+            found[f"{mlp}down_proj.weight"] = columns(tensors[f"{mlp}down_proj.weight"])
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("family", ["qwen3_tied", "qwen2", "llama3", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checksums_are_those_of_the_servers_parameters(
+    family: str, size: int, dtype: torch.dtype, model_dirs: dict[str, Path]
+) -> None:
+    """tests/integration/test_weight_sync.py compares them with those that a server tells."""
+    config = AutoConfig.from_pretrained(model_dirs[family])
+    tensors = load_file(model_dirs[family] / "model.safetensors")
+    checksums = Checksums(config, size, dtype)
+    for name in sorted(tensors, key=in_stream_order):
+        checksums.add(name, tensors[name])
+    for rank in range(size):
+        served = as_served(tensors, config, size, rank)
+        raw = {name: t.to(dtype).contiguous().view(torch.uint8).numpy() for name, t in served.items()}
+        expected = {name: hashlib.sha256(data.tobytes()).hexdigest()[:16] for name, data in raw.items()}
+        assert checksums.of_rank(rank) == expected
+
+
+def in_stream_order(name: str) -> tuple[str, int, int]:
+    """Experts by number; gate before up, q before k before v."""
+    *modules, kind, _ = name.split(".")
+    module, _, expert = ".".join(modules).partition(".experts.")
+    parts = ["gate_proj", "up_proj", "q_proj", "k_proj", "v_proj"]
+    return module, int(expert or 0), parts.index(kind) if kind in parts else 9

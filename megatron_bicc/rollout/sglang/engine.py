@@ -76,8 +76,8 @@ class SglangEngine:
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Streams the tensors to all servers. Collective.
 
-        A server that fails is not used until it has been given them. Raises ValueError for a tensor that is
-        unknown, missing or misshapen, WeightSyncError if a server's weights are not ours afterwards.
+        A server that fails is not used until it has been given them. Raises WeightSyncError for a tensor that
+        is unknown, missing or misshapen, and if a server's weights are not ours afterwards.
         """
         self._leave_alone()
         failed = self._sync.push(self._own, tensors, version)
@@ -104,10 +104,10 @@ class SglangEngine:
     def close(self) -> None:
         """Ends the servers that this process started, and the connections to the others."""
         self._watcher.cancel()
-        for server in self._pool.servers:
-            self._portal.call(server.client.aclose)
         if self._sync:
             self._sync.close()
+        for server in self._pool.servers:
+            self._portal.call(server.client.aclose)
         self._loop.__exit__(None, None, None)
         for server in self._spawned:
             server.stop()
