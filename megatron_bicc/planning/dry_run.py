@@ -39,26 +39,28 @@ def dry_run(config: Config, world_size: int) -> DryRun:
     config = check_settings(config)
     path = Path(config.model.path)
     hf_config = read_hf_config(config.model.path)
-    tokenizer = _tokenizer(path, unchecked)
+    tokenizer = tokenizer_or_estimate(config.model.path)
+    if isinstance(tokenizer, UnknownTokenizer):
+        unchecked.append(f"the tokenizer: {path} holds none; the headers' lengths are estimates")
     _check_prompts(config, tokenizer, unchecked)
     weights = _weights(path, unchecked)
     shards = build_shards(config, hf_config, world_size, weights=weights)
     data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
-    step = synthetic_step(config, hf_config, tokenizer or UnknownTokenizer(), data_parallel)
+    step = synthetic_step(config, hf_config, tokenizer, data_parallel)
     return DryRun(config, hf_config, world_size, shards, step, unchecked)
 
 
-def _tokenizer(path: Path, unchecked: list[str]) -> PreTrainedTokenizerBase | None:
-    if any((path / name).is_file() for name in TOKENIZER_FILES):
-        return read_tokenizer(str(path))
-    unchecked.append(f"the tokenizer: {path} holds none; the headers' lengths are estimates")
-    return None
+def tokenizer_or_estimate(path: str) -> PreTrainedTokenizerBase | UnknownTokenizer:
+    """The model's tokenizer, or an estimate where its directory holds none. Raises ValueError, one line."""
+    if any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+        return read_tokenizer(path)
+    return UnknownTokenizer()
 
 
-def _check_prompts(config: Config, tokenizer: PreTrainedTokenizerBase | None, unchecked: list[str]) -> None:
+def _check_prompts(config: Config, tokenizer: object, unchecked: list[str]) -> None:
     if not config.data.train:
         unchecked.append("prompts: data.train is not set")
-    elif tokenizer is None:
+    elif isinstance(tokenizer, UnknownTokenizer):
         unchecked.append("prompts: they cannot be read without a tokenizer")
     else:
         read_inputs(config)

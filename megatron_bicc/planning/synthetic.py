@@ -48,6 +48,7 @@ class SyntheticStep:
     """Of all groups, each prompt once"""
     response_tokens: int
     """Of all rollouts"""
+    longest_response: int
     updates: list[Update]
 
 
@@ -88,6 +89,7 @@ def synthetic_step(
         groups_with_contrast=int(contrast_G.sum()),
         prompt_tokens=len(rollouts.prompt_tokens),
         response_tokens=len(rollouts.tokens),
+        longest_response=int(np.diff(rollouts.offsets_R).max()),
         updates=updates,
     )
 

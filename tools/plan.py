@@ -1,0 +1,92 @@
+#!/usr/bin/env python
+"""Memory, traffic and time of a run on GPUs that are not here; layouts that fit, the shortest step first.
+
+tools/plan.py --config examples/configs/llama_70b.yaml --gpu H100 --world-size 64 [section.name=value ...]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_bicc.algorithms.presets import resolve
+from megatron_bicc.cli import parse_config
+from megatron_bicc.planning.dry_run import tokenizer_or_estimate
+from megatron_bicc.planning.gpus import GPUS, Cluster
+from megatron_bicc.planning.layouts import propose
+from megatron_bicc.planning.plan import Plan, make_plan
+from megatron_bicc.planning.report import as_json, as_text, draw, proposals
+from megatron_bicc.planning.synthetic import synthetic_step
+from megatron_bicc.setup_run import read_hf_config
+from megatron_bicc.validation import validate
+
+BYTES_A_GBIT = 1e9 / 8
+
+
+def main(argv: list[str]) -> int:
+    """Prints the plan. Exit status: 0; 1 if it does not fit; 2 for a mistake, one line on stderr."""
+    arguments = _parser().parse_args(argv)
+    try:
+        plan, others = _plans(arguments)
+    except ValueError as error:
+        print(f"plan: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(as_text(plan))
+    if arguments.propose:
+        print(f"\nlayouts that fit, the {len(others)} best:\n{proposals(others)}")
+    if arguments.json:
+        figures = {"plan": as_json(plan), "proposals": [as_json(other) for other in others]}
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if arguments.picture:
+        draw([plan, *others], arguments.picture)
+    return 0 if plan.fits else 1
+
+
+def _plans(arguments: argparse.Namespace) -> tuple[Plan, list[Plan]]:
+    """The configured plan, and the best of the proposed."""
+    # a dry run's settings do without prompts
+    config = parse_config(["--config", arguments.config, *arguments.settings, "dry_run=true"])
+    validate(config, arguments.world_size)
+    config = resolve(config)
+    hf_config = read_hf_config(config.model.path)
+    tokenizer = tokenizer_or_estimate(config.model.path)
+    cluster = Cluster(
+        GPUS[arguments.gpu],
+        arguments.gpus_per_host,
+        arguments.network_gbits * BYTES_A_GBIT,
+        arguments.sync_gbits * BYTES_A_GBIT,
+        arguments.efficiency,
+    )
+    data = arguments.world_size // (config.parallel.tensor * config.parallel.pipeline)
+    step = synthetic_step(config, hf_config, tokenizer, data)
+    common = (hf_config, arguments.world_size)
+    plan = make_plan(config, *common, step, cluster, arguments.server_gpus)
+    if not arguments.propose:
+        return plan, []
+    found = propose(config, *common, cluster, arguments.server_gpus, tokenizer)
+    return plan, found[: arguments.propose]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="YAML file of settings")
+    parser.add_argument("--gpu", choices=GPUS, default="H100")
+    parser.add_argument("--world-size", type=int, required=True, help="GPUs that train")
+    parser.add_argument("--gpus-per-host", type=int, default=8)
+    parser.add_argument("--server-gpus", type=int, default=8, help="GPUs of one rollout server")
+    parser.add_argument("--network-gbits", type=float, default=400, help="a GPU to another host, Gb/s")
+    parser.add_argument("--sync-gbits", type=float, default=400, help="all trainers to the servers, Gb/s")
+    parser.add_argument("--efficiency", type=float, default=0.40, help="share of peak that products reach")
+    parser.add_argument("--propose", type=int, default=0, metavar="N", help="show the N best layouts")
+    parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument("--picture", type=Path, help="draw memory and step time into this file")
+    parser.add_argument("settings", nargs="*", help="section.name=value")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
