@@ -27,7 +27,7 @@ BYTES_A_GBIT = 1e9 / 8
 
 def main(argv: list[str]) -> int:
     """Prints the plan. Exit status: 0; 1 if it does not fit; 2 for a mistake, one line on stderr."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     try:
         plan, others = _plans(arguments)
     except ValueError as error:

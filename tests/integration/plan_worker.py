@@ -18,7 +18,7 @@ def attempt(arguments: list[str], figures: Path) -> dict:
     """What tools/plan.py does on the arguments."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = plan.main([*arguments[:-1], "--json", str(figures), arguments[-1]])
+        status = plan.main([*arguments, "--json", str(figures)])
     found = json.loads(figures.read_text()) if figures.is_file() else None
     return {"status": status, "out": out.getvalue(), "err": err.getvalue(), "figures": found}
 

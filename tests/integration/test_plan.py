@@ -46,9 +46,7 @@ IMPOSSIBLE = {
 }
 OTHERS = {
     "wrong": case("llama_70b", 64, ["parallel.tensor=3"]),
-    "proposals": case(
-        "qwen3_4b", 8, ["rollout.prompts_per_step=8"], "--propose", "3", "--picture", "PICTURE", gpu="H200"
-    ),
+    "proposals": case("tiny", 8, [], "--propose", "3", "--picture", "PICTURE", gpu="H200"),
 }
 
 

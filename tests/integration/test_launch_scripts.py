@@ -1,0 +1,154 @@
+"""The launch scripts: on paper, on a machine without GPUs, and what they hand to torchrun.
+
+Where a test needs GPUs or SLURM, `PYTHON`, `srun` and `scontrol` are test doubles that print their arguments.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPTS = ("run_bicc_70b.sh", "run_bicc_qwen3_4b.sh")
+PRINTER = '#!/bin/sh\nprintf "%s " "$(basename "$0")"; printf "<%s> " "$@"; echo "WORLD_SIZE=$WORLD_SIZE"\n'
+
+
+@pytest.fixture
+def doubles(tmp_path: Path) -> Path:
+    """A directory of programs that print their name, arguments and WORLD_SIZE."""
+    for name in ("python", "srun"):
+        (tmp_path / name).write_text(PRINTER)
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho host7\necho host8\n")
+    for path in tmp_path.iterdir():
+        path.chmod(0o755)
+    return tmp_path
+
+
+def run(script: str, *arguments: str, path: Path | None = None, **variables: str) -> tuple[int, str, str]:
+    """Exit status, stdout, stderr."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    env["PATH"] = f"{path}:{env['PATH']}" if path else env["PATH"]
+    done = subprocess.run(
+        [str(REPOSITORY / "examples" / script), *arguments],
+        env=env | variables,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def launched(path: Path, script: str, *arguments: str, **variables: str) -> dict[str, str]:
+    """The settings of the training command, with those of torchrun under their option's names."""
+    files = {"MODEL_PATH": "/models/m", "TRAIN_DATA": "/data/t.parquet"}
+    status, out, err = run(
+        script, *arguments, path=path, **files, **{"PYTHON": str(path / "python"), **variables}
+    )
+    assert status == 0, err
+    last = re.findall(r"<([^>]*)>", out.splitlines()[-1])
+    assert last[:2] == ["-m", "torch.distributed.run"]
+    options = {last[i]: last[i + 1] for i in range(2, last.index("megatron_bicc.train") - 1, 2)}
+    return options | dict(setting.split("=", 1) for setting in last if "=" in setting)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_on_paper(script: str) -> None:
+    status, out, err = run(script, DRY_RUN="1", PYTHON=shutil.which("python") or "")
+    assert status == 0, err
+    world = {"run_bicc_70b.sh": "64 processes: tensor 8", "run_bicc_qwen3_4b.sh": "8 processes: tensor 2"}
+    assert world[script] in out and "synthetic step: 32 groups of 8" in out
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU's driver")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_gpus_it_ends_with_one_line(script: str, tmp_path: Path) -> None:
+    variables = {"NNODES": "1", "OUT": str(tmp_path), "PYTHON": shutil.which("python") or ""}
+    status, out, err = run(script, **variables)
+    assert status == 1 and out == ""
+    (line,) = err.splitlines()
+    assert "nvidia-smi is not installed" in line
+
+
+def test_plain_hosts(doubles: Path) -> None:
+    found = launched(doubles, "run_bicc_70b.sh", "seed=5", NNODES="8", NODE_RANK="3", MASTER_ADDR="host0")
+    assert found["--nnodes"] == "8" and found["--node-rank"] == "3" and found["--nproc-per-node"] == "8"
+    assert found["--master-addr"] == "host0" and found["--master-port"] == "29500"
+    assert found["model.path"] == "/models/m" and found["data.train"] == "/data/t.parquet"
+    assert found["rollout.colocate"] == "true" and found["rollout.sglang.gpus"] == "0,1,2,3,4,5,6,7"
+    paper = {
+        "optimizer.lr": "1e-6",
+        "rollout.group_size": "8",
+        "loss.clip_low": "0.2",
+        "loss.clip_high": "0.2",
+    }
+    assert found.items() >= {**paper, "bicc.context_ratio": "0.4", "seed": "5"}.items()
+
+
+def test_the_environment_is_checked_first(doubles: Path) -> None:
+    variables = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "host0", "OUT": "runs/x"}
+    files = {"MODEL_PATH": "/models/m", "TRAIN_DATA": "/data/t.parquet", "PYTHON": str(doubles / "python")}
+    _, out, _ = run("run_bicc_70b.sh", path=doubles, **variables, **files)
+    check, dry_run, _ = out.splitlines()
+    for part in ("<tools/check_environment.py>", "<--nodes> <2>", "<--shared> <runs/x>", "<--gpus> <8>"):
+        assert part in check
+    assert "<--dry-run>" in dry_run and dry_run.endswith("WORLD_SIZE=16")
+
+
+def test_servers_apart_on_the_same_nodes(doubles: Path) -> None:
+    found = launched(doubles, "run_bicc_70b.sh", ROLLOUT="split", NNODES="8", MASTER_ADDR="host0")
+    assert found["--nproc-per-node"] == "4" and found["rollout.sglang.gpus"] == "4,5,6,7"
+    assert found["parallel.tensor"] == "4" and "rollout.colocate" not in found
+
+
+def test_servers_elsewhere(doubles: Path) -> None:
+    url = "http://server0:30000"
+    found = launched(doubles, "run_bicc_qwen3_4b.sh", ROLLOUT="attach", SERVERS=url)
+    assert found["rollout.launch"] == "attach" and found["rollout.sglang.servers"] == url
+    assert found["weight_sync.method"] == "distributed" and found["--nproc-per-node"] == "8"
+
+
+def test_several_servers_on_a_node(doubles: Path) -> None:
+    found = launched(doubles, "run_bicc_qwen3_4b.sh")
+    assert (
+        found["rollout.sglang.servers_per_node"] == "4" and found["rollout.sglang.gpus"] == "0,1/2,3/4,5/6,7"
+    )
+
+
+def test_slurm_starts_the_script_on_every_node(doubles: Path) -> None:
+    variables = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(REPOSITORY)}
+    status, out, err = run("run_bicc_70b.sh", "seed=5", path=doubles, **variables)
+    assert status == 0, err
+    assert out.startswith("srun <--ntasks-per-node=1>") and "<examples/run_bicc_70b.sh> <seed=5>" in out
+
+
+def test_slurm_names_nodes_and_ranks(doubles: Path) -> None:
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1"}
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "host[7-8]", "SLURM_SUBMIT_DIR": str(REPOSITORY)}
+    found = launched(doubles, "run_bicc_70b.sh", **step, **job)
+    assert (found["--nnodes"], found["--node-rank"], found["--master-addr"]) == ("2", "1", "host7")
+
+
+@pytest.mark.parametrize(
+    ("variables", "part"),
+    [
+        ({"MODEL": "gpt"}, "MODEL is gpt; it must be llama or qwen"),
+        ({"ROLLOUT": "elsewhere"}, "ROLLOUT is elsewhere; it must be colocate, split or attach"),
+        ({"ROLLOUT": "attach"}, "needs SERVERS"),
+        ({"SERVER_GPUS": "3"}, "SERVER_GPUS=3 does not divide GPUS_PER_NODE=8"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+        ({"MODEL_PATH": ""}, "MODEL_PATH is not set"),
+        ({"TRAIN_DATA": ""}, "TRAIN_DATA is not set"),
+        ({"PYTHON": "/nowhere/python"}, "there is no /nowhere/python; make setup makes it"),
+        ({"SLURM_SUBMIT_DIR": "/"}, "submit the job from the repository's root"),
+    ],
+)
+def test_mistakes_are_one_line(doubles: Path, variables: dict[str, str], part: str) -> None:
+    good = {"MASTER_ADDR": "host0", "MODEL_PATH": "/models/m", "TRAIN_DATA": "/data/t.parquet"}
+    env = {**good, "PYTHON": str(doubles / "python"), **variables}
+    status, _, err = run("run_bicc_70b.sh", path=doubles, **env)
+    assert status == 1
+    (line,) = err.splitlines()
+    assert part in line
