@@ -144,7 +144,7 @@ launch() {
     check_environment
     add_files
     # a mistake is one line here, before torchrun adds pages of its own
-    ((NODE_RANK > 0)) || WORLD_SIZE=$((NNODES * TRAINERS)) "$PYTHON" -m megatron_bicc.train "${settings[@]}" "$@" --dry-run
+    WORLD_SIZE=$((NNODES * TRAINERS)) "$PYTHON" -m megatron_bicc.train "${settings[@]}" "$@" --dry-run
     exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" \
         --nproc-per-node "$TRAINERS" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
         -m megatron_bicc.train "${settings[@]}" "$@"

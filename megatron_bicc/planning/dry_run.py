@@ -106,10 +106,11 @@ def _shard_lines(shards: list[Shard]) -> list[str]:
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:
-    """1-5, 21-25 for the numbers of two runs of layers."""
+    """1-5, 21 for the numbers of two runs of layers."""
     starts = [n for n in numbers if n - 1 not in numbers]
     stops = [n for n in numbers if n + 1 not in numbers]
-    return ", ".join(f"{start}-{stop}" for start, stop in zip(starts, stops, strict=True))
+    pairs = zip(starts, stops, strict=True)
+    return ", ".join(f"{start}-{stop}" if start < stop else f"{start}" for start, stop in pairs)
 
 
 def _step_lines(found: DryRun) -> list[str]:
