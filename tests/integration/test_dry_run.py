@@ -10,6 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 REPOSITORY = Path(__file__).parents[2]
+# several processes or many shards; a busy machine needs minutes for that
+pytestmark = pytest.mark.timeout(900)
 CONFIGS = REPOSITORY / "examples/configs"
 TINY = REPOSITORY / "examples/tiny_policy"
 TINY_RUN = [

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
+# several processes or many shards; a busy machine needs minutes for that
+pytestmark = pytest.mark.timeout(900)
 SCRIPTS = ("run_bicc_70b.sh", "run_bicc_qwen3_4b.sh")
 PRINTER = '#!/bin/sh\nprintf "%s " "$(basename "$0")"; printf "<%s> " "$@"; echo "WORLD_SIZE=$WORLD_SIZE"\n'
 
@@ -37,7 +39,7 @@ def run(script: str, *arguments: str, path: Path | None = None, **variables: str
         env=env | variables,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
     )
     return done.returncode, done.stdout, done.stderr
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
+# several processes or many shards; a busy machine needs minutes for that
+pytestmark = pytest.mark.timeout(900)
 CONFIGS = "examples/configs"
 LENGTHS = "train.max_sequence_tokens={0} train.max_tokens_per_microbatch={0} rollout.max_new_tokens={1}"
 SHORT, LONG = LENGTHS.format(4096, 3072).split(), LENGTHS.format(16384, 15360).split()
