@@ -1,4 +1,4 @@
-"""What GPUs and the links between them can do, by their makers' data sheets. Bytes are 1e9 a GB."""
+"""What GPUs and the links between them can do."""
 
 from dataclasses import dataclass
 
@@ -9,6 +9,7 @@ class Gpu:
 
     name: str
     memory_bytes: float
+    """That CUDA reports"""
     bf16_flops: float
     """Dense, a second"""
     memory_bandwidth: float
@@ -17,15 +18,17 @@ class Gpu:
     """Bytes a second to the other GPUs of its host"""
 
 
-# NVIDIA's data sheets: A100 80GB SXM (2021), H100 SXM (2023), H200 SXM (2024), DGX B200 (2024; a GPU is 1/8).
-# Sparse figures are halved; NVLink totals, which count both directions, too.
+GIB = 2**30
+# Memory: the total capacity in torch's out-of-memory messages. Rates: NVIDIA's data sheets of A100 80GB SXM
+# (2021), H100 SXM (2023), H200 SXM (2024), DGX B200 (2024; a GPU is 1/8); sparse figures are halved, and
+# NVLink's totals, which count both directions, too.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100", 80e9, 312e12, 2.039e12, 300e9),
-        Gpu("H100", 80e9, 989e12, 3.35e12, 450e9),
-        Gpu("H200", 141e9, 989e12, 4.8e12, 450e9),
-        Gpu("B200", 180e9, 2250e12, 8.0e12, 900e9),
+        Gpu("A100", 79.15 * GIB, 312e12, 2.039e12, 300e9),
+        Gpu("H100", 79.10 * GIB, 989e12, 3.35e12, 450e9),
+        Gpu("H200", 139.80 * GIB, 989e12, 4.8e12, 450e9),
+        Gpu("B200", 178.35 * GIB, 2250e12, 8.0e12, 900e9),
     )
 }
 

@@ -26,7 +26,7 @@ def as_text(plan: Plan) -> str:
     gpu = plan.cluster.gpu
     lines = [
         f"{plan.world_size} x {gpu.name}: {layout_name(plan)}: "
-        f"{'fits' if plan.fits else 'DOES NOT FIT'} in {gpu.memory_bytes / GB:.0f} GB",
+        f"{'fits' if plan.fits else 'DOES NOT FIT'} in {gpu.memory_bytes / GB:.1f} GB",
         "",
         "memory of a rank, GB    " + "".join(f"stage {m.pipeline_rank:<8}" for m in plan.ranks),
     ]

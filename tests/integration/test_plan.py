@@ -75,7 +75,7 @@ def test_published_layouts_fit(results: dict[str, dict], name: str) -> None:
 @pytest.mark.parametrize("name", IMPOSSIBLE)
 def test_impossible_layouts_do_not(results: dict[str, dict], name: str) -> None:
     assert results[name]["status"] == 1
-    assert "DOES NOT FIT in 80 GB" in results[name]["out"]
+    assert "DOES NOT FIT in 84.9 GB" in results[name]["out"]
 
 
 def test_a_mistake_is_one_line(results: dict[str, dict]) -> None:
