@@ -135,4 +135,4 @@ def _stack(axes: Any, names: list[str], parts: list[dict[str, float]]) -> None:
         values = [bar[part] for bar in parts]
         axes.barh(names, values, left=start, label=part)
         start = [a + b for a, b in zip(start, values, strict=True)]
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.08))
