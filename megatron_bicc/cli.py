@@ -71,7 +71,7 @@ class Assignment:
         return f"--{self.name}={self.text}"
 
 
-def parse_config(argv: list[str]) -> Config:
+def parse_config(argv: list[str], program: str = PROGRAM) -> Config:
     """The settings of a run: defaults, then each `--config FILE`, then the overrides.
 
     An override is `section.name=value`, `--section.name=value` or `--section.name value`; `--dry-run` is
@@ -91,15 +91,15 @@ def parse_config(argv: list[str]) -> Config:
             raise SystemExit(0)
         return config
     except ValueError as error:
-        abort(str(error))
+        abort(str(error), program)
 
 
-def abort(message: str, everywhere: bool = False) -> NoReturn:
+def abort(message: str, program: str = PROGRAM, everywhere: bool = False) -> NoReturn:
     """Ends the process with one line on stderr and exit status 2.
 
     everywhere: every process of the job has a line of its own to say, not only the first.
     """
-    line = f"{PROGRAM}: error: {' '.join(message.split())}\n"
+    line = f"{program}: error: {' '.join(message.split())}\n"
     if everywhere:
         print(line, end="", file=sys.stderr, flush=True)
     else:

@@ -249,7 +249,7 @@ class OptimizerConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Held-out evaluation while training: pass@1, sampled."""
+    """Held-out evaluation, sampled: while training, and by megatron_bicc.evaluate."""
 
     data: str = ""
     """Held-out prompts in any schema that data.train takes; empty: no evaluation."""
@@ -259,6 +259,8 @@ class EvaluationConfig:
     """Samples a prompt, averaged."""
     temperature: float = 1.0
     """Sampling temperature."""
+    instruction: str = ""
+    """Text put after every held-out question, such as how to mark the final answer."""
     prompts: int = 0
     """Use only the first so many prompts; 0 is all."""
 

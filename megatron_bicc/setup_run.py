@@ -51,8 +51,7 @@ def read_inputs(config: Config) -> Inputs:
     verifier = get_verifier(config.reward.verifier)
     tokenizer = read_tokenizer(config.model.path)
     prompts = _prompts(config, config.data.train, tokenizer)
-    heldout = _prompts(config, config.evaluation.data, tokenizer) if config.evaluation.data else []
-    heldout = heldout[: config.evaluation.prompts or None]
+    heldout = heldout_prompts(config, config.evaluation.data, tokenizer) if config.evaluation.data else []
     sampler = PromptSampler(len(prompts), config.rollout.prompts_per_step, config.seed)
     return Inputs(config, tokenizer, prompts, heldout, Collector(config, prompts, sampler), verifier)
 
@@ -155,9 +154,21 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    prompts = load_prompts(path, tokenizer, config.data.max_prompt_tokens, config.data.overlong_prompts)
-    reward, truths = config.reward, [prompt.ground_truth for prompt in prompts]
+def heldout_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The prompts of a file, with evaluation.instruction, as many as evaluation.prompts says.
+
+    Raises ValueError for a row that no response could answer.
+    """
+    prompts = _prompts(config, path, tokenizer, config.evaluation.instruction)
+    return prompts[: config.evaluation.prompts or None]
+
+
+def _prompts(
+    config: Config, path: str, tokenizer: PreTrainedTokenizerBase, instruction: str = ""
+) -> list[Prompt]:
+    data, reward = config.data, config.reward
+    prompts = load_prompts(path, tokenizer, data.max_prompt_tokens, data.overlong_prompts, instruction)
+    truths = [prompt.ground_truth for prompt in prompts]
     for i in unscorable(reward.verifier, truths, reward.threshold):
         raise ValueError(
             f"{path}, row {prompts[i].index + 1}: no response can be right: "

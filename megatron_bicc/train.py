@@ -32,7 +32,7 @@ from megatron_bicc.training.checkpoint import (
 )
 from megatron_bicc.training.checkpoint_writer import CheckpointWriter
 from megatron_bicc.training.export import export, export_step
-from megatron_bicc.training.metrics import mean_metrics, rollout_metrics, update_metrics
+from megatron_bicc.training.metrics import evaluation_metrics, mean_metrics, rollout_metrics, update_metrics
 from megatron_bicc.training.report_groups import report_groups
 from megatron_bicc.training.report_layout import report_layout
 from megatron_bicc.training.resume import check_resume, contents
@@ -163,7 +163,7 @@ def learn(
 
 
 def held_out(inputs: Inputs, workers: Workers) -> dict[str, float]:
-    """pass@1 on the held-out prompts; nothing without any."""
+    """pass@1 and pass@k on the held-out prompts; nothing without any."""
     c = inputs.config
     if not inputs.heldout:
         return {}
@@ -177,7 +177,7 @@ def held_out(inputs: Inputs, workers: Workers) -> dict[str, float]:
         c.seed,
         c.reward.threshold,
     )
-    return {"eval/pass_at_1": result.pass_at_1, "eval/pass_at_1_stderr": result.standard_error}
+    return evaluation_metrics(result)
 
 
 def is_due(step: int, every: int, config: Config) -> bool:

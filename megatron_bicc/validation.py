@@ -83,6 +83,14 @@ def validate(config: Config, world_size: int) -> None:
         import_wandb(config.monitoring.wandb_project)
 
 
+def validate_evaluation(config: Config, benchmarks: list[str]) -> None:
+    """`validate` for what megatron_bicc.evaluate uses of the settings, and its benchmark files."""
+    _check_ranges(flatten(asdict(config)))
+    _check_model(config)
+    for path in benchmarks:
+        _check_file("--benchmark", path)
+
+
 def _check_ranges(values: dict[str, Any]) -> None:
     """values: every setting by its dotted name."""
     finite = {name: not isinstance(value, float) or math.isfinite(value) for name, value in values.items()}
@@ -169,14 +177,7 @@ def _check_files(config: Config) -> None:
     ):
         if not path and not (config.dry_run and name == "data.train"):
             raise ValueError(f"{name} is not set; set it to {content}")
-    model = Path(config.model.path)
-    if (model / "metadata.json").is_file() and not (model / "config.json").is_file():
-        raise ValueError(
-            f"model.path is {model}; it is a Megatron checkpoint, but a run starts from a Hugging Face "
-            "directory: make one of it by tools/convert_hf_checkpoint.py export"
-        )
-    if not (model / "config.json").is_file():
-        raise ValueError(f"model.path is {config.model.path}; there is no Hugging Face config.json in it")
+    _check_model(config)
     if config.data.train:
         _check_file("data.train", config.data.train)
     if config.evaluation.data:
@@ -185,6 +186,17 @@ def _check_files(config: Config) -> None:
         raise ValueError(
             f"monitoring.compare is {config.monitoring.compare}; there is no metrics.jsonl in it"
         )
+
+
+def _check_model(config: Config) -> None:
+    model = Path(config.model.path)
+    if (model / "metadata.json").is_file() and not (model / "config.json").is_file():
+        raise ValueError(
+            f"model.path is {model}; it is a Megatron checkpoint, but a run starts from a Hugging Face "
+            "directory: make one of it by tools/convert_hf_checkpoint.py export"
+        )
+    if not (model / "config.json").is_file():
+        raise ValueError(f"model.path is {config.model.path}; there is no Hugging Face config.json in it")
 
 
 def _check_file(name: str, path: str) -> None:

@@ -38,8 +38,9 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
     overlong: Literal["error", "drop"] = "error",
+    instruction: str = "",
 ) -> list[Prompt]:
-    """Read a .parquet or .jsonl file in the DAPO-Math-17k, GSM8K, MATH or plain {prompt, answer} schema.
+    """Read a .parquet or .jsonl file in any of data.schemas.SCHEMAS; `instruction` ends each question.
 
     A tokenizer without a chat template gets the contents joined by newlines.
 
@@ -54,7 +55,7 @@ def load_prompts(
     for number, row in read_rows(path):
         rows += 1
         try:
-            question = read_question(row)
+            question = read_question(row, instruction)
             key = json.dumps(question.messages)
             if key not in encoded:
                 encoded[key] = encode_messages(question.messages, tokenizer)

@@ -1,4 +1,12 @@
-"""The schemas a row of prompts may come in: DAPO-Math-17k, GSM8K, MATH and a plain one."""
+"""The schemas a row of prompts may come in: DAPO-Math-17k, GSM8K, MATH, the benchmarks' and a plain one.
+
+Benchmarks as published on Hugging Face:
+
+    {problem, solution}  MATH-500 (HuggingFaceH4), AIME 2024 (HuggingFaceH4/aime_2024, math-ai/aime24)
+    {problem, answer}    AMC 2022 and 2023 (AI-MO/aimo-validation-amc), AIME 2025 (math-ai/aime25)
+    {question, answer}   AMC 2023 (math-ai/amc23), AIME 2025 (opencompass/AIME2025)
+    {Problem, Answer}    AIME 2024 (Maxwell-Jia/AIME_2024)
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +53,12 @@ def _dapo_truth(row: Row) -> Any:
 
 def _gsm8k_truth(row: Row) -> Any:
     answer = row["answer"]
-    return answer.rpartition("####")[2] if isinstance(answer, str) and "####" in answer else None
+    if not isinstance(answer, str):
+        return answer
+    if "####" in answer:
+        return answer.rpartition("####")[2]
+    # a benchmark gives the bare answer; several lines are a solution of GSM8K that lost its end
+    return answer if "\n" not in answer.strip() else None
 
 
 def _math_truth(row: Row) -> Any:
@@ -57,16 +70,19 @@ def _math_truth(row: Row) -> Any:
 
 SCHEMAS = (
     Schema(frozenset({"prompt", "reward_model"}), "prompt", _dapo_truth, "reward_model.ground_truth"),
-    Schema(frozenset({"question", "answer"}), "question", _gsm8k_truth, 'answer, after "####"'),
+    Schema(
+        frozenset({"question", "answer"}), "question", _gsm8k_truth, 'answer, or what is after "####" in it'
+    ),
     Schema(frozenset({"problem", "solution"}), "problem", _math_truth, "answer, or \\boxed{} in solution"),
     Schema(frozenset({"problem", "answer"}), "problem", _math_truth, "answer"),
+    Schema(frozenset({"Problem", "Answer"}), "Problem", lambda row: row["Answer"], "Answer"),
     Schema(frozenset({"prompt", "answer"}), "prompt", lambda row: row["answer"], "answer"),
 )
 """In the order tried."""
 
 
-def read_question(row: Row) -> Question:
-    """Prompt and answer of a row in any of SCHEMAS.
+def read_question(row: Row, instruction: str = "") -> Question:
+    """Prompt and answer of a row in any of SCHEMAS; `instruction` is put after the last message.
 
     Raises ValueError if no schema fits, the prompt is malformed or empty, or there is no ground truth.
     """
@@ -77,8 +93,9 @@ def read_question(row: Row) -> Question:
         raise ValueError(f"unknown schema, columns found: {found}; give one of these sets: {known}")
     data_source = row.get("data_source")
     used = schema.columns | {"data_source"}
+    *before, last = _messages(row[schema.prompt], schema.prompt)
     return Question(
-        messages=_messages(row[schema.prompt], schema.prompt),
+        messages=[*before, last | {"content": last["content"] + instruction}],
         ground_truth=_truth_text(schema.ground_truth(row), schema.ground_truth_column),
         data_source=data_source if isinstance(data_source, str) else "",
         extra={name: value for name, value in row.items() if name not in used},
@@ -101,6 +118,8 @@ def _is_message(message: Any) -> bool:
 
 
 def _truth_text(truth: Any, column: str) -> str:
+    if isinstance(truth, float) and truth.is_integer():
+        truth = int(truth)
     text = str(truth).strip() if isinstance(truth, str | int | float) else ""
     if not text:
         raise ValueError(f"no ground truth ({column}); remove the row or write the answer")

@@ -1,24 +1,31 @@
-"""Held-out evaluation: pass@1, sampled."""
+"""Accuracy on held-out prompts and benchmark files, sampled: the same in training and on its own."""
 
-from dataclasses import dataclass
-
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_bicc.data import Prompt
+from megatron_bicc.evaluation.answers import Answers, answers_of
+from megatron_bicc.evaluation.statistics import Evaluation, pass_at_k, summarize
 from megatron_bicc.rewards import Verifier
 from megatron_bicc.rollout.collect import collect_groups
 from megatron_bicc.rollout.types import Engine, Sampling
 
+__all__ = ["Answers", "Evaluation", "answers_of", "ask", "evaluate", "pass_at_k", "summarize"]
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Accuracy on a set of prompts."""
 
-    pass_at_1: float
-    """Mean over prompts of the share of correct samples"""
-    standard_error: float
-    """Of that mean, over prompts"""
+def ask(
+    prompts: list[Prompt],
+    engine: Engine,
+    verifier: Verifier,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    samples: int,
+    seed: int,
+) -> list[Answers]:
+    """`samples` scored answers to every prompt; the same seeds at every call. Collective."""
+    groups = collect_groups(
+        prompts, engine, verifier, tokenizer, sampling, samples, seed=(seed, "evaluation")
+    )
+    return [answers_of(group) for group in groups]
 
 
 def evaluate(
@@ -31,9 +38,5 @@ def evaluate(
     seed: int,
     threshold: float,
 ) -> Evaluation:
-    """pass@1 averaged over `samples` samples a prompt; the same seeds at every call. Collective."""
-    groups = collect_groups(
-        prompts, engine, verifier, tokenizer, sampling, samples, seed=(seed, "evaluation")
-    )
-    share = np.array([(group.rewards > threshold).mean() for group in groups])
-    return Evaluation(float(share.mean()), float(share.std(ddof=1) / len(share) ** 0.5))
+    """avg@k and pass@k from `samples` answers to every prompt. Collective."""
+    return summarize(ask(prompts, engine, verifier, tokenizer, sampling, samples, seed), threshold)

@@ -8,6 +8,7 @@ import numpy as np
 from megatron_bicc.algorithms.shaping import overlong_penalty
 from megatron_bicc.algorithms.statistics import StepTokens, contrast_statistics, ratio_statistics
 from megatron_bicc.config import Config
+from megatron_bicc.evaluation import Evaluation
 from megatron_bicc.rollout.dynamic import Collected
 from megatron_bicc.training.batch import step_batch
 from megatron_bicc.training.learner import StepResult
@@ -72,6 +73,15 @@ def _ratios(result: StepResult, config: Config) -> dict[str, float]:
         plain_logp_T=result.log_probs.old_T,
     )
     return ratio_statistics(tokens, config.loss)
+
+
+def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
+    """Of an evaluation on held-out prompts; avg@k is the unbiased pass@1."""
+    return {
+        "eval/pass_at_1_stderr": evaluation.avg.standard_error,
+        "eval/truncated": evaluation.truncated,
+        "eval/length_mean": evaluation.length,
+    } | {f"eval/pass_at_{k}": estimate.value for k, estimate in evaluation.pass_at.items()}
 
 
 def mean_metrics(updates: list[dict[str, float]]) -> dict[str, float]:

@@ -117,7 +117,7 @@ def test_the_limit_itself_is_not_overlong(tmp_path, tokenizer):
         (PLAIN | {"answer": None}, "no ground truth"),
         (DAPO | {"reward_model": {"style": "rule"}}, r"no ground truth \(reward_model.ground_truth\)"),
         (DAPO | {"reward_model": "2"}, "no ground truth"),
-        (GSM8K | {"answer": "2"}, "no ground truth .*####"),
+        (GSM8K | {"answer": "One and one.\nIt is 2"}, "no ground truth .*####"),
         (MATH | {"solution": "2"}, "no ground truth .*boxed"),
     ],
 )

@@ -1,0 +1,176 @@
+"""Accuracy of a policy on benchmark files.
+
+python -m megatron_bicc.evaluate --model DIR --benchmark FILE [--benchmark FILE ...] --k 32 [name=value ...]
+"""
+
+import argparse
+import logging
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from megatron_bicc import platform
+from megatron_bicc.cli import abort, parse_config, settings
+from megatron_bicc.config import Config
+from megatron_bicc.data import Prompt
+from megatron_bicc.evaluation import Evaluation, ask, summarize
+from megatron_bicc.evaluation.answers import AnswerFile
+from megatron_bicc.evaluation.benchmarks import names_of, run_benchmark
+from megatron_bicc.evaluation.results import write_results
+from megatron_bicc.rewards import Verifier, get_verifier
+from megatron_bicc.rollout.types import Sampling
+from megatron_bicc.setup_run import heldout_prompts, make_engine, read_tokenizer
+from megatron_bicc.validation import validate_evaluation
+
+PROGRAM = "python -m megatron_bicc.evaluate"
+DECISIVE = (
+    "model.dtype",
+    "data.max_prompt_tokens",
+    "data.overlong_prompts",
+    "rollout.engine",
+    "rollout.max_new_tokens",
+    "rollout.batch_size",
+    "reward.verifier",
+    "reward.threshold",
+    "evaluation.instruction",
+    "evaluation.prompts",
+    "evaluation.samples",
+    "evaluation.temperature",
+    "seed",
+)
+"""Settings that decide the figures"""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an evaluation reads from files; by the benchmark's name where there is one a benchmark."""
+
+    config: Config
+    tokenizer: PreTrainedTokenizerBase
+    verifier: Verifier
+    paths: dict[str, str]
+    prompts: dict[str, list[Prompt]]
+
+
+def main(argv: list[str]) -> None:
+    """An evaluation from its command line. A mistake in it is one line on stderr and exit status 2."""
+    options, overrides = _arguments(argv)
+    given = [f"model.path={options.model}", f"evaluation.samples={options.k}"]
+    config = parse_config([*overrides, *given], PROGRAM)
+    out = Path(options.out or f"runs/evaluation/{Path(options.model).resolve().name}")
+    try:
+        inputs = read_inputs(config, options.benchmark)
+        platform.start_distributed()
+        evaluations = evaluate_benchmarks(inputs, out)
+    except ValueError as error:
+        abort(str(error), PROGRAM)
+    except KeyboardInterrupt:
+        abort("stopped; the same command goes on", PROGRAM)
+    if dist.get_rank() == 0:
+        print(write_results(out, decisive(config), evaluations), end="")
+        print(f"\nfigures  {out / 'results.json'}")
+        print(f"answers  {', '.join(str(out / f'{name}.jsonl') for name in evaluations)}")
+    dist.destroy_process_group()
+
+
+def read_inputs(config: Config, paths: list[str]) -> Inputs:
+    """Reads and checks every setting and file. Raises ValueError, one line, for the first mistake."""
+    validate_evaluation(config, paths)
+    named = names_of(paths)
+    tokenizer = read_tokenizer(config.model.path)
+    prompts = {name: heldout_prompts(config, path, tokenizer) for name, path in named.items()}
+    return Inputs(config, tokenizer, get_verifier(config.reward.verifier), named, prompts)
+
+
+def evaluate_benchmarks(inputs: Inputs, out: Path) -> dict[str, Evaluation]:
+    """The figures of every benchmark by its name; answers are kept in `out`, NAME.jsonl. Collective.
+
+    Raises ValueError, one line, where `out` holds answers of other settings, before anything is generated.
+    """
+    config = inputs.config
+    files = {name: _answer_file(inputs, name, out) for name in inputs.paths}
+    disable_progress_bar()  # the evaluation has one of its own
+    question = partial(
+        ask,
+        engine=make_engine(config, inputs.tokenizer),
+        verifier=inputs.verifier,
+        tokenizer=inputs.tokenizer,
+        sampling=Sampling(config.evaluation.temperature, config.rollout.max_new_tokens),
+        samples=config.evaluation.samples,
+        seed=config.seed,
+    )
+    at_once = max(1, config.rollout.batch_size * dist.get_world_size() // config.evaluation.samples)
+    answers = {n: run_benchmark(n, own, question, files[n], at_once) for n, own in inputs.prompts.items()}
+    return {name: summarize(own, config.reward.threshold) for name, own in answers.items()}
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """What, beside the files, decides the figures."""
+    values = {name: _value(config, name) for name in DECISIVE}
+    return values | {"model": _files(config.model.path), "processes": dist.get_world_size()}
+
+
+def _value(config: Config, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _files(directory: str) -> dict[str, list[int]]:
+    """Size and time of every file of a policy: another checkpoint of it has the same names and sizes."""
+    paths = sorted(p for p in Path(directory).iterdir() if p.suffix in (".safetensors", ".json", ".jinja"))
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+
+
+def _answer_file(inputs: Inputs, name: str, out: Path) -> AnswerFile:
+    path = inputs.paths[name]
+    stat = Path(path).stat()
+    settings = decisive(inputs.config) | {"benchmark": [path, stat.st_size, stat.st_mtime_ns]}
+    out.mkdir(parents=True, exist_ok=True)
+    file = AnswerFile(out / f"{name}.jsonl", settings)
+    if dist.get_rank() == 0:
+        file.load()
+    return file
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a mistake, and one process to say it."""
+
+    def error(self, message: str) -> NoReturn:
+        abort(message, PROGRAM)
+
+
+def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This command's own options, and the settings."""
+    lines = [f"  {name}  {settings()[name].help} [{settings()[name].default!r}]" for name in DECISIVE]
+    parser = _Parser(
+        prog=PROGRAM,
+        usage="%(prog)s --model DIR --benchmark FILE [--benchmark FILE ...] [--k 32] [name=value ...]",
+        description="avg@k with its standard error and the unbiased pass@k of a policy on benchmark files.",
+        epilog="settings of megatron_bicc.train that count here:\n" + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory of the policy")
+    parser.add_argument(
+        "--benchmark",
+        required=True,
+        action="append",
+        metavar="FILE",
+        help=".jsonl or .parquet: MATH-500, AMC 2023, AIME 2024 and 2025, or what data.train takes",
+    )
+    parser.add_argument("--k", default="32", help="samples a prompt [32]")
+    parser.add_argument("--out", metavar="DIR", help="answers and results [runs/evaluation/NAME OF MODEL]")
+    return parser.parse_known_args(argv)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    main(sys.argv[1:])

@@ -1,0 +1,65 @@
+"""A benchmark file from the first prompt to its figures, so that a killed evaluation goes on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_bicc.data import Prompt
+from megatron_bicc.evaluation.answers import AnswerFile, Answers
+
+
+def run_benchmark(
+    name: str,
+    prompts: list[Prompt],
+    ask: Callable[[list[Prompt]], list[Answers]],
+    file: AnswerFile,
+    prompts_at_once: int,
+) -> list[Answers]:
+    """Answers to all prompts, in their order; those that `file` holds are not asked for again. Collective.
+
+    Prompts are asked in fixed batches and one that was cut off is asked anew: what else is in a batch may
+    move the last bits of an engine's log-probs. So a killed evaluation ends with the same figures to the bit.
+    """
+    first_process = dist.get_rank() == 0
+    done = _from_first(file.load() if first_process else {})
+    batches = [prompts[i : i + prompts_at_once] for i in range(0, len(prompts), prompts_at_once)]
+    waiting = [batch for batch in batches if any(prompt.index not in done for prompt in batch)]
+    unfinished = {prompt.index for batch in waiting for prompt in batch}
+    done = {index: answers for index, answers in done.items() if index not in unfinished}
+    if first_process:
+        file.keep(set(done))
+    bar = tqdm(total=len(prompts), initial=len(done), desc=name, unit="prompt", disable=not first_process)
+    with bar:
+        for batch in waiting:
+            answers = ask(batch)
+            if first_process:
+                file.append(answers)
+            done |= {one.index: one for one in answers}
+            bar.update(len(batch))
+    return [done[prompt.index] for prompt in prompts]
+
+
+def _from_first(value: dict[int, Answers]) -> dict[int, Answers]:
+    """The first process's value, on all. Collective."""
+    shared = [value]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def names_of(paths: list[str]) -> dict[str, str]:
+    """Path by name: the file's stem, with the folder's name before it where files have one stem.
+
+    Raises ValueError for two files that would still be called the same.
+    """
+    stems = [Path(path).stem for path in paths]
+    named: dict[str, str] = {}
+    for path, stem in zip(paths, stems, strict=True):
+        name = stem if stems.count(stem) == 1 else f"{Path(path).resolve().parent.name}_{stem}"
+        if name in named:
+            raise ValueError(
+                f"--benchmark {path}: {named[name]} would be called {name} too; rename one of them"
+            )
+        named[name] = path
+    return named
