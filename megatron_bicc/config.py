@@ -81,7 +81,7 @@ class RolloutConfig:
     temperature: float = 1.0
     """Sampling temperature; log-probs are taken at the same temperature."""
     batch_size: int = 256
-    """Rollouts that the local engine generates at once."""
+    """Rollouts that the local engine generates, and megatron_bicc.evaluate asks for, at once."""
     dynamic_sampling: bool | None = None
     """Draw prompts until prompts_per_step groups have right and wrong rollouts; None: as the preset says."""
     max_prompts_per_step: int = 320

@@ -6,6 +6,7 @@ python -m megatron_bicc.evaluate --model DIR --benchmark FILE [--benchmark FILE 
 import argparse
 import logging
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,11 +21,11 @@ from megatron_bicc.cli import abort, parse_config, settings
 from megatron_bicc.config import Config
 from megatron_bicc.data import Prompt
 from megatron_bicc.evaluation import Evaluation, ask, summarize
-from megatron_bicc.evaluation.answers import AnswerFile
+from megatron_bicc.evaluation.answers import AnswerFile, Answers
 from megatron_bicc.evaluation.benchmarks import names_of, run_benchmark
 from megatron_bicc.evaluation.results import write_results
 from megatron_bicc.rewards import Verifier, get_verifier
-from megatron_bicc.rollout.types import Sampling
+from megatron_bicc.rollout.types import Engine, RolloutError, Sampling
 from megatron_bicc.setup_run import heldout_prompts, make_engine, read_tokenizer
 from megatron_bicc.validation import validate_evaluation
 
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
         inputs = read_inputs(config, options.benchmark)
         platform.start_distributed()
         evaluations = evaluate_benchmarks(inputs, out)
-    except ValueError as error:
+    except (ValueError, RolloutError) as error:
         abort(str(error), PROGRAM)
     except KeyboardInterrupt:
         abort("stopped; the same command goes on", PROGRAM)
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> None:
         print(write_results(out, decisive(config), evaluations), end="")
         print(f"\nfigures  {out / 'results.json'}")
         print(f"answers  {', '.join(str(out / f'{name}.jsonl') for name in evaluations)}")
-    dist.destroy_process_group()
+    platform.end_distributed()
 
 
 def read_inputs(config: Config, paths: list[str]) -> Inputs:
@@ -91,14 +92,22 @@ def read_inputs(config: Config, paths: list[str]) -> Inputs:
 def evaluate_benchmarks(inputs: Inputs, out: Path) -> dict[str, Evaluation]:
     """The figures of every benchmark by its name; answers are kept in `out`, NAME.jsonl. Collective.
 
-    Raises ValueError, one line, where `out` holds answers of other settings, before anything is generated.
+    Raises ValueError, one line, where `out` holds answers of other settings, before anything is generated,
+    RolloutError when no rollout server does its work.
     """
     config = inputs.config
     files = {name: _answer_file(inputs, name, out) for name in inputs.paths}
     disable_progress_bar()  # the evaluation has one of its own
+    with closing(make_engine(config, inputs.tokenizer)) as engine:
+        answers = _answers(inputs, files, engine)
+    return {name: summarize(own, config.reward.threshold) for name, own in answers.items()}
+
+
+def _answers(inputs: Inputs, files: dict[str, AnswerFile], engine: Engine) -> dict[str, list[Answers]]:
+    config = inputs.config
     question = partial(
         ask,
-        engine=make_engine(config, inputs.tokenizer),
+        engine=engine,
         verifier=inputs.verifier,
         tokenizer=inputs.tokenizer,
         sampling=Sampling(config.evaluation.temperature, config.rollout.max_new_tokens),
@@ -106,8 +115,7 @@ def evaluate_benchmarks(inputs: Inputs, out: Path) -> dict[str, Evaluation]:
         seed=config.seed,
     )
     at_once = max(1, config.rollout.batch_size * dist.get_world_size() // config.evaluation.samples)
-    answers = {n: run_benchmark(n, own, question, files[n], at_once) for n, own in inputs.prompts.items()}
-    return {name: summarize(own, config.reward.threshold) for name, own in answers.items()}
+    return {n: run_benchmark(n, own, question, files[n], at_once) for n, own in inputs.prompts.items()}
 
 
 def decisive(config: Config) -> dict[str, Any]:

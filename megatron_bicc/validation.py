@@ -87,6 +87,7 @@ def validate_evaluation(config: Config, benchmarks: list[str]) -> None:
     """`validate` for what megatron_bicc.evaluate uses of the settings, and its benchmark files."""
     _check_ranges(flatten(asdict(config)))
     _check_model(config)
+    check_servers(config.rollout)
     for path in benchmarks:
         _check_file("--benchmark", path)
 
