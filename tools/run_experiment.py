@@ -22,11 +22,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs", help="where results.md goes")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one core each [2]")
     parser.add_argument("--only-runs", action="store_true", help="run, and write no page")
+    parser.add_argument(
+        "--so-far", action="store_true", help="write the page from the runs that are finished"
+    )
     parser.add_argument("--only-report", action="store_true", help="write the page from docs/results alone")
     options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
     try:
-        if not options.only_report:
+        if not options.only_report and not options.so_far:
             Runner(options.out.resolve(), options.workers).run(jobs())
         if not options.only_report and not options.only_runs:
             collect_figures(options.out.resolve(), options.docs / "results")

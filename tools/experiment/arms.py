@@ -1,7 +1,6 @@
 """What is compared: every arm gets the same prompts, rollouts and optimiser steps, seed by seed."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 STEPS = 24
 COMMON = (
@@ -41,6 +40,7 @@ MAIN = (
     Arm("bicc+rcc", ("algorithm=grpo+bicc+rcc",), 8),
 )
 VARIANTS = (
+    Arm("grpo+rcc, sequence_sum", ("algorithm=grpo+rcc", "rcc.delta=sequence_sum"), 4, "grpo"),
     Arm("bicc, conditioned", ("algorithm=grpo+bicc", "bicc.denominator=conditioned"), 4, "bicc"),
     Arm("bicc+rcc, conditioned", ("algorithm=grpo+bicc+rcc", "bicc.denominator=conditioned"), 4, "bicc+rcc"),
     Arm("bicc+rcc, context 0.2", ("algorithm=grpo+bicc+rcc", "bicc.context_ratio=0.2"), 4, "bicc+rcc"),
@@ -73,8 +73,3 @@ def jobs() -> list[Job]:
     by_arm = [Job(arm, seed) for arm in (*MAIN, HALFWAY, *VARIANTS) for seed in range(1, arm.seeds + 1)]
     late = {arm.name: arm not in MAIN for arm in (*MAIN, HALFWAY, *VARIANTS)}
     return sorted(by_arm, key=lambda job: (job.seed > 4, late[job.arm.name], job.seed))
-
-
-def run_dir(out: Path, arm: Arm, seed: int) -> Path:
-    """Directory of a run."""
-    return out / Job(arm, seed).folder

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from experiment.arms import MAIN, VARIANTS, Job
+from experiment.runner import is_finished
 from megatron_bicc.monitoring.runs import read_run
 
 METRICS = {
@@ -47,9 +48,9 @@ class Curve:
 
 
 def collect(out: Path) -> list[Curve]:
-    """The curves of all runs that are compared."""
+    """The curves of the finished runs of arms that are compared."""
     compared = [Job(arm, seed) for arm in (*MAIN, *VARIANTS) for seed in range(1, arm.seeds + 1)]
-    return [_curve(job, out / job.folder) for job in compared]
+    return [_curve(job, out / job.folder) for job in compared if is_finished(out, job)]
 
 
 def _curve(job: Job, folder: Path) -> Curve:

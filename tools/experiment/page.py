@@ -8,10 +8,10 @@ from pathlib import Path
 import jinja2
 
 from experiment import arms, figures, pictures, probes
-from experiment.arms import HALFWAY, MAIN, VARIANTS, Arm, Job, run_dir
+from experiment.arms import HALFWAY, MAIN, VARIANTS, Arm, Job
 from experiment.figures import Curve
 from experiment.paired import Paired, interval, paired
-from experiment.runner import DONE, REPOSITORY
+from experiment.runner import DONE, REPOSITORY, is_finished
 
 RAW, ORIGIN, PROBES, DISCUSSION = "runs.csv", "origin.json", "probes.json", "discussion.md"
 READERS = ("grpo", "bicc", "bicc, conditioned", "bicc+rcc, weight 0.5")
@@ -31,7 +31,8 @@ def collect_figures(out: Path, folder: Path) -> None:
     """Writes into `folder` all that the page is made of, from the finished runs in `out`."""
     folder.mkdir(parents=True, exist_ok=True)
     figures.write(figures.collect(out), folder / RAW)
-    commits = {json.loads((out / job.folder / DONE).read_text())["commit"] for job in arms.jobs()}
+    finished = [job for job in arms.jobs() if is_finished(out, job)]
+    commits = {json.loads((out / job.folder / DONE).read_text())["commit"] for job in finished}
     origin = {"commits": sorted(commits), "settings": list(arms.COMMON)}
     (folder / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
     probed = {"reading": _readings(out), "estimators": _estimators(out)}
@@ -44,7 +45,8 @@ def _readings(out: Path) -> dict[str, list[dict[str, dict[str, float]]]]:
     found = {"start": [probes.reading(probes.load(START), groups, headers)]}
     by_name = {arm.name: arm for arm in (*MAIN, *VARIANTS)}
     for name in READERS:
-        policies = [run_dir(out, by_name[name], seed) / "hf" for seed in PROBE_SEEDS]
+        jobs = [Job(by_name[name], seed) for seed in PROBE_SEEDS]
+        policies = [out / job.folder / "hf" for job in jobs if is_finished(out, job)]
         found[name] = [probes.reading(probes.load(policy), groups, headers) for policy in policies]
     return found
 
@@ -54,7 +56,7 @@ def _estimators(out: Path) -> dict[str, list[dict[str, dict[str, float]]]]:
     start = probes.load(START)
     found: dict[str, list[dict[str, dict[str, float]]]] = {"start": [], "halfway": []}
     for seed in PROBE_SEEDS:
-        for name, policy in (("start", START), ("halfway", run_dir(out, HALFWAY, seed) / "hf")):
+        for name, policy in (("start", START), ("halfway", out / Job(HALFWAY, seed).folder / "hf")):
             groups, headers = probes.draw_groups(policy, HELD_OUT, seed)
             found[name].append(probes.estimators(probes.load(policy), start, groups, headers))
     return found

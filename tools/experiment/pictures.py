@@ -24,7 +24,7 @@ def draw_all(curves: list[Curve], folder: Path) -> None:
     main = [arm.name for arm in MAIN]
     _save(folder / "pass_at_1.svg", curves, [(main, "pass_at_1", "step"), (main, "pass_at_1", "tokens")])
     small = [curve for curve in curves if curve.seed <= 4]
-    of_bicc = [name for name in _variants() if "context" not in name]
+    of_bicc = [name for name in _variants() if "bicc" in name and "context" not in name]
     shares = [name for name in _variants() if "context" in name]
     panels = [
         (["bicc", "bicc+rcc", *of_bicc], "pass_at_1", "step"),

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from megatron_bicc import platform
 from megatron_bicc.algorithms.policy_loss import LossRows, policy_loss
 from megatron_bicc.algorithms.presets import resolve
-from megatron_bicc.algorithms.rcc import rcc_baseline
+from megatron_bicc.algorithms.rcc import DeltaKind, RccForm, rcc_baseline, sequence_delta
 from megatron_bicc.config import BiccConfig, Config
 from megatron_bicc.data import load_prompts
 from megatron_bicc.rewards import get_verifier
@@ -29,7 +29,9 @@ from megatron_bicc.rollout.types import Group, Sampling
 
 PROMPTS, GROUP_SIZE, MAX_PROMPT, MAX_NEW = 80, 8, 32, 32
 CONTEXTS = ("none", "own", "shuffled")
-ESTIMATORS = ("grpo", "rcc first_order", "rcc exact", "bicc plain", "bicc conditioned")
+RCC = tuple((form, delta) for delta in ("token_mean", "sequence_sum") for form in ("first_order", "exact"))
+"""Settings rcc.form and rcc.delta"""
+ESTIMATORS = ("grpo", *(f"rcc {form}, {delta}" for form, delta in RCC), "bicc plain", "bicc conditioned")
 
 
 @dataclass(frozen=True)
@@ -174,21 +176,26 @@ def _gradients(
     old = [x.detach() for x in new]
     with torch.no_grad():
         reference = log_probs(start, plain, group.responses)
-    delta_R = np.array([float((a - b).mean()) for a, b in zip(old, reference, strict=True)])
-    rewards_R, whole = group.right_R.astype(float), np.array([0, len(old)])
+    rewards_R = group.right_R.astype(float)
     mean, std = rewards_R.mean(), rewards_R.std()
-    first, exact = (
-        float(rcc_baseline(rewards_R, delta_R, whole, form).baseline_G[0])
-        for form in ("first_order", "exact")
-    )
+    corrected = [_baseline(rewards_R, old, reference, form, delta) for form, delta in RCC]
 
     def gradient(logp: list[Tensor], denominator: list[Tensor], baseline: float) -> Tensor:
         return _gradient(model, logp, denominator, (rewards_R - baseline) / std)
 
-    by_baseline = [gradient(new, old, b) for b in (mean, first, exact)]
+    by_baseline = [gradient(new, old, b) for b in (mean, *corrected)]
     given = log_probs(model, shown, group.responses)
     own = [x.detach() for x in given]
     return [*by_baseline, gradient(given, old, mean), gradient(given, own, mean)]
+
+
+def _baseline(
+    rewards_R: np.ndarray, old: list[Tensor], reference: list[Tensor], form: RccForm, delta: DeltaKind
+) -> float:
+    """The group's b*."""
+    offsets_R = np.cumsum([0] + [len(x) for x in old])
+    delta_R = sequence_delta(torch.cat(old).numpy(), torch.cat(reference).numpy(), offsets_R, delta)
+    return float(rcc_baseline(rewards_R, delta_R, np.array([0, len(old)]), form).baseline_G[0])
 
 
 def _gradient(

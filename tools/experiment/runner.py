@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -15,13 +16,15 @@ from experiment.arms import Job
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DONE = "finished.json"
+PROGRAM = (sys.executable, "-W", "ignore", "-m", "megatron_bicc.train")
 
 
 class Runner:
     """The running processes, so that none outlives this one."""
 
-    def __init__(self, out: Path, workers: int) -> None:
-        self.out, self.workers = out, workers
+    def __init__(self, out: Path, workers: int, program: Sequence[str] = PROGRAM) -> None:
+        """program: what is started with a job's settings and its output_dir."""
+        self.out, self.workers, self.program = out, workers, program
         self._commit = commit()
         self._running: set[subprocess.Popen] = set()
         self._stopped = threading.Event()
@@ -29,6 +32,7 @@ class Runner:
     def run(self, jobs: list[Job]) -> None:
         """Every job that is not finished. Raises RuntimeError for one that fails, ValueError for one that was
         made with other settings."""
+        self._stopped.clear()
         waiting = [job for job in jobs if not self._finished(job)]
         bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="experiment", unit="run")
         with ThreadPoolExecutor(self.workers) as pool, bar:
@@ -41,7 +45,7 @@ class Runner:
 
     def _finished(self, job: Job) -> bool:
         path = self.out / job.folder / DONE
-        if not path.exists():
+        if not is_finished(self.out, job):
             return False
         if json.loads(path.read_text())["settings"] != list(job.settings()):
             raise ValueError(f"{path.parent}: made with other settings; delete it, or choose another --out")
@@ -53,8 +57,7 @@ class Runner:
         folder = self.out / job.folder
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        command = [sys.executable, "-W", "ignore", "-m", "megatron_bicc.train"]
-        command += [*job.settings(), f"output_dir={folder}"]
+        command = [*self.program, *job.settings(), f"output_dir={folder}"]
         with (folder / "output.txt").open("w") as output:
             process = subprocess.Popen(
                 command,
@@ -75,6 +78,11 @@ class Runner:
         self._stopped.set()
         for process in list(self._running):
             process.terminate()
+
+
+def is_finished(out: Path, job: Job) -> bool:
+    """Whether a job's run in the experiment's directory has come to its end."""
+    return (out / job.folder / DONE).exists()
 
 
 def commit() -> str:
