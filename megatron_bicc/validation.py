@@ -85,7 +85,7 @@ def validate(config: Config, world_size: int) -> None:
 
 def validate_evaluation(config: Config, benchmarks: list[str]) -> None:
     """`validate` for what megatron_bicc.evaluate uses of the settings, and its benchmark files."""
-    _check_ranges(flatten(asdict(config)))
+    _check_ranges(flatten(asdict(resolve(config))))
     _check_model(config)
     check_servers(config.rollout)
     for path in benchmarks:

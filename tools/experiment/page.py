@@ -12,11 +12,13 @@ from experiment.arms import HALFWAY, MAIN, VARIANTS, Arm, Job
 from experiment.figures import Curve
 from experiment.paired import Paired, interval, paired
 from experiment.runner import DONE, REPOSITORY, is_finished
+from megatron_bicc import platform
 
 RAW, ORIGIN, PROBES, DISCUSSION = "runs.csv", "origin.json", "probes.json", "discussion.md"
 READERS = ("grpo", "bicc", "bicc, conditioned", "bicc+rcc, weight 0.5")
 """Arms whose trained policies the first probe looks at."""
 PROBE_SEEDS = (1, 2, 3, 4)
+READ_GROUPS = 40
 START, HELD_OUT = REPOSITORY / "examples/tiny_policy", REPOSITORY / "examples/data/heldout.parquet"
 MEASURES = {
     "final": "pass@1 at the last step",
@@ -35,13 +37,16 @@ def collect_figures(out: Path, folder: Path) -> None:
     commits = {json.loads((out / job.folder / DONE).read_text())["commit"] for job in finished}
     origin = {"commits": sorted(commits), "settings": list(arms.COMMON)}
     (folder / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
+    platform.start_distributed()
     probed = {"reading": _readings(out), "estimators": _estimators(out)}
+    platform.end_distributed()
     (folder / PROBES).write_text(json.dumps(probed, indent=1) + "\n")
 
 
 def _readings(out: Path) -> dict[str, list[dict[str, dict[str, float]]]]:
     """By policy: probes.reading of each seed, all on the same texts of the start policy."""
     groups, headers = probes.draw_groups(START, HELD_OUT, seed=1)
+    groups = groups[:READ_GROUPS]
     found = {"start": [probes.reading(probes.load(START), groups, headers)]}
     by_name = {arm.name: arm for arm in (*MAIN, *VARIANTS)}
     for name in READERS:

@@ -27,7 +27,7 @@ from megatron_bicc.rollout.collect import collect_groups
 from megatron_bicc.rollout.local import LocalEngine
 from megatron_bicc.rollout.types import Group, Sampling
 
-PROMPTS, GROUP_SIZE, MAX_PROMPT, MAX_NEW = 80, 8, 32, 32
+PROMPTS, GROUP_SIZE, MAX_PROMPT, MAX_NEW = 64, 8, 32, 32
 CONTEXTS = ("none", "own", "shuffled")
 RCC = tuple((form, delta) for delta in ("token_mean", "sequence_sum") for form in ("first_order", "exact"))
 """Settings rcc.form and rcc.delta"""
@@ -54,8 +54,7 @@ class Headers:
 
 
 def draw_groups(policy: Path, data: Path, seed: int) -> tuple[list[Texts], Headers]:
-    """Rollouts of the first PROMPTS prompts of a file by a Hugging Face policy, at temperature 1."""
-    platform.start_distributed()
+    """Rollouts of the first PROMPTS prompts of a file by a Hugging Face policy, temperature 1. Collective."""
     tokenizer = AutoTokenizer.from_pretrained(policy)
     prompts = load_prompts(data, tokenizer, MAX_PROMPT)[:PROMPTS]
     engine = LocalEngine(str(policy), tokenizer, torch.float32, platform.device(), batch_size=256)
