@@ -10,6 +10,7 @@
 #   NODE_RANK=i         number of this node, from 0; under SLURM it is the task's
 #   MASTER_ADDR=host    address of node 0; under SLURM it is the job's first host
 #   MASTER_PORT=port    a free port of node 0
+#   MAX_RESTARTS=n      times that torchrun starts the run again after a failure
 #   GPUS_PER_NODE=n     GPUs of a node
 #   ROLLOUT=colocate    every node's SGLang shares the policy's GPUs and gives its memory up while they train
 #           split       on every node the last SERVER_GPUS GPUs serve, the others train
@@ -23,6 +24,7 @@
 PYTHON=${PYTHON:-.venv/bin/python}
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 MASTER_PORT=${MASTER_PORT:-29500}
+MAX_RESTARTS=${MAX_RESTARTS:-3}
 ROLLOUT=${ROLLOUT:-colocate}
 
 fail() {
@@ -143,9 +145,13 @@ launch() {
     fi
     check_environment
     add_files
+    settings+=(checkpoint.resume=true) # a run that is started again goes on from its newest checkpoint
     # a mistake is one line here, before torchrun adds pages of its own
     WORLD_SIZE=$((NNODES * TRAINERS)) "$PYTHON" -m megatron_bicc.train "${settings[@]}" "$@" --dry-run
-    exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" \
-        --nproc-per-node "$TRAINERS" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
+    # with its shared store torchrun never tells a host that comes back where to meet
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$TRAINERS" \
+        --max-restarts "$MAX_RESTARTS" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" \
+        --rdzv-id "$(basename "$OUT")" --rdzv-conf "is_host=$((NODE_RANK == 0))" \
         -m megatron_bicc.train "${settings[@]}" "$@"
 }

@@ -89,8 +89,9 @@ def test_without_gpus_it_ends_with_one_line(script: str, tmp_path: Path) -> None
 
 def test_plain_hosts(doubles: Path) -> None:
     found = launched(doubles, "run_bicc_70b.sh", "seed=5", NNODES="8", NODE_RANK="3", MASTER_ADDR="host0")
-    assert found["--nnodes"] == "8" and found["--node-rank"] == "3" and found["--nproc-per-node"] == "8"
-    assert found["--master-addr"] == "host0" and found["--master-port"] == "29500"
+    assert found["--nnodes"] == "8" and found["--nproc-per-node"] == "8"
+    assert found["--rdzv-endpoint"] == "host0:29500" and found["--rdzv-conf"] == "is_host=0"
+    assert found["checkpoint.resume"] == "true"
     assert found["model.path"] == "/models/m" and found["data.train"] == "/data/t.parquet"
     assert found["rollout.colocate"] == "true" and found["rollout.sglang.gpus"] == "0,1,2,3,4,5,6,7"
     paper = {
@@ -143,7 +144,7 @@ def test_slurm_names_nodes_and_ranks(doubles: Path) -> None:
     step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1"}
     job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "host[7-8]", "SLURM_SUBMIT_DIR": str(REPOSITORY)}
     found = launched(doubles, "run_bicc_70b.sh", **step, **job)
-    assert (found["--nnodes"], found["--node-rank"], found["--master-addr"]) == ("2", "1", "host7")
+    assert (found["--nnodes"], found["--rdzv-endpoint"]) == ("2", "host7:29500")
 
 
 @pytest.mark.parametrize(
