@@ -66,15 +66,20 @@ def peak_mb(call: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
 def _peak_mb(call: Callable[..., Callable[[], Any]], arguments: tuple) -> float:
     with one_process():
         measured = call(*arguments)
-        if platform.has_cuda():
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            measured()
-            return (torch.cuda.max_memory_allocated() - before) / 2**20
-        before = _resident_kb("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        measured()
-        return (_resident_kb("VmHWM") - before) / 1024
+        return peak_beyond(measured) / 2**20
+
+
+def peak_beyond(call: Callable[[], Any]) -> int:
+    """Returns the bytes that a call takes at its peak beyond what there was before; of the GPU's, if any."""
+    if platform.has_cuda():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    before = _resident_kb("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    call()
+    return (_resident_kb("VmHWM") - before) * 1024
 
 
 def _resident_kb(key: str) -> int:

@@ -28,18 +28,7 @@ def make_learner(
     The vocabulary is the tokenizer's unless it is given.
     """
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=vocab_size or len(tokenizer),
-            hidden_size=hidden,
-            intermediate_size=8 * hidden // 3 // 16 * 16,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden // 64,
-            num_key_value_heads=max(1, hidden // 128),
-            head_dim=64,
-        )
-    )
+    model = random_model(hidden, layers, vocab_size or len(tokenizer))
     config = Config(algorithm=algorithm)
     config.model.dtype = "bfloat16" if platform.has_cuda() else "float32"
     config.train.max_sequence_tokens = max_sequence_tokens
@@ -49,6 +38,22 @@ def make_learner(
         config.model.path = path
         config = resolve(config)
         return Learner(config, Policy(config), tokenizer)
+
+
+def random_model(hidden: int, layers: int, vocab_size: int) -> Qwen3ForCausalLM:
+    """Returns a dense model with heads of 64."""
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocab_size,
+            hidden_size=hidden,
+            intermediate_size=8 * hidden // 3 // 16 * 16,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=max(1, hidden // 128),
+            head_dim=64,
+        )
+    )
 
 
 def make_groups(groups: int, mean_length: int, longest: int, vocab_size: int) -> list[Group]:

@@ -1,0 +1,383 @@
+"""Weights into real SGLang servers: every method, every proof, and what goes wrong on the way."""
+
+import copy
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from support.models import make_model
+from support.sglang_server import PYTHON, SglangServer
+from support.steps import TOKENIZER, make_config
+from transformers import PreTrainedModel
+
+from megatron_bicc import platform
+from megatron_bicc.policy.hf_weights import hf_tensors
+from megatron_bicc.policy.policy import Policy
+from megatron_bicc.rollout.sglang.client import ServerClient
+from megatron_bicc.training.learner import Learner
+from megatron_bicc.weight_sync.buckets import Bucket
+from megatron_bicc.weight_sync.errors import WeightSyncError
+from megatron_bicc.weight_sync.servers import WeightSync
+from megatron_bicc.weight_sync.tensor import PATH, encode, request_body
+
+pytestmark = [
+    pytest.mark.timeout(900),  # a busy machine needs minutes to start a server
+    pytest.mark.skipif(not PYTHON.exists(), reason="there is no .venv-sglang: make sglang"),
+]
+BUCKET_MB = 0.03
+METHODS = ("tensor", "disk", "distributed")
+WORKER = Path(__file__).with_name("weight_sync_worker.py")
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """What the servers start with."""
+    return make_model("qwen3_tied")
+
+
+@pytest.fixture(scope="module")
+def path(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its directory."""
+    directory = tmp_path_factory.mktemp("weight_sync") / "model"
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def servers(path: Path) -> Iterator[list[SglangServer]]:
+    """Two; the second starts while the first is tested, and is killed by a test."""
+    both = [SglangServer(path, path.parent / f"server{i}.log") for i in (0, 1)]
+    try:
+        for server in both:
+            server.start()
+        both[0].wait()
+        yield both
+    finally:
+        for server in both:
+            server.kill()
+
+
+@pytest.fixture(scope="module")
+def portal() -> Iterator[BlockingPortal]:
+    """The event loop of the clients."""
+    with start_blocking_portal() as portal:
+        yield portal
+
+
+@pytest.fixture(scope="module")
+def clients(servers: list[SglangServer], portal: BlockingPortal) -> Iterator[list[ServerClient]]:
+    """Of both servers."""
+    clients = [ServerClient(server.url) for server in servers]
+    yield clients
+    for client in clients:
+        portal.call(client.aclose)
+
+
+@pytest.fixture
+def both(servers: list[SglangServer], clients: list[ServerClient]) -> list[ServerClient]:
+    """When the second server can serve, too."""
+    servers[1].wait()
+    return clients
+
+
+@pytest.fixture(scope="module")
+def learner(path: Path, single_process: None) -> Learner:
+    """Of the policy in training."""
+    config = make_config(path, "grpo")
+    return Learner(config, Policy(config), TOKENIZER)
+
+
+@pytest.fixture
+def sync(learner: Learner, portal: BlockingPortal, tmp_path: Path) -> Iterator[Callable[..., WeightSync]]:
+    """Makes a WeightSync by a method; buckets of three tensors or so."""
+    made = []
+
+    def make(method: str) -> WeightSync:
+        config = learner.config
+        config.weight_sync.method, config.weight_sync.bucket_mb = method, BUCKET_MB
+        config.weight_sync.path = str(tmp_path / "weights")
+        made.append(WeightSync(config, learner, portal.call))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def lasting(learner: Learner, portal: BlockingPortal, path: Path) -> Iterator[WeightSync]:
+    """One for several tests, by broadcast."""
+    config = copy.deepcopy(learner.config)
+    config.weight_sync.method, config.weight_sync.bucket_mb = "distributed", BUCKET_MB
+    config.weight_sync.path = str(path.parent / "lasting")
+    one = WeightSync(config, learner, portal.call)
+    yield one
+    one.close()
+
+
+def move(learner: Learner, seed: int) -> None:
+    """Another policy."""
+    torch.manual_seed(seed)
+    for module in learner.policy.modules:
+        for parameter in module.parameters():
+            parameter.data += 0.03 * torch.randn_like(parameter)
+
+
+def stream(learner: Learner) -> Iterator[tuple[str, torch.Tensor]]:
+    """The policy's tensors."""
+    with platform.megatron():
+        yield from hf_tensors(learner.policy.modules, learner.policy.hf_config)
+
+
+def counted(learner: Learner, held: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The policy's tensors; held is [bytes of those that somebody still holds, their most]."""
+
+    def release(nbytes: int) -> None:
+        held[0] -= nbytes
+
+    for name, tensor in stream(learner):
+        tensor = tensor.clone()
+        held[0] += tensor.nbytes
+        held[1] = max(held)
+        weakref.finalize(tensor, release, tensor.nbytes)
+        yield name, tensor
+
+
+def reference(learner: Learner, model: PreTrainedModel, tokens: list[int]) -> np.ndarray:
+    """Hugging Face's log-probs of tokens[1:] under the policy's weights."""
+    own = dict(stream(learner))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(own[name])
+        log_p = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    return log_p[:-1].gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0].numpy()
+
+
+def served(portal: BlockingPortal, client: ServerClient, tokens: list[int]) -> tuple[np.ndarray, str]:
+    """The server's log-probs of tokens[1:], and the weight version that the answer carries."""
+    sampling = {"max_new_tokens": 1, "temperature": 0}
+    body = {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
+    meta = portal.call(client.generate, body, 30)["meta_info"]
+    rows = meta["input_token_logprobs"][1:]
+    return np.array([row[0] for row in rows]), meta["weight_version"]
+
+
+def agrees(portal: BlockingPortal, client: ServerClient, learner: Learner, model: PreTrainedModel) -> bool:
+    """Whether a server has the policy's weights: log-probs of 39 tokens to 1e-4."""
+    found, _ = served(portal, client, TOKENS)
+    return bool(np.abs(found - reference(learner, model, TOKENS)).max() < 1e-4)
+
+
+TOKENS = [int(t) for t in np.random.default_rng(0).integers(2, 90, 40)]
+
+
+def tamper(portal: BlockingPortal, client: ServerClient, name: str, shape: list[int]) -> Any:
+    """Zeros into one of a server's parameters, behind our back; its answer."""
+    portal.call(client.post, "/begin_weight_update", {"selector": "all"})
+    answer = portal.call(client.post, PATH, request_body(encode(Bucket([(name, torch.zeros(shape))])), 1))
+    portal.call(client.post, "/end_weight_update", {})
+    return answer
+
+
+NORM = "model.layers.1.self_attn.k_norm.weight"
+
+
+class Tampering(WeightSync):
+    """Has one parameter overwritten on the first server between the weights' arrival and their proof."""
+
+    def _stream(self, sessions: Any, *rest: Any) -> None:
+        super()._stream(sessions, *rest)
+        client = sessions.live()[0].client
+        self.run(client.post, "/end_weight_update", {})
+        tamper(self.portal, client, NORM, [16])
+        self.run(client.post, "/begin_weight_update", {"selector": "all"})
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_wrong_parameter_is_named(
+    known: bool,
+    sync: Callable[..., WeightSync],
+    learner: Learner,
+    clients: list[ServerClient],
+    portal: BlockingPortal,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By its checksum; without one, a probe tells that, and the kept files which."""
+    if not known:
+        monkeypatch.setattr("megatron_bicc.weight_sync.proof.are_known", lambda info: False)
+    one = sync("tensor")
+    assert one.push(clients[:1], stream(learner), 1) == {}
+    one.__class__, one.portal = Tampering, portal
+    with pytest.raises(WeightSyncError, match=f"{clients[0].url} has other weights than the policy: {NORM}$"):
+        one.push(clients[:1], stream(learner), 2)
+
+
+def test_an_unknown_name_is_refused_though_the_server_would_take_it(
+    sync: Callable[..., WeightSync], learner: Learner, clients: list[ServerClient], portal: BlockingPortal
+) -> None:
+    """And the server goes on after it, its weights called incomplete."""
+    assert tamper(portal, clients[0], "model.layers.1.no_such.weight", [16])["success"]
+    extra = [*stream(learner), ("model.layers.1.no_such.weight", torch.zeros(16))]
+    with pytest.raises(WeightSyncError, match="no_such.weight is no parameter of the servers' model"):
+        sync("tensor").push(clients[:1], extra, 3)
+    assert served(portal, clients[0], TOKENS)[1] == "incomplete"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("model.norm.weight", (63,)), ("model.embed_tokens.weight", (100, 64))]
+)
+def test_a_wrong_shape_never_reaches_the_server(
+    name: str,
+    shape: tuple[int, ...],
+    sync: Callable[..., WeightSync],
+    learner: Learner,
+    clients: list[ServerClient],
+    portal: BlockingPortal,
+) -> None:
+    wrong = ((n, torch.zeros(shape) if n == name else t) for n, t in stream(learner))
+    one = sync("tensor")
+    with pytest.raises(WeightSyncError, match=f"{name} has shape"):
+        one.push(clients[:1], wrong, 4)
+    assert one.push(clients[:1], stream(learner), 5) == {}
+    assert served(portal, clients[0], TOKENS)[1] == "5"
+
+
+def test_a_server_that_a_killed_trainer_left_paused_goes_on(
+    sync: Callable[..., WeightSync], learner: Learner, clients: list[ServerClient], portal: BlockingPortal
+) -> None:
+    portal.call(clients[0].pause, "abort")
+    portal.call(clients[0].post, "/begin_weight_update", {"selector": "all"})
+    assert sync("tensor").push(clients[:1], stream(learner), 6) == {}
+    assert served(portal, clients[0], TOKENS)[1] == "6"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_servers_get_the_policys_weights(
+    method: str,
+    sync: Callable[..., WeightSync],
+    learner: Learner,
+    model: PreTrainedModel,
+    both: list[ServerClient],
+    portal: BlockingPortal,
+) -> None:
+    """Twice each: the second time over what the first left, such as the process group. In memory there are
+    never more tensors than a bucket's, the one after it and the one that is made."""
+    one = sync(method)
+    sizes = [tensor.nbytes for _, tensor in stream(learner)]
+    for version in (7, 8):
+        move(learner, version)
+        held = [0, 0]
+        assert one.push(both, counted(learner, held), version) == {}
+        assert not one.proof.doubts
+        assert held[1] <= BUCKET_MB * 2**20 + 2 * max(sizes) < sum(sizes) / 3
+        for client in both:
+            assert agrees(portal, client, learner, model)
+            assert served(portal, client, TOKENS)[1] == str(version)
+            assert portal.call(client.model_info)["weight_version"] == str(version)
+
+
+def dying(learner: Learner, server: SglangServer) -> Iterator[tuple[str, torch.Tensor]]:
+    """The policy's tensors; the server dies amidst them."""
+    for i, item in enumerate(stream(learner)):
+        if i == 8:
+            server.kill()
+        yield item
+
+
+def test_a_server_dies_in_mid_sync(
+    lasting: WeightSync,
+    learner: Learner,
+    model: PreTrainedModel,
+    servers: list[SglangServer],
+    both: list[ServerClient],
+    portal: BlockingPortal,
+) -> None:
+    """The other one gets the weights all the same, in a process group of those that are left."""
+    assert lasting.push(both, stream(learner), 10) == {}
+    move(learner, 11)
+    assert list(lasting.push(both, dying(learner, servers[1]), 11)) == [both[1].url]
+    assert agrees(portal, both[0], learner, model)
+    servers[1].start()  # it is waited for two tests further down
+
+
+def test_a_restarted_server_needs_the_files(
+    sync: Callable[..., WeightSync], learner: Learner, clients: list[ServerClient], portal: BlockingPortal
+) -> None:
+    one = sync("disk")
+    learner.config.weight_sync.keep_files = False
+    one.push(clients[:1], stream(learner), 13)
+    learner.config.weight_sync.keep_files = True
+    assert not one.files.root.exists()
+    with pytest.raises(WeightSyncError, match="weight_sync.keep_files=true would have kept them"):
+        portal.call(one.restore, clients[1])
+
+
+def test_parallel_trainer_that_is_killed_in_mid_sync(
+    sync: Callable[..., WeightSync],
+    learner: Learner,
+    model: PreTrainedModel,
+    path: Path,
+    clients: list[ServerClient],
+    portal: BlockingPortal,
+) -> None:
+    """weight_sync_worker.py syncs from TP=2 and from PP=2; its first process ends by kill -9."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+        ]
+        + [str(WORKER), str(path), str(path.parent / "worker"), clients[0].url],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert "Signal 9 (SIGKILL)" in done.stderr, done.stderr[-4000:]
+    assert (path.parent / "worker/finished").read_text() == "tp2 pp2"
+    assert sync("tensor").push(clients[:1], stream(learner), 20) == {}
+    assert agrees(portal, clients[0], learner, model)
+
+
+def test_a_restarted_server_gets_the_newest_weights(
+    lasting: WeightSync,
+    learner: Learner,
+    model: PreTrainedModel,
+    both: list[ServerClient],
+    portal: BlockingPortal,
+) -> None:
+    """From the files at once; and in the next sync it is in the process group again."""
+    assert not agrees(portal, both[1], learner, model)
+    portal.call(lasting.restore, both[1])
+    assert agrees(portal, both[1], learner, model)
+    assert served(portal, both[1], TOKENS)[1] == "11"
+    move(learner, 12)
+    assert lasting.push(both, stream(learner), 12) == {}
+    assert all(agrees(portal, client, learner, model) for client in both)
+
+
+def test_a_server_that_dies_is_no_matter_for_the_others(
+    sync: Callable[..., WeightSync],
+    learner: Learner,
+    model: PreTrainedModel,
+    servers: list[SglangServer],
+    both: list[ServerClient],
+    portal: BlockingPortal,
+) -> None:
+    """By HTTP; and in the sync after that it is not there from the start."""
+    one = sync("tensor")
+    for version in (30, 31):
+        move(learner, version)
+        assert list(one.push(both, dying(learner, servers[1]), version)) == [both[1].url]
+        assert agrees(portal, both[0], learner, model)
