@@ -37,7 +37,7 @@ ROWS = {
     "{not json": "row 2: ",
     json.dumps(GOOD_ROW | {"prompt": ""}): "row 2: ",
     json.dumps({"prompt": "1+1="}): "row 2: ",
-    json.dumps({"question": "1+1=", "answer": "it is 2"}): "row 2: ",
+    json.dumps({"question": "1+1=", "answer": "one and one\nis two"}): "row 2: ",
     json.dumps({"text": "1+1="}): "row 2: ",
     json.dumps(GOOD_ROW | {"answer": "\\frac{1}{2"}): "row 2: no response can be right",
 }
