@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
-from experiment import figures, probes
-from experiment.arms import COMMON, MAIN, Job, jobs
+from experiment import figures, page, probes
+from experiment.arms import COMMON, MAIN, VARIANTS, Job, jobs
 from experiment.paired import interval, paired
 from experiment.runner import DONE, Runner
 
@@ -161,3 +161,37 @@ def test_inner_products_of_expectations_are_unbiased() -> None:
     )
     pairs = [float(a[i] @ b[j]) for i in range(3) for j in range(3) if i != j]
     assert probes._between(a, b) == pytest.approx(np.mean(pairs), rel=1e-6)
+
+
+def synthetic_results(folder: Path) -> None:
+    """What collect_figures would write: pass@1 rises by seed and step, faster where no context is trained."""
+    folder.mkdir(parents=True)
+    curves = []
+    for job in (job for job in jobs() if job.arm in (*MAIN, *VARIANTS)):
+        columns = {name: np.linspace(0.1, 0.2, 25) * job.seed for name in figures.COLUMNS[2:]}
+        columns["step"], columns["tokens"] = np.arange(25.0), np.arange(25.0) * 100
+        columns["pass_at_1"] = np.where(columns["step"] % 3 == 0, 0.5 + columns["step"] / 60, np.nan)
+        columns["pass_at_1"] += job.seed / 100 + ("bicc" not in job.arm.name) * 0.02 * (1 + job.seed % 2)
+        curves.append(figures.Curve(job.arm.name, job.seed, columns))
+    figures.write(curves, folder / page.RAW)
+    (folder / page.ORIGIN).write_text(json.dumps({"commits": ["abc123"], "settings": []}))
+    kinds = {k: dict.fromkeys(("right", "wrong", "margin"), 0.5) for k in probes.CONTEXTS}
+    estimates = {k: dict.fromkeys(("variance", "relative", "cosine"), 2.0) for k in probes.ESTIMATORS}
+    probed = {"reading": {"start": [kinds]}, "estimators": {"start": [estimates] * 4}}
+    (folder / page.PROBES).write_text(json.dumps(probed))
+
+
+def test_the_page_is_made_of_the_raw_figures_alone(tmp_path: Path) -> None:
+    synthetic_results(tmp_path / "results")
+    (tmp_path / "results" / page.DISCUSSION).write_text("abc123\nWhat was seen.\n")
+    text = page.write_page(tmp_path).read_text()
+    assert "at commit abc123" in text and "What was seen." in text
+    for arm in (*MAIN, *VARIANTS):
+        assert f"| {arm.name} | {arm.seeds} |" in text
+    # eight differences of -0.02 or -0.04
+    assert "| bicc | grpo | 8 | -0.030 ± 0.009, p < 0.001 (0.008): lower |" in text
+    for name in ("pass_at_1", "variants", "gradients"):
+        assert f"(results/{name}.svg)" in text
+        assert (tmp_path / f"results/{name}.svg").stat().st_size > 10_000
+    (tmp_path / "results" / page.DISCUSSION).write_text("def456\nOf other runs.\n")
+    assert "Of other runs." not in page.write_page(tmp_path).read_text()

@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -37,10 +38,21 @@ def collect_figures(out: Path, folder: Path) -> None:
     commits = {json.loads((out / job.folder / DONE).read_text())["commit"] for job in finished}
     origin = {"commits": sorted(commits), "settings": list(arms.COMMON)}
     (folder / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
+    (folder / PROBES).write_text(json.dumps(_probed(out), indent=1) + "\n")
+
+
+def _probed(out: Path) -> dict[str, Any]:
+    """Both probes of the finished runs; kept beside them, as they take minutes."""
+    probed_jobs = [job for job in arms.jobs() if job.seed in PROBE_SEEDS and is_finished(out, job)]
+    policies = [job.folder for job in probed_jobs if job.arm.name in (*READERS, HALFWAY.name)]
+    kept = out / PROBES
+    if kept.exists() and json.loads(kept.read_text())["policies"] == policies:
+        return json.loads(kept.read_text())
     platform.start_distributed()
-    probed = {"reading": _readings(out), "estimators": _estimators(out)}
+    probed = {"policies": policies, "reading": _readings(out), "estimators": _estimators(out)}
     platform.end_distributed()
-    (folder / PROBES).write_text(json.dumps(probed, indent=1) + "\n")
+    kept.write_text(json.dumps(probed) + "\n")
+    return probed
 
 
 def _readings(out: Path) -> dict[str, list[dict[str, dict[str, float]]]]:
@@ -101,6 +113,8 @@ def _arm_rows(curves: list[Curve]) -> list[dict[str, str]]:
     rows = []
     for arm in (*MAIN, *VARIANTS):
         of_arm = [figures.summary(curve) for curve in curves if curve.arm == arm.name]
+        if not of_arm:
+            continue
         rows.append({"name": arm.name, "seeds": str(len(of_arm))} | _texts(of_arm))
     return rows
 
@@ -121,6 +135,9 @@ def _test_rows(curves: list[Curve]) -> list[dict[str, str | dict[str, Paired]]]:
         by_arm.setdefault(curve.arm, {})[curve.seed] = figures.summary(curve)
     pairs = [(arm, arm.against) for arm in MAIN[1:]] + [(MAIN[3], "bicc"), (MAIN[3], "grpo+rcc")]
     pairs += [(arm, arm.against) for arm in VARIANTS]
+    pairs += [(arm, "bicc, conditioned") for arm in VARIANTS if arm.name == "bicc+rcc, conditioned"]
+    pairs += [(arm, "grpo") for arm in VARIANTS if arm.name == "bicc+rcc, weight 0.5"]
+    pairs = [(arm, against) for arm, against in pairs if len(by_arm.get(arm.name, {})) > 1]
     return [_tests(arm, against, by_arm) for arm, against in pairs]
 
 

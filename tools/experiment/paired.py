@@ -31,6 +31,11 @@ class Paired:
     seeds: int
 
     @property
+    def text(self) -> str:
+        p = "< 0.001" if self.p_t < 0.001 else f"{self.p_t:.3f}"
+        return f"{self.difference.text}, p {p} ({self.p_permutation:.3f}): {self.verdict}"
+
+    @property
     def verdict(self) -> str:
         """What the t interval says at 5 %."""
         if not self.p_t < 0.05:
