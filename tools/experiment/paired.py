@@ -1,5 +1,6 @@
 """Intervals over seeds, and tests of one arm against another seed by seed."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,8 @@ class Interval:
 
     @property
     def text(self) -> str:
-        digits = 3 if abs(self.mean) < 100 else 0
+        """Two significant digits of the half width."""
+        digits = 3 if self.half_width == 0 else max(0, 1 - math.floor(math.log10(self.half_width)))
         return f"{self.mean:.{digits}f} ± {self.half_width:.{digits}f}"
 
 
