@@ -14,7 +14,7 @@ from experiment.arms import MAIN, VARIANTS
 from experiment.figures import Curve
 from experiment.paired import interval
 
-COLORS = ("#1d4ed8", "#0e7490", "#c2410c", "#b45309", "#7e22ce", "#047857", "#be185d")
+COLORS = ("#1d4ed8", "#c2410c", "#047857", "#7e22ce", "#57534e", "#be185d", "#0e7490")
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "megatron_bicc", "font.size": 10}
 SVG_DATE = {"Date": None}
 
@@ -49,7 +49,7 @@ def _save(path: Path, curves: list[Curve], panels: Sequence[tuple[list[str], str
                 _curve(axes, [c for c in curves if c.arm == name], column, x, colors[name], name)
             _label(axes, column, x)
         handles = {h.get_label(): h for axes in figure.axes for h in axes.get_lines()}
-        figure.legend(handles=list(handles.values()), loc="outside upper center", ncols=6, frameon=False)
+        figure.legend(handles=list(handles.values()), loc="outside upper center", ncols=4, frameon=False)
         FigureCanvasSVG(figure).print_svg(path, metadata=SVG_DATE)
 
 
@@ -62,7 +62,8 @@ def _curve(axes: Axes, curves: list[Curve], column: str, x: str, color: str, nam
     half = np.array([i.half_width for i in intervals])
     at = np.stack([curve.columns[x] for curve in curves]).mean(0)[counted]
     marker = "o" if column == "pass_at_1" else None
-    axes.plot(at, mean, color=color, linewidth=1.6, marker=marker, markersize=3, label=name)
+    dashes = "--" if "rcc" in name else "-"
+    axes.plot(at, mean, dashes, color=color, linewidth=1.6, marker=marker, markersize=3, label=name)
     axes.fill_between(at, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
 
 
@@ -79,5 +80,6 @@ def _label(axes: Axes, column: str, x: str) -> None:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if column == "gradient_variance":
         axes.set_yscale("log")
+        axes.set_ylim(bottom=0.5 * min(min(line.get_ydata()) for line in axes.get_lines()))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e7e5e4", linewidth=0.8)
