@@ -62,6 +62,11 @@ class Inputs:
 def main(argv: list[str]) -> None:
     """An evaluation from its command line. A mistake in it is one line on stderr and exit status 2."""
     options, overrides = _arguments(argv)
+    if not options.k.isdigit() or int(options.k) < 1:
+        abort(f"--k is {options.k}; it must be a whole number from 1", PROGRAM)
+    for name, instead in (("evaluation.samples", "--k"), ("model.path", "--model"), ("dry_run", "nothing")):
+        if any(word.lstrip("-").replace("-", "_").partition("=")[0] == name for word in overrides):
+            abort(f"{name} is no setting of an evaluation; give {instead} instead", PROGRAM)
     given = [f"model.path={options.model}", f"evaluation.samples={options.k}"]
     config = parse_config([*overrides, *given], PROGRAM)
     out = Path(options.out or f"runs/evaluation/{Path(options.model).resolve().name}")
@@ -141,7 +146,10 @@ def _answer_file(inputs: Inputs, name: str, out: Path) -> AnswerFile:
     path = inputs.paths[name]
     stat = Path(path).stat()
     settings = decisive(inputs.config) | {"benchmark": [path, stat.st_size, stat.st_mtime_ns]}
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out is {out}; no such directory can be made: {error.strerror}") from error
     file = AnswerFile(out / f"{name}.jsonl", settings)
     if dist.get_rank() == 0:
         file.load()
@@ -157,7 +165,11 @@ class _Parser(argparse.ArgumentParser):
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """This command's own options, and the settings."""
-    lines = [f"  {name}  {settings()[name].help} [{settings()[name].default!r}]" for name in DECISIVE]
+    lines = [
+        f"  {name}  {settings()[name].help} [{settings()[name].default!r}]"
+        for name in DECISIVE
+        if name != "evaluation.samples"
+    ]
     parser = _Parser(
         prog=PROGRAM,
         usage="%(prog)s --model DIR --benchmark FILE [--benchmark FILE ...] [--k 32] [name=value ...]",

@@ -109,6 +109,8 @@ def check_port(arguments: argparse.Namespace) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
+        except OverflowError:
+            raise Failure(f"MASTER_PORT is {port}: it must be within 1 and 65535") from None
         except PermissionError:
             raise Failure(f"MASTER_PORT is {port}: not allowed; choose one from 1024 on") from None
         except OSError as error:

@@ -36,18 +36,44 @@ def main(argv: list[str]) -> int:
     print(as_text(plan))
     if arguments.propose:
         print(f"\nlayouts that fit, the {len(others)} best:\n{proposals(others)}")
+    try:
+        _write(arguments, plan, others)
+    except (OSError, ValueError) as error:  # a picture's format that nobody can draw is a ValueError
+        print(f"plan: error: cannot be written: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0 if plan.fits else 1
+
+
+def _write(arguments: argparse.Namespace, plan: Plan, others: list[Plan]) -> None:
     if arguments.json:
         figures = {"plan": as_json(plan), "proposals": [as_json(other) for other in others]}
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
     if arguments.picture:
         draw([plan, *others], arguments.picture)
-    return 0 if plan.fits else 1
+
+
+def _count(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return value
 
 
 def _plans(arguments: argparse.Namespace) -> tuple[Plan, list[Plan]]:
     """The configured plan, and the best of the proposed."""
     # a dry run's settings do without prompts
-    config = parse_config(["--config", arguments.config, *arguments.settings, "dry_run=true"])
+    config = parse_config(["--config", arguments.config, *arguments.settings, "dry_run=true"], "plan")
     validate(config, arguments.world_size)
     config = resolve(config)
     hf_config = read_hf_config(config.model.path)
@@ -75,13 +101,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", required=True, help="YAML file of settings")
     parser.add_argument("--gpu", choices=GPUS, default="H100")
-    parser.add_argument("--world-size", type=int, required=True, help="GPUs that train")
-    parser.add_argument("--gpus-per-host", type=int, default=8)
-    parser.add_argument("--server-gpus", type=int, default=8, help="GPUs of one rollout server")
-    parser.add_argument("--network-gbits", type=float, default=400, help="a GPU to another host, Gb/s")
-    parser.add_argument("--sync-gbits", type=float, default=400, help="all trainers to the servers, Gb/s")
-    parser.add_argument("--efficiency", type=float, default=0.40, help="share of peak that products reach")
-    parser.add_argument("--propose", type=int, default=0, metavar="N", help="show the N best layouts")
+    parser.add_argument("--world-size", type=_count, required=True, help="GPUs that train")
+    parser.add_argument("--gpus-per-host", type=_count, default=8)
+    parser.add_argument("--server-gpus", type=_count, default=8, help="GPUs of one rollout server")
+    parser.add_argument("--network-gbits", type=_positive, default=400, help="a GPU to another host, Gb/s")
+    parser.add_argument("--sync-gbits", type=_positive, default=400, help="all trainers to the servers, Gb/s")
+    parser.add_argument(
+        "--efficiency", type=_positive, default=0.40, help="share of peak that products reach"
+    )
+    parser.add_argument("--propose", type=_count, default=0, metavar="N", help="show the N best layouts")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--picture", type=Path, help="draw memory and step time into this file")
     parser.add_argument("settings", nargs="*", help="section.name=value")

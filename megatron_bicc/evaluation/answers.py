@@ -42,27 +42,39 @@ class AnswerFile:
         self.path, self.settings = path, settings
 
     def load(self) -> dict[int, Answers]:
-        """Answers by prompt index; starts the file if there is none.
+        """Answers by prompt index; none if there is no file.
 
-        Raises ValueError that names the settings under which the file was made, where they are others.
+        Raises ValueError that names the settings under which the file was made, where they are others, or a
+        line that is no answer.
         """
         records = jsonl.read(self.path) if self.path.exists() else []
         if not records:
             self.path.unlink(missing_ok=True)
-            jsonl.append(self.path, [{"settings": self.settings}])
             return {}
-        self._check(records[0].get("settings", {}))
-        return {record["index"]: Answers(**record) for record in records[1:]}
+        self._check(records[0].get("settings"))
+        return dict(self._answer(number, record) for number, record in enumerate(records[1:], start=2))
 
     def keep(self, indices: set[int]) -> None:
         """Drops the answers to all other prompts."""
+        if not self.path.exists():
+            return
         jsonl.keep(self.path, lambda record: "settings" in record or record["index"] in indices)
 
     def append(self, answers: Iterable[Answers]) -> None:
-        """Returns once they are on disk."""
+        """Returns once they are on disk. A new file begins with the settings."""
+        if not self.path.exists():
+            jsonl.append(self.path, [{"settings": self.settings}])
         jsonl.append(self.path, (asdict(one) for one in answers))
 
-    def _check(self, found: dict[str, Any]) -> None:
+    def _answer(self, number: int, record: dict[str, Any]) -> tuple[int, Answers]:
+        try:
+            return record["index"], Answers(**record)
+        except (KeyError, TypeError):
+            raise ValueError(f"{self.path}, line {number}: not an answer; remove the line") from None
+
+    def _check(self, found: Any) -> None:
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.path}, line 1: no settings; delete the file, or give another --out")
         names = found.keys() | self.settings.keys()
         differ = sorted(n for n in names if found.get(n) != self.settings.get(n))
         if differ:

@@ -37,30 +37,40 @@ def read_run(run_dir: str | Path) -> Run:
     Raises ValueError that names the file if metrics.jsonl is missing, or it or config.yaml is broken.
     """
     path = Path(run_dir) / METRICS_FILE
-    by_step = {_step(record, path): record for record in jsonl.read(path)}
+    by_step = {_step(record, path): _numbers(record, path) for record in jsonl.read(path)}
     records = [by_step[step] for step in sorted(by_step)]
     return Run(Path(run_dir).resolve().name, records, _read_settings(Path(run_dir) / SETTINGS_FILE))
 
 
 def read_groups(run_dir: str | Path) -> list[dict[str, Any]]:
     """The groups in a run's groups.jsonl, by step; empty if it wrote none."""
-    return _by_step(Path(run_dir) / GROUPS_FILE)
+    return _by_step(Path(run_dir) / GROUPS_FILE, {"prompt", "rollouts"})
 
 
 def read_layouts(run_dir: str | Path) -> list[dict[str, Any]]:
     """The packed layouts in a run's layout.jsonl, by step; empty if it wrote none."""
-    return _by_step(Path(run_dir) / LAYOUT_FILE)
+    return _by_step(Path(run_dir) / LAYOUT_FILE, {"plans", "budget"})
 
 
-def _by_step(path: Path) -> list[dict[str, Any]]:
+def _by_step(path: Path, keys: set[str]) -> list[dict[str, Any]]:
     records = jsonl.read(path) if path.exists() else []
+    for record in records:
+        if missing := keys - record.keys():
+            raise ValueError(f"{path}: a line without {', '.join(sorted(missing))}: {str(record)[:80]}")
     return sorted(records, key=lambda record: _step(record, path))
 
 
 def _step(record: dict[str, Any], path: Path) -> int:
-    if not isinstance(record.get("step"), int):
+    if type(record.get("step")) is not int:
         raise ValueError(f"{path}: a line without a step: {str(record)[:80]}")
     return record["step"]
+
+
+def _numbers(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    for key, value in record.items():
+        if value is not None and not isinstance(value, int | float):
+            raise ValueError(f"{path}, step {record['step']}: {key} is no number: {str(value)[:80]!r}")
+    return record
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

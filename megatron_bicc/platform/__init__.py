@@ -37,8 +37,14 @@ def node_rank() -> int:
 
 
 def world_size() -> int:
-    """Number of processes of the job, as torchrun tells it; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes of the job, as torchrun tells it; 1 without torchrun.
+
+    Raises ValueError if WORLD_SIZE is no such number.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or int(size) < 1:
+        raise ValueError(f"WORLD_SIZE is {size!r}; it must be a whole number from 1")
+    return int(size)
 
 
 def start_distributed() -> None:

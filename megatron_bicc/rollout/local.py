@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -28,8 +29,13 @@ class LocalEngine:
         device: torch.device,
         batch_size: int,
     ) -> None:
-        """Reads the Hugging Face directory `path`."""
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+        """Reads the Hugging Face directory `path`. Raises ValueError if its weights cannot be read."""
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"model.path is {path}; its weights cannot be read: {reason}") from error
+        self.model = model.to(device).eval()
         # a model's own generation config may warp the distribution (top_k, repetition penalty)
         self.model.generation_config = GenerationConfig()
         self.tokenizer = tokenizer

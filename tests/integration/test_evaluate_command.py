@@ -71,8 +71,10 @@ def test_the_command_writes_a_table_and_json(tmp_path: Path) -> None:
             ["--model", str(MODEL), "--benchmark", "BAD"],
             "bad.jsonl, row 2: unknown schema, columns found: a, q",
         ),
-        (["--model", str(MODEL), "--benchmark", "BAD", "--k", "many"], "evaluation.samples is 'many'"),
-        (["--model", str(MODEL), "--benchmark", "BAD", "--k", "0"], "evaluation.samples is 0; it must be at"),
+        (["--model", str(MODEL), "--benchmark", "BAD", "--k", "many"], "--k is many; it must be"),
+        (["--model", str(MODEL), "--benchmark", "BAD", "--k", "0"], "--k is 0; it must be"),
+        (["--model", str(MODEL), "--benchmark", "BAD", "evaluation.samples=2"], "give --k instead"),
+        (["--model", str(MODEL), "--benchmark", "BAD", "--dry-run"], "dry_run is no setting"),
         (["--model", str(MODEL), "--benchmark", "BAD", "evaluation.temprature=1"], "unknown setting"),
     ],
 )

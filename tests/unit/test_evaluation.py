@@ -122,10 +122,16 @@ def test_a_killed_benchmark_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_answers_of_other_settings_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "b.jsonl"
-    AnswerFile(path, {"seed": 1, "k": 2}).load()
-    AnswerFile(path, {"seed": 1, "k": 2}).load()
+    first = AnswerFile(path, {"seed": 1, "k": 2})
+    assert first.load() == {} and not path.exists()  # a start that fails leaves nothing behind
+    first.append([Answers(0, [1.0], [3], [False], ["2"])])
+    assert list(AnswerFile(path, {"seed": 1, "k": 2}).load()) == [0]
     with pytest.raises(ValueError, match="b.jsonl: made with other settings: k was 2, is 4; set them back"):
         AnswerFile(path, {"seed": 1, "k": 4}).load()
+    with path.open("a") as file:
+        file.write('{"index": 0}\n')
+    with pytest.raises(ValueError, match="b.jsonl, line 3: not an answer; remove the line"):
+        AnswerFile(path, {"seed": 1, "k": 2}).load()
 
 
 def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:

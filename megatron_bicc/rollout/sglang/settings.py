@@ -28,20 +28,28 @@ def _check_attach(rollout: RolloutConfig) -> None:
     settings = rollout.sglang
     if not settings.servers:
         raise ValueError("rollout.launch is attach; name the servers in rollout.sglang.servers")
-    for url in settings.servers.split(","):
-        _check_url(url.strip())
+    urls = [url.strip() for url in settings.servers.split(",")]
+    for url in urls:
+        _check_url(url)
+        if urls.count(url) > 1:
+            raise ValueError(f"rollout.sglang.servers names {url} more than once; name it once")
     variable = settings.api_key_variable
     if variable and not os.environ.get(variable):
         raise ValueError(f"rollout.sglang.api_key_variable is {variable}; that variable is not set")
 
 
 def _check_url(url: str) -> None:
-    parts = urlsplit(url)
-    if "@" in parts.netloc:
+    if "@" in url:
         raise ValueError(
             "rollout.sglang.servers holds a password; take it out and use rollout.sglang.api_key_variable"
         )
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port
+        good = good and not (parts.path.strip("/") or parts.query or parts.fragment)
+    except ValueError:  # a port that is no number or too large, half an IPv6 address
+        good = False
+    if not good:
         raise ValueError(
             f"rollout.sglang.servers has {url!r}; write http://host:port, commas between several"
         )
