@@ -150,6 +150,10 @@ def test_nothing_is_cut_off_the_distribution() -> None:
     [
         ("attach", {}, "rollout.launch is attach; name the servers"),
         ("attach", {"servers": "localhost:30000"}, "'localhost:30000'; write http://host:port"),
+        ("attach", {"servers": "http://host"}, "'http://host'; write http://host:port"),
+        ("attach", {"servers": "http://host:99999"}, "'http://host:99999'; write http://host:port"),
+        ("attach", {"servers": "http://host:b"}, "'http://host:b'; write http://host:port"),
+        ("attach", {"servers": "http://h:1,http://h:1"}, "http://h:1 more than once"),
         ("attach", {"servers": "http://me:pw@host:1"}, "holds a password"),
         ("attach", {"servers": "http://h:1", "api_key_variable": "NOT_SET_X"}, "that variable is not set"),
         ("spawn", {"servers": "http://h:1"}, "it needs rollout.launch=attach"),
