@@ -44,7 +44,7 @@ def test_command_by_several_processes(found: dict) -> None:
     assert (found["import"], found["export"], found["verify"]) == (0, 0, 0), found["err"]
     assert same(found["out"] / "back", found["out"] / "small")
     assert found["print"].count("largest difference of a logit ") == 2
-    assert found["strict"] == 1
+    assert found["other"] == 1
     assert found["taken"] == 2
     assert "back: already exists; choose another directory or delete it" in found["err"]
 
