@@ -169,7 +169,7 @@ def as_served(tensors: dict, config: PretrainedConfig, size: int, rank: int) -> 
 def test_checksums_are_those_of_the_servers_parameters(
     family: str, size: int, dtype: torch.dtype, model_dirs: dict[str, Path]
 ) -> None:
-    """tests/integration/test_weight_sync.py compares them with those that a server tells."""
+    """tests/integration/test_weight_sync_servers.py compares them with those that a server tells."""
     config = AutoConfig.from_pretrained(model_dirs[family])
     tensors = load_file(model_dirs[family] / "model.safetensors")
     checksums = Checksums(config, size, dtype)
