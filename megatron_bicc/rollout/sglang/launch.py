@@ -70,7 +70,8 @@ def _command(config: Config, url: str, seed: int) -> list[str]:
 
 
 def _environment(config: Config, index: int) -> dict[str, str]:
-    env = dict(os.environ)
+    # with torchrun's settings a server would look for its own store at the trainers', and wait for ever
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     # torchrun's variables are of another job, and log-probs are to be those at the sampling temperature
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
