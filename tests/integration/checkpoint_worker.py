@@ -93,6 +93,7 @@ class Killer:
     def __init__(self, phase: str, visit: int, delay: float, report: Path) -> None:
         """At its visit-th time, so many seconds after its beginning, or at its end if that is sooner."""
         self.phase, self.visits, self.delay, self.report = phase, visit, delay, report
+        self.once = threading.Lock()
 
     def arm(self) -> None:
         """Watches every phase of the run that this process is about to start."""
@@ -116,6 +117,7 @@ class Killer:
                 self.kill()
 
     def kill(self) -> None:
+        self.once.acquire()  # never released: the timer and the phase's end may come together
         with self.report.open("a") as report:
             report.write(self.phase + "\n")
         os.kill(os.getpid(), signal.SIGKILL)
