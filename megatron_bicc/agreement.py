@@ -15,6 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_bicc.config import Config, flatten
+from megatron_bicc.platform.gather import gathered
 from megatron_bicc.training.resume import contents
 
 PACKAGE = Path(__file__).parent
@@ -39,13 +40,11 @@ def _facts(config: Config) -> dict[str, str]:
 
 def _check_same(facts: dict[str, str]) -> None:
     digest = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
-    digests = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
+    digests = gathered(digest)
     odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if not odd:
         return
-    everyone: list[tuple[str, dict[str, str]]] = [("", {})] * dist.get_world_size()
-    dist.all_gather_object(everyone, (socket.gethostname(), facts))
+    everyone = gathered((socket.gethostname(), facts))
     (here, first), (there, other) = everyone[0], everyone[odd[0]]
     names = [name for name in sorted(first | other) if first.get(name) != other.get(name)]
     listed = "; ".join(f"{n}: {first.get(n, 'none')} against {other.get(n, 'none')}" for n in names[:5])
@@ -69,8 +68,7 @@ def _check_shared(output_dir: Path) -> None:
         except OSError as error:
             raise ValueError(f"output_dir: {output_dir} cannot be written: {error.strerror}") from error
     dist.barrier()
-    seen: list[tuple[bool, str]] = [(False, "")] * dist.get_world_size()
-    dist.all_gather_object(seen, (probe.exists(), socket.gethostname()))
+    seen = gathered((probe.exists(), socket.gethostname()))
     if dist.get_rank() == 0:
         probe.unlink()
     for rank, (found, host) in enumerate(seen):

@@ -15,6 +15,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from megatron_bicc.platform.gather import gathered
+
 INTERVAL_SECONDS = 2.0
 EXIT_STATUS = 3
 
@@ -84,8 +86,6 @@ class Heartbeat:
 
 def _meet(local_rank: int) -> tuple[dict[int, str], str]:
     """(host name by rank of every host's first process, a key prefix that only this start uses)."""
-    mine = (local_rank == 0, socket.gethostname(), secrets.token_hex(8))
-    everyone: list[tuple[bool, str, str]] = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = gathered((local_rank == 0, socket.gethostname(), secrets.token_hex(8)))
     hosts = {rank: host for rank, (first, host, _) in enumerate(everyone) if first}
     return hosts, f"megatron_bicc/heartbeat/{everyone[0][2]}"

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from megatron_bicc.platform.gather import gathered
 from megatron_bicc.policy.hf_files import HfTensors, SafetensorsDirectory, copy_side_files, write_model
 from megatron_bicc.policy.hf_mapping import Rule, cut, from_whole, join, rule_for, to_whole
 from megatron_bicc.policy.model import PolicyModel
@@ -38,8 +39,7 @@ def load_weights(chunks: list[PolicyModel], hf_config: PretrainedConfig, path: s
         fill_parameters(chunks, hf_config, SafetensorsDirectory(path))
     except ValueError as raised:
         error = str(raised)
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
+    errors = gathered(error)
     if any(errors):
         raise ValueError(next(filter(None, errors)))
 
@@ -136,12 +136,10 @@ Table = list[tuple[Rule, torch.Size, torch.dtype]]
 def _tables(chunks: list[PolicyModel]) -> list[Table]:
     """Every pipeline stage's parameters. Collective."""
     group = parallel_state.get_pipeline_model_parallel_group()
-    tables: list = [None] * group.size()
     own = [
         (rule, parameter.shape, parameter.dtype) for chunk in chunks for rule, parameter in _parameters(chunk)
     ]
-    dist.all_gather_object(tables, own, group=group)
-    return tables
+    return gathered(own, group)
 
 
 def _in_order(table: Table, expert_parallel: int) -> Iterator[tuple[int | None, int]]:

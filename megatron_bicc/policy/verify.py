@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_bicc import platform
 from megatron_bicc.config import Config
+from megatron_bicc.platform.gather import gathered
 from megatron_bicc.policy.architecture import transformer_config
 from megatron_bicc.policy.convert import supported_config
 from megatron_bicc.policy.megatron_files import MegatronCheckpoint, load_chunks
@@ -44,9 +45,7 @@ def largest_difference(hf_dir: Path, checkpoint: Path, prompts: int, length: int
     ours = _megatron_logits(hf_dir, checkpoint, tokens)
     theirs = _transformers_logits(hf_dir, tokens)
     pairs = list(zip(ours, theirs, strict=True))
-    found: list = [None] * dist.get_world_size()
-    own = [(float((a - b).abs().max()), float(b.abs().max())) for a, b in pairs]
-    dist.all_gather_object(found, own)
+    found = gathered([(float((a - b).abs().max()), float(b.abs().max())) for a, b in pairs])
     # a NaN stays one, as it would not in Python's max
     difference, largest = torch.tensor(list(itertools.chain(*found))).amax(dim=0).tolist()
     return difference, largest

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_bicc.data import Prompt
+from megatron_bicc.platform.gather import gathered
 from megatron_bicc.rewards import Verifier
 from megatron_bicc.rollout.types import Engine, Group, Request, RolloutError, Sample, Sampling
 
@@ -43,8 +44,7 @@ def collect_groups(
         outcome = _score(mine, samples, verifier, tokenizer, group_size)
     except RolloutError as error:
         outcome = error
-    shares: list[list[Group] | RolloutError] = [[] for _ in range(world)]
-    dist.all_gather_object(shares, outcome)
+    shares = gathered(outcome)
     for share in shares:
         if isinstance(share, RolloutError):
             raise share

@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_bicc import platform
+from megatron_bicc.platform.gather import gathered
 from megatron_bicc.policy.policy import Policy
 from megatron_bicc.training.checkpoint import (
     LATEST,
@@ -105,8 +106,7 @@ class CheckpointWriter:
             outcome: tuple[Any, str | None] = (task(), None)
         except OSError as error:
             outcome = (None, str(error))
-        outcomes: list = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, outcome, group=self._group)
+        outcomes = gathered(outcome, self._group)
         for failure in (failure for _, failure in outcomes if failure):
             raise OSError(failure)
         return [result for result, _ in outcomes]

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_bicc.platform.gather import gathered
+
 MANIFEST = "manifest.json"
 
 
@@ -29,9 +31,7 @@ def check_file(directory: Path, name: str) -> None:
 
 def check_manifest(directory: Path) -> None:
     """Raises ValueError, on every process, that names a file that is missing or was changed. Collective."""
-    parts: list = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, _damage(directory))
-    for damage in filter(None, parts):
+    for damage in filter(None, gathered(_damage(directory))):
         raise ValueError(damage)
 
 

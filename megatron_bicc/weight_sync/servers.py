@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import anyio
 import torch
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bicc.config import Config
+from megatron_bicc.platform.gather import gathered
 from megatron_bicc.rollout.sglang.client import ServerClient, ServerError
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.weight_sync.buckets import buckets, checked, expected_shapes
@@ -70,7 +70,7 @@ class WeightSync:
         except ValueError as error:  # of the stream: the same on every process
             raise WeightSyncError(str(error)) from None
         _exhaust(stream)
-        outcomes = _gathered((failed, probes, fault))
+        outcomes = gathered((failed, probes, fault))
         _raise_first([fault for _, _, fault in outcomes])
         self._judge([probe for _, some, _ in outcomes for probe in some], clients)
         return {url: reason for some, _, _ in outcomes for url, reason in some.items()}
@@ -135,7 +135,7 @@ class WeightSync:
         faults = [""]
         for probe in wrong(probes, self.learner.log_probs, dtype):
             faults += [self._fault(probe, client) for client in clients if client.url == probe.url]
-        _raise_first([fault for some in _gathered(faults) for fault in some])
+        _raise_first([fault for some in gathered(faults) for fault in some])
 
     def _fault(self, probe: Probe, client: ServerClient) -> str:
         names = probe.differ
@@ -171,16 +171,6 @@ def _exhaust(stream: Iterator[tuple[str, Tensor]]) -> None:
             pass
     except ValueError as error:
         raise WeightSyncError(str(error)) from None
-
-
-T = TypeVar("T")
-
-
-def _gathered(value: T) -> list[T]:
-    """Every process's value, in rank order. Collective."""
-    values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _raise_first(faults: list[str]) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from megatron_bicc import platform
 from megatron_bicc.config import Config
+from megatron_bicc.platform.gather import gathered
 from megatron_bicc.rollout.sglang.check import check_model, until_well
 from megatron_bicc.rollout.sglang.client import ServerClient
 from megatron_bicc.rollout.sglang.launch import SpawnedServer
@@ -95,8 +96,7 @@ class SglangEngine:
     def counts(self) -> dict[str, float]:
         """Over all processes, since the last call: rollouts that were asked for again after a server failed,
         and rollouts refused for stale weights. Collective."""
-        parts = [(0, 0)] * dist.get_world_size()
-        dist.all_gather_object(parts, (self._pool.resent, self._pool.stale))
+        parts = gathered((self._pool.resent, self._pool.stale))
         self._pool.resent = self._pool.stale = 0
         resent, stale = (float(sum(column)) for column in zip(*parts, strict=True))
         return {"rollout/resent": resent, "rollout/stale": stale}
@@ -121,8 +121,7 @@ class SglangEngine:
             count = self._settings.servers_per_node
             self._spawned = [SpawnedServer(config, index) for index in range(count)]
         own = [server.url for server in self._spawned]
-        nodes: list[tuple[int, list[str]]] = [(0, [])] * dist.get_world_size()
-        dist.all_gather_object(nodes, (platform.node_rank(), own))
+        nodes = gathered((platform.node_rank(), own))
         alone = ipaddress.ip_address(self._settings.host).is_loopback
         reachable = (urls for node, urls in nodes if not alone or node == platform.node_rank())
         return [url for urls in reachable for url in urls], own
@@ -136,11 +135,9 @@ class SglangEngine:
                 server.ready()
         except* ValueError as errors:
             error = str(errors.exceptions[0])
-        errors = [""] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-        for error in filter(None, errors):
+        for fault in filter(None, gathered(error)):
             self.close()
-            raise ValueError(error)
+            raise ValueError(fault)
         if self._sync is None:
             self._pool.hold(UNTOUCHED, {})
             self._watch()
