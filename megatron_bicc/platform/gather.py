@@ -8,7 +8,10 @@ T = TypeVar("T")
 
 
 def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Every process's value, in rank order; of the default group, or of another. Collective. Pickles."""
+    """The value of every process of the group, by its rank there; None: all processes. Collective.
+
+    value: anything that can be pickled.
+    """
     values = [value] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from megatron_bicc import platform
 from megatron_bicc.config import Config
 from megatron_bicc.planning.shards import build_shards
+from megatron_bicc.platform.gather import gathered
 from megatron_bicc.policy.policy import Policy, start_model_parallel
 
 LAYOUTS = {
@@ -60,9 +61,7 @@ def measure_all(paths: list[str]) -> dict[str, list[dict[str, int]]]:
         policy = Policy(config)
         policy.zero_gradients()
         policy.update()
-        ranks: list = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, measure(policy))
-        found[name] = ranks
+        found[name] = gathered(measure(policy))
         parallel_state.destroy_model_parallel()
     return found
 
