@@ -27,10 +27,36 @@ MASTER_PORT=${MASTER_PORT:-29500}
 MAX_RESTARTS=${MAX_RESTARTS:-3}
 ROLLOUT=${ROLLOUT:-colocate}
 
+# shellcheck disable=SC2034 # the scripts put it into `settings`
+SHARED_SETTINGS=(
+    optimizer.lr=1e-6                       # the paper's learning rate
+    rollout.group_size=8                    # G: rollouts of a prompt
+    rollout.prompts_per_step=32             # prompts of a step, the paper's global batch
+    rollout.max_new_tokens=8192             # longest response
+    loss.clip_low=0.2                       # the ratio is clipped at 1 - 0.2
+    loss.clip_high=0.2                      # and at 1 + 0.2
+    bicc.context_ratio=0.4                  # share of a sequence that a context may take
+    train.max_sequence_tokens=16384         # prompt, context and response together
+    train.max_tokens_per_microbatch=16384   # rows of a micro-batch: more of them shrink a pipeline's idle time
+    model.recompute=full                    # activations of one layer at a time
+)
+
 fail() {
     echo "$SCRIPT: $*" >&2
     exit 1
 }
+
+# check_number NAME FROM [TO]: ends the script unless the variable holds such a whole number.
+check_number() {
+    local value=${!1}
+    if ! [[ $value =~ ^(0|[1-9][0-9]{0,8})$ ]] || ((value < $2 || value > ${3:-999999999})); then
+        fail "$1 is $value; it must be a whole number from $2${3:+ to $3}"
+    fi
+}
+
+check_number GPUS_PER_NODE 1
+check_number MASTER_PORT 1 65535
+check_number MAX_RESTARTS 0
 
 # One task a node: the script starts itself again on every node of the job.
 spread_over_slurm_nodes() {
@@ -47,6 +73,8 @@ find_nodes() {
     fi
     NNODES=${NNODES:-$1}
     NODE_RANK=${NODE_RANK:-0}
+    check_number NNODES 1
+    check_number NODE_RANK 0 $((NNODES - 1))
     if [[ -z ${MASTER_ADDR:-} ]]; then
         ((NNODES == 1)) || [[ -n ${DRY_RUN:-} ]] || fail "MASTER_ADDR is not set; give all $NNODES nodes that of node 0"
         MASTER_ADDR=127.0.0.1
@@ -56,6 +84,7 @@ find_nodes() {
 # Sets TRAINERS, the GPUs of a node that train, and adds the rollout's settings.
 place_rollout() {
     TRAINERS=$GPUS_PER_NODE
+    check_number SERVER_GPUS 1
     settings+=(rollout.engine=sglang)
     local servers gpus
     case $ROLLOUT in
@@ -105,6 +134,13 @@ gpu_groups() {
     echo "$list"
 }
 
+check_files() {
+    [[ -n ${MODEL_PATH:-} ]] || fail "MODEL_PATH is not set; name the policy's Hugging Face directory"
+    [[ -d $MODEL_PATH ]] || fail "MODEL_PATH is $MODEL_PATH; there is no such directory"
+    [[ -n ${TRAIN_DATA:-} ]] || fail "TRAIN_DATA is not set; name the file of training prompts"
+    [[ -f $TRAIN_DATA ]] || fail "TRAIN_DATA is $TRAIN_DATA; there is no such file"
+}
+
 add_files() {
     [[ -z ${OUT:-} ]] || settings+=("output_dir=$OUT")
     [[ -z ${MODEL_PATH:-} ]] || settings+=("model.path=$MODEL_PATH")
@@ -126,8 +162,6 @@ check_environment() {
     OUT=${OUT:-runs/$(basename "$SCRIPT" .sh)}
     "$PYTHON" tools/check_environment.py --gpus "$GPUS_PER_NODE" --nodes "$NNODES" --node-rank "$NODE_RANK" \
         --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --shared "$OUT" || exit 1
-    [[ -n ${MODEL_PATH:-} ]] || fail "MODEL_PATH is not set; name the policy's Hugging Face directory"
-    [[ -n ${TRAIN_DATA:-} ]] || fail "TRAIN_DATA is not set; name the file of training prompts"
 }
 
 # launch NNODES SETTING...: the whole script after its own settings are in the array `settings`.
@@ -143,6 +177,7 @@ launch() {
         dry_run "$@"
         exit
     fi
+    check_files
     check_environment
     add_files
     settings+=(checkpoint.resume=true) # a run that is started again goes on from its newest checkpoint

@@ -26,18 +26,7 @@ qwen) settings=(--config examples/configs/qwen2.5_72b.yaml) ;;
 *) fail "MODEL is $MODEL; it must be llama or qwen" ;;
 esac
 
-settings+=(
-    optimizer.lr=1e-6                       # the paper's learning rate
-    rollout.group_size=8                    # G: rollouts of a prompt
-    rollout.prompts_per_step=32             # prompts of a step, the paper's global batch
-    rollout.max_new_tokens=8192             # longest response
-    loss.clip_low=0.2                       # the ratio is clipped at 1 - 0.2
-    loss.clip_high=0.2                      # and at 1 + 0.2
-    bicc.context_ratio=0.4                  # share of a sequence that a context may take
-    train.max_sequence_tokens=16384         # prompt, context and response together
-    train.max_tokens_per_microbatch=16384   # rows of a micro-batch: more of them shrink the pipeline's idle time
-    model.recompute=full                    # activations of one layer at a time
-)
+settings+=("${SHARED_SETTINGS[@]}")
 if [[ $ROLLOUT == split ]]; then
     : "${SERVER_GPUS:=$((GPUS_PER_NODE / 2))}" # half of each node serves
     settings+=(parallel.tensor=4 parallel.pipeline=4) # tensor parallel within the half that trains

@@ -21,13 +21,21 @@ PRINTER = '#!/bin/sh\nprintf "%s " "$(basename "$0")"; printf "<%s> " "$@"; echo
 
 @pytest.fixture
 def doubles(tmp_path: Path) -> Path:
-    """A directory of programs that print their name, arguments and WORLD_SIZE."""
+    """A directory of programs that print their name, arguments and WORLD_SIZE, and of `files`."""
     for name in ("python", "srun"):
         (tmp_path / name).write_text(PRINTER)
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho host7\necho host8\n")
     for path in tmp_path.iterdir():
         path.chmod(0o755)
+    files(tmp_path)
     return tmp_path
+
+
+def files(path: Path) -> dict[str, str]:
+    """Makes what a launch needs to find; the variables that name it."""
+    (path / "model").mkdir(exist_ok=True)
+    (path / "train.parquet").touch()
+    return {"MODEL_PATH": f"{path}/model", "TRAIN_DATA": f"{path}/train.parquet"}
 
 
 def run(script: str, *arguments: str, path: Path | None = None, **variables: str) -> tuple[int, str, str]:
@@ -46,10 +54,8 @@ def run(script: str, *arguments: str, path: Path | None = None, **variables: str
 
 def launched(path: Path, script: str, *arguments: str, **variables: str) -> dict[str, str]:
     """The settings of the training command, with those of torchrun under their option's names."""
-    files = {"MODEL_PATH": "/models/m", "TRAIN_DATA": "/data/t.parquet"}
-    status, out, err = run(
-        script, *arguments, path=path, **files, **{"PYTHON": str(path / "python"), **variables}
-    )
+    env = files(path) | {"PYTHON": str(path / "python")} | variables
+    status, out, err = run(script, *arguments, path=path, **env)
     assert status == 0, err
     last = re.findall(r"<([^>]*)>", out.splitlines()[-1])
     assert last[:2] == ["-m", "torch.distributed.run"]
@@ -80,7 +86,7 @@ def test_qwen3_4b_on_paper() -> None:
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU's driver")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_without_gpus_it_ends_with_one_line(script: str, tmp_path: Path) -> None:
-    variables = {"NNODES": "1", "OUT": str(tmp_path), "PYTHON": sys.executable}
+    variables = {"NNODES": "1", "OUT": str(tmp_path), "PYTHON": sys.executable, **files(tmp_path)}
     status, out, err = run(script, **variables)
     assert status == 1 and out == ""
     (line,) = err.splitlines()
@@ -92,7 +98,7 @@ def test_plain_hosts(doubles: Path) -> None:
     assert found["--nnodes"] == "8" and found["--nproc-per-node"] == "8"
     assert found["--rdzv-endpoint"] == "host0:29500" and found["--rdzv-conf"] == "is_host=0"
     assert found["checkpoint.resume"] == "true"
-    assert found["model.path"] == "/models/m" and found["data.train"] == "/data/t.parquet"
+    assert found["model.path"] == f"{doubles}/model" and found["data.train"] == f"{doubles}/train.parquet"
     assert found["rollout.colocate"] == "true" and found["rollout.sglang.gpus"] == "0,1,2,3,4,5,6,7"
     paper = {
         "optimizer.lr": "1e-6",
@@ -105,8 +111,8 @@ def test_plain_hosts(doubles: Path) -> None:
 
 def test_the_environment_is_checked_first(doubles: Path) -> None:
     variables = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "host0", "OUT": "runs/x"}
-    files = {"MODEL_PATH": "/models/m", "TRAIN_DATA": "/data/t.parquet", "PYTHON": str(doubles / "python")}
-    _, out, _ = run("run_bicc_70b.sh", path=doubles, **variables, **files)
+    env = files(doubles) | {"PYTHON": str(doubles / "python")} | variables
+    _, out, _ = run("run_bicc_70b.sh", path=doubles, **env)
     check, dry_run, _ = out.splitlines()
     for part in ("<tools/check_environment.py>", "<--nodes> <2>", "<--shared> <runs/x>", "<--gpus> <8>"):
         assert part in check
@@ -156,15 +162,25 @@ def test_slurm_names_nodes_and_ranks(doubles: Path) -> None:
         ({"SERVER_GPUS": "3"}, "SERVER_GPUS=3 does not divide GPUS_PER_NODE=8"),
         ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
         ({"MODEL_PATH": ""}, "MODEL_PATH is not set"),
+        ({"MODEL_PATH": "/nowhere"}, "MODEL_PATH is /nowhere; there is no such directory"),
         ({"TRAIN_DATA": ""}, "TRAIN_DATA is not set"),
+        ({"TRAIN_DATA": "/nowhere"}, "TRAIN_DATA is /nowhere; there is no such file"),
+        ({"GPUS_PER_NODE": "all"}, "GPUS_PER_NODE is all; it must be a whole number from 1"),
+        ({"GPUS_PER_NODE": "08"}, "GPUS_PER_NODE is 08; it must be a whole number from 1"),
+        ({"SERVER_GPUS": "0"}, "SERVER_GPUS is 0; it must be a whole number from 1"),
+        ({"SERVER_GPUS": "half", "ROLLOUT": "split"}, "SERVER_GPUS is half; it must be a whole number"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is http; it must be a whole number from 1 to 65535"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT is 65536; it must be a whole number from 1 to 65535"),
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS is -1; it must be a whole number from 0"),
+        ({"NNODES": "eight"}, "NNODES is eight; it must be a whole number from 1"),
+        ({"NODE_RANK": "8"}, "NODE_RANK is 8; it must be a whole number from 0 to 7"),
         ({"PYTHON": "/nowhere/python"}, "there is no /nowhere/python; make setup makes it"),
         ({"SLURM_SUBMIT_DIR": "/"}, "submit the job from the repository's root"),
     ],
 )
 def test_mistakes_are_one_line(doubles: Path, variables: dict[str, str], part: str) -> None:
-    good = {"MASTER_ADDR": "host0", "MODEL_PATH": "/models/m", "TRAIN_DATA": "/data/t.parquet"}
-    env = {**good, "PYTHON": str(doubles / "python"), **variables}
-    status, _, err = run("run_bicc_70b.sh", path=doubles, **env)
-    assert status == 1
+    good = {"MASTER_ADDR": "host0", "PYTHON": str(doubles / "python")} | files(doubles)
+    status, out, err = run("run_bicc_70b.sh", path=doubles, **good | variables)
+    assert status == 1 and out == "", "something else ran first"
     (line,) = err.splitlines()
     assert part in line
