@@ -25,6 +25,7 @@ from megatron_bicc.evaluation.answers import AnswerFile, Answers
 from megatron_bicc.evaluation.benchmarks import names_of, run_benchmark
 from megatron_bicc.evaluation.results import write_results
 from megatron_bicc.rewards import Verifier, get_verifier
+from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.types import Engine, RolloutError, Sampling
 from megatron_bicc.setup_run import heldout_prompts, make_engine, read_tokenizer
 from megatron_bicc.validation import validate_evaluation
@@ -110,15 +111,9 @@ def evaluate_benchmarks(inputs: Inputs, out: Path) -> dict[str, Evaluation]:
 
 def _answers(inputs: Inputs, files: dict[str, AnswerFile], engine: Engine) -> dict[str, list[Answers]]:
     config = inputs.config
-    question = partial(
-        ask,
-        engine=engine,
-        verifier=inputs.verifier,
-        tokenizer=inputs.tokenizer,
-        sampling=Sampling(config.evaluation.temperature, config.rollout.max_new_tokens),
-        samples=config.evaluation.samples,
-        seed=config.seed,
-    )
+    sampling = Sampling(config.evaluation.temperature, config.rollout.max_new_tokens)
+    sampler = GroupSampler(engine, inputs.verifier, inputs.tokenizer, sampling, config.evaluation.samples)
+    question = partial(ask, sampler=sampler, seed=config.seed)
     at_once = max(1, config.rollout.batch_size * dist.get_world_size() // config.evaluation.samples)
     return {n: run_benchmark(n, own, question, files[n], at_once) for n, own in inputs.prompts.items()}
 

@@ -14,11 +14,10 @@ import torch.distributed as dist
 from megatron_bicc import platform
 from megatron_bicc.cli import abort, parse_config
 from megatron_bicc.config import Config
-from megatron_bicc.data import Prompt
 from megatron_bicc.evaluation import evaluate
 from megatron_bicc.monitoring.run_log import RunLog
 from megatron_bicc.monitoring.timing import Stopwatch
-from megatron_bicc.rollout.collect import collect_groups
+from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.dynamic import Collected
 from megatron_bicc.rollout.types import Group, RolloutError, Sampling
 from megatron_bicc.setup_run import Inputs, Workers, read_inputs, start_workers
@@ -121,21 +120,10 @@ def train(inputs: Inputs, workers: Workers, first_step: int) -> None:
 
 def roll_out(inputs: Inputs, workers: Workers, step: int) -> Collected:
     """G scored rollouts of each of the step's prompts."""
-    config = inputs.config
-    sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
-
-    def sample(prompts: list[Prompt], seed: tuple[int, ...]) -> list[Group]:
-        return collect_groups(
-            prompts,
-            workers.engine,
-            inputs.verifier,
-            inputs.tokenizer,
-            sampling,
-            config.rollout.group_size,
-            seed,
-        )
-
-    return inputs.collector.step(step, sample)
+    c = inputs.config.rollout
+    sampling = Sampling(c.temperature, c.max_new_tokens)
+    sampler = GroupSampler(workers.engine, inputs.verifier, inputs.tokenizer, sampling, c.group_size)
+    return inputs.collector.step(step, sampler)
 
 
 def released_memory(inputs: Inputs, workers: Workers) -> AbstractContextManager[None]:
@@ -167,16 +155,9 @@ def held_out(inputs: Inputs, workers: Workers) -> dict[str, float]:
     c = inputs.config
     if not inputs.heldout:
         return {}
-    result = evaluate(
-        inputs.heldout,
-        workers.engine,
-        inputs.verifier,
-        inputs.tokenizer,
-        Sampling(c.evaluation.temperature, c.rollout.max_new_tokens),
-        c.evaluation.samples,
-        c.seed,
-        c.reward.threshold,
-    )
+    sampling = Sampling(c.evaluation.temperature, c.rollout.max_new_tokens)
+    sampler = GroupSampler(workers.engine, inputs.verifier, inputs.tokenizer, sampling, c.evaluation.samples)
+    result = evaluate(inputs.heldout, sampler, c.seed, c.reward.threshold)
     return evaluation_metrics(result)
 
 

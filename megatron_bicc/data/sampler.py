@@ -22,10 +22,15 @@ class PromptSampler:
 
     def draw(self, count: int) -> list[int]:
         """Indices of the next `count` prompts."""
+        indices = self.peek(count)
+        self._drawn += count
+        return indices
+
+    def peek(self, count: int) -> list[int]:
+        """Indices of the next `count` prompts, without drawing them."""
         draws = range(self._drawn, self._drawn + count)
         epochs = {n // self._num_prompts for n in draws}
         orders = {epoch: self._order(epoch) for epoch in epochs}
-        self._drawn = draws.stop
         return [int(orders[n // self._num_prompts][n % self._num_prompts]) for n in draws]
 
     def _order(self, epoch: int) -> np.ndarray:

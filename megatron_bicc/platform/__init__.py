@@ -14,6 +14,7 @@ from megatron_bicc.platform.heartbeat import Heartbeat
 TIMEOUT = timedelta(minutes=30)
 MEETING_TIMEOUT = timedelta(minutes=5)
 _heartbeat: Heartbeat | None = None
+_store: dist.Store | None = None
 
 
 def has_cuda() -> bool:
@@ -54,12 +55,14 @@ def start_distributed() -> None:
     """
     if has_cuda():
         torch.cuda.set_device(local_rank())
-    if "RANK" not in os.environ:
-        store = dist.HashStore()
-        dist.init_process_group(_backend(), store=store, rank=0, world_size=1, timeout=TIMEOUT)
-    else:
-        store, rank, size = _meet()
-        dist.init_process_group(_backend(), store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    global _store
+    _store, rank, size = _meet() if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+    dist.init_process_group(_backend(), store=_store, rank=rank, world_size=size, timeout=TIMEOUT)
+
+
+def store() -> dist.Store:
+    """The store that the processes met at: small values that all can read and count, without a collective."""
+    return _store
 
 
 def watch_hosts(silence_seconds: float) -> None:

@@ -1,6 +1,8 @@
 """From prompts to scored groups: every process generates its share, then all hold all groups."""
 
 import hashlib
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +12,8 @@ from megatron_bicc.platform.gather import gathered
 from megatron_bicc.rewards import Verifier
 from megatron_bicc.rollout.types import Engine, Group, Request, RolloutError, Sample, Sampling
 
+Outcome = TypeVar("Outcome")
+
 
 def sample_seed(*parts: int | str) -> int:
     """A seed in [0, 2**63) from what identifies a sample: the same whatever the number of processes."""
@@ -17,52 +21,56 @@ def sample_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def collect_groups(
-    prompts: list[Prompt],
-    engine: Engine,
-    verifier: Verifier,
-    tokenizer: PreTrainedTokenizerBase,
-    sampling: Sampling,
-    group_size: int,
-    seed: tuple[int | str, ...],
-) -> list[Group]:
-    """G scored samples of every prompt, in the prompts' order, the same on every process. Collective.
+@dataclass(frozen=True)
+class GroupSampler:
+    """Samples groups with an engine and scores them."""
 
-    A sample depends on the weights, its prompt, its place in the group and `seed`. Raises RolloutError on
-    every process if the engine of one does.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = prompts[rank::world]
-    requests = [
-        Request(prompt.token_ids, sample_seed(*seed, prompt.index, i))
-        for prompt in mine
-        for i in range(group_size)
-    ]
-    outcome: list[Group] | RolloutError
-    try:
-        samples = engine.generate(requests, sampling) if requests else []
-        outcome = _score(mine, samples, verifier, tokenizer, group_size)
-    except RolloutError as error:
-        outcome = error
-    shares = gathered(outcome)
-    for share in shares:
-        if isinstance(share, RolloutError):
-            raise share
-    return [shares[i % world][i // world] for i in range(len(prompts))]
+    engine: Engine
+    verifier: Verifier
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    group_size: int
+    """G: samples of each prompt"""
+
+    def collect(self, prompts: list[Prompt], seed: tuple[int | str, ...]) -> list[Group]:
+        """A group of every prompt, in the prompts' order, the same on every process. Collective.
+
+        A sample depends on the weights, its prompt, its place in the group and `seed`. Raises RolloutError
+        on every process if the engine of one does.
+        """
+        rank, world = dist.get_rank(), dist.get_world_size()
+        mine = prompts[rank::world]
+        requests = [request for prompt in mine for request in self.requests(prompt, seed)]
+        outcome: list[Group] | RolloutError
+        try:
+            outcome = self.scored(mine, self.engine.generate(requests, self.sampling) if requests else [])
+        except RolloutError as error:
+            outcome = error
+        shares = exchange(outcome)
+        return [shares[i % world][i // world] for i in range(len(prompts))]
+
+    def requests(self, prompt: Prompt, seed: tuple[int | str, ...]) -> list[Request]:
+        """What the engine is asked for one group."""
+        return [
+            Request(prompt.token_ids, sample_seed(*seed, prompt.index, i)) for i in range(self.group_size)
+        ]
+
+    def scored(self, prompts: list[Prompt], samples: list[Sample]) -> list[Group]:
+        """The groups of prompts, from their samples one group after the other. From a main thread only."""
+        texts = self.tokenizer.batch_decode([s.token_ids for s in samples], skip_special_tokens=True)
+        truths = [prompt.ground_truth for prompt in prompts for _ in range(self.group_size)]
+        rewards = self.verifier(texts, truths)
+        groups = []
+        for i, prompt in enumerate(prompts):
+            own = slice(i * self.group_size, (i + 1) * self.group_size)
+            groups.append(Group(prompt, samples[own], texts[own], rewards[own]))
+        return groups
 
 
-def _score(
-    prompts: list[Prompt],
-    samples: list[Sample],
-    verifier: Verifier,
-    tokenizer: PreTrainedTokenizerBase,
-    group_size: int,
-) -> list[Group]:
-    texts = tokenizer.batch_decode([s.token_ids for s in samples], skip_special_tokens=True)
-    truths = [prompt.ground_truth for prompt in prompts for _ in range(group_size)]
-    rewards = verifier(texts, truths)
-    groups = []
-    for i, prompt in enumerate(prompts):
-        own = slice(i * group_size, (i + 1) * group_size)
-        groups.append(Group(prompt, samples[own], texts[own], rewards[own]))
-    return groups
+def exchange(outcome: Outcome | RolloutError) -> list[Outcome]:
+    """Every process's outcome, by rank. Collective; raises on every process the first error among them."""
+    outcomes = gathered(outcome)
+    for each in outcomes:
+        if isinstance(each, RolloutError):
+            raise each
+    return outcomes

@@ -1,12 +1,10 @@
 """The groups of a step. With dynamic sampling (DAPO, arXiv 2503.14476): prompts until enough have contrast.
 
-Prompts are asked for in rounds. What a round asks for follows from the rounds before it alone, so every
-process asks for the same, and a run that is resumed asks for what it would have asked for.
+An engine that streams is asked for more prompts while others are answered (rollout/search.py). Any other is
+asked in rounds; what a round asks for follows from the rounds before it alone, so every process asks for the
+same, and a run that is resumed asks for what it would have asked for.
 """
 
-import itertools
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +12,9 @@ import numpy as np
 
 from megatron_bicc.config import Config
 from megatron_bicc.data import Prompt, PromptSampler
-from megatron_bicc.rollout.types import Group, RolloutError, Sample
-
-SampleGroups = Callable[[list[Prompt], tuple[int, ...]], list[Group]]
-"""(prompts, seed) -> a scored group of each, in their order, the same on every process"""
+from megatron_bicc.rollout.collect import GroupSampler
+from megatron_bicc.rollout.search import Search, likely_prompts, search
+from megatron_bicc.rollout.types import Group, RolloutError, Sample, StreamingEngine
 
 
 class NoContrastError(RolloutError):
@@ -36,6 +33,8 @@ class Collected:
     """Groups among those to learn from that an earlier step sampled"""
     leftover: int
     """Groups with contrast that were not needed: kept for the next step, or dropped"""
+    aborted: int
+    """Groups that were asked for and given up unfinished"""
 
 
 class Collector:
@@ -46,34 +45,50 @@ class Collector:
         self.config, self.prompts, self.sampler = config, prompts, sampler
         self.leftover: list[Group] = []
 
-    def step(self, step: int, sample: SampleGroups) -> Collected:
-        """The groups of a step. Raises NoContrastError at the cap on prompts."""
+    def step(self, step: int, sampler: GroupSampler) -> Collected:
+        """The groups of a step. Raises NoContrastError at the cap on prompts. Collective."""
         wanted, carried = self.config.rollout.prompts_per_step, self.leftover
         if not self.config.rollout.dynamic_sampling:
-            sampled = sample(self._draw(wanted), (self.config.seed, step))
-            return Collected(sampled, sampled, carried=0, leftover=0)
-        sampled = self._rounds(step, wanted - len(carried), sample)
+            sampled = sampler.collect(self._draw(wanted), (self.config.seed, step))
+            return Collected(sampled, sampled, carried=0, leftover=0, aborted=0)
+        streams = isinstance(sampler.engine, StreamingEngine)
+        find = self._while_others_run if streams else self._in_rounds
+        sampled, aborted = find(step, wanted - len(carried), sampler)
         groups = carried + [group for group in sampled if self._has_contrast(group)]
+        if len(groups) < wanted:
+            raise NoContrastError(self._too_few(len(groups) - len(carried), wanted - len(carried), sampled))
         groups, over = groups[:wanted], groups[wanted:]
         self.leftover = over if self.config.rollout.leftover == "keep" else []
-        return Collected(groups, sampled, len(carried), len(over))
+        return Collected(groups, sampled, len(carried), len(over), aborted)
 
-    def _rounds(self, step: int, wanted: int, sample: SampleGroups) -> list[Group]:
-        """Groups of as many prompts as it takes for `wanted` of them to have contrast."""
-        rollout, sampled, found = self.config.rollout, [], 0
-        for number in itertools.count():
-            # as many as are missing, by the share of prompts that had contrast so far: before any, all
-            likely = math.ceil((wanted - found) * (len(sampled) + 1) / (found + 1))
-            # a round no larger than a step leaves less than a step over
-            count = min(likely, rollout.prompts_per_step, rollout.max_prompts_per_step - len(sampled))
-            if count <= 0:
-                break
+    def _in_rounds(self, step: int, wanted: int, sampler: GroupSampler) -> tuple[list[Group], int]:
+        """Groups of as many prompts as it takes for `wanted` to have contrast; and 0, as none is aborted."""
+        rollout, sampled, found, number = self.config.rollout, [], 0, 0
+        # a round no larger than a step leaves less than a step over
+        while count := min(
+            likely_prompts(wanted, len(sampled), found),
+            rollout.prompts_per_step,
+            rollout.max_prompts_per_step - len(sampled),
+        ):
             # without the round's number a prompt that comes again would be answered the same again
-            sampled += sample(self._draw(count), (self.config.seed, step, number))
+            sampled += sampler.collect(self._draw(count), (self.config.seed, step, number))
             found = sum(self._has_contrast(group) for group in sampled)
-        if found < wanted:
-            raise NoContrastError(self._too_few(found, wanted, sampled))
-        return sampled
+            number += 1
+        return sampled, 0
+
+    def _while_others_run(self, step: int, wanted: int, sampler: GroupSampler) -> tuple[list[Group], int]:
+        """The same, and the number of groups aborted."""
+        rollout = self.config.rollout
+        plan = Search(
+            prompts=[self.prompts[i] for i in self.sampler.peek(rollout.max_prompts_per_step)],
+            wanted=wanted,
+            at_once=rollout.prompts_per_step,
+            seed=(self.config.seed, step),
+            finish=rollout.leftover == "keep",
+        )
+        found = search(plan, sampler, self._has_contrast)
+        self.sampler.draw(found.asked)
+        return found.groups, found.asked - len(found.groups)
 
     def _too_few(self, found: int, wanted: int, sampled: list[Group]) -> str:
         right = sum(int(self._correct(group).all()) for group in sampled)

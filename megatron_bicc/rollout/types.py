@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -75,3 +75,27 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Ends what the engine started."""
+
+
+class Stream(Protocol):
+    """Groups of samples that are asked for one by one and come back as they are finished."""
+
+    def ask(self, key: int, requests: list[Request]) -> None:
+        """Asks for the samples of one prompt; `next` gives them under this key. Does not wait."""
+
+    def next(self, seconds: float | None) -> tuple[int, list[Sample]] | None:
+        """The key and the samples of a group that is finished; None if none is within so many seconds.
+
+        seconds: None waits for as long as it takes. Raises RolloutError for a group that cannot be had.
+        """
+
+    def outstanding(self) -> int:
+        """Groups asked for that `next` has not given."""
+
+
+@runtime_checkable
+class StreamingEngine(Engine, Protocol):
+    """An engine that can work on groups while others are scored."""
+
+    def stream(self, sampling: Sampling) -> AbstractContextManager[Stream]:
+        """Groups one by one; what is not finished when the context ends is aborted."""

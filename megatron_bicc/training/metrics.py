@@ -32,6 +32,7 @@ def rollout_metrics(collected: Collected, config: Config) -> dict[str, float]:
         "rollout/prompts": len(groups),
         "rollout/carried": collected.carried,
         "rollout/leftover": collected.leftover,
+        "rollout/aborted": collected.aborted,
     } | contrast_statistics(correct_R, batch.rollouts.group_offsets_G)
 
 

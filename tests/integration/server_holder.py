@@ -16,7 +16,7 @@ from megatron_bicc.rollout.sglang.launch import SpawnedServer
 
 REPOSITORY = Path(__file__).parents[2]
 # generation slow enough to be interrupted: few sequences at once
-ARGUMENTS = "--max-total-tokens 8192 --mem-fraction-static 0.3 --max-running-requests 16"
+ARGUMENTS = "--max-total-tokens 8192 --mem-fraction-static 0.5 --max-running-requests 16"
 
 
 def main(directory: str) -> None:

@@ -29,7 +29,7 @@ from megatron_bicc.config import Config
 from megatron_bicc.policy.hf_weights import hf_tensors
 from megatron_bicc.policy.policy import Policy
 from megatron_bicc.rollout.sglang.check import check_model
-from megatron_bicc.rollout.sglang.client import ServerClient
+from megatron_bicc.rollout.sglang.client import ServerClient, ServerRefusal
 from megatron_bicc.rollout.sglang.engine import SglangEngine
 from megatron_bicc.rollout.types import Request, RolloutError, Sample, Sampling
 from megatron_bicc.training.learner import Learner
@@ -147,6 +147,15 @@ def until(true: Callable[[], bool], seconds: float = 400) -> None:
         time.sleep(0.2)
 
 
+def is_idle(url: str) -> bool:
+    """A server that works refuses to forget its cache."""
+    try:
+        anyio.run(ServerClient(url).flush_cache)
+    except ServerRefusal:
+        return False
+    return True
+
+
 def weight_version(url: str) -> str:
     return str(anyio.run(ServerClient(url).model_info)["weight_version"])
 
@@ -160,6 +169,21 @@ def test_samples(servers: Servers, learner: Learner, tmp_path: Path) -> None:
     assert_samples_are_the_policys(asked, samples, learner, sampling)
     distinct = {tuple(sample.token_ids) for sample in samples[:4]}
     assert len(distinct) > 1, "the samples of a group are all the same"
+
+
+def test_what_is_not_wanted_any_more_is_aborted(servers: Servers, learner: Learner, tmp_path: Path) -> None:
+    asked = requests(8, 4)
+    with attached(servers.urls, learner, tmp_path) as engine:
+        with engine.stream(LONG) as stream:
+            for i in range(8):
+                stream.ask(i, asked[4 * i : 4 * i + 4])
+            assert stream.next(1.0) is None, "the samples were to take longer"
+            assert stream.outstanding() == 8
+        for url in servers.urls:
+            until(lambda url=url: is_idle(url), 30)
+        assert engine.counts() == {"rollout/resent": 0, "rollout/stale": 0}
+        samples = engine.generate(asked, Sampling(1.0, 8))
+    assert_samples_are_the_policys(asked, samples, learner, Sampling(1.0, 8))
 
 
 @pytest.mark.parametrize(

@@ -30,13 +30,16 @@ def make_collector(**rollout: object) -> Collector:
 
 
 class Answers:
-    """Test double of an engine and a verifier: each prompt's share of right answers, by its row."""
+    """Test double of a GroupSampler: each prompt's share of right answers, by its row."""
+
+    engine = None
+    """None that streams"""
 
     def __init__(self, share: Callable[[int], float], version: int = 0) -> None:
         self.share, self.version = share, version
         self.rounds: list[int] = []
 
-    def __call__(self, prompts: list[Prompt], seed: tuple[int, ...]) -> list[Group]:
+    def collect(self, prompts: list[Prompt], seed: tuple[int, ...]) -> list[Group]:
         self.rounds.append(len(prompts))
         return [self._group(prompt, np.random.default_rng([*seed, prompt.index])) for prompt in prompts]
 

@@ -23,7 +23,7 @@ from megatron_bicc.algorithms.rcc import DeltaKind, RccForm, rcc_baseline, seque
 from megatron_bicc.config import BiccConfig, Config
 from megatron_bicc.data import load_prompts
 from megatron_bicc.rewards import get_verifier
-from megatron_bicc.rollout.collect import collect_groups
+from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.local import LocalEngine
 from megatron_bicc.rollout.types import Group, Sampling
 
@@ -58,15 +58,8 @@ def draw_groups(policy: Path, data: Path, seed: int) -> tuple[list[Texts], Heade
     tokenizer = AutoTokenizer.from_pretrained(policy)
     prompts = load_prompts(data, tokenizer, MAX_PROMPT)[:PROMPTS]
     engine = LocalEngine(str(policy), tokenizer, torch.float32, platform.device(), batch_size=256)
-    drawn = collect_groups(
-        prompts,
-        engine,
-        get_verifier("math"),
-        tokenizer,
-        Sampling(1.0, MAX_NEW),
-        GROUP_SIZE,
-        (seed, "probe"),
-    )
+    sampler = GroupSampler(engine, get_verifier("math"), tokenizer, Sampling(1.0, MAX_NEW), GROUP_SIZE)
+    drawn = sampler.collect(prompts, (seed, "probe"))
     return [texts for group in drawn if (texts := _texts(group)) is not None], _headers(tokenizer)
 
 

@@ -3,7 +3,7 @@
 import ipaddress
 import os
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import groupby
 
@@ -22,7 +22,8 @@ from megatron_bicc.rollout.sglang.client import ServerClient
 from megatron_bicc.rollout.sglang.launch import SpawnedServer
 from megatron_bicc.rollout.sglang.messages import generate_body, read_samples
 from megatron_bicc.rollout.sglang.servers import UNTOUCHED, ServerPool
-from megatron_bicc.rollout.types import Request, RolloutError, Sample, Sampling
+from megatron_bicc.rollout.sglang.stream import GroupStream, group_stream
+from megatron_bicc.rollout.types import Request, Sample, Sampling
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.weight_sync.proof import WeightSyncError
 from megatron_bicc.weight_sync.servers import WeightSync
@@ -63,16 +64,23 @@ class SglangEngine:
         Raises RolloutError when no server has done its work for rollout.sglang.retry_s seconds, ValueError
         for a token that is not in the vocabulary.
         """
-        for request in requests:
-            if request.token_ids.min() < 0 or request.token_ids.max() >= self._hf_config.vocab_size:
-                raise ValueError(
-                    f"a prompt has token {request.token_ids.max()}; the policy's vocabulary has "
-                    f"{self._hf_config.vocab_size} tokens, and the rollout server would end on it"
-                )
-        try:
-            return self._portal.call(self._generate, requests, sampling)
-        except* RolloutError as errors:
-            raise errors.exceptions[0] from None
+        groups = [list(group) for _, group in groupby(requests, key=lambda r: r.token_ids.tobytes())]
+        samples: dict[int, list[Sample]] = {}
+        hidden = None if dist.get_rank() == 0 else True  # None: where there is no terminal
+        with (
+            self.stream(sampling) as stream,
+            tqdm(total=len(requests), desc="rollouts", leave=False, disable=hidden) as bar,
+        ):
+            for i, group in enumerate(groups):
+                stream.ask(i, group)
+            while stream.outstanding():
+                i, samples[i] = stream.next(None)
+                bar.update(len(samples[i]))
+        return [sample for i in range(len(groups)) for sample in samples[i]]
+
+    def stream(self, sampling: Sampling) -> AbstractContextManager[GroupStream]:
+        """Groups one by one. What is not finished when the context ends is aborted on the servers."""
+        return group_stream(self._portal, partial(self._group, sampling=sampling), self._per_process)
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Streams the tensors to all servers. Collective.
@@ -171,25 +179,12 @@ class SglangEngine:
             return str(error)
         return ""
 
-    async def _generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
-        groups = [list(group) for _, group in groupby(requests, key=lambda r: r.token_ids.tobytes())]
-        slots = anyio.Semaphore(max(1, self._per_process // max(map(len, groups))))
-        samples: dict[int, list[Sample]] = {}
-        hidden = None if dist.get_rank() == 0 else True  # None: where there is no terminal
-        bar = tqdm(total=len(requests), desc="rollouts", leave=False, disable=hidden)
-
-        async def group_samples(i: int) -> None:
-            async with slots:
-                samples[i] = await self._group(groups[i], sampling)
-            bar.update(len(samples[i]))
-
-        async with anyio.create_task_group() as tasks:
-            for i in range(len(groups)):
-                tasks.start_soon(group_samples, i)
-        bar.close()
-        return [sample for i in range(len(groups)) for sample in samples[i]]
-
     async def _group(self, group: list[Request], sampling: Sampling) -> list[Sample]:
-        version, vocab_size = self._pool.version, self._hf_config.vocab_size
+        version, vocab_size, prompt = self._pool.version, self._hf_config.vocab_size, group[0].token_ids
+        if prompt.min() < 0 or prompt.max() >= vocab_size:
+            raise ValueError(
+                f"a prompt has token {prompt.max()}; the policy's vocabulary has {vocab_size} tokens, and "
+                "the rollout server would end on it"
+            )
         read = partial(read_samples, count=len(group), version=version, vocab_size=vocab_size)
         return await self._pool.ask(generate_body(group, sampling, self._eos), read)

@@ -3,7 +3,9 @@
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import anyio
 
@@ -17,6 +19,8 @@ UNTOUCHED = "default"
 """Weight version of a server that no weights were ever sent to."""
 LOOK_S = 1.0
 """Pause between two looks at a server."""
+ABORT_S = 5.0
+"""Longest time to tell a server that an answer is not wanted any more."""
 LONGEST_PAUSE_S = 10.0
 """Between two attempts at one request; the first is half a second, and each is twice the one before."""
 Result = TypeVar("Result")
@@ -36,17 +40,31 @@ class Server:
         self._running: set[anyio.CancelScope] = set()
 
     async def generate(self, body: dict[str, Any], timeout_s: float) -> Any:
-        """The answer. Raises ServerUnavailable, also if `lose` is called before it came."""
+        """The answer; cancelled, the server works no longer on it.
+
+        Raises ServerUnavailable, also if `lose` is called before the answer came.
+        """
         samples = len(body["input_ids"])
         self.outstanding += samples
+        # names of this attempt: a server refuses one that it still works on
+        rids = [uuid4().hex for _ in range(samples)]
         try:
             with anyio.CancelScope() as scope:
                 self._running.add(scope)
-                return await self.client.generate(body, timeout_s)
+                return await self.client.generate(body | {"rid": rids}, timeout_s)
             raise ServerUnavailable(self.client.url, "/generate", self.reason)
+        except anyio.get_cancelled_exc_class():
+            await self._abort(rids)
+            raise
         finally:
             self._running.discard(scope)
             self.outstanding -= samples
+
+    async def _abort(self, rids: list[str]) -> None:
+        """Has the server drop these; one that does not answer will see that the connection is gone."""
+        with anyio.move_on_after(ABORT_S, shield=True), suppress(ServerError):
+            for rid in rids:
+                await self.client.abort(rid)
 
     def avoid(self, reason: str) -> None:
         """Gives it no new requests."""

@@ -1,0 +1,45 @@
+"""Run by test_search.py: search_worker.py OUT; three processes search twice, and write what they saw."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch.distributed as dist
+from support import forked
+from support.scripted import Scripted, drawn, indices, make_collector, some, step
+
+from megatron_bicc import platform
+from megatron_bicc.rollout.types import RolloutError
+
+
+def of_three_processes(out: Path, fails: bool) -> None:
+    """One process's part; OUT_RANK.json says what it saw."""
+    platform.start_distributed()
+    rank = dist.get_rank()
+    engine, collector = Scripted(some), make_collector()
+    if rank == 0:
+        engine.next = lambda seconds: None  # nothing finishes here: the others find what is needed
+    if fails and rank == 1:
+        engine.fails_at = drawn(2)[1]
+    report: dict = {}
+    try:
+        found = step(engine, collector)
+        report = {
+            "groups": indices(found.groups),
+            "sampled": indices(found.sampled),
+            "aborted": found.aborted,
+        }
+    except RolloutError as error:
+        report = {"error": str(error)}
+    report |= {"asked": engine.asked, "own_aborted": engine.aborted, "next": collector.sampler.peek(1)}
+    Path(f"{out}_{rank}.json").write_text(json.dumps(report))
+    platform.end_distributed()
+
+
+if __name__ == "__main__":
+    for name in ("well", "fails"):
+        task = partial(of_three_processes, Path(sys.argv[1]) / name, name == "fails")
+        assert forked.run(task, 3) == 0

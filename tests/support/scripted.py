@@ -1,0 +1,101 @@
+"""A search without a model: test doubles of an engine that streams and of a tokenizer."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from megatron_bicc.algorithms.presets import resolve
+from megatron_bicc.config import Config
+from megatron_bicc.data import Prompt, PromptSampler
+from megatron_bicc.rollout.collect import GroupSampler
+from megatron_bicc.rollout.dynamic import Collected, Collector
+from megatron_bicc.rollout.types import Group, Request, RolloutError, Sample, Sampling, StreamingEngine
+
+PROMPTS = [Prompt(i, [], np.array([i + 2], np.int32), "1", "", {}) for i in range(60)]
+WANTED, GROUP_SIZE = 6, 4
+
+
+class Scripted:
+    """Test double of an engine and its stream: groups finish in the order of their times, one at each `next`.
+
+    rights: by prompt, the number of its right samples. seconds: by prompt, how long it takes.
+    """
+
+    def __init__(self, rights: Callable[[int], int], seconds: Callable[[int], float] = lambda _: 1.0) -> None:
+        self.rights, self.seconds = rights, seconds
+        self.running: dict[int, tuple[float, int]] = {}
+        self.asked: list[int] = []
+        self.most = 0
+        self.aborted = 0
+        self.now = 0.0
+        self.fails_at: int | None = None
+
+    def generate(self, requests: object, sampling: object) -> None:
+        raise AssertionError("an engine that streams is not asked in rounds")
+
+    update_weights = memory_released = counts = close = generate
+
+    @contextmanager
+    def stream(self, sampling: Sampling) -> Iterator["Scripted"]:
+        assert not self.running
+        yield self
+        self.aborted += len(self.running)
+        self.running.clear()
+
+    def ask(self, key: int, requests: list[Request]) -> None:
+        prompt = int(requests[0].token_ids[0]) - 2
+        self.running[key] = (self.now + self.seconds(prompt), prompt)
+        self.asked.append(prompt)
+        self.most = max(self.most, len(self.running))
+
+    def next(self, seconds: float | None) -> tuple[int, list[Sample]]:
+        key = min(self.running, key=lambda k: (self.running[k][0], k))
+        self.now, prompt = self.running.pop(key)
+        if prompt == self.fails_at:
+            raise RolloutError("no answer after 3 s")
+        rights = self.rights(prompt)
+        tokens = [np.array([1 if i < rights else 0], np.int32) for i in range(GROUP_SIZE)]
+        return key, [Sample(one, np.zeros(1, np.float32), "stop", 0) for one in tokens]
+
+    def outstanding(self) -> int:
+        return len(self.running)
+
+
+class Words:
+    """Test double of a tokenizer: a token is its own text."""
+
+    def batch_decode(self, tokens: list[np.ndarray], **_: object) -> list[str]:
+        return [str(one[0]) for one in tokens]
+
+
+def score(texts: list[str], truths: list[str]) -> np.ndarray:
+    return np.array([text == truth for text, truth in zip(texts, truths, strict=True)], np.float32)
+
+
+def step(engine: Scripted, collector: Collector, number: int = 1) -> Collected:
+    assert isinstance(engine, StreamingEngine)
+    return collector.step(number, GroupSampler(engine, score, Words(), Sampling(1.0, 8), GROUP_SIZE))
+
+
+def make_collector(**rollout: object) -> Collector:
+    config = Config(algorithm="dapo")
+    config.rollout.prompts_per_step, config.rollout.group_size = WANTED, GROUP_SIZE
+    for name, value in rollout.items():
+        setattr(config.rollout, name, value)
+    return Collector(resolve(config), PROMPTS, PromptSampler(len(PROMPTS), WANTED, seed=1))
+
+
+def some(prompt: int) -> int:
+    """Right samples: none, half or all."""
+    return (0, 2, 4)[prompt % 3]
+
+
+def indices(groups: list[Group]) -> list[int]:
+    return [group.prompt.index for group in groups]
+
+
+def drawn(count: int, after: int = 0) -> list[int]:
+    sampler = PromptSampler(len(PROMPTS), WANTED, seed=1)
+    sampler.draw(after)
+    return [PROMPTS[i].index for i in sampler.draw(count)]
