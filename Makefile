@@ -26,8 +26,8 @@ demo: $(BUILD) $(if $(filter sglang,$(ENGINE)),$(SGLANG)) ## Train the tiny poli
 experiment: $(BUILD) ## Compare grpo, bicc and rcc on the tiny policy, write docs/results.md: about an hour on 2 cores
 	@$(VENV_PYTHON) -W ignore tools/run_experiment.py
 
-test: $(BUILD) $(SGLANG) ## All tests; TESTS=path picks some
-	@$(VENV_PYTHON) -m pytest $(TESTS)
+test: $(BUILD) $(SGLANG) ## All tests, two files at a time; TESTS=path picks some
+	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile $(TESTS)
 
 dry-run: $(BUILD) ## A run on paper, without a GPU: CONFIG=file WORLD_SIZE=processes SETTINGS="a=b ..."
 	@WORLD_SIZE=$(or $(WORLD_SIZE),1) $(VENV_PYTHON) -m megatron_bicc.train --config $(CONFIG) --dry-run $(SETTINGS)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -84,6 +85,24 @@ def test_errors_name_the_server_and_what_it_said(url: str, path: str, kind: type
         ask(url, path)
     assert url in str(error.value) and "\n" not in str(error.value)
     assert path.split("/", 2)[2].strip("{}")[:11] in str(error.value) or "no parameter x" in str(error.value)
+
+
+def test_a_connection_that_breaks_costs_a_second_look_only() -> None:
+    """The first connection is closed without an answer, as a server does to one that idled too long."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        listener.accept()[0].close()
+        connection, _ = listener.accept()
+        connection.recv(4096)
+        connection.sendall(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+        )
+
+    Thread(target=serve, daemon=True).start()
+    with listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        assert anyio.run(ServerClient(url, timeout_s=5.0).get, "/model_info") == {}
 
 
 def test_no_server_is_unavailable() -> None:

@@ -23,6 +23,10 @@ class ServerUnavailable(ServerError):
     the same one later, may do better."""
 
 
+class ConnectionBroken(ServerUnavailable):
+    """No connection, or one that ended before the answer."""
+
+
 class ServerRefusal(ServerError):
     """HTTP 4xx, or `success: false`: the server is well and says no to this request."""
 
@@ -48,7 +52,11 @@ class ServerClient:
 
     async def get(self, path: str, timeout_s: float | None = None) -> Any:
         """The answer to GET, decoded. Raises ServerUnavailable or ServerRefusal."""
-        return await self._ask("GET", path, None, timeout_s)
+        try:
+            return await self._ask("GET", path, None, timeout_s)
+        except ConnectionBroken:
+            # on a busy machine the server may close an idle connection as it is used again
+            return await self._ask("GET", path, None, timeout_s)
 
     async def post(
         self, path: str, body: dict[str, Any] | Sequence[bytes], timeout_s: float | None = None
@@ -129,7 +137,7 @@ class ServerClient:
             raise ServerUnavailable(self.url, path, reason) from None
         except httpx.RequestError as error:
             reason = str(error) or "the connection broke off"
-            raise ServerUnavailable(self.url, path, f"{type(error).__name__}: {reason}") from None
+            raise ConnectionBroken(self.url, path, f"{type(error).__name__}: {reason}") from None
         return self._decoded(path, response)
 
     def _decoded(self, path: str, response: httpx.Response) -> Any:
