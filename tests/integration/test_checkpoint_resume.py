@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.finished_runs import assert_equal, metrics, one_line, progress, state
 from transformers import AutoModelForCausalLM
 
 REPOSITORY = Path(__file__).parents[2]
@@ -34,28 +35,16 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads((out / "report.json").read_text()) | {"out": out}
 
 
-def metrics(out: Path) -> list[dict]:
-    """metrics.jsonl without the times, which differ from run to run."""
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
-
-
-def one_line(scenario: dict) -> str:
-    """The line that a refused run ends in."""
-    assert scenario["status"] == 2, scenario
-    (line,) = [line for line in scenario["err"].splitlines() if "error: " in line]
-    assert "Traceback" not in scenario["err"]
-    return line
-
-
-def test_killed_at_random_moments(found: dict) -> None:
-    """The metrics, to the bit, and the weights of a run that nobody killed; no step lost, none twice."""
-    whole = found["out"] / "whole"
-    theirs = load_file(whole / "hf/model.safetensors")
+def test_killed_at_random_moments(found: dict, single_process: None) -> None:
+    """Metrics, weights and optimizer, to the bit, of a run that nobody killed; no step lost, none twice."""
+    whole, last = found["out"] / "whole", "checkpoints/step_00000006"
+    expected = state(whole / last)
+    assert any("exp_avg_sq" in name for name in expected)
     for killed in (path for path in found["out"].glob("killed*") if path.is_dir()):
         assert metrics(killed) == metrics(whole)
-        ours = load_file(killed / "hf/model.safetensors")
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert_equal(state(killed / last), expected)
+        assert progress(killed / last) == progress(whole / last)
+        assert_equal(load_file(killed / "hf/model.safetensors"), load_file(whole / "hf/model.safetensors"))
     assert not found["killed"]["bad_latest"]
 
 

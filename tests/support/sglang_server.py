@@ -14,7 +14,7 @@ PYTHON = Path(__file__).parents[2] / ".venv-sglang/bin/python"
 ARGUMENTS = (
     "-W ignore -m sglang.launch_server --device cpu --attention-backend torch_native "
     "--sampling-backend pytorch --grammar-backend none --disable-overlap-schedule --sleep-on-idle "
-    "--skip-server-warmup --skip-tokenizer-init --max-total-tokens 4096 --mem-fraction-static 0.5 "
+    "--skip-server-warmup --max-total-tokens 4096 --mem-fraction-static 0.5 "
     "--host 127.0.0.1"
 )
 
@@ -22,13 +22,17 @@ ARGUMENTS = (
 class SglangServer:
     """A server of one model. Its port stays when it is started again."""
 
-    def __init__(self, model: Path, log: Path, dtype: str = "float32", *more: str) -> None:
+    def __init__(
+        self, model: Path, log: Path, dtype: str = "float32", *more: str, tokenizer: bool = False
+    ) -> None:
+        """tokenizer: whether it reads the model's, to be asked in text, too."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self._log = log
         model_arguments = ["--model-path", str(model), "--dtype", dtype, "--port", str(port)]
+        more = more if tokenizer else ("--skip-tokenizer-init", *more)
         self._command = [str(PYTHON), *ARGUMENTS.split(), *model_arguments, *more]
         self._process: subprocess.Popen | None = None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.finished_runs import state
 from support.models import make_model
 from torch import Tensor
 
@@ -55,12 +56,17 @@ def progress(policy: Policy, step: int) -> Progress:
 def test_a_checkpoint_holds_the_moment_of_its_snapshot(policy: Policy, tmp_path: Path) -> None:
     writer = CheckpointWriter(str(tmp_path), keep=2)
     writer.snapshot(policy, progress(policy, 1))
-    then = held(policy)
+    then, weights = held(policy), {n: p.detach().clone() for n, p in policy.modules[0].named_parameters()}
     update(policy)
     writer.start()
     writer.wait()
     assert not all(torch.equal(a, b) for a, b in zip(held(policy), then, strict=True))
     (path,) = checkpoints(str(tmp_path))
+    # loading takes the weights from the optimizer's copy: here those that an export reads, too
+    saved = state(path)
+    whole = saved.keys() & weights.keys()
+    assert {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight"} <= whole
+    assert all(torch.equal(saved[name], weights[name]) for name in whole)
     load_checkpoint(path, policy, read_progress(path))
     assert all(torch.equal(a, b) for a, b in zip(held(policy), then, strict=True))
 

@@ -1,0 +1,49 @@
+"""What runs leave behind, in forms that can be compared."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from torch import Tensor
+
+
+def metrics(out: Path) -> list[dict]:
+    """metrics.jsonl without the times, which differ from run to run."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
+
+
+def state(checkpoint: Path) -> dict[str, Any]:
+    """The weights of a checkpoint and the optimizer's tensors and numbers, by dotted names. Needs a process
+    group."""
+    return _flat(dist_checkpointing.load_plain_tensors(str(checkpoint)))
+
+
+def _flat(tree: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict | list):
+        return {name: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {k: v for key, value in items for k, v in _flat(value, f"{name}.{key}".lstrip(".")).items()}
+
+
+def assert_equal(held: dict[str, Any], expected: dict[str, Any]) -> None:
+    """To the bit."""
+    assert held.keys() == expected.keys()
+    for name, value in expected.items():
+        same = torch.equal(held[name], value) if isinstance(value, Tensor) else held[name] == value
+        assert same, name
+
+
+def progress(checkpoint: Path) -> dict[str, Any]:
+    """Where the run of a checkpoint stood, without its settings: they name directories and servers."""
+    return json.loads((checkpoint / "progress.json").read_text()) | {"config": None}
+
+
+def one_line(ended: dict) -> str:
+    """The line that a run ends in which has given up, by {"status": exit status, "err": stderr}."""
+    assert ended["status"] == 2, ended
+    (line,) = [line for line in ended["err"].splitlines() if "error: " in line]
+    assert "Traceback" not in ended["err"]
+    return line
