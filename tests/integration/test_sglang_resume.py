@@ -36,7 +36,7 @@ SETTINGS = [
     # whatever is sampled, every step has weights of its own
     "optimizer.weight_decay=0.1",
     *(f"evaluation.prompts={HELDOUT}", "evaluation.every=2", "evaluation.samples=1"),
-    *("checkpoint.every=1", "checkpoint.keep=9", "monitoring.tensorboard=false"),
+    *("checkpoint.every=2", "monitoring.tensorboard=false"),
     *("rollout.engine=sglang", "rollout.launch=attach"),
     *("rollout.sglang.retry_s=3", "rollout.sglang.health_timeout_s=5"),
     # several buckets a sync, for a kill between two of them
@@ -74,13 +74,11 @@ class Runs:
         self.start(name, url, *settings)
         return self.forked.wait()
 
-    def kill(
-        self, name: str, proxy: RecordingProxy, when: tuple[str, str, int], after: int, *more: str
-    ) -> None:
-        """A run that is killed when the proxy's trap (its path, version, nth) is sprung, once the checkpoint
-        after that step has its name."""
+    def kill(self, name: str, proxy: RecordingProxy, when: tuple[str, str, int], *more: str) -> None:
+        """A run that is killed when the proxy's trap (its path, version, nth) is sprung, once step 2's
+        checkpoint has its name."""
         pid = self.start(name, proxy.url, *more)
-        checkpoint = self.directory / name / f"checkpoints/step_{after:08d}"
+        checkpoint = self.directory / name / "checkpoints/step_00000002"
 
         def strike() -> None:
             until(checkpoint.exists)
@@ -144,11 +142,11 @@ def exported(runs: Runs, whole: Whole) -> Iterator[SglangServer]:
 @pytest.fixture(scope="module")
 def replayed(runs: Runs, whole: Whole, exported: SglangServer) -> list[list[Asked]]:
     """What the three processes of a run asked for that was answered as the whole one was: killed among the
-    rollouts of step 3, resumed, killed between two buckets of the weights after step 3, resumed."""
+    rollouts of step 4, resumed after step 2, killed between two buckets of the weights of step 3, resumed."""
     proxy, asked = whole.proxy, []
-    runs.kill("replayed", proxy, ("/generate", "2", 2 + HELDOUT), 2)
+    runs.kill("replayed", proxy, ("/generate", "3", 2))
     asked.append(proxy.drain())
-    runs.kill("replayed", proxy, (UPDATE, "incomplete", whole.buckets + 2), 2, RESUME)
+    runs.kill("replayed", proxy, (UPDATE, "incomplete", whole.buckets + 2), RESUME)
     asked.append(proxy.drain())
     ended = runs.end("replayed", proxy.url, RESUME)
     assert ended["status"] == 0, ended["err"]
@@ -186,12 +184,12 @@ class Robbed:
 
 @pytest.fixture(scope="module")
 def robbed(runs: Runs, replayed: list, exported: SglangServer, answers: list) -> Robbed:
-    """Nothing is replayed. Killed among the rollouts of step 2 and resumed; its server is killed among those
-    of step 3; resumed with the other server."""
+    """Nothing is replayed. Killed among the rollouts of step 3 and resumed; its server is killed among those
+    of step 4; resumed with the other server."""
     proxy = RecordingProxy(runs.server.url, replay=False)
-    runs.kill("robbed", proxy, ("/generate", "1", 2), 1)
+    runs.kill("robbed", proxy, ("/generate", "2", HELDOUT + 2))
     asked = [proxy.drain()]
-    proxy.trap("/generate", "2", 2 + HELDOUT, lambda: (runs.server.kill(), proxy.close()))
+    proxy.trap("/generate", "3", 2, lambda: (runs.server.kill(), proxy.close()))
     runs.start("robbed", proxy.url, RESUME)
     ended = runs.forked.wait(timeout_s=60)
     asked.append(proxy.drain())
@@ -220,14 +218,15 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
 
 def test_a_resumed_run_asks_what_the_whole_one_asked(whole: Whole, replayed: list[list[Asked]]) -> None:
     """The same prompts with the same seeds, of the same weights by the server's own checksums, and nothing
-    else; what comes twice is of the step that was killed."""
-    before, killed, first, second, third = 2 * (PROMPTS + HELDOUT), PROMPTS, *replayed
+    else; what comes twice is of steps after the checkpoint."""
+    saved, first, second, third = 2 * (PROMPTS + HELDOUT), *replayed
+    killed = saved + PROMPTS
     assert len(set(whole.asked)) == len(whole.asked) == STEPS * PROMPTS + (STEPS // 2 + 1) * HELDOUT
     assert set(whole.proxy.said) == set(whole.asked), "a request that was not one of the first"
-    assert Counter(first[:before]) == Counter(whole.asked[:before])
-    assert len(first) >= before + 2
-    assert Counter(second) == Counter(whole.asked[before : before + killed])
-    assert Counter(third) == Counter(whole.asked[before:])
+    assert Counter(first[:killed]) == Counter(whole.asked[:killed])
+    assert len(first) >= killed + 2
+    assert Counter(second) == Counter(whole.asked[saved:killed])
+    assert Counter(third) == Counter(whole.asked[saved:])
 
 
 def test_samples_carry_the_version_of_the_weights(whole: Whole) -> None:
@@ -249,9 +248,8 @@ def test_all_servers_gone(runs: Runs, robbed: Robbed, single_process: None) -> N
 def test_a_run_goes_on_with_its_server_or_another(runs: Runs, robbed: Robbed) -> None:
     """From its checkpoint's weights, which the server has before it is asked; every step once."""
     killed, lost, found = robbed.asked
-    assert [killed[-1].version, lost[0].version] == ["1", "1"]
-    assert [lost[-1].version, found[0].version] == ["2", "2"]
-    assert killed[-1].weights == lost[0].weights != lost[-1].weights == found[0].weights
+    assert [killed[-1].version, lost[0].version, lost[-1].version, found[0].version] == ["2", "2", "3", "2"]
+    assert killed[-1].weights == lost[0].weights == found[0].weights != lost[-1].weights
     records = metrics(runs.directory / "robbed")
     assert [record["step"] for record in records] == list(range(STEPS + 1))
     assert [record["rollout/stale"] for record in records[1:]] == [0] * STEPS

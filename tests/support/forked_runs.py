@@ -47,8 +47,12 @@ class ForkedRuns:
 
 def serve() -> None:
     """The worker's life. In a forked child it returns when the run has ended."""
+    from megatron_bicc.cli import parse_config
+    from megatron_bicc.setup_run import read_inputs
     from megatron_bicc.train import main
 
+    # what every run would load anew
+    read_inputs(parse_config(["--config", "examples/configs/tiny.yaml", "parallel.tensor=1"]))
     for order in iter(sys.stdin.readline, ""):
         settings, err = json.loads(order)
         child = os.fork()
