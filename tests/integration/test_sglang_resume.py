@@ -38,13 +38,11 @@ SETTINGS = [
     *(f"evaluation.prompts={HELDOUT}", "evaluation.every=2", "evaluation.samples=1"),
     *("checkpoint.every=2", "monitoring.tensorboard=false"),
     *("rollout.engine=sglang", "rollout.launch=attach"),
-    *("rollout.sglang.retry_s=3", "rollout.sglang.health_timeout_s=5"),
     # several buckets a sync, for a kill between two of them
     "weight_sync.bucket_mb=1",
 ]
 RESUME = "checkpoint.resume=true"
 UPDATE = "/update_weights_from_tensor"
-KILLED = -signal.SIGKILL
 CHATS = [[{"role": "user", "content": sum_}] for sum_ in ("47+8-6=", "31-5+9=", "60+7+7=", "12+9-4=")]
 NEW = 24
 """Most tokens of their answers"""
@@ -190,8 +188,8 @@ def robbed(runs: Runs, replayed: list, exported: SglangServer, answers: list) ->
     runs.kill("robbed", proxy, ("/generate", "2", HELDOUT + 2))
     asked = [proxy.drain()]
     proxy.trap("/generate", "3", 2, lambda: (runs.server.kill(), proxy.close()))
-    runs.start("robbed", proxy.url, RESUME)
-    ended = runs.forked.wait(timeout_s=60)
+    runs.start("robbed", proxy.url, RESUME, "rollout.sglang.retry_s=3")
+    ended = runs.forked.wait(timeout_s=150)
     asked.append(proxy.drain())
     last = checkpoints(str(runs.directory / "robbed"))[-1]
     proxy = RecordingProxy(exported.url, replay=False)
