@@ -26,8 +26,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from megatron_bicc import platform
 from megatron_bicc.config import Config
+from megatron_bicc.data import Prompt, PromptSampler
 from megatron_bicc.policy.hf_weights import hf_tensors
 from megatron_bicc.policy.policy import Policy
+from megatron_bicc.rollout.collect import GroupSampler
+from megatron_bicc.rollout.dynamic import Collector
 from megatron_bicc.rollout.sglang.check import check_model
 from megatron_bicc.rollout.sglang.client import ServerClient, ServerRefusal
 from megatron_bicc.rollout.sglang.engine import SglangEngine
@@ -184,6 +187,32 @@ def test_what_is_not_wanted_any_more_is_aborted(servers: Servers, learner: Learn
         assert engine.counts() == {"rollout/resent": 0, "rollout/stale": 0}
         samples = engine.generate(asked, Sampling(1.0, 8))
     assert_samples_are_the_policys(asked, samples, learner, Sampling(1.0, 8))
+
+
+def every_fourth_length(texts: list[str], truths: list[str]) -> np.ndarray:
+    """A verifier that finds some groups all wrong."""
+    return np.array([len(text) % 4 == 0 for text in texts], np.float32)
+
+
+def test_dynamic_sampling(servers: Servers, learner: Learner, tmp_path: Path) -> None:
+    config = make_config(MODEL, "dapo")
+    config.rollout.prompts_per_step, config.rollout.max_prompts_per_step = 6, 40
+    prompts = [Prompt(i, [], r.token_ids, "", "", {}) for i, r in enumerate(requests(40, 1))]
+    collector = Collector(config, prompts, PromptSampler(len(prompts), 6, seed=1))
+    sampling, tokenizer = Sampling(0.8, 24), AutoTokenizer.from_pretrained(MODEL)
+    with attached(servers.urls, learner, tmp_path) as engine:
+        sampler = GroupSampler(engine, every_fourth_length, tokenizer, sampling, group_size=4)
+        found = [collector.step(step, sampler) for step in range(1, 6)]
+    for step in found:
+        assert len(step.groups) == 6
+        assert all(0 < group.rewards.sum() < 4 for group in step.groups)
+    assert any(len(step.sampled) > 6 for step in found), "no group was without contrast: this shows nothing"
+    drawn = sum(len(step.sampled) + step.aborted for step in found)
+    assert collector.state_dict()["drawn"] == drawn
+    groups = [group for step in found for group in step.sampled]
+    asked = [Request(group.prompt.token_ids, 0) for group in groups for _ in group.samples]
+    samples = [sample for group in groups for sample in group.samples]
+    assert_samples_are_the_policys(asked, samples, learner, sampling)
 
 
 @pytest.mark.parametrize(
