@@ -19,7 +19,7 @@ from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
 from megatron_bicc.validation import validate
 
-__all__ = ["abort", "parse_config", "settings", "validate"]
+__all__ = ["abort", "parse_config", "settings", "speak_once", "validate"]
 
 PROGRAM = "python -m megatron_bicc.train"
 FLAGS = ("-h", "--help", "--print-config")
@@ -87,7 +87,7 @@ def parse_config(argv: list[str], program: str = PROGRAM) -> Config:
         config = _build(Config, _convert(flags, assignments))
         if "--print-config" in flags:
             resolved = asdict(resolve(config))
-            _speak_once(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), sys.stdout)
+            speak_once(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), sys.stdout)
             raise SystemExit(0)
         return config
     except ValueError as error:
@@ -103,11 +103,11 @@ def abort(message: str, program: str = PROGRAM, everywhere: bool = False) -> NoR
     if everywhere:
         print(line, end="", file=sys.stderr, flush=True)
     else:
-        _speak_once(line, sys.stderr)
+        speak_once(line, sys.stderr)
     raise SystemExit(2)
 
 
-def _speak_once(text: str, stream: Any) -> None:
+def speak_once(text: str, stream: Any) -> None:
     """Of the processes of a torchrun only rank 0 speaks; the others give it the time to do so first, as
     torchrun kills all processes once one has failed."""
     if int(os.environ.get("RANK", "0")) == 0:

@@ -24,7 +24,7 @@ from megatron_bicc.evaluation import Evaluation, ask, summarize
 from megatron_bicc.evaluation.answers import AnswerFile, Answers
 from megatron_bicc.evaluation.benchmarks import names_of, run_benchmark
 from megatron_bicc.evaluation.results import write_results
-from megatron_bicc.rewards import Verifier, get_verifier
+from megatron_bicc.rewards import Verifier, check_threshold, get_verifier
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.types import Engine, RolloutError, Sampling
 from megatron_bicc.setup_run import heldout_prompts, make_engine, read_tokenizer
@@ -47,6 +47,13 @@ DECISIVE = (
     "seed",
 )
 """Settings that decide the figures"""
+NO_SETTINGS = {
+    "evaluation.samples": "--k",
+    "model.path": "--model",
+    "output_dir": "--out",
+    "dry_run": "nothing",
+}
+"""Settings of a run that an evaluation takes otherwise, and how"""
 
 
 @dataclass(frozen=True)
@@ -65,16 +72,16 @@ def main(argv: list[str]) -> None:
     options, overrides = _arguments(argv)
     if not options.k.isdigit() or int(options.k) < 1:
         abort(f"--k is {options.k}; it must be a whole number from 1", PROGRAM)
-    for name, instead in (("evaluation.samples", "--k"), ("model.path", "--model"), ("dry_run", "nothing")):
+    for name, instead in NO_SETTINGS.items():
         if any(word.lstrip("-").replace("-", "_").partition("=")[0] == name for word in overrides):
             abort(f"{name} is no setting of an evaluation; give {instead} instead", PROGRAM)
-    given = [f"model.path={options.model}", f"evaluation.samples={options.k}"]
-    config = parse_config([*overrides, *given], PROGRAM)
     out = Path(options.out or f"runs/evaluation/{Path(options.model).resolve().name}")
+    given = [f"model.path={options.model}", f"evaluation.samples={options.k}", f"output_dir={out}"]
+    config = parse_config([*overrides, *given], PROGRAM)
     try:
         inputs = read_inputs(config, options.benchmark)
         platform.start_distributed()
-        evaluations = evaluate_benchmarks(inputs, out)
+        evaluations = evaluate_benchmarks(inputs)
     except (ValueError, RolloutError) as error:
         abort(str(error), PROGRAM)
     except KeyboardInterrupt:
@@ -89,20 +96,21 @@ def main(argv: list[str]) -> None:
 def read_inputs(config: Config, paths: list[str]) -> Inputs:
     """Reads and checks every setting and file. Raises ValueError, one line, for the first mistake."""
     validate_evaluation(config, paths)
+    check_threshold(config.reward.verifier, config.reward.threshold)
     named = names_of(paths)
     tokenizer = read_tokenizer(config.model.path)
     prompts = {name: heldout_prompts(config, path, tokenizer) for name, path in named.items()}
     return Inputs(config, tokenizer, get_verifier(config.reward.verifier), named, prompts)
 
 
-def evaluate_benchmarks(inputs: Inputs, out: Path) -> dict[str, Evaluation]:
-    """The figures of every benchmark by its name; answers are kept in `out`, NAME.jsonl. Collective.
+def evaluate_benchmarks(inputs: Inputs) -> dict[str, Evaluation]:
+    """The figures of every benchmark by its name; answers are kept in output_dir, NAME.jsonl. Collective.
 
-    Raises ValueError, one line, where `out` holds answers of other settings, before anything is generated,
+    Raises ValueError, one line, where that holds answers of other settings, before anything is generated,
     RolloutError when no rollout server does its work.
     """
     config = inputs.config
-    files = {name: _answer_file(inputs, name, out) for name in inputs.paths}
+    files = {name: _answer_file(inputs, name) for name in inputs.paths}
     disable_progress_bar()  # the evaluation has one of its own
     with closing(make_engine(config, inputs.tokenizer)) as engine:
         answers = _answers(inputs, files, engine)
@@ -137,8 +145,8 @@ def _files(directory: str) -> dict[str, list[int]]:
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
 
 
-def _answer_file(inputs: Inputs, name: str, out: Path) -> AnswerFile:
-    path = inputs.paths[name]
+def _answer_file(inputs: Inputs, name: str) -> AnswerFile:
+    path, out = inputs.paths[name], Path(inputs.config.output_dir)
     stat = Path(path).stat()
     settings = decisive(inputs.config) | {"benchmark": [path, stat.st_size, stat.st_mtime_ns]}
     try:

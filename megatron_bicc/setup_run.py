@@ -1,6 +1,7 @@
 """Everything that a run is made of, checked and built before the first step."""
 
 import os
+import string
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
 from megatron_bicc.data import Prompt, PromptSampler, load_prompts
 from megatron_bicc.policy.policy import Policy, start_model_parallel
-from megatron_bicc.rewards import Verifier, get_verifier, unscorable
+from megatron_bicc.rewards import Verifier, check_threshold, get_verifier, unscorable
 from megatron_bicc.rollout.dynamic import Collector
 from megatron_bicc.rollout.local import LocalEngine
 from megatron_bicc.rollout.sglang.engine import SglangEngine
@@ -63,7 +64,7 @@ def check_settings(config: Config) -> Config:
     """
     validate(config, platform.world_size())
     _check_output_dir(config)
-    get_verifier(config.reward.verifier)
+    check_threshold(config.reward.verifier, config.reward.threshold)
     return resolve(config)
 
 
@@ -142,6 +143,11 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"model.path is {path}; its tokenizer has {len(tokenizer)} tokens, "
             f"but vocab_size in config.json is {vocab_size}: they are of different models"
+        )
+    if not tokenizer.encode(string.printable, add_special_tokens=False):
+        raise ValueError(
+            f"model.path is {path}; its tokenizer makes no tokens of any text: "
+            "tokenizer.json is missing or damaged"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.path is {path}; its tokenizer has no eos_token: responses could not end")

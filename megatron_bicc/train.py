@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_bicc import platform
-from megatron_bicc.cli import abort, parse_config
+from megatron_bicc.cli import abort, parse_config, speak_once
 from megatron_bicc.config import Config
 from megatron_bicc.evaluation import evaluate
 from megatron_bicc.monitoring.run_log import RunLog
@@ -75,13 +75,20 @@ def print_dry_run(config: Config) -> None:
     # Imported late: a run has no use for it.
     from megatron_bicc.planning.dry_run import dry_run, summary
 
-    print(summary(dry_run(config, platform.world_size())))
+    speak_once(summary(dry_run(config, platform.world_size())) + "\n", sys.stdout)
 
 
 def train(inputs: Inputs, workers: Workers, first_step: int) -> None:
     """Every step of a run after the `first_step` that are finished. Collective."""
+    with RunLog(inputs.config, first_step, enabled=dist.get_rank() == 0) as log:
+        run_steps(inputs, workers, first_step, log)
+        finish(inputs, workers, log)
+    workers.engine.close()
+
+
+def run_steps(inputs: Inputs, workers: Workers, first_step: int, log: RunLog) -> None:
+    """Every step and checkpoint of `train`. Collective."""
     config = inputs.config
-    log = RunLog(config, first_step, enabled=dist.get_rank() == 0)
     writer = CheckpointWriter(config.output_dir, config.checkpoint.keep)
     sync_weights(workers.policy, workers.engine, first_step)
     if first_step == 0:
@@ -114,8 +121,6 @@ def train(inputs: Inputs, workers: Workers, first_step: int) -> None:
         # once the step's metrics are on disk: a run that goes on from its checkpoint lacks none
         writer.start()
     writer.wait()
-    finish(inputs, workers, log)
-    workers.engine.close()
 
 
 def roll_out(inputs: Inputs, workers: Workers, step: int) -> Collected:

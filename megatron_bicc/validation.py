@@ -38,7 +38,6 @@ NOT_NEGATIVE = (
     "checkpoint.every",
     "export.every",
     "monitoring.report_groups",
-    "parallel.silence_seconds",
     "optimizer.lr",
     "optimizer.min_lr",
     "optimizer.warmup_steps",
@@ -54,7 +53,6 @@ POSITIVE = (
     "rollout.sglang.request_timeout_s",
     "rollout.sglang.retry_s",
     "reward.overlong_share",
-    "weight_sync.bucket_mb",
     "weight_sync.timeout_s",
     "evaluation.temperature",
     "optimizer.eps",
@@ -105,6 +103,11 @@ def _check_ranges(values: dict[str, Any]) -> None:
     _require(values, {n: values[n] is None or values[n] >= 1 for n in lengths}, "it must be at least 1")
     seed = {"seed": 0 <= values["seed"] < 2**31}
     _require(values, seed, "it must be at least 0 and less than 2147483648")
+    bucket = {"weight_sync.bucket_mb": values["weight_sync.bucket_mb"] >= 1}
+    _require(values, bucket, "it must be at least 1: every bucket is a call to every server")
+    silence = values["parallel.silence_seconds"]
+    heard = {"parallel.silence_seconds": silence == 0 or silence >= 5}
+    _require(values, heard, "it must be at least 5, as hosts are heard of every 2 seconds, or 0 for off")
     group_size = {"rollout.group_size": values["rollout.group_size"] >= 2}
     _require(values, group_size, "it must be at least 2: rollouts learn from the others of their group")
 

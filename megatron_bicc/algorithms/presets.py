@@ -93,5 +93,10 @@ def _check_ranges(loss: LossConfig) -> None:
     for name in ("clip_low", "clip_high", "kl_coefficient", "entropy_coefficient", "tis_cap"):
         if not getattr(loss, name) >= 0:
             raise ValueError(f"loss.{name} is {getattr(loss, name)}; it must be at least 0")
+    if loss.objective != "geometric" and loss.clip_low > 1:
+        raise ValueError(
+            f"loss.clip_low is {loss.clip_low}; it must be within 0 and 1: "
+            "ratios are clipped at 1 - clip_low, and none is below 0"
+        )
     if loss.dual_clip != 0 and not loss.dual_clip > 1:
         raise ValueError(f"loss.dual_clip is {loss.dual_clip}; it must be greater than 1, or 0 for off")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Self
 
 from megatron_bicc.config import Config
 from megatron_bicc.monitoring.progress import ProgressBar
@@ -19,7 +20,7 @@ from megatron_bicc.monitoring.writer import (
 
 
 class RunLog:
-    """The log of a run in config.output_dir."""
+    """The log of a run in config.output_dir. Leaving its `with` frees the progress bar's line."""
 
     def __init__(self, config: Config, first_step: int, enabled: bool) -> None:
         """first_step: finished steps of a resumed run, 0 for a new one; what stands after it is forgotten.
@@ -36,6 +37,13 @@ class RunLog:
         # A run that starts at 0 writes step 0 itself.
         self._writer.truncate_after(first_step if first_step > 0 else -1)
         self._bar = ProgressBar(config.train.steps, first_step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._enabled:
+            self._bar.close()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """The numbers of a finished step; step 0 is the evaluation before the first."""

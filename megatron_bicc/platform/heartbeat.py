@@ -77,7 +77,7 @@ class Heartbeat:
             f"{self._silence:g} seconds (parallel.silence_seconds): the host or the link to it is down; "
             "checkpoint.resume=true goes on from the newest checkpoint"
         )
-        print(line, file=sys.stderr, flush=True)
+        print(f"\n{line}", file=sys.stderr, flush=True)  # not behind the progress bar
         os._exit(EXIT_STATUS)
 
     def _key(self, rank: int) -> str:

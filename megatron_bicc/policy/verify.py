@@ -17,7 +17,8 @@ from megatron_bicc import platform
 from megatron_bicc.config import Config
 from megatron_bicc.platform.gather import gathered
 from megatron_bicc.policy.architecture import transformer_config
-from megatron_bicc.policy.convert import supported_config
+from megatron_bicc.policy.convert import check_tensors, supported_config
+from megatron_bicc.policy.hf_files import open_tensors
 from megatron_bicc.policy.megatron_files import MegatronCheckpoint, load_chunks
 from megatron_bicc.policy.megatron_pieces import describe
 from megatron_bicc.policy.model import PolicyModel
@@ -39,6 +40,7 @@ def largest_difference(hf_dir: Path, checkpoint: Path, prompts: int, length: int
     ValueError if one cannot be read.
     """
     hf_config = supported_config(hf_dir)
+    check_tensors(hf_dir, hf_config, describe(hf_config)[0], open_tensors(hf_dir, False).describe())
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, hf_config.vocab_size, (prompts, length), generator=generator)
     tokens = tokens[dist.get_rank() :: dist.get_world_size()]

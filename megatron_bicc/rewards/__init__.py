@@ -1,5 +1,5 @@
 """Outcome rewards: is the final answer of a response right?"""
 
-from megatron_bicc.rewards.registry import VERIFIERS, Verifier, get_verifier, unscorable
+from megatron_bicc.rewards.registry import VERIFIERS, Verifier, check_threshold, get_verifier, unscorable
 
-__all__ = ["VERIFIERS", "Verifier", "get_verifier", "unscorable"]
+__all__ = ["VERIFIERS", "Verifier", "check_threshold", "get_verifier", "unscorable"]

@@ -23,6 +23,16 @@ def get_verifier(name: str) -> Verifier:
     return VERIFIERS[name]
 
 
+def check_threshold(name: str, threshold: float) -> None:
+    """Raises ValueError if that verifier calls even an empty response right, which all would then be."""
+    (reward,) = get_verifier(name)([""], [""])
+    if reward > threshold:
+        raise ValueError(
+            f"reward.threshold is {threshold}; reward.verifier={name} gives {reward:g} to an empty response: "
+            "every rollout would be right, and none could be learned from"
+        )
+
+
 def unscorable(name: str, truths: list[str], threshold: float) -> list[int]:
     """Indices of the ground truths for which even a response that answers exactly that is not right."""
     rewards = get_verifier(name)([RESPONSES[name](truth) for truth in truths], truths)

@@ -1,6 +1,6 @@
 """Several dry runs in one process, which belongs to no other job: their output as JSON.
 
-python dry_run_worker.py '[[world_size, [argument, ...]], ...]' out.json
+python dry_run_worker.py '[[world_size, [argument, ...], rank], ...]' out.json
 """
 
 import contextlib
@@ -13,9 +13,9 @@ import time
 from megatron_bicc.train import main
 
 
-def attempt(world_size: int, arguments: list[str]) -> dict:
+def attempt(world_size: int, arguments: list[str], rank: int = 0) -> dict:
     """Exit status, what it printed, and seconds."""
-    os.environ["WORLD_SIZE"] = str(world_size)
+    os.environ |= {"WORLD_SIZE": str(world_size), "RANK": str(rank)}
     out, err, status, start = io.StringIO(), io.StringIO(), 0, time.monotonic()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

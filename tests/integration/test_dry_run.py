@@ -56,8 +56,9 @@ def results(tmp_path_factory: pytest.TempPathFactory, model_dirs: dict[str, Path
         "missing": [2, [*unread, f"model.path={damaged['missing']}"]],
         "misshapen": [2, [*unread, f"model.path={damaged['misshapen']}"]],
         "no contrast": [2, [*unread, "synthetic.pass_rate=0"]],
+        "second process": [2, [*unread], 1],
     }
-    for _, arguments in cases.values():
+    for _, arguments, *_ in cases.values():
         arguments.append(f"output_dir={root}/run")
     command = [sys.executable, str(Path(__file__).with_name("dry_run_worker.py"))]
     subprocess.run(
@@ -78,6 +79,11 @@ def test_a_whole_run_is_checked_whole(results: dict[str, dict]) -> None:
 def test_experts(results: dict[str, dict]) -> None:
     assert results["experts"]["status"] == 0, results["experts"]["err"]
     assert "8 distinct shards" in results["experts"]["out"]
+
+
+def test_of_a_torchrun_only_the_first_process_speaks(results: dict[str, dict]) -> None:
+    assert results["second process"]["status"] == 0
+    assert results["second process"]["out"] == ""
 
 
 @pytest.mark.parametrize(

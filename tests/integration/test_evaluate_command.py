@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from megatron_bicc.cli import parse_config
 from megatron_bicc.evaluate import evaluate_benchmarks, main, read_inputs
+from megatron_bicc.evaluation import Evaluation
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL, HELD_OUT = REPOSITORY / "examples/tiny_policy", REPOSITORY / "examples/data/heldout.parquet"
@@ -24,8 +26,11 @@ SETTINGS += ["data.max_prompt_tokens=32", "evaluation.prompts=10", "evaluation.s
 
 @pytest.mark.usefixtures("single_process")
 def test_a_killed_evaluation_ends_with_the_same_answers(tmp_path: Path) -> None:
-    inputs = read_inputs(parse_config(SETTINGS), [str(HELD_OUT)])
-    whole = evaluate_benchmarks(inputs, tmp_path / "whole")["heldout"]
+    def evaluate(out: str) -> Evaluation:
+        config = parse_config([*SETTINGS, f"output_dir={tmp_path / out}"])
+        return evaluate_benchmarks(read_inputs(config, [str(HELD_OUT)]))["heldout"]
+
+    whole = evaluate("whole")
     assert (whole.prompts, whole.samples) == (10, 4)
     assert 0.2 < whole.avg.value < 0.8  # the tiny policy is right about half the time
     assert whole.avg.value < whole.pass_at[2].value < whole.pass_at[4].value
@@ -35,7 +40,7 @@ def test_a_killed_evaluation_ends_with_the_same_answers(tmp_path: Path) -> None:
     (tmp_path / "killed").mkdir()
     # settings, one whole batch of four prompts, one prompt of the second, half a line
     (tmp_path / "killed/heldout.jsonl").write_bytes(b"".join(lines[:6]) + lines[6][:40])
-    assert evaluate_benchmarks(inputs, tmp_path / "killed")["heldout"] == whole
+    assert evaluate("killed") == whole
     assert (tmp_path / "killed/heldout.jsonl").read_bytes() == answers
 
 
@@ -75,6 +80,8 @@ def test_the_command_writes_a_table_and_json(tmp_path: Path) -> None:
         (["--model", str(MODEL), "--benchmark", "BAD", "--k", "0"], "--k is 0; it must be"),
         (["--model", str(MODEL), "--benchmark", "BAD", "evaluation.samples=2"], "give --k instead"),
         (["--model", str(MODEL), "--benchmark", "BAD", "--dry-run"], "dry_run is no setting"),
+        (["--model", str(MODEL), "--benchmark", "BAD", "output_dir=x"], "give --out instead"),
+        (["--model", str(MODEL), "--benchmark", "BAD", "reward.threshold=-1"], "reward.threshold is -1"),
         (["--model", str(MODEL), "--benchmark", "BAD", "evaluation.temprature=1"], "unknown setting"),
     ],
 )
@@ -83,9 +90,38 @@ def test_a_mistake_is_one_line(
 ) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"problem": "1+1=", "answer": 2}\n{"q": "1+1=", "a": 2}\n')
+    assert complaint in mistake(
+        [str(bad) if argument == "BAD" else argument for argument in arguments], capsys
+    )
+
+
+def mistake(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
+    """The line that ends the command."""
     with pytest.raises(SystemExit) as stop:
-        main([str(bad) if argument == "BAD" else argument for argument in arguments])
+        main(arguments)
     assert stop.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("python -m megatron_bicc.evaluate: error: ")
-    assert complaint in line
+    return line
+
+
+def test_a_model_without_its_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(MODEL / name, tmp_path)
+    line = mistake(["--model", str(tmp_path), "--benchmark", str(HELD_OUT)], capsys)
+    assert f"model.path is {tmp_path}; its tokenizer makes no tokens of any text" in line
+
+
+def test_logs_of_servers_lie_beside_the_answers(tmp_path: Path) -> None:
+    """The program is no server and ends at once."""
+    config = tmp_path / "training.yaml"
+    config.write_text(
+        f"output_dir: {tmp_path}/training\nrollout: {{engine: sglang, sglang: {{python: 'false'}}}}\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_bicc.evaluate", "--model", str(MODEL)]
+    command += ["--benchmark", str(HELD_OUT), "--k", "1", "--out", f"{tmp_path}/out", "--config", str(config)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 2
+    [log] = (tmp_path / "out/servers").glob("*.log")
+    assert f"ended while it started, see {log}" in done.stderr
+    assert not (tmp_path / "training").exists()

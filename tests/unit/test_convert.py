@@ -215,6 +215,20 @@ def test_command(tmp_path: Path, single_process: None, capsys: pytest.CaptureFix
     assert command("verify", source, megatron, "--tolerance", 0.1) == 0
 
 
+def test_verify_names_weights_that_are_missing(
+    tmp_path: Path, single_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, megatron = hf_directory(tmp_path / "hf", "qwen3_tied"), tmp_path / "megatron"
+    assert command("import", source, megatron) == 0
+    change(source, lambda state: state.pop("model.norm.weight"))
+    assert command("verify", source, megatron) == 2
+    assert capsys.readouterr().err.endswith(f"error: {source}: tensor model.norm.weight is missing\n")
+    (source / "model.safetensors").unlink()
+    assert command("verify", source, megatron) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"{source}: there is no model.safetensors" in line
+
+
 def test_layouts_that_do_not_divide(tmp_path: Path) -> None:
     source = hf_directory(tmp_path / "hf", "qwen3_tied")
     with pytest.raises(

@@ -368,6 +368,14 @@ def test_run_log_from_the_start_forgets_an_earlier_step_0(tmp_path: Path):
     assert read_run(run).records == []
 
 
+def test_what_ends_a_run_stands_on_a_line_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture):
+    with pytest.raises(KeyboardInterrupt), RunLog(config(tmp_path), first_step=0, enabled=True) as log:
+        log.step(1, {"reward/mean": 0.5})
+        raise KeyboardInterrupt
+    err = capsys.readouterr().err
+    assert "training:" in err and err.endswith("\n")
+
+
 def test_run_log_of_another_process_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture):
     log = RunLog(config(tmp_path / "run"), first_step=0, enabled=False)
     log.step(1, {"reward/mean": 1.0})

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_bicc.rewards import get_verifier, unscorable
+from megatron_bicc.rewards import check_threshold, get_verifier, registry, unscorable
 from megatron_bicc.rewards.extraction import last_boxed
 from megatron_bicc.rewards.limit import OutOfTime, cpu_limit
 
@@ -115,3 +115,14 @@ def test_a_truth_that_can_be_scored(truth: str):
 @pytest.mark.parametrize("truth", ["\\frac{1}{2", "1+" * 400 + "1", "5\\"])
 def test_a_truth_that_no_response_can_meet(truth: str):
     assert unscorable("math", ["7", truth, "8"], 0.5) == [1]
+
+
+def test_a_threshold_that_an_empty_response_passes(monkeypatch: pytest.MonkeyPatch):
+    check_threshold("math", 0.0)
+    with pytest.raises(
+        ValueError, match=r"reward.threshold is -0.1; reward.verifier=math gives 0 to an empty"
+    ):
+        check_threshold("math", -0.1)
+    penalty = {"signed": lambda texts, truths: np.full(len(texts), -1.0, np.float32)}
+    monkeypatch.setattr(registry, "VERIFIERS", penalty)
+    check_threshold("signed", -0.1)  # rewards of -1 and 1 are split by it

@@ -178,19 +178,32 @@ def test_nothing_is_cut_off_the_distribution() -> None:
         ("spawn", {"servers": "http://h:1"}, "it needs rollout.launch=attach"),
         ("spawn", {"python": "no/such/python"}, "make sglang"),
         ("spawn", {"api_key_variable": "HOME"}, "writes its key"),
-        ("spawn", {"host": "somewhere"}, "must be an IP address"),
+        ("spawn", {"host": "somewhere"}, "must be an IPv4 address"),
+        ("spawn", {"host": "::1"}, "must be an IPv4 address"),
+        ("spawn", {"host": "192.0.2.1"}, "'192.0.2.1'; servers cannot bind to it here"),
         ("spawn", {"server_args": "--port=1"}, "server_args has --port"),
         ("spawn", {"server_args": "--api-key x"}, "server_args has --api-key; a server writes it"),
         ("spawn", {"server_args": '--preferred-sampling-params {"top_p":0.9}'}, "whole distribution"),
         ("spawn", {"server_args": "'"}, "No closing quotation"),
         ("spawn", {"gpus": "0/1"}, "rollout.sglang.servers_per_node = 1"),
+        ("spawn", {"gpus": "0,1", "servers_per_node": 2}, "rollout.sglang.servers_per_node = 2"),
+        ("spawn", {"gpus": "all"}, "'all' is no GPU"),
+        ("spawn", {"gpus": "0,,1"}, "'' is no GPU"),
+        ("spawn", {"gpus": "0/-1", "servers_per_node": 2}, "'-1' is no GPU"),
+        ("spawn", {"gpus": "2,2"}, "names a GPU of one server twice"),
     ],
 )
-def test_settings_that_do_not_fit(launch: str, settings: dict[str, str], message: str) -> None:
+def test_settings_that_do_not_fit(launch: str, settings: dict, message: str) -> None:
     sglang = SglangConfig(**({"python": sys.executable} | settings))
     with pytest.raises(ValueError, match=message) as error:
         check_servers(RolloutConfig("sglang", launch, sglang=sglang))
     assert "pw" not in str(error.value)
+
+
+@pytest.mark.parametrize("gpus", ["", "0,1/2,3", "GPU-8932f937-d72c/MIG-GPU-8932f937-d72c", "0/0"])
+def test_gpus_that_can_be_named(gpus: str) -> None:
+    sglang = SglangConfig(python=sys.executable, gpus=gpus, servers_per_node=2)
+    check_servers(RolloutConfig("sglang", "spawn", sglang=sglang))
 
 
 def test_colocation_needs_servers() -> None:

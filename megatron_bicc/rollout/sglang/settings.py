@@ -2,8 +2,10 @@
 
 import ipaddress
 import os
+import re
 import shlex
 import shutil
+import socket
 from urllib.parse import urlsplit
 
 from megatron_bicc.config import RolloutConfig
@@ -69,16 +71,42 @@ def _check_spawn(rollout: RolloutConfig) -> None:
             f"rollout.sglang.python is {settings.python}; there is no such program: `make sglang` makes it, "
             "with SGLang"
         )
-    try:
-        ipaddress.ip_address(settings.host)
-    except ValueError:
-        raise ValueError(f"rollout.sglang.host is {settings.host!r}; it must be an IP address") from None
+    _check_host(settings.host)
     _check_arguments(settings.server_args)
-    if settings.gpus and len(settings.gpus.split("/")) != settings.servers_per_node:
+    if settings.gpus:
+        _check_gpus(settings.gpus, settings.servers_per_node)
+
+
+def _check_host(host: str) -> None:
+    try:
+        ipaddress.IPv4Address(host)
+    except ValueError:
+        raise ValueError(f"rollout.sglang.host is {host!r}; it must be an IPv4 address") from None
+    with socket.socket() as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError as error:
+            raise ValueError(
+                f"rollout.sglang.host is {host!r}; servers cannot bind to it here: {error.strerror}"
+            ) from None
+
+
+def _check_gpus(gpus: str, servers: int) -> None:
+    named = [server.split(",") for server in gpus.split("/")]
+    if len(named) != servers:
         raise ValueError(
-            f"rollout.sglang.gpus is {settings.gpus!r}; it must name the GPUs of "
-            f"rollout.sglang.servers_per_node = {settings.servers_per_node} servers, with / between them"
+            f"rollout.sglang.gpus is {gpus!r}; it must name the GPUs of "
+            f"rollout.sglang.servers_per_node = {servers} servers, with / between them"
         )
+    for gpu in (gpu for server in named for gpu in server):
+        if not re.fullmatch(r"\d+|(GPU|MIG)-[\w-]+", gpu):
+            raise ValueError(
+                f"rollout.sglang.gpus is {gpus!r}; {gpu!r} is no GPU: write numbers, or UUIDs as "
+                "nvidia-smi -L prints them, with commas between a server's and / between servers"
+            )
+    for server in named:
+        if len(set(server)) < len(server):
+            raise ValueError(f"rollout.sglang.gpus is {gpus!r}; it names a GPU of one server twice")
 
 
 def _check_arguments(text: str) -> None:
