@@ -5,7 +5,8 @@ the SHA-256 of the parameter's bytes, in hexadecimal. Its parameters differ from
 
     fused       q, k, v into qkv_proj; gate, up into gate_up_proj; all experts' into w13_weight and w2_weight
     cut         by rows (vocabulary, heads, gate and up) or by columns (o_proj, down_proj) over the ranks
-    padded      the vocabulary to a multiple of 64, with zeros
+    padded      with zeros: the vocabulary to a multiple of 64; heads, so that all ranks get as many;
+                the inner dimension of an MLP or an expert, to a multiple of 32 on each rank
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 VOCABULARY_MULTIPLE = 64
+INNER_MULTIPLE = 32
 FUSED = {
     "q_proj": "qkv_proj",
     "k_proj": "qkv_proj",
@@ -38,7 +40,11 @@ class Checksums:
 
     def __init__(self, hf_config: PretrainedConfig, tensor_parallel: int, dtype: torch.dtype) -> None:
         """tensor_parallel, dtype: the server's."""
-        self.kv_heads = hf_config.num_key_value_heads
+        heads, kv_heads = hf_config.num_attention_heads, hf_config.num_key_value_heads
+        head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
+        group = heads // kv_heads * head_dim
+        inner = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), INNER_MULTIPLE)
+        self._unit = inner | {"q_proj": group, "o_proj": group, "k_proj": head_dim, "v_proj": head_dim}
         self.size = tensor_parallel
         self.dtype = dtype
         self._hashes: list[dict[str, hashlib._Hash]] = [{} for _ in range(tensor_parallel)]
@@ -58,19 +64,20 @@ class Checksums:
     def _part(self, name: str, tensor: Tensor, rank: int) -> Tensor:
         kind = name.split(".")[-2]
         if kind in ("embed_tokens", "lm_head"):
-            tensor = torch.nn.functional.pad(tensor, (0, 0, 0, self._missing_rows(len(tensor))))
-        elif kind in ("k_proj", "v_proj") and self.size > self.kv_heads:
-            return tensor.chunk(self.kv_heads)[rank * self.kv_heads // self.size]
-        elif kind in BY_COLUMNS:
-            return tensor.chunk(self.size, dim=1)[rank]
-        elif kind not in FUSED:
+            multiple = self._vocabulary_multiple(len(tensor))
+        elif kind in self._unit:
+            multiple = self._unit[kind] * self.size
+        else:
             return tensor
-        return tensor.chunk(self.size)[rank]
+        along = int(kind in BY_COLUMNS)
+        missing = -tensor.shape[along] % multiple
+        if missing:  # pad would copy, too, where there is none
+            tensor = torch.nn.functional.pad(tensor, (*(0, 0) * (tensor.ndim - 1 - along), 0, missing))
+        return tensor.chunk(self.size, along)[rank]
 
-    def _missing_rows(self, vocabulary: int) -> int:
-        missing = -vocabulary % VOCABULARY_MULTIPLE
-        divides = (vocabulary + missing) % self.size == 0
-        return missing if divides else -vocabulary % (VOCABULARY_MULTIPLE * self.size)
+    def _vocabulary_multiple(self, vocabulary: int) -> int:
+        padded = vocabulary + -vocabulary % VOCABULARY_MULTIPLE
+        return VOCABULARY_MULTIPLE if padded % self.size == 0 else VOCABULARY_MULTIPLE * self.size
 
 
 def are_known(server_info: dict[str, Any]) -> bool:

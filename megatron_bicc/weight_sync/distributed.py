@@ -97,7 +97,7 @@ class _Group:
                 "backend": self.backend,
             }
             posts.append(client.post("/init_weights_update_group", body, self.timeout.total_seconds()))
-        return self.run(_together, lambda: self._make(store), posts, self._abort)
+        return self.run(_together, lambda: self._make(store), posts, self._abort, self._drop)
 
     def broadcast(self, sessions: list[Session], bucket: Bucket) -> list[ServerError | None]:
         """Sends every tensor to all; what failed, a server each."""
@@ -109,15 +109,12 @@ class _Group:
             "flush_cache": False,
         }
         posts = [session.post(PATH, body) for session in sessions]
-        return self.run(_together, lambda: self._send(bucket), posts, self._abort)
+        return self.run(_together, lambda: self._send(bucket), posts, self._abort, self._drop)
 
     def leave(self) -> None:
         """Ends the group here and on the servers that still answer."""
-        if self._process_group is None:
-            return
         self.run(_leave, self.clients, self.name)
-        dist.destroy_process_group(self._process_group)
-        self._process_group = None
+        self._drop()
 
     def _world_size(self) -> int:
         return 1 + sum(self.sizes)
@@ -141,29 +138,43 @@ class _Group:
             dist.broadcast(tensor, group=self._process_group, group_src=0, async_op=True)
             for _, tensor in bucket.tensors
         ]
-        for work in works:
-            work.wait()
+        try:
+            while works:
+                works.pop(0).wait()
+        finally:
+            works.clear()  # one that an exception's traceback kept would keep the connections
 
     def _abort(self) -> None:
-        """Frees whoever waits in the group."""
+        """Frees who waits here, over NCCL; over gloo that is for the other side to do, or for the time."""
         if self._process_group:
             self._process_group.abort()
 
+    def _drop(self) -> None:
+        """Ends the connections: servers that wait in the group are freed."""
+        if self._process_group:
+            dist.destroy_process_group(self._process_group)
+            self._process_group = None
+
 
 async def _together(
-    work: Callable[[], None], posts: list[Awaitable[Any]], abort: Callable[[], None]
+    work: Callable[[], None],
+    posts: list[Awaitable[Any]],
+    abort: Callable[[], None],
+    drop: Callable[[], None],
 ) -> list[ServerError | None]:
-    """Runs `work` in a thread beside the requests, which end together with it; `abort` ends all at a failure.
+    """Runs `work` in a thread beside the requests, which end together with it.
 
-    Returns each request's failure. If only `work` fails, that stands for all.
+    At a failure `abort` ends the work, and after it `drop` the requests. Returns each request's failure. If
+    only `work` fails, that stands for all.
     """
     thread = asyncio.ensure_future(asyncio.to_thread(work))
     requests = [asyncio.ensure_future(post) for post in posts]
-    done, pending = await asyncio.wait([thread, *requests], return_when=asyncio.FIRST_EXCEPTION)
+    done, _ = await asyncio.wait([thread, *requests], return_when=asyncio.FIRST_EXCEPTION)
     if any(task.exception() for task in done):
         abort()
-        if pending:
-            await asyncio.wait(pending)
+        await asyncio.wait([thread])
+        drop()
+        await asyncio.wait(requests)
     errors = [request.exception() for request in requests]
     unexpected = [error for error in errors if error and not isinstance(error, ServerError)]
     if unexpected:

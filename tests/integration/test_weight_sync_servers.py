@@ -1,8 +1,10 @@
-"""Weights into real SGLang servers: every method, every proof, and what goes wrong on the way."""
+"""Weights into real SGLang servers: every method, every proof, and what goes wrong on the way.
 
+The order of the tests matters: the last ones end the second server.
+"""
+
+import asyncio
 import copy
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,20 +14,18 @@ import numpy as np
 import pytest
 import torch
 from anyio.from_thread import BlockingPortal, start_blocking_portal
+from support.faulty_proxy import FaultyProxy
 from support.models import make_model
 from support.sglang_server import PYTHON, SglangServer
 from support.steps import TOKENIZER, make_config
+from support.weight_sync import TOKENS, greedy, hf_log_probs, move, served, stream, tamper
 from transformers import PreTrainedModel
 
-from megatron_bicc import platform
-from megatron_bicc.policy.hf_weights import hf_tensors
 from megatron_bicc.policy.policy import Policy
 from megatron_bicc.rollout.sglang.client import ServerClient
 from megatron_bicc.training.learner import Learner
-from megatron_bicc.weight_sync.buckets import Bucket
 from megatron_bicc.weight_sync.errors import WeightSyncError
 from megatron_bicc.weight_sync.servers import WeightSync
-from megatron_bicc.weight_sync.tensor import PATH, encode, request_body
 
 pytestmark = [
     pytest.mark.timeout(900),  # a busy machine needs minutes to start a server
@@ -33,7 +33,6 @@ pytestmark = [
 ]
 BUCKET_MB = 0.03
 METHODS = ("tensor", "disk", "distributed")
-WORKER = Path(__file__).with_name("weight_sync_worker.py")
 
 
 @pytest.fixture(scope="module")
@@ -122,20 +121,6 @@ def lasting(learner: Learner, portal: BlockingPortal, path: Path) -> Iterator[We
     one.close()
 
 
-def move(learner: Learner, seed: int) -> None:
-    """Another policy."""
-    torch.manual_seed(seed)
-    for module in learner.policy.modules:
-        for parameter in module.parameters():
-            parameter.data += 0.03 * torch.randn_like(parameter)
-
-
-def stream(learner: Learner) -> Iterator[tuple[str, torch.Tensor]]:
-    """The policy's tensors."""
-    with platform.megatron():
-        yield from hf_tensors(learner.policy.modules, learner.policy.hf_config)
-
-
 def counted(learner: Learner, held: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
     """The policy's tensors; held is [bytes of those that somebody still holds, their most]."""
 
@@ -150,40 +135,18 @@ def counted(learner: Learner, held: list[int]) -> Iterator[tuple[str, torch.Tens
         yield name, tensor
 
 
-def reference(learner: Learner, model: PreTrainedModel, tokens: list[int]) -> np.ndarray:
-    """Hugging Face's log-probs of tokens[1:] under the policy's weights."""
+def weights_into(model: PreTrainedModel, learner: Learner) -> PreTrainedModel:
+    """The model, with the policy's weights."""
     own = dict(stream(learner))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(own[name])
-        log_p = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
-    return log_p[:-1].gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0].numpy()
-
-
-def served(portal: BlockingPortal, client: ServerClient, tokens: list[int]) -> tuple[np.ndarray, str]:
-    """The server's log-probs of tokens[1:], and the weight version that the answer carries."""
-    sampling = {"max_new_tokens": 1, "temperature": 0}
-    body = {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
-    meta = portal.call(client.generate, body, 30)["meta_info"]
-    rows = meta["input_token_logprobs"][1:]
-    return np.array([row[0] for row in rows]), meta["weight_version"]
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(own[name])
+    return model
 
 
 def agrees(portal: BlockingPortal, client: ServerClient, learner: Learner, model: PreTrainedModel) -> bool:
     """Whether a server has the policy's weights: log-probs of 39 tokens to 1e-4."""
     found, _ = served(portal, client, TOKENS)
-    return bool(np.abs(found - reference(learner, model, TOKENS)).max() < 1e-4)
-
-
-TOKENS = [int(t) for t in np.random.default_rng(0).integers(2, 90, 40)]
-
-
-def tamper(portal: BlockingPortal, client: ServerClient, name: str, shape: list[int]) -> Any:
-    """Zeros into one of a server's parameters, behind our back; its answer."""
-    portal.call(client.post, "/begin_weight_update", {"selector": "all"})
-    answer = portal.call(client.post, PATH, request_body(encode(Bucket([(name, torch.zeros(shape))])), 1))
-    portal.call(client.post, "/end_weight_update", {})
-    return answer
+    return bool(np.abs(found - hf_log_probs(weights_into(model, learner), TOKENS)).max() < 1e-4)
 
 
 NORM = "model.layers.1.self_attn.k_norm.weight"
@@ -258,6 +221,29 @@ def test_a_server_that_a_killed_trainer_left_paused_goes_on(
     assert served(portal, clients[0], TOKENS)[1] == "6"
 
 
+def test_no_sequence_is_of_two_versions(
+    sync: Callable[..., WeightSync],
+    learner: Learner,
+    model: PreTrainedModel,
+    clients: list[ServerClient],
+    portal: BlockingPortal,
+) -> None:
+    """What runs is aborted, and keys and values that the old weights left are forgotten."""
+    one, client = sync("tensor"), clients[0]
+    greedy(portal, client, TOKENS)
+    sampling = {"max_new_tokens": 440, "ignore_eos": True}
+    running = portal.start_task_soon(
+        client.generate, {"input_ids": [TOKENS] * 8, "sampling_params": sampling}, 60
+    )
+    portal.call(asyncio.sleep, 0.3)
+    move(learner, 9)
+    assert one.push([client], stream(learner), 9) == {}
+    assert {answer["meta_info"]["finish_reason"]["type"] for answer in running.result()} == {"abort"}
+    token, log_prob = greedy(portal, client, TOKENS)
+    expected = hf_log_probs(weights_into(model, learner), [*TOKENS, token])[-1]
+    assert log_prob == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_servers_get_the_policys_weights(
     method: str,
@@ -283,12 +269,82 @@ def test_servers_get_the_policys_weights(
             assert portal.call(client.model_info)["weight_version"] == str(version)
 
 
-def dying(learner: Learner, server: SglangServer) -> Iterator[tuple[str, torch.Tensor]]:
-    """The policy's tensors; the server dies amidst them."""
+def test_late_servers_get_the_newest_weights(
+    lasting: WeightSync,
+    sync: Callable[..., WeightSync],
+    learner: Learner,
+    model: PreTrainedModel,
+    both: list[ServerClient],
+    portal: BlockingPortal,
+) -> None:
+    """From the files at once. A server that started again is not in the process group: it is in the next
+    sync's."""
+    assert lasting.push(both, stream(learner), 11) == {}
+    assert sync("tensor").push(both[1:], ((name, 2 * x) for name, x in stream(learner)), 12) == {}
+    assert not agrees(portal, both[1], learner, model)
+    portal.call(lasting.restore, both[1])
+    assert agrees(portal, both[1], learner, model)
+    assert served(portal, both[1], TOKENS)[1] == "11"
+
+    group = {"group_name": lasting.method._group.name}
+    portal.call(both[1].post, "/destroy_weights_update_group", group)
+    move(learner, 13)
+    assert lasting.push(both, stream(learner), 13) == {}
+    assert lasting.method._group.name != group["group_name"]
+    assert all(agrees(portal, client, learner, model) for client in both)
+
+
+def test_files_that_were_spoiled_restore_nobody(
+    lasting: WeightSync, learner: Learner, clients: list[ServerClient], portal: BlockingPortal
+) -> None:
+    """The proof is of the policy's weights, not of the files'."""
+    assert lasting.push(clients[:1], stream(learner), 15) == {}
+    shard = sorted(lasting.files.complete.glob("*.safetensors"))[-1]
+    content = bytearray(shard.read_bytes())
+    content[-4:] = bytes(4)
+    shard.write_bytes(content)
+    with pytest.raises(WeightSyncError, match="has other weights than the policy"):
+        portal.call(lasting.restore, clients[0])
+    assert served(portal, clients[0], TOKENS)[1] == "incomplete"
+
+
+def test_a_restarted_server_needs_the_files(
+    sync: Callable[..., WeightSync], learner: Learner, clients: list[ServerClient], portal: BlockingPortal
+) -> None:
+    one = sync("disk")
+    learner.config.weight_sync.keep_files = False
+    one.push(clients[:1], stream(learner), 14)
+    learner.config.weight_sync.keep_files = True
+    assert not one.files.root.exists()
+    with pytest.raises(WeightSyncError, match="weight_sync.keep_files=true would have kept them"):
+        portal.call(one.restore, clients[1])
+
+
+def dying(learner: Learner, die: Callable[[], None]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The policy's tensors; a server dies amidst them."""
     for i, item in enumerate(stream(learner)):
         if i == 8:
-            server.kill()
+            die()
         yield item
+
+
+def test_a_lost_server_is_no_matter_for_the_others(
+    sync: Callable[..., WeightSync],
+    learner: Learner,
+    model: PreTrainedModel,
+    both: list[ServerClient],
+    portal: BlockingPortal,
+) -> None:
+    """By HTTP: in mid-sync, and in the sync after that, when it is not there from the start."""
+    proxy = FaultyProxy(both[1].url)
+    lost = ServerClient(proxy.url)
+    one = sync("tensor")
+    for version in (30, 31):
+        move(learner, version)
+        assert list(one.push([both[0], lost], dying(learner, proxy.close), version)) == [proxy.url]
+        assert agrees(portal, both[0], learner, model)
+    portal.call(lost.aclose)
+    portal.call(both[1].resume)  # it is as the first of the two syncs left it
 
 
 def test_a_server_dies_in_mid_sync(
@@ -299,85 +355,9 @@ def test_a_server_dies_in_mid_sync(
     both: list[ServerClient],
     portal: BlockingPortal,
 ) -> None:
-    """The other one gets the weights all the same, in a process group of those that are left."""
-    assert lasting.push(both, stream(learner), 10) == {}
-    move(learner, 11)
-    assert list(lasting.push(both, dying(learner, servers[1]), 11)) == [both[1].url]
+    """By broadcast, the process group breaks: the other server gets the weights in a new one."""
+    assert lasting.push(both, stream(learner), 40) == {}
+    move(learner, 41)
+    assert list(lasting.push(both, dying(learner, servers[1].kill), 41)) == [both[1].url]
     assert agrees(portal, both[0], learner, model)
-    servers[1].start()  # it is waited for two tests further down
-
-
-def test_a_restarted_server_needs_the_files(
-    sync: Callable[..., WeightSync], learner: Learner, clients: list[ServerClient], portal: BlockingPortal
-) -> None:
-    one = sync("disk")
-    learner.config.weight_sync.keep_files = False
-    one.push(clients[:1], stream(learner), 13)
-    learner.config.weight_sync.keep_files = True
-    assert not one.files.root.exists()
-    with pytest.raises(WeightSyncError, match="weight_sync.keep_files=true would have kept them"):
-        portal.call(one.restore, clients[1])
-
-
-def test_parallel_trainer_that_is_killed_in_mid_sync(
-    sync: Callable[..., WeightSync],
-    learner: Learner,
-    model: PreTrainedModel,
-    path: Path,
-    clients: list[ServerClient],
-    portal: BlockingPortal,
-) -> None:
-    """weight_sync_worker.py syncs from TP=2 and from PP=2; its first process ends by kill -9."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-        ]
-        + [str(WORKER), str(path), str(path.parent / "worker"), clients[0].url],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert "Signal 9 (SIGKILL)" in done.stderr, done.stderr[-4000:]
-    assert (path.parent / "worker/finished").read_text() == "tp2 pp2"
-    assert sync("tensor").push(clients[:1], stream(learner), 20) == {}
-    assert agrees(portal, clients[0], learner, model)
-
-
-def test_a_restarted_server_gets_the_newest_weights(
-    lasting: WeightSync,
-    learner: Learner,
-    model: PreTrainedModel,
-    both: list[ServerClient],
-    portal: BlockingPortal,
-) -> None:
-    """From the files at once; and in the next sync it is in the process group again."""
-    assert not agrees(portal, both[1], learner, model)
-    portal.call(lasting.restore, both[1])
-    assert agrees(portal, both[1], learner, model)
-    assert served(portal, both[1], TOKENS)[1] == "11"
-    move(learner, 12)
-    assert lasting.push(both, stream(learner), 12) == {}
-    assert all(agrees(portal, client, learner, model) for client in both)
-
-
-def test_a_server_that_dies_is_no_matter_for_the_others(
-    sync: Callable[..., WeightSync],
-    learner: Learner,
-    model: PreTrainedModel,
-    servers: list[SglangServer],
-    both: list[ServerClient],
-    portal: BlockingPortal,
-) -> None:
-    """By HTTP; and in the sync after that it is not there from the start."""
-    one = sync("tensor")
-    for version in (30, 31):
-        move(learner, version)
-        assert list(one.push(both, dying(learner, servers[1]), version)) == [both[1].url]
-        assert agrees(portal, both[0], learner, model)
+    assert served(portal, both[0], TOKENS)[1] == "41"

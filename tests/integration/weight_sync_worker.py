@@ -1,6 +1,8 @@
 """Run by torchrun: two processes that sync to one server from several layouts; then the first is killed.
 
 torchrun --nproc-per-node 2 weight_sync_worker.py MODEL OUT URL
+
+OUT/finished then holds the names of the layouts that were proven.
 """
 
 import os
@@ -17,23 +19,25 @@ from megatron.core import parallel_state
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support.steps import TOKENIZER, make_config
+from support.weight_sync import stream
 
 from megatron_bicc import platform
-from megatron_bicc.policy.hf_weights import hf_tensors
 from megatron_bicc.policy.policy import Policy, start_model_parallel
+from megatron_bicc.rollout.sglang.check import until_well
 from megatron_bicc.rollout.sglang.client import ServerClient
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.weight_sync import proof
 from megatron_bicc.weight_sync.errors import WeightSyncError
 from megatron_bicc.weight_sync.servers import WeightSync
 
-LAYOUTS = {"tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}
-
-
-def stream(learner: Learner) -> Iterator[tuple[str, torch.Tensor]]:
-    """The policy's tensors. Collective."""
-    with platform.megatron():
-        yield from hf_tensors(learner.policy.modules, learner.policy.hf_config)
+LAYOUTS = {
+    "dp2": ("disk", {}),
+    "pp2": ("distributed", {"pipeline": 2}),
+    "ep2": ("distributed", {"expert": 2}),
+    "tp2": ("tensor", {"tensor": 2, "sequence": True}),
+    "tp2 ep2": ("tensor", {"tensor": 2, "sequence": True, "expert": 2}),
+}
+"""Name: (weight_sync.method, settings of parallel)"""
 
 
 def refused(sync: WeightSync, clients: list[ServerClient], learner: Learner) -> str:
@@ -51,9 +55,9 @@ def refused(sync: WeightSync, clients: list[ServerClient], learner: Learner) -> 
     return ""
 
 
-def run(layout: dict[str, int], method: str, arguments: list[str], portal: BlockingPortal) -> None:
-    """Proven by checksums, by log-probs; and an error of one process is every process's."""
-    model, out, url = arguments
+def start(layout: dict[str, int], method: str, arguments: list[str]) -> Learner:
+    """The policy, cut by a layout."""
+    model, out, _ = arguments
     config = make_config(Path(model), "grpo")
     config.output_dir = out
     config.weight_sync.method, config.weight_sync.bucket_mb = method, 0.03
@@ -61,12 +65,19 @@ def run(layout: dict[str, int], method: str, arguments: list[str], portal: Block
         setattr(config.parallel, name, size)
     parallel_state.destroy_model_parallel()
     start_model_parallel(config)
-    learner = Learner(config, Policy(config), TOKENIZER)
+    return Learner(config, Policy(config), TOKENIZER)
+
+
+def check(
+    name: str, number: int, arguments: list[str], clients: list[ServerClient], loop: BlockingPortal
+) -> None:
+    """Proven by checksums and by log-probs; and an error of one process is every process's."""
+    method, layout = LAYOUTS[name]
+    learner = start(layout, method, arguments)
     for module in learner.policy.modules:
         for parameter in module.parameters():
-            parameter.data *= 1.25
-    clients = [ServerClient(url)] if dist.get_rank() == 0 else []
-    sync = WeightSync(config, learner, portal.call)
+            parameter.data *= 1 + number / 10
+    sync = WeightSync(learner.config, learner, loop.call)
     assert sync.push(clients, stream(learner), 1) == {}
     assert not sync.proof.doubts
     known, proof.are_known = proof.are_known, lambda info: False
@@ -74,19 +85,12 @@ def run(layout: dict[str, int], method: str, arguments: list[str], portal: Block
     assert bool(sync.proof.doubts) == bool(clients)
     proof.are_known = known
     assert "rank_0" in refused(sync, clients, learner)
-    assert sync.push(clients, stream(learner), 4) == {}
     sync.close()
-    for client in clients:
-        portal.call(client.aclose)
 
 
-def die(arguments: list[str], portal: BlockingPortal) -> None:
+def die(arguments: list[str], clients: list[ServerClient], loop: BlockingPortal) -> None:
     """kill -9 of the first process in the middle of a sync."""
-    model, out, url = arguments
-    config = make_config(Path(model), "grpo")
-    config.output_dir, config.parallel.pipeline, config.weight_sync.bucket_mb = out, 2, 0.03
-    learner = Learner(config, Policy(config), TOKENIZER)
-    clients = [ServerClient(url)] if dist.get_rank() == 0 else []
+    learner = start({"pipeline": 2}, "tensor", arguments)
 
     def dying() -> Iterator[tuple[str, torch.Tensor]]:
         for i, item in enumerate(stream(learner)):
@@ -94,14 +98,22 @@ def die(arguments: list[str], portal: BlockingPortal) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield item
 
-    WeightSync(config, learner, portal.call).push(clients, dying(), 5)
+    WeightSync(learner.config, learner, loop.call).push(clients, dying(), 5)
+
+
+def main(arguments: list[str]) -> None:
+    """All layouts, then the end."""
+    platform.start_distributed()
+    with start_blocking_portal() as loop:
+        clients = [ServerClient(arguments[2])] if dist.get_rank() == 0 else []
+        for client in clients:
+            loop.call(until_well, client, 600, lambda: None)
+        for number, name in enumerate(LAYOUTS, 1):
+            check(name, number, arguments, clients, loop)
+        if clients:
+            Path(arguments[1], "finished").write_text(", ".join(LAYOUTS))
+        die(arguments, clients, loop)
 
 
 if __name__ == "__main__":
-    platform.start_distributed()
-    with start_blocking_portal() as loop:
-        for method, layout in zip(("tensor", "distributed"), LAYOUTS.values(), strict=True):
-            run(layout, method, sys.argv[1:], loop)
-        if dist.get_rank() == 0:
-            Path(sys.argv[2], "finished").write_text(" ".join(LAYOUTS))
-        die(sys.argv[1:], loop)
+    main(sys.argv[1:])

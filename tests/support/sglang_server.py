@@ -23,7 +23,12 @@ class SglangServer:
     """A server of one model. Its port stays when it is started again."""
 
     def __init__(
-        self, model: Path, log: Path, dtype: str = "float32", *more: str, tokenizer: bool = False
+        self,
+        model: Path,
+        log: Path,
+        dtype: str = "float32",
+        tensor_parallel: int = 1,
+        tokenizer: bool = False,
     ) -> None:
         """tokenizer: whether it reads the model's, to be asked in text, too."""
         with socket.socket() as free:
@@ -32,13 +37,17 @@ class SglangServer:
         self.url = f"http://127.0.0.1:{port}"
         self._log = log
         model_arguments = ["--model-path", str(model), "--dtype", dtype, "--port", str(port)]
-        more = more if tokenizer else ("--skip-tokenizer-init", *more)
-        self._command = [str(PYTHON), *ARGUMENTS.split(), *model_arguments, *more]
+        self._command = [str(PYTHON), *ARGUMENTS.split(), *model_arguments]
+        self._command += ["--tp-size", str(tensor_parallel)]
+        self._command += [] if tokenizer else ["--skip-tokenizer-init"]
+        # without it SGLang wants a NUMA node for each rank
+        cores = "|".join(map(str, range(tensor_parallel)))
+        self._env = {"SGLANG_CPU_OMP_THREADS_BIND": cores} if tensor_parallel > 1 else {}
         self._process: subprocess.Popen | None = None
 
     def start(self) -> None:
         """Starts it; `wait` until it can serve."""
-        env = os.environ | {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+        env = os.environ | {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"} | self._env
         # compiling SGLang and torch at every start takes longer than the tests
         env.pop("PYTHONDONTWRITEBYTECODE", None)
         with self._log.open("a") as log:

@@ -3,17 +3,23 @@
 import base64
 import hashlib
 import json
+import math
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from megatron_bicc.data import Prompt
+from megatron_bicc.rollout.types import Group, Sample
 from megatron_bicc.weight_sync.buckets import Bucket, buckets, checked, expected_shapes
 from megatron_bicc.weight_sync.checksums import Checksums
 from megatron_bicc.weight_sync.files import WeightFiles
+from megatron_bicc.weight_sync.probe import Probe, wrong
+from megatron_bicc.weight_sync.proof import unequal
 from megatron_bicc.weight_sync.tensor import encode, request_body
 
 EXPECTED = {"a.weight": (2, 3), "b.weight": (4,), "b.bias": (4,)}
@@ -118,23 +124,23 @@ def test_files_are_a_hugging_face_directory(model_dirs: dict[str, Path], tmp_pat
 def as_served(tensors: dict, config: PretrainedConfig, size: int, rank: int) -> dict[str, torch.Tensor]:
     """The parameters of an SGLang server's tensor-parallel rank, written out one by one."""
 
-    def rows(weight: torch.Tensor, parts: int = size, part: int = rank) -> torch.Tensor:
-        return weight.reshape(parts, -1, *weight.shape[1:])[part]
-
-    def columns(weight: torch.Tensor) -> torch.Tensor:
-        width = weight.shape[1] // size
-        return weight[:, rank * width : (rank + 1) * width]
-
-    def vocabulary(weight: torch.Tensor) -> torch.Tensor:
-        padded = torch.zeros(128, weight.shape[1], dtype=weight.dtype)
+    def rows(weight: torch.Tensor, height: int) -> torch.Tensor:
+        padded = torch.zeros(height, *weight.shape[1:], dtype=weight.dtype)
         padded[: len(weight)] = weight
-        return rows(padded)
+        return padded.reshape(size, -1, *weight.shape[1:])[rank]
 
-    kv_parts = min(size, config.num_key_value_heads)
-    found = {"model.embed_tokens.weight": vocabulary(tensors["model.embed_tokens.weight"])}
+    def columns(weight: torch.Tensor, width: int) -> torch.Tensor:
+        return rows(weight.T, width).T
+
+    kv_heads = max(config.num_key_value_heads, size)  # both powers of two
+    heads = kv_heads * config.num_attention_heads // config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    inner = getattr(config, "moe_intermediate_size", config.intermediate_size)
+    inner = math.ceil(inner / 32 / size) * 32 * size
+    found = {"model.embed_tokens.weight": rows(tensors["model.embed_tokens.weight"], 128)}
     found["model.norm.weight"] = tensors["model.norm.weight"]
     if "lm_head.weight" in tensors:
-        found["lm_head.weight"] = vocabulary(tensors["lm_head.weight"])
+        found["lm_head.weight"] = rows(tensors["lm_head.weight"], 128)
     for i in range(config.num_hidden_layers):
         layer, attention = f"model.layers.{i}.", f"model.layers.{i}.self_attn."
         for name in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
@@ -143,23 +149,22 @@ def as_served(tensors: dict, config: PretrainedConfig, size: int, rank: int) -> 
         for kind in ("weight", "bias"):
             if f"{attention}q_proj.{kind}" in tensors:
                 q, k, v = (tensors[f"{attention}{x}_proj.{kind}"] for x in "qkv")
-                own = rank * kv_parts // size
                 found[f"{attention}qkv_proj.{kind}"] = torch.cat(
-                    [rows(q), rows(k, kv_parts, own), rows(v, kv_parts, own)]
+                    [rows(q, heads * head_dim), *(rows(x, kv_heads * head_dim) for x in (k, v))]
                 )
-        found[f"{attention}o_proj.weight"] = columns(tensors[f"{attention}o_proj.weight"])
+        found[f"{attention}o_proj.weight"] = columns(tensors[f"{attention}o_proj.weight"], heads * head_dim)
         mlp = f"{layer}mlp."
         if f"{mlp}gate.weight" in tensors:
             found[f"{mlp}gate.weight"] = tensors[f"{mlp}gate.weight"]
             each = [f"{mlp}experts.{e}." for e in range(config.num_experts)]
-            gate_up = [[rows(tensors[f"{e}{x}_proj.weight"]) for x in ("gate", "up")] for e in each]
+            gate_up = [[rows(tensors[f"{e}{x}_proj.weight"], inner) for x in ("gate", "up")] for e in each]
             found[f"{mlp}experts.w13_weight"] = torch.stack([torch.cat(pair) for pair in gate_up])
-            down = [columns(tensors[f"{e}down_proj.weight"]) for e in each]
+            down = [columns(tensors[f"{e}down_proj.weight"], inner) for e in each]
             found[f"{mlp}experts.w2_weight"] = torch.stack(down)
         else:
-            gate_up = [rows(tensors[f"{mlp}{x}_proj.weight"]) for x in ("gate", "up")]
+            gate_up = [rows(tensors[f"{mlp}{x}_proj.weight"], inner) for x in ("gate", "up")]
             found[f"{mlp}gate_up_proj.weight"] = torch.cat(gate_up)
-            found[f"{mlp}down_proj.weight"] = columns(tensors[f"{mlp}down_proj.weight"])
+            found[f"{mlp}down_proj.weight"] = columns(tensors[f"{mlp}down_proj.weight"], inner)
     return found
 
 
@@ -188,3 +193,38 @@ def in_stream_order(name: str) -> tuple[str, int, int]:
     module, _, expert = ".".join(modules).partition(".experts.")
     parts = ["gate_proj", "up_proj", "q_proj", "k_proj", "v_proj"]
     return module, int(expert or 0), parts.index(kind) if kind in parts else 9
+
+
+def test_parameters_that_only_one_side_has_are_unequal() -> None:
+    assert unequal({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "9", "d": "4"}) == {"b", "c", "d"}
+
+
+OURS = np.linspace(-3, -1, 9, dtype=np.float32)
+EVEN, ONE = np.ones(9, np.float32), np.eye(9, dtype=np.float32)[4]
+
+
+def probe(url: str, differences: np.ndarray, dtype: torch.dtype) -> Probe:
+    """Two samples, of 4 and 5 tokens, whose log-probs are OURS and that much more."""
+    samples = [Sample(np.arange(len(x)), x, "length", 0) for x in np.split(OURS + differences, [4])]
+    return Probe(url, Group(Prompt(0, [], np.arange(3), "", "", {}), samples, [], np.zeros(2)), dtype, [])
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "differences", "agree"),
+    [
+        ("float32", "float32", 5e-5 * EVEN, True),
+        ("float32", "float32", 2e-4 * ONE, False),
+        ("float32", "float32", np.where(ONE, np.nan, 0), False),
+        ("bfloat16", "bfloat16", 0.03 * EVEN + 3 * ONE, True),
+        ("bfloat16", "bfloat16", -0.1 * EVEN, False),
+        ("bfloat16", "bfloat16", np.where(ONE, np.nan, 0), False),
+        ("float32", "bfloat16", 0.03 * EVEN, True),
+        ("bfloat16", "float32", 0.03 * EVEN, True),
+    ],
+)
+def test_probes_agree_or_are_named(ours: str, theirs: str, differences: np.ndarray, agree: bool) -> None:
+    """The second of three; the others agree."""
+    dtype = getattr(torch, theirs)
+    probes = [probe("a", 0 * EVEN, dtype), probe("b", differences, dtype), probe("c", 0 * EVEN, dtype)]
+    found = wrong(probes, lambda groups: np.tile(OURS, len(groups)), getattr(torch, ours))
+    assert [one.url for one in found] == ([] if agree else ["b"])

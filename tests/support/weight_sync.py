@@ -1,0 +1,64 @@
+"""A policy's weights and what a real server makes of them, for the tests of the weight sync."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from anyio.from_thread import BlockingPortal
+from transformers import PreTrainedModel
+
+from megatron_bicc import platform
+from megatron_bicc.policy.hf_weights import hf_tensors
+from megatron_bicc.rollout.sglang.client import ServerClient
+from megatron_bicc.training.learner import Learner
+from megatron_bicc.weight_sync.buckets import Bucket
+from megatron_bicc.weight_sync.tensor import PATH, encode, request_body
+
+TOKENS = [int(t) for t in np.random.default_rng(0).integers(2, 90, 40)]
+
+
+def move(learner: Learner, seed: int) -> None:
+    """Another policy."""
+    torch.manual_seed(seed)
+    for module in learner.policy.modules:
+        for parameter in module.parameters():
+            parameter.data += 0.03 * torch.randn_like(parameter)
+
+
+def stream(learner: Learner) -> Iterator[tuple[str, torch.Tensor]]:
+    """The policy's tensors. Collective."""
+    with platform.megatron():
+        yield from hf_tensors(learner.policy.modules, learner.policy.hf_config)
+
+
+def hf_log_probs(model: PreTrainedModel, tokens: list[int]) -> np.ndarray:
+    """Hugging Face's log-probs of tokens[1:]."""
+    with torch.no_grad():
+        log_p = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    return log_p[:-1].gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0].numpy()
+
+
+def served(portal: BlockingPortal, client: ServerClient, tokens: list[int]) -> tuple[np.ndarray, str]:
+    """The server's log-probs of tokens[1:], and the weight version that the answer carries."""
+    sampling = {"max_new_tokens": 1, "temperature": 0}
+    body = {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
+    meta = portal.call(client.generate, body, 30)["meta_info"]
+    rows = meta["input_token_logprobs"][1:]
+    return np.array([row[0] for row in rows]), meta["weight_version"]
+
+
+def greedy(portal: BlockingPortal, client: ServerClient, tokens: list[int]) -> tuple[int, float]:
+    """The token that the server says next, and its log-prob; it may have keys and values of `tokens`."""
+    sampling = {"max_new_tokens": 1, "temperature": 0}
+    body = {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True}
+    log_prob, token, *_ = portal.call(client.generate, body, 30)["meta_info"]["output_token_logprobs"][0]
+    return token, log_prob
+
+
+def tamper(portal: BlockingPortal, client: ServerClient, name: str, shape: list[int]) -> Any:
+    """Zeros into one of a server's parameters, behind our back; its answer."""
+    portal.call(client.post, "/begin_weight_update", {"selector": "all"})
+    answer = portal.call(client.post, PATH, request_body(encode(Bucket([(name, torch.zeros(shape))])), 1))
+    portal.call(client.post, "/end_weight_update", {})
+    return answer
