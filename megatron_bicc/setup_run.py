@@ -14,6 +14,7 @@ from megatron_bicc.agreement import check_agreement
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
 from megatron_bicc.data import Prompt, PromptSampler, load_prompts
+from megatron_bicc.errors import first_line
 from megatron_bicc.policy.policy import Policy, start_model_parallel
 from megatron_bicc.rewards import Verifier, check_threshold, get_verifier, unscorable
 from megatron_bicc.rollout.dynamic import Collector
@@ -126,7 +127,7 @@ def read_hf_config(path: str) -> PretrainedConfig:
         return hf_config
     except Exception as error:  # transformers raises many kinds for a damaged configuration
         raise ValueError(
-            f"model.path is {path}; its config.json cannot be used: {_first_line(error)}"
+            f"model.path is {path}; its config.json cannot be used: {first_line(error)}"
         ) from error
 
 
@@ -137,7 +138,7 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # and as many for a damaged tokenizer
         raise ValueError(
-            f"model.path is {path}; its tokenizer cannot be read: {_first_line(error)}"
+            f"model.path is {path}; its tokenizer cannot be read: {first_line(error)}"
         ) from error
     if len(tokenizer) > vocab_size:
         raise ValueError(
@@ -154,10 +155,6 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def heldout_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

@@ -8,6 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_bicc.errors import first_line
+
 Row = dict[str, Any]
 
 
@@ -28,8 +30,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
     try:
         yield from readers[path.suffix](path)
     except (OSError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: cannot be read as {path.suffix}: {reason}") from error
+        raise ValueError(f"{path}: cannot be read as {path.suffix}: {first_line(error)}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:

@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megatron_bicc.errors import first_line
 from megatron_bicc.platform.cpu import CudaOnCpu
 from megatron_bicc.platform.heartbeat import Heartbeat
 
@@ -88,7 +89,7 @@ def is_connection_loss(error: RuntimeError) -> bool:
 def lost_connection(error: RuntimeError) -> str:
     """One line that says which process on which host lost the connection, and to whom."""
     place = f"process {os.environ.get('RANK', '0')} on host {socket.gethostname()}"
-    return f"{place} lost the connection to another process: {_first_line(error)}"
+    return f"{place} lost the connection to another process: {first_line(error)}"
 
 
 def megatron() -> AbstractContextManager:
@@ -104,14 +105,10 @@ def _meet() -> tuple[dist.Store, int, int]:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ValueError(
             f"MASTER_ADDR:MASTER_PORT is {address}; process {os.environ['RANK']} on host "
-            f"{socket.gethostname()} cannot meet the others there: {_first_line(error)}; give a free port "
+            f"{socket.gethostname()} cannot meet the others there: {first_line(error)}; give a free port "
             "of the first host, the same on every host"
         ) from error
     return dist.PrefixStore("default_pg", store), rank, size
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _backend() -> str:

@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from megatron_bicc.errors import first_line
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SIDE_FILES = (
@@ -118,8 +120,7 @@ class PickleDirectory:
         try:
             return torch.load(self.path / file_name, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many kinds for a damaged or hostile pickle
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{self.path / file_name}: cannot be read: {reason}") from error
+            raise ValueError(f"{self.path / file_name}: cannot be read: {first_line(error)}") from error
 
 
 def open_tensors(path: str | Path, allow_pickle: bool) -> HfTensors:

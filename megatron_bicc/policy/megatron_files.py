@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_bicc import platform
+from megatron_bicc.errors import first_line
 from megatron_bicc.policy.megatron_pieces import Piece
 from megatron_bicc.policy.model import PolicyModel
 
@@ -54,10 +55,10 @@ def write_checkpoint(
     try:
         dcp.save({}, storage_writer=writer, planner=_StreamPlanner(list(pieces), objects, read))
     except CheckpointException as error:
-        if isinstance(_cause(error), RuntimeError):
+        if isinstance(cause(error), RuntimeError):
             # the system's own error is lost inside torch
-            raise OSError(errno.EIO, f"{_first_line(error)}; is the disk full?") from error
-        raise _cause(error) from error
+            raise OSError(errno.EIO, f"{first_line(cause(error))}; is the disk full?") from error
+        raise cause(error) from error
     if dist.get_rank() == 0:
         get_default_save_common_strategy().save_common({}, str(directory))
         save_config(FORMAT, str(directory))
@@ -118,7 +119,7 @@ class MegatronCheckpoint:
         try:
             self._tensors = dist_checkpointing.load_tensors_metadata(str(path))
         except Exception as error:  # megatron-core raises many kinds
-            raise ValueError(f"{path}: not a distributed checkpoint: {_first_line(error)}") from error
+            raise ValueError(f"{path}: not a distributed checkpoint: {first_line(cause(error))}") from error
 
     def check(self, pieces: list[Piece]) -> None:
         """Raises ValueError that names the first tensor that is missing or of another shape."""
@@ -146,7 +147,8 @@ class MegatronCheckpoint:
                     {}, storage_reader=self._reader, planner=_PiecePlanner(piece, parameter), no_dist=True
                 )
         except (Exception, CheckpointException) as error:  # torch raises many kinds
-            raise ValueError(f"{self.path}: {piece.key} cannot be read: {_first_line(error)}") from error
+            reason = first_line(cause(error))
+            raise ValueError(f"{self.path}: {piece.key} cannot be read: {reason}") from error
         return parameter
 
 
@@ -179,17 +181,11 @@ def load_chunks(chunks: list[PolicyModel], path: Path) -> None:
         try:
             loaded = dist_checkpointing.load(state, str(path))
         except (Exception, CheckpointException) as error:  # megatron-core and torch raise many kinds
-            raise ValueError(f"{path}: cannot be loaded: {_first_line(error)}") from error
+            raise ValueError(f"{path}: cannot be loaded: {first_line(cause(error))}") from error
         for i, chunk in enumerate(chunks):
             chunk.load_state_dict(loaded[f"model{i}"], strict=False)
 
 
-def _cause(error: BaseException) -> BaseException:
+def cause(error: BaseException) -> BaseException:
     """What failed on one of the processes, where torch wraps it."""
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-
-
-def _first_line(error: BaseException) -> str:
-    """What went wrong, without torch's tracebacks."""
-    error = _cause(error)
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from megatron_bicc.errors import first_line
 from megatron_bicc.rollout.types import Request, Sample, Sampling
 
 
@@ -33,8 +34,9 @@ class LocalEngine:
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"model.path is {path}; its weights cannot be read: {reason}") from error
+            raise ValueError(
+                f"model.path is {path}; its weights cannot be read: {first_line(error)}"
+            ) from error
         self.model = model.to(device).eval()
         # a model's own generation config may warp the distribution (top_k, repetition penalty)
         self.model.generation_config = GenerationConfig()

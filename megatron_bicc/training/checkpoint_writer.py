@@ -22,7 +22,9 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_bicc import platform
+from megatron_bicc.errors import first_line
 from megatron_bicc.platform.gather import gathered
+from megatron_bicc.policy.megatron_files import cause
 from megatron_bicc.policy.policy import Policy
 from megatron_bicc.training.checkpoint import (
     LATEST,
@@ -186,10 +188,9 @@ def _remove(checkpoint: Path) -> None:
 
 def _failure(final: Path, error: BaseException) -> CheckpointError:
     """One line, by what failed on whichever process."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+    error = cause(error)
     hint = "; is the disk full?" if isinstance(error, RuntimeError) else ""
-    reason = str(error).partition("\n")[0] + hint
     return CheckpointError(
-        f"{final}: cannot be written: {reason}; free space and go on by checkpoint.resume=true"
+        f"{final}: cannot be written: {first_line(error)}{hint}; "
+        "free space and go on by checkpoint.resume=true"
     )

@@ -1,0 +1,7 @@
+"""Errors of libraries, in a line."""
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, without the pages that may follow: at most 300 characters."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)[:300]
