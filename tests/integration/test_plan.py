@@ -49,6 +49,7 @@ IMPOSSIBLE = {
 OTHERS = {
     "wrong": case("llama_70b", 64, ["parallel.tensor=3"]),
     "proposals": case("tiny", 8, [], "--propose", "3", "--picture", "PICTURE", gpu="H200"),
+    "links": case("tiny", 8, [], "--network-gbits", "100", "--sync-gbits", "200", "--efficiency", "0.5"),
 }
 
 
@@ -93,6 +94,12 @@ def test_proposals_fit_and_the_shortest_step_is_first(results: dict[str, dict], 
     assert times == sorted(times) and times[0] <= found["figures"]["plan"]["seconds"]["step"]
     assert all(other["layout"] in found["out"] for other in others)
     assert (root / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_links_are_those_of_the_command_line(results: dict[str, dict]) -> None:
+    cluster = results["links"]["figures"]["plan"]["cluster"]
+    assert (cluster["network"], cluster["sync_link"]) == (12.5e9, 25e9)
+    assert cluster["compute_efficiency"] == 0.5
 
 
 def test_memory_adds_up(results: dict[str, dict]) -> None:

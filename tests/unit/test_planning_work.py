@@ -52,6 +52,18 @@ def test_token_counts_are_the_packers() -> None:
     assert found.rows in [sum(len(b.tokens_T) for b in rank) for rank in expected.ranks]
 
 
+def test_groups_without_contrast_are_not_trained() -> None:
+    config = make_config(synthetic__pass_rate=0.85)
+    step = synthetic_step(config, LLAMA, UnknownTokenizer(), data_parallel=1)
+    rollouts = draw_rollouts(config, np.random.default_rng(config.seed))
+    rewards_GR = rollouts.rewards_R.reshape(12, 8)
+    mixed_G = rewards_GR.min(1) < rewards_GR.max(1)
+    assert 0 < step.groups_with_contrast == mixed_G.sum() < 12
+    (update,) = step.updates
+    responses_G = np.diff(rollouts.offsets_R).reshape(12, 8).sum(1)
+    assert sum(b.num_response_rows for b in update.plain.ranks[0]) == responses_G[mixed_G].sum()
+
+
 def test_pairs_are_those_of_the_attention_mask() -> None:
     """Every row attends to its own segment up to itself; a response's row to all of its side's prefix too."""
     config = make_config()
