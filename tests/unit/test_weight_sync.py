@@ -203,10 +203,12 @@ OURS = np.linspace(-3, -1, 9, dtype=np.float32)
 EVEN, ONE = np.ones(9, np.float32), np.eye(9, dtype=np.float32)[4]
 
 
-def probe(url: str, differences: np.ndarray, dtype: torch.dtype) -> Probe:
-    """Two samples, of 4 and 5 tokens, whose log-probs are OURS and that much more."""
-    samples = [Sample(np.arange(len(x)), x, "length", 0) for x in np.split(OURS + differences, [4])]
-    return Probe(url, Group(Prompt(0, [], np.arange(3), "", "", {}), samples, [], np.zeros(2)), dtype, [])
+def probe(number: int, differences: np.ndarray, dtype: torch.dtype) -> Probe:
+    """Two samples, of 4 and 5 tokens, whose log-probs are OURS + number and that much more."""
+    samples = [Sample(np.arange(len(x)), x, "length", 0) for x in np.split(OURS + number + differences, [4])]
+    return Probe(
+        str(number), Group(Prompt(0, [], np.arange(3), "", "", {}), samples, [], np.zeros(2)), dtype, []
+    )
 
 
 @pytest.mark.parametrize(
@@ -225,6 +227,6 @@ def probe(url: str, differences: np.ndarray, dtype: torch.dtype) -> Probe:
 def test_probes_agree_or_are_named(ours: str, theirs: str, differences: np.ndarray, agree: bool) -> None:
     """The second of three; the others agree."""
     dtype = getattr(torch, theirs)
-    probes = [probe("a", 0 * EVEN, dtype), probe("b", differences, dtype), probe("c", 0 * EVEN, dtype)]
-    found = wrong(probes, lambda groups: np.tile(OURS, len(groups)), getattr(torch, ours))
-    assert [one.url for one in found] == ([] if agree else ["b"])
+    probes = [probe(i, differences if i == 1 else 0 * EVEN, dtype) for i in range(3)]
+    found = wrong(probes, lambda groups: np.concatenate([OURS + i for i in range(3)]), getattr(torch, ours))
+    assert [one.url for one in found] == ([] if agree else ["1"])
