@@ -45,7 +45,7 @@ class ParallelConfig:
     context: int = 1
     """Context-parallel size; only 1 is supported."""
     silence_seconds: float = 30.0
-    """A host that is not heard of for so long ends the run; 0 waits for collectives to fail."""
+    """A host that is not heard of for so long, at least 5, ends the run; 0 waits for collectives to fail."""
 
 
 @dataclass
