@@ -87,8 +87,16 @@ def test_nothing_is_loaded_from_elsewhere_and_rollouts_are_only_text(tmp_path: P
     assert page.tags.count("script") == 2
     assert "img" not in page.tags and "link" not in page.tags
     assert all(address.startswith("#") for address in page.addresses)
-    assert "<script>alert(1)</script>" in browser_data(page)["groups"][1]["prompt"]
-    assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e]", page.html)
+    shown = browser_data(page)["groups"][1]
+    assert "<script>alert(1)</script>" in shown["prompt"]
+    texts = [
+        shown["prompt"],
+        shown["truth"],
+        *shown["contexts"],
+        *(r["text"] for r in shown["rollouts"]),
+    ]
+    for text in (page.html, *texts):
+        assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\ud800-\udfff]", text)
     assert "default-src 'none'" in page.html
 
 
