@@ -1,6 +1,7 @@
 """Time and peak memory of alternatives, on a GPU or a CPU."""
 
 import contextlib
+import ctypes
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,9 @@ from megatron.core import parallel_state
 from megatron_bicc import platform
 from megatron_bicc.config import Config
 from megatron_bicc.policy.policy import start_model_parallel
+
+M_MMAP_THRESHOLD = -3
+"""Of the C library's malloc.h"""
 
 
 @contextlib.contextmanager
@@ -80,6 +84,14 @@ def peak_beyond(call: Callable[[], Any]) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     call()
     return (_resident_kb("VmHWM") - before) * 1024
+
+
+def return_freed_memory() -> None:
+    """From now on freed memory goes back to the system at once: `peak_beyond` then sees what is in use.
+
+    To be called before anything large was made: what was freed before it is used again, and not seen.
+    """
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
 
 
 def _resident_kb(key: str) -> int:

@@ -2,28 +2,26 @@
 
 disk: the bytes copied from file to file. tensor: one HTTP request with them, to a server that throws them
 away. distributed: one broadcast of a flat tensor to another process. A sync also pauses the server, turns
-Megatron's shards into whole tensors, makes the server load them, and proves by checksums that it has.
+Megatron's shards into whole tensors, makes the server load them, and proves by checksums that it has. Sync
+and copy take turns, so that a busy machine slows both alike.
 """
 
 import argparse
 import multiprocessing
-import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from datetime import timedelta
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import httpx2 as httpx
 import numpy as np
 import torch
-import torch.distributed as dist
 from anyio.from_thread import BlockingPortal, start_blocking_portal
-from benchmarks._measure import machine, one_process, peak_beyond
+from benchmarks._copies import PLAIN
+from benchmarks._measure import machine, one_process, peak_beyond, return_freed_memory
 from benchmarks._steps import TOKENIZER, random_model
 from transformers import AutoTokenizer
 
@@ -36,14 +34,15 @@ from megatron_bicc.rollout.sglang.check import until_well
 from megatron_bicc.rollout.sglang.client import ServerClient
 from megatron_bicc.rollout.sglang.launch import SpawnedServer
 from megatron_bicc.training.learner import Learner
+from megatron_bicc.weight_sync.checksums import Checksums
 from megatron_bicc.weight_sync.servers import WeightSync
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's own options."""
-    parser.add_argument("--hidden", type=int, default=1024, help="hidden size (%(default)s)")
-    parser.add_argument("--layers", type=int, default=4, help="layers (%(default)s)")
-    parser.add_argument("--bucket-mb", type=float, default=32, help="weight_sync.bucket_mb (%(default)s)")
+    parser.add_argument("--hidden", type=int, default=512, help="hidden size (%(default)s)")
+    parser.add_argument("--layers", type=int, default=8, help="layers (%(default)s)")
+    parser.add_argument("--bucket-mb", type=float, default=8, help="weight_sync.bucket_mb (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="timed syncs, median counts (%(default)s)")
 
 
@@ -51,35 +50,62 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures every method, and the plain copies.
 
     Returns:
-        bytes, and for each method seconds and gb_per_s, plain_seconds and plain_gb_per_s of the plain copy,
-        ratio of the times, and peak_mb, the trainer's memory beyond what it had before.
+        bytes and bucket_bytes; proof_seconds, what both sides take for the checksums; for each method seconds
+        and gb_per_s, plain_seconds and plain_gb_per_s of the plain copy, ratio of the times, and peak_bytes,
+        the trainer's memory beyond what it had before.
     """
     a = arguments
     with TemporaryDirectory() as directory, one_process(), start_blocking_portal() as portal:
         config = _config(Path(directory), a)
         learner = Learner(config, Policy(config), AutoTokenizer.from_pretrained(TOKENIZER))
         nbytes = sum(tensor.nbytes for _, tensor in _stream(learner))
-        figures: dict[str, Any] = {"bytes": nbytes, "bucket_mb": a.bucket_mb, "machine": machine()}
-        plain = {"disk": _file_copy, "tensor": _http, "distributed": _broadcast}
+        figures: dict[str, Any] = {"bytes": nbytes, "bucket_bytes": int(a.bucket_mb * 2**20)}
         with _server(config, portal) as client:
-            for method, copy in plain.items():
-                with _sync(config, learner, portal, client, method) as sync:
-                    figures[method] = {
-                        "peak_mb": peak_beyond(sync) / 2**20,
-                        "seconds": _seconds(a.repeats, sync),
-                    }
-                with copy(nbytes, Path(directory)) as call:
-                    figures[method]["plain_seconds"] = _seconds(a.repeats, call)
-    for method in plain:
-        _complete(figures[method], nbytes)
-        print(f"{method:12}" + "".join(f"{name} {value:<10.3g}" for name, value in figures[method].items()))
-    return figures
+            for method, copy in PLAIN.items():
+                with (
+                    _sync(config, learner, portal, client, method) as sync,
+                    copy(nbytes, Path(directory)) as call,
+                ):
+                    figures[method] = _rates(nbytes, *_seconds(a.repeats, sync, call))
+            prove = partial(_prove, learner, portal, client)
+            (figures["proof_seconds"],) = _seconds(a.repeats, prove)
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other:
+                for method, peak in other.submit(_peaks, config, client.url).result().items():
+                    figures[method]["peak_bytes"] = peak
+    _print(figures)
+    return {**figures, "machine": machine()}
 
 
-def _complete(figures: dict[str, float], nbytes: int) -> None:
-    figures["gb_per_s"] = nbytes / figures["seconds"] / 1e9
-    figures["plain_gb_per_s"] = nbytes / figures["plain_seconds"] / 1e9
-    figures["ratio"] = figures["seconds"] / figures["plain_seconds"]
+def _peaks(config: Config, url: str) -> dict[str, int]:
+    """The bytes that each method takes beside the policy, in a process of its own."""
+    return_freed_memory()
+    peaks = {}
+    with one_process(), start_blocking_portal() as portal:
+        learner = Learner(config, Policy(config), AutoTokenizer.from_pretrained(TOKENIZER))
+        client = ServerClient(url)
+        for method in PLAIN:
+            with _sync(config, learner, portal, client, method) as sync:
+                sync()  # what is made once does not count
+                peaks[method] = peak_beyond(sync)
+        portal.call(client.aclose)
+    return peaks
+
+
+def _rates(nbytes: int, seconds: float, plain_seconds: float) -> dict[str, float]:
+    return {
+        "seconds": seconds,
+        "gb_per_s": nbytes / seconds / 1e9,
+        "plain_seconds": plain_seconds,
+        "plain_gb_per_s": nbytes / plain_seconds / 1e9,
+        "ratio": seconds / plain_seconds,
+    }
+
+
+def _print(figures: dict[str, Any]) -> None:
+    print(f"{figures['bytes']:,} bytes in buckets of {figures['bucket_bytes']:,}")
+    print(f"both sides' checksums alone: {figures['proof_seconds']:.3g} s")
+    for method in PLAIN:
+        print(f"{method:12}" + "".join(f" {name} {value:<9.3g}" for name, value in figures[method].items()))
 
 
 def _config(directory: Path, a: argparse.Namespace) -> Config:
@@ -88,6 +114,7 @@ def _config(directory: Path, a: argparse.Namespace) -> Config:
     config.model.path = str(directory / "model")
     config.model.dtype = "bfloat16" if platform.has_cuda() else "float32"
     config.weight_sync.bucket_mb, config.weight_sync.keep_files = a.bucket_mb, False
+    config.rollout.sglang.server_args = "--max-total-tokens 4096"
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     tokenizer.save_pretrained(config.model.path)
     random_model(a.hidden, a.layers, len(tokenizer)).save_pretrained(config.model.path)
@@ -127,68 +154,19 @@ def _sync(
     sync.close()
 
 
-def _seconds(repeats: int, call: Callable[[], Any]) -> float:
-    """Median time of a call; a first one is not counted."""
-    times = []
+def _prove(learner: Learner, portal: BlockingPortal, client: ServerClient) -> None:
+    checksums = Checksums(learner.policy.hf_config, 1, getattr(torch, learner.config.model.dtype))
+    for name, tensor in _stream(learner):
+        checksums.add(name, tensor)
+    portal.call(client.post, "/weights_checker", {"action": "checksum"}, 600)
+
+
+def _seconds(repeats: int, *calls: Callable[[], Any]) -> list[float]:
+    """Median time of each call; they take turns, and a first turn is not counted."""
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats + 1):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[1:]))
-
-
-@contextmanager
-def _file_copy(nbytes: int, directory: Path) -> Iterator[Callable[[], Any]]:
-    source = directory / "source"
-    source.write_bytes(bytes(nbytes))
-    yield lambda: shutil.copyfile(source, directory / "target")
-    source.unlink()
-
-
-class _Discard(BaseHTTPRequestHandler):
-    """Reads what it is sent."""
-
-    def do_POST(self) -> None:
-        """Answers when it has read all."""
-        left = int(self.headers["Content-Length"])
-        while left:
-            left -= len(self.rfile.read(min(left, 2**20)))
-        self.send_response(204)
-        self.end_headers()
-
-    def log_message(self, *args: Any) -> None:
-        """Says nothing."""
-
-
-@contextmanager
-def _http(nbytes: int, directory: Path) -> Iterator[Callable[[], Any]]:
-    server = HTTPServer(("127.0.0.1", 0), _Discard)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    body, url = bytes(nbytes), f"http://127.0.0.1:{server.server_port}"
-    with httpx.Client(trust_env=False) as client:
-        yield lambda: client.post(url, content=body, timeout=600)
-    server.shutdown()
-    server.server_close()
-
-
-@contextmanager
-def _broadcast(nbytes: int, directory: Path) -> Iterator[Callable[[], Any]]:
-    """From this process; the other one takes part until it is sent a zero."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
-    receiver = context.Process(target=_receive, args=(store.port, nbytes))
-    receiver.start()
-    group = dist.ProcessGroupGloo(store, 0, 2, timedelta(minutes=10))
-    flat = torch.ones(nbytes, dtype=torch.uint8)
-    yield lambda: group.broadcast(flat, 0).wait()
-    flat[0] = 0
-    group.broadcast(flat, 0).wait()
-    receiver.join()
-
-
-def _receive(port: int, nbytes: int) -> None:
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    group = dist.ProcessGroupGloo(store, 1, 2, timedelta(minutes=10))
-    flat = torch.ones(nbytes, dtype=torch.uint8)
-    while flat[0]:
-        group.broadcast(flat, 0).wait()
+        for call, own in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            own.append(time.perf_counter() - start)
+    return [float(np.median(own[1:])) for own in times]
