@@ -291,6 +291,15 @@ def test_signals_of_the_terminal_do_not_end_a_guard(guarded: tuple[subprocess.Po
     assert gone(first)
 
 
+def test_a_guard_that_is_killed_takes_its_server_with_it(guarded: tuple[subprocess.Popen, Path]) -> None:
+    guard, log = guarded
+    first = child(log, 1)
+    server = first.parent()
+    guard.kill()
+    server.wait(60)
+    first.kill()  # a real server ends its own
+
+
 def test_a_server_that_does_not_want_to_end_is_killed(tmp_path: Path) -> None:
     log, shared = tmp_path / "log", Path("/dev/shm/megatron_bicc_test")
     shared.write_text("left over")
