@@ -16,6 +16,7 @@ from pathlib import Path
 
 import anyio
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -47,6 +48,7 @@ CHATS = [[{"role": "user", "content": sum_}] for sum_ in ("47+8-6=", "31-5+9=", 
 NEW = 24
 """Most tokens of their answers"""
 MODEL = Path(__file__).parents[2] / "examples/tiny_policy"
+DATA = Path(__file__).parents[2] / "examples/data/train.parquet"
 pytestmark = [
     pytest.mark.timeout(900),  # a busy machine needs minutes to start a server
     pytest.mark.skipif(not PYTHON.exists(), reason="there is no .venv-sglang: make sglang"),
@@ -64,7 +66,8 @@ class Runs:
     def start(self, name: str, url: str, *settings: str) -> int:
         """Starts a run on the server at this URL; its process id."""
         out = self.directory / name
-        where = [f"output_dir={out}", f"rollout.sglang.servers={url}"]
+        prompts = self.directory / "prompts.parquet"
+        where = [f"output_dir={out}", f"data.train={prompts}", f"rollout.sglang.servers={url}"]
         return self.forked.start([*SETTINGS, *where, *settings], self.directory / f"{name}.err")
 
     def end(self, name: str, url: str, *settings: str) -> dict:
@@ -99,6 +102,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     server = SglangServer(MODEL, directory / "server.log")
     server.start()
     forked = ForkedRuns()
+    pq.write_table(pq.read_table(DATA)[:64], directory / "prompts.parquet")
     try:
         server.wait()
         yield Runs(directory, server, forked)

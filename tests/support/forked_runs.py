@@ -52,14 +52,15 @@ def serve() -> None:
     from megatron_bicc.train import main
 
     # what every run would load anew
-    read_inputs(parse_config(["--config", "examples/configs/tiny.yaml", "parallel.tensor=1"]))
+    settings = ["parallel.tensor=1", "data.train=examples/data/heldout.parquet"]
+    read_inputs(parse_config(["--config", "examples/configs/tiny.yaml", *settings]))
     for order in iter(sys.stdin.readline, ""):
-        settings, err = json.loads(order)
+        command_line, err = json.loads(order)
         child = os.fork()
         if not child:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-            return main(settings)
+            return main(command_line)
         print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
