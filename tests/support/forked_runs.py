@@ -7,6 +7,7 @@ answers each with the run's process id, then, once that has ended, with its exit
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,12 @@ class ForkedRuns:
         command = [sys.executable, "-W", "ignore", __file__]
         # unbuffered: what `select` does not see must not have been read already
         self._worker = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=REPOSITORY
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            cwd=REPOSITORY,
+            start_new_session=True,
         )
         self._err = Path()
 
@@ -39,9 +45,8 @@ class ForkedRuns:
         return {"status": int(self._worker.stdout.readline()), "err": self._err.read_text()}
 
     def close(self) -> None:
-        """Ends the process that runs are forked from."""
-        self._worker.stdin.close()
-        self._worker.kill()
+        """Ends the process that runs are forked from, and a run that has not ended."""
+        os.killpg(self._worker.pid, signal.SIGKILL)
         self._worker.wait()
 
 
