@@ -120,11 +120,28 @@ def answer(**meta: Any) -> list[dict[str, Any]]:
     return [{"output_ids": [7, 1], "meta_info": known | meta}]
 
 
+def with_tokens(*tokens: Any) -> list[dict[str, Any]]:
+    """An answer that has these for token ids, in both places that name them."""
+    (item,) = answer(output_token_logprobs=[[-0.5, token, None] for token in tokens])
+    return [item | {"output_ids": list(tokens)}]
+
+
+def with_log_prob(value: Any) -> list[dict[str, Any]]:
+    return answer(output_token_logprobs=[[-0.5, 7, None], [value, 1, None]])
+
+
 def test_a_good_answer() -> None:
     (sample,) = read_samples(answer(), 1, "3", 10)
     np.testing.assert_array_equal(sample.token_ids, [7, 1])
     np.testing.assert_array_equal(sample.log_probs, np.float32([-0.5, -1.5]))
+    assert (sample.token_ids.dtype, sample.log_probs.dtype) == (np.int32, np.float32)
     assert (sample.finish_reason, sample.weight_version) == ("stop", 3)
+
+
+@pytest.mark.parametrize("value", [0, -0.0, 2e-7, -1, -3.4e38])
+def test_log_probs_that_can_be(value: float) -> None:
+    """A sure token's comes as 0 or, by rounding, as a little more."""
+    assert read_samples(with_log_prob(value), 1, "3", 10)[0].log_probs[1] == np.float32(value)
 
 
 @pytest.mark.parametrize(
@@ -135,10 +152,30 @@ def test_a_good_answer() -> None:
         (answer(finish_reason={"type": "abort"}), BadAnswer, "abort"),
         (answer(output_token_logprobs=[[-0.5, 7, None]]), BadAnswer, "log-probs"),
         (answer(output_token_logprobs=[[-0.5, 8, None], [-1, 1, None]]), BadAnswer, "log-probs"),
-        (answer(output_token_logprobs=[[float("nan"), 7, 0], [-1, 1, 0]]), BadAnswer, "log-probs"),
+        (answer(output_token_logprobs=[[float("nan"), 7, 0], [-1, 1, 0]]), BadAnswer, "nan for a log-prob"),
         (answer()[0], BadAnswer, "1 samples were asked for"),
         (answer() * 2, BadAnswer, "1 samples were asked for"),
         ([{"output_ids": [7, 1]}], BadAnswer, "meta_info"),
+        (["text"], BadAnswer, "another shape"),
+        ([{"output_ids": [7, 1], "meta_info": "text"}], BadAnswer, "another shape"),
+        (with_tokens("a", 1), BadAnswer, "with a for a token"),
+        (with_tokens([1], [2]), BadAnswer, r"with \[1\] for a token"),
+        (with_tokens([1], 2), BadAnswer, r"with \[1\] for a token"),
+        (with_tokens(1.0, 1), BadAnswer, "with 1.0 for a token"),
+        (with_tokens(True, 1), BadAnswer, "with True for a token"),
+        (with_tokens(None, 1), BadAnswer, "with None for a token"),
+        (with_tokens(2**70, 1), BadAnswer, f"token {2**70} was sampled"),
+        (with_tokens(1, -1), BadAnswer, "token -1 was sampled"),
+        (with_tokens(), BadAnswer, r"tokens are \[\]"),
+        ([answer()[0] | {"output_ids": "71"}], BadAnswer, "tokens are 71"),
+        (with_log_prob("-0.5"), BadAnswer, "with -0.5 for a log-prob"),
+        (with_log_prob({}), BadAnswer, "with {} for a log-prob"),
+        (with_log_prob(True), BadAnswer, "with True for a log-prob"),
+        (with_log_prob(0.01), BadAnswer, "with 0.01 for a log-prob"),
+        (with_log_prob(-1e39), BadAnswer, "with -1e[+]39 for a log-prob"),
+        (with_log_prob(-(10**400)), BadAnswer, "for a log-prob"),
+        (with_log_prob(float("inf")), BadAnswer, "with inf for a log-prob"),
+        (with_log_prob(float("-inf")), BadAnswer, "with -inf for a log-prob"),
     ],
 )
 def test_spoiled_answers(spoiled: Any, error: type, message: str) -> None:

@@ -6,6 +6,10 @@ import numpy as np
 
 from megatron_bicc.rollout.types import Request, Sample, Sampling
 
+LEAST_LOG_PROB = float(np.finfo(np.float32).min)
+LOG_PROB_ROUNDING = 1e-3
+"""By which the log of a probability of 1 may come out above 0."""
+
 
 class StaleWeights(Exception):
     """A server sampled with other weights than asked for. One line: which."""
@@ -51,11 +55,13 @@ def read_samples(answer: Any, count: int, version: str, vocab_size: int) -> list
         raise BadAnswer(f"{count} samples were asked for, and the answer is {str(answer)[:100]}")
     try:
         return [_sample(item["output_ids"], item["meta_info"], version, vocab_size) for item in answer]
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, IndexError) as error:
         raise BadAnswer(f"an answer without {error}") from None
+    except (TypeError, AttributeError) as error:
+        raise BadAnswer(f"an answer of another shape: {error}") from None
 
 
-def _sample(output_ids: list[int], meta: dict[str, Any], version: str, vocab_size: int) -> Sample:
+def _sample(output_ids: Any, meta: dict[str, Any], version: str, vocab_size: int) -> Sample:
     reason = meta["finish_reason"]["type"]
     if reason not in ("stop", "length"):
         raise BadAnswer(f"a sample ended by {meta['finish_reason']}")
@@ -63,12 +69,27 @@ def _sample(output_ids: list[int], meta: dict[str, Any], version: str, vocab_siz
     versions.add(str(meta["weight_version"]))
     if versions != {version}:
         raise StaleWeights(f"a sample of weight version {', '.join(sorted(versions))}, not {version}")
-    tokens = np.array(output_ids, dtype=np.int64)
-    log_probs = np.array([entry[0] for entry in meta["output_token_logprobs"]], dtype=np.float32)
-    named = [entry[1] for entry in meta["output_token_logprobs"]]
-    if not len(tokens) or named != output_ids or not np.isfinite(log_probs).all():
+    _check_tokens(output_ids, vocab_size)
+    log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
+    if [entry[1] for entry in meta["output_token_logprobs"]] != output_ids:
         raise BadAnswer("the log-probs are not those of the tokens")
-    if tokens.min() < 0 or tokens.max() >= vocab_size:
-        raise BadAnswer(f"token {tokens.max()} was sampled, but the policy has {vocab_size} tokens")
+    _check_log_probs(log_probs)
     number = int(version) if version.isdigit() else 0
-    return Sample(tokens.astype(np.int32), log_probs, reason, number)
+    return Sample(np.array(output_ids, np.int32), np.array(log_probs, np.float32), reason, number)
+
+
+def _check_tokens(output_ids: Any, vocab_size: int) -> None:
+    if not isinstance(output_ids, list) or not output_ids:
+        raise BadAnswer(f"a sample whose tokens are {str(output_ids)[:100]}")
+    for token in output_ids:
+        if type(token) is not int:  # JSON's true is an int to isinstance
+            raise BadAnswer(f"a sample with {str(token)[:100]} for a token")
+        if not 0 <= token < vocab_size:
+            raise BadAnswer(f"token {str(token)[:100]} was sampled, but the policy has {vocab_size} tokens")
+
+
+def _check_log_probs(log_probs: list[Any]) -> None:
+    for value in log_probs:
+        # written so that a NaN fails
+        if type(value) not in (int, float) or not LEAST_LOG_PROB <= value <= LOG_PROB_ROUNDING:
+            raise BadAnswer(f"a sample with {str(value)[:100]} for a log-prob")
