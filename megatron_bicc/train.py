@@ -65,8 +65,10 @@ def run(config: Config) -> None:
         abort(str(error))
     try:
         train(inputs, workers, first_step)
-    except (CheckpointError, RolloutError, WeightSyncError) as error:
+    except CheckpointError as error:
         abort(str(error))
+    except (RolloutError, WeightSyncError) as error:
+        abort(f"{error}; checkpoint.resume=true goes on from the newest checkpoint")
     platform.end_distributed()
 
 

@@ -102,6 +102,8 @@ class WeightSync:
         """Removes the files and leaves the servers' process group."""
         self.method.close()
         self.files.remove()
+        with contextlib.suppress(OSError):  # another process's files are in it
+            self.files.root.parent.rmdir()
 
     def _deliver(
         self, clients: list[ServerClient], stream: Iterator[tuple[str, Tensor]], version: int

@@ -30,12 +30,13 @@ KEY = "a-secret-key"
 
 
 class Answers(BaseHTTPRequestHandler):
-    """/STATUS/TEXT answers with that status and text; 403 without the key."""
+    """/STATUS/TEXT answers with that status and text, HEADER for the key's header; 403 without the key."""
 
     def do_GET(self) -> None:
         _, status, text = unquote(self.path).split("/", 2)
         if self.headers.get("Authorization") != f"Bearer {KEY}":
             status = "403"
+        text = text.replace("HEADER", str(self.headers.get("Authorization")))
         self.send_response(int(status))
         self.send_header("Content-Type", "application/json")
         self.end_headers()
@@ -63,10 +64,11 @@ def test_the_key_is_sent_and_not_told(url: str) -> None:
     assert ask(url, '/200/{"success":true}') == {"success": True}
     with pytest.raises(ServerRefusal, match="HTTP 403"):
         ask(url, "/200/{}", key=None)
-    for path in ("/500/{}", "/400/{}", "/200/["):
+    for path in ("/500/{}", "/400/{}", "/200/[", "/401/HEADER", "/200/HEADER"):
         with pytest.raises(ServerError) as error:
             ask(url, path)
         assert KEY not in str(error.value) + repr(error.value)
+        assert "HEADER" not in path or "Bearer ***" in str(error.value)
     client = ServerClient(url, KEY)
     assert KEY not in repr(client.__dict__) + repr(client._http.headers)
 
@@ -211,7 +213,7 @@ def test_nothing_is_cut_off_the_distribution() -> None:
         ("attach", {"servers": "http://host:b"}, "'http://host:b'; write http://host:port"),
         ("attach", {"servers": "http://h:1,http://h:1"}, "http://h:1 more than once"),
         ("attach", {"servers": "http://me:pw@host:1"}, "holds a password"),
-        ("attach", {"servers": "http://h:1", "api_key_variable": "NOT_SET_X"}, "that variable is not set"),
+        ("attach", {"servers": "http://h:1", "api_key_variable": "NOT_SET_X"}, "a variable that is not set"),
         ("spawn", {"servers": "http://h:1"}, "it needs rollout.launch=attach"),
         ("spawn", {"python": "no/such/python"}, "make sglang"),
         ("spawn", {"api_key_variable": "HOME"}, "writes its key"),
@@ -241,6 +243,16 @@ def test_settings_that_do_not_fit(launch: str, settings: dict, message: str) -> 
 def test_gpus_that_can_be_named(gpus: str) -> None:
     sglang = SglangConfig(python=sys.executable, gpus=gpus, servers_per_node=2)
     check_servers(RolloutConfig("sglang", "spawn", sglang=sglang))
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY}\r", f"{KEY} ", f"{KEY}\u20ac"])
+def test_a_key_that_no_header_carries_is_refused_and_not_told(key: str, monkeypatch: Any) -> None:
+    monkeypatch.setenv("A_KEY", key)
+    for variable, message in (("A_KEY", "no HTTP header can carry"), (KEY, "not the key")):
+        sglang = SglangConfig(servers="http://h:1", api_key_variable=variable)
+        with pytest.raises(ValueError, match=message) as error:
+            check_servers(RolloutConfig("sglang", "attach", sglang=sglang))
+        assert KEY not in str(error.value)
 
 
 def test_colocation_needs_servers() -> None:

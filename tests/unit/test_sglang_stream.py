@@ -1,7 +1,7 @@
 """Groups on their way from the servers: in the order in which they finish, bounded, and given up for good."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Thread
 from typing import ClassVar
@@ -9,10 +9,11 @@ from typing import ClassVar
 import anyio
 import numpy as np
 import pytest
+from anyio.abc import TaskGroup
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from megatron_bicc.rollout.sglang.client import ServerClient
-from megatron_bicc.rollout.sglang.servers import Server
+from megatron_bicc.rollout.sglang.servers import RequestTaken, Server
 from megatron_bicc.rollout.sglang.stream import group_stream
 from megatron_bicc.rollout.types import Request, RolloutError, Sample
 
@@ -116,25 +117,40 @@ class Endless(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_server_is_told_what_is_not_wanted(portal: BlockingPortal) -> None:
+@pytest.fixture
+def endless() -> Iterator[Server]:
     http = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
     http.daemon_threads = True
     Thread(target=http.serve_forever, daemon=True).start()
-    server = Server(ServerClient(f"http://127.0.0.1:{http.server_port}"))
-
-    async def cancelled_in_time() -> None:
-        with anyio.move_on_after(10):
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(server.generate, {"input_ids": [[1], [1], [1]]}, 60.0)
-                while "/generate" not in Endless.sent:
-                    await anyio.sleep(0.01)
-                tasks.cancel_scope.cancel()
-        await server.client.aclose()
-
-    portal.call(cancelled_in_time)
+    Endless.sent.clear()
+    Endless.never.clear()
+    yield Server(ServerClient(f"http://127.0.0.1:{http.server_port}"))
     Endless.never.set()
     http.shutdown()
+
+
+async def until_asked(server: Server, then: Callable[[TaskGroup], None]) -> None:
+    """Asks for three samples and does something once the server has heard of it."""
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(server.generate, {"input_ids": [[1], [1], [1]]}, 60.0)
+            while "/generate" not in Endless.sent:
+                await anyio.sleep(0.01)
+            then(tasks)
+    await server.client.aclose()
+
+
+def test_a_server_is_told_what_is_not_wanted(portal: BlockingPortal, endless: Server) -> None:
+    portal.call(until_asked, endless, lambda tasks: tasks.cancel_scope.cancel())
     (asked,) = Endless.sent["/generate"]
     assert len(set(asked["rid"])) == 3
     assert [body["rid"] for body in Endless.sent["/abort_request"]] == asked["rid"]
-    assert server.outstanding == 0
+    assert endless.outstanding == 0
+
+
+def test_what_is_taken_from_a_server_says_why_once(portal: BlockingPortal, endless: Server) -> None:
+    why = "http://h:1: /health was not answered well within 5 s"
+    with pytest.raises(ExceptionGroup) as found:
+        portal.call(until_asked, endless, lambda _: endless.lose(why))
+    (error,) = found.value.exceptions
+    assert isinstance(error, RequestTaken) and str(error) == why

@@ -5,6 +5,9 @@ import hashlib
 import json
 import math
 import pickle
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ from megatron_bicc.weight_sync.probe import Probe, wrong
 from megatron_bicc.weight_sync.proof import unequal
 from megatron_bicc.weight_sync.tensor import encode, request_body
 
+REPOSITORY = Path(__file__).parents[2]
 EXPECTED = {"a.weight": (2, 3), "b.weight": (4,), "b.bias": (4,)}
 
 
@@ -119,6 +123,21 @@ def test_files_are_a_hugging_face_directory(model_dirs: dict[str, Path], tmp_pat
     assert all(torch.equal(p, tensors[name] + 2) for name, p in model.named_parameters())
     files.remove()
     assert not list(tmp_path.iterdir())
+
+
+def test_no_file_stays_when_the_process_is_killed(tmp_path: Path) -> None:
+    program = (
+        "import os; from pathlib import Path; from megatron_bicc.weight_sync.files import WeightFiles\n"
+        f"WeightFiles(Path({str(tmp_path / 'weights')!r}), Path('examples/tiny_policy')).start()\n"
+        "print(os.listdir(os.sys.argv[1] + '/weights'), flush=True); os.kill(os.getpid(), 9)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == -9 and done.stdout == "['partial']\n", done.stderr
+    end = time.monotonic() + 30
+    while (tmp_path / "weights").exists():
+        assert time.monotonic() < end, "the files are still there"
+        time.sleep(0.1)
 
 
 def as_served(tensors: dict, config: PretrainedConfig, size: int, rank: int) -> dict[str, torch.Tensor]:

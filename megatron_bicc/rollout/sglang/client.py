@@ -136,12 +136,19 @@ class ServerClient:
             reason = f"no answer within {timeout_s or self.timeout_s:g} s"
             raise ServerUnavailable(self.url, path, reason) from None
         except httpx.RequestError as error:
-            reason = str(error) or "the connection broke off"
+            reason = self._masked(str(error)) or "the connection broke off"
             raise ConnectionBroken(self.url, path, f"{type(error).__name__}: {reason}") from None
         return self._decoded(path, response)
 
+    def _masked(self, text: str) -> str:
+        """What a server said, without the key: some servers repeat the header that they refuse."""
+        # kept in the headers alone, which do not show it when they are printed
+        key = self._http.headers.get("Authorization", "").removeprefix("Bearer ")
+        return text.replace(key, "***") if key else text
+
     def _decoded(self, path: str, response: httpx.Response) -> Any:
-        said = f"HTTP {response.status_code}: {response.text or 'no text'}"
+        text = self._masked(response.text)
+        said = f"HTTP {response.status_code}: {text or 'no text'}"
         if response.status_code >= 500:
             raise ServerUnavailable(self.url, path, said)
         if not response.is_success:
@@ -151,7 +158,7 @@ class ServerClient:
         try:
             return response.json()
         except ValueError:
-            raise ServerUnavailable(self.url, path, f"an answer that is no JSON: {response.text}") from None
+            raise ServerUnavailable(self.url, path, f"an answer that is no JSON: {text}") from None
 
 
 async def _parts(text: Sequence[bytes]) -> AsyncIterator[bytes]:

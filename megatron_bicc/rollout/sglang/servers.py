@@ -26,6 +26,10 @@ LONGEST_PAUSE_S = 10.0
 Result = TypeVar("Result")
 
 
+class RequestTaken(Exception):
+    """A server hangs, and a request was taken from it. One line: which, and how that is known."""
+
+
 class Server:
     """One server."""
 
@@ -42,7 +46,7 @@ class Server:
     async def generate(self, body: dict[str, Any], timeout_s: float) -> Any:
         """The answer; cancelled, the server works no longer on it.
 
-        Raises ServerUnavailable, also if `lose` is called before the answer came.
+        Raises ServerUnavailable, and RequestTaken if `lose` is called before the answer came.
         """
         samples = len(body["input_ids"])
         self.outstanding += samples
@@ -52,7 +56,7 @@ class Server:
             with anyio.CancelScope() as scope:
                 self._running.add(scope)
                 return await self.client.generate(body | {"rid": rids}, timeout_s)
-            raise ServerUnavailable(self.client.url, "/generate", self.reason)
+            raise RequestTaken(self.reason)
         except anyio.get_cancelled_exc_class():
             await self._abort(rids)
             raise
@@ -145,11 +149,12 @@ class ServerPool:
                 return read(await server.generate(body, self._settings.request_timeout_s))
             except ServerRefusal as refusal:
                 raise RolloutError(str(refusal)) from None
-            except (ServerUnavailable, StaleWeights, BadAnswer) as error:
+            except (ServerUnavailable, RequestTaken, StaleWeights, BadAnswer) as error:
                 samples = len(body["input_ids"])
                 self.resent += samples
                 self.stale += samples if isinstance(error, StaleWeights) else 0
-                reason = str(error) if isinstance(error, ServerError) else f"{server.client.url}: {error}"
+                named = isinstance(error, ServerError | RequestTaken)
+                reason = str(error) if named else f"{server.client.url}: {error}"
                 server.avoid(reason)
                 attempts.failed(reason)
 

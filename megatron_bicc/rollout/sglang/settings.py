@@ -35,9 +35,22 @@ def _check_attach(rollout: RolloutConfig) -> None:
         _check_url(url)
         if urls.count(url) > 1:
             raise ValueError(f"rollout.sglang.servers names {url} more than once; name it once")
-    variable = settings.api_key_variable
-    if variable and not os.environ.get(variable):
-        raise ValueError(f"rollout.sglang.api_key_variable is {variable}; that variable is not set")
+    if settings.api_key_variable:
+        _check_key(os.environ.get(settings.api_key_variable, ""))
+
+
+def _check_key(key: str) -> None:
+    """Tells neither the key nor the variable's name, which may be the key given by mistake."""
+    if not key:
+        raise ValueError(
+            "rollout.sglang.api_key_variable names a variable that is not set; give the name of the "
+            "environment variable that holds the key, not the key"
+        )
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise ValueError(
+            "rollout.sglang.api_key_variable: the key in that variable has a character that no HTTP header "
+            "can carry, such as a space or a newline at its end; take it out"
+        )
 
 
 def _check_url(url: str) -> None:
