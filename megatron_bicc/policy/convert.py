@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
+from megatron_bicc.platform.gather import gathered
 from megatron_bicc.policy.architecture import family_of
 from megatron_bicc.policy.hf_files import (
     INDEX,
@@ -28,6 +29,7 @@ from megatron_bicc.policy.hf_files import (
     write_file,
     write_index,
 )
+from megatron_bicc.policy.manifest import check_if_listed, describe_share, write_manifest
 from megatron_bicc.policy.megatron_files import MegatronCheckpoint, write_checkpoint
 from megatron_bicc.policy.megatron_pieces import Piece, describe
 
@@ -61,6 +63,7 @@ def import_hf(source: Path, target: Path, allow_pickle: bool) -> None:
             copy_side_files(source, partial / HF)
             _keep_index(source, partial / HF, _safetensors_names(tensors), found)
         write_checkpoint(partial, [(p, found[p.hf_names[0]].dtype) for p in own], objects, read)
+        _list_files(partial)
 
 
 def export_hf(source: Path, target: Path, side_files: Path | None) -> None:
@@ -68,10 +71,11 @@ def export_hf(source: Path, target: Path, side_files: Path | None) -> None:
 
     side_files: directory of configuration and tokenizer; None: the checkpoint's own hf/. Holds one of the
     written files in memory, and the largest tensor. Raises ValueError, one line, for a checkpoint that does
-    not fit its configuration, a damaged file or a full disk.
+    not fit its configuration or its manifest, a damaged file or a full disk.
     """
     beside = side_files or source / HF
     hf_config = supported_config(beside)
+    check_if_listed(source)
     pieces, _ = describe(hf_config)
     checkpoint = MegatronCheckpoint(source)
     checkpoint.check(pieces)
@@ -93,6 +97,14 @@ def export_hf(source: Path, target: Path, side_files: Path | None) -> None:
             copy_side_files(beside, partial)
             if files != [SINGLE]:
                 _keep_index(beside, partial, file_of, tensors)
+
+
+def _list_files(directory: Path) -> None:
+    """Writes the manifest. Collective."""
+    dist.barrier()  # every process's files are there
+    parts = gathered(describe_share(directory))
+    if dist.get_rank() == 0:
+        write_manifest(directory, parts)
 
 
 def supported_config(path: Path) -> PretrainedConfig:

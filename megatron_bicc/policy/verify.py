@@ -19,6 +19,7 @@ from megatron_bicc.platform.gather import gathered
 from megatron_bicc.policy.architecture import transformer_config
 from megatron_bicc.policy.convert import check_tensors, supported_config
 from megatron_bicc.policy.hf_files import open_tensors
+from megatron_bicc.policy.manifest import check_if_listed
 from megatron_bicc.policy.megatron_files import MegatronCheckpoint, load_chunks
 from megatron_bicc.policy.megatron_pieces import describe
 from megatron_bicc.policy.model import PolicyModel
@@ -37,10 +38,11 @@ def largest_difference(hf_dir: Path, checkpoint: Path, prompts: int, length: int
     """(largest difference of a logit, largest logit) over random prompts, both models in float32. Collective.
 
     Each process takes a share of the prompts, and has both models in memory, one after the other. Raises
-    ValueError if one cannot be read.
+    ValueError if one cannot be read, or the checkpoint is not what its manifest says.
     """
     hf_config = supported_config(hf_dir)
     check_tensors(hf_dir, hf_config, describe(hf_config)[0], open_tensors(hf_dir, False).describe())
+    check_if_listed(checkpoint)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, hf_config.vocab_size, (prompts, length), generator=generator)
     tokens = tokens[dist.get_rank() :: dist.get_world_size()]

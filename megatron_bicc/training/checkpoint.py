@@ -17,8 +17,8 @@ from megatron.core.dist_checkpointing.mapping import is_main_replica
 from torch import Tensor
 
 from megatron_bicc import platform
+from megatron_bicc.policy.manifest import check_file, check_manifest
 from megatron_bicc.policy.policy import Policy
-from megatron_bicc.training.manifest import check_file, check_manifest
 
 PROGRESS, LATEST, PARTIAL = "progress.json", "latest", ".partial"
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_bicc import platform
 from megatron_bicc.errors import first_line
 from megatron_bicc.platform.gather import gathered
+from megatron_bicc.policy.manifest import describe_share, write_manifest
 from megatron_bicc.policy.megatron_files import cause
 from megatron_bicc.policy.policy import Policy
 from megatron_bicc.training.checkpoint import (
@@ -35,7 +36,6 @@ from megatron_bicc.training.checkpoint import (
     checkpoints,
     host_state,
 )
-from megatron_bicc.training.manifest import describe_share, write_manifest
 
 T = TypeVar("T")
 

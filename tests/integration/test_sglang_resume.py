@@ -26,9 +26,9 @@ from support.recording_proxy import Asked, RecordingProxy
 from support.sglang_server import PYTHON, SglangServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_bicc.policy.manifest import check_manifest
 from megatron_bicc.rollout.sglang.client import ServerClient
 from megatron_bicc.training.checkpoint import checkpoints
-from megatron_bicc.training.manifest import check_manifest
 
 STEPS, PROMPTS, HELDOUT = 4, 3, 2
 SETTINGS = [

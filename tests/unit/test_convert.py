@@ -237,9 +237,39 @@ def test_layouts_that_do_not_divide(tmp_path: Path) -> None:
         check_layout(supported_config(source), ParallelConfig(tensor=4))
 
 
+@pytest.mark.parametrize("file", ["__0_0.distcp", "common.pt", "hf/merges.txt"])
+def test_flipped_bit_is_named(
+    file: str, tmp_path: Path, single_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is written, or compared."""
+    source, megatron = hf_directory(tmp_path / "hf", "qwen2"), tmp_path / "megatron"
+    import_hf(source, megatron, allow_pickle=False)
+    capsys.readouterr()
+    data = bytearray((megatron / file).read_bytes())
+    data[len(data) // 2] ^= 4
+    (megatron / file).write_bytes(data)
+    for arguments in (("export", megatron, tmp_path / "back"), ("verify", source, megatron)):
+        assert command(*arguments) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert f"{megatron / file} is damaged: it is not what manifest.json says" in line
+    assert not list(tmp_path.glob("back*"))
+
+
+def test_manifest_that_is_none(tmp_path: Path, single_process: None) -> None:
+    source, megatron = hf_directory(tmp_path / "hf", "qwen2"), tmp_path / "megatron"
+    import_hf(source, megatron, allow_pickle=False)
+    (megatron / "manifest.json").write_text('["common.pt"]')
+    with pytest.raises(ValueError, match="manifest.json cannot be read"):
+        export_hf(megatron, tmp_path / "back", side_files=None)
+    (megatron / "manifest.json").unlink()  # as older versions imported
+    export_hf(megatron, tmp_path / "back", side_files=None)
+    assert_same(tmp_path / "back", source)
+
+
 def test_damaged_checkpoints(tmp_path: Path, single_process: None) -> None:
     source, megatron = hf_directory(tmp_path / "hf", "qwen3_untied"), tmp_path / "megatron"
     import_hf(source, megatron, allow_pickle=False)
+    (megatron / "manifest.json").unlink()
     other = hf_directory(tmp_path / "other", "qwen2")
     with pytest.raises(ValueError, match="linear_proj.weight has shape .* asks for"):
         export_hf(megatron, tmp_path / "back", side_files=other)

@@ -1,4 +1,4 @@
-"""manifest.json: size and SHA-256 of every file of a directory, so that a flipped bit is found."""
+"""manifest.json: size and SHA-256 of every file below a directory, so that a flipped bit is found."""
 
 import hashlib
 import json
@@ -35,6 +35,15 @@ def check_manifest(directory: Path) -> None:
         raise ValueError(damage)
 
 
+def check_if_listed(directory: Path) -> None:
+    """`check_manifest` where there is a manifest: what older versions imported has none. Collective."""
+    if (directory / MANIFEST).exists():
+        try:
+            check_manifest(directory)
+        except ValueError as error:
+            raise ValueError(f"{error}; take an intact copy or another checkpoint") from error
+
+
 def _damage(directory: Path, names: list[str] | None = None) -> str | None:
     """The first file that is damaged, in words; of all files this process looks at its share."""
     try:
@@ -42,13 +51,13 @@ def _damage(directory: Path, names: list[str] | None = None) -> str | None:
         for name in names or _share(sorted(files)):
             if _describe(directory / name) != files[name]:
                 return f"{directory / name} is damaged: it is not what {MANIFEST} says"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{getattr(error, 'filename', None) or directory / MANIFEST} cannot be read: {error}"
     return None
 
 
 def _names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir() if path.is_file())
+    return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
 
 
 def _share(names: list[str]) -> list[str]:
