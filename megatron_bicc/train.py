@@ -30,7 +30,7 @@ from megatron_bicc.training.checkpoint import (
     read_progress,
 )
 from megatron_bicc.training.checkpoint_writer import CheckpointWriter
-from megatron_bicc.training.export import export, export_step
+from megatron_bicc.training.export import export, export_step, forget_exports
 from megatron_bicc.training.metrics import evaluation_metrics, mean_metrics, rollout_metrics, update_metrics
 from megatron_bicc.training.report_groups import report_groups
 from megatron_bicc.training.report_layout import report_layout
@@ -181,14 +181,24 @@ def progress(inputs: Inputs, workers: Workers, step: int) -> Progress:
 
 
 def restore(inputs: Inputs, workers: Workers) -> int:
-    """Loads the newest checkpoint if the run is to go on from one; returns the number of finished steps."""
-    check_writable(inputs.config.output_dir)
-    found = checkpoints(inputs.config.output_dir) if inputs.config.checkpoint.resume else []
-    if not found:
-        return 0
-    saved = read_progress(found[-1])
+    """Loads the newest checkpoint if the run is to go on from one; returns the number of finished steps.
+
+    Exports after it are removed, as RunLog removes the metrics.
+    """
+    config, first_process = inputs.config, dist.get_rank() == 0
+    check_writable(config.output_dir)
+    found = checkpoints(config.output_dir) if config.checkpoint.resume else []
+    step = _load(found[-1], inputs, workers) if found else 0
+    if config.checkpoint.resume and first_process:
+        forget_exports(config.output_dir, step)
+    return step
+
+
+def _load(checkpoint: Path, inputs: Inputs, workers: Workers) -> int:
+    """The number of steps that were finished at the checkpoint."""
+    saved = read_progress(checkpoint)
     check_resume(saved, inputs.config, first_process=dist.get_rank() == 0)
-    load_checkpoint(found[-1], workers.policy, saved)
+    load_checkpoint(checkpoint, workers.policy, saved)
     inputs.collector.load_state_dict(saved.sampler)
     return saved.step
 

@@ -29,6 +29,21 @@ def export_step(policy: Policy, config: Config, step: int) -> None:
             shutil.rmtree(old)
 
 
+def forget_exports(output_dir: str, step: int) -> None:
+    """Removes the exports after a step, and their leftovers: before a run goes on from its checkpoint.
+
+    They are of a branch that is given up, and would count as the newest. For one process of the run.
+    Raises CheckpointError if one cannot be removed.
+    """
+    for path in (Path(output_dir) / "exports").glob("step_*"):
+        found = re.match(r"step_(\d{8})(\.|$)", path.name)
+        if found and int(found[1]) > step:
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be removed: {error.strerror}") from error
+
+
 def export(policy: Policy, config: Config, target: Path) -> None:
     """Exports the policy as it is. Collective. Raises CheckpointError if it cannot be written."""
     try:

@@ -4,6 +4,7 @@ import os
 import resource
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from megatron_bicc.config import Config
 from megatron_bicc.policy.policy import Policy
+from megatron_bicc.train import progress as progress_of
+from megatron_bicc.train import restore
 from megatron_bicc.training.checkpoint import (
     CheckpointError,
     Progress,
@@ -47,6 +50,26 @@ def held(policy: Policy) -> list[Tensor]:
     optimizers = [part.optimizer for part in policy.optimizer.chained_optimizers]
     adam = [x for o in optimizers for state in o.state.values() for _, x in sorted(state.items())]
     return [x.detach().clone() for x in (*policy.modules[0].parameters(), *adam)]
+
+
+def run_in(directory: Path, policy: Policy) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """Inputs and workers of a run there that may go on: as far as checkpoints look at them."""
+    config = Config()
+    config.model.path, config.data.train = str(directory / "hf"), str(directory / "train.jsonl")
+    config.output_dir, config.checkpoint.resume = str(directory), True
+    (directory / "train.jsonl").write_text("{}")
+    collector = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
+    return SimpleNamespace(config=config, collector=collector), SimpleNamespace(policy=policy)
+
+
+def save(run: tuple[SimpleNamespace, SimpleNamespace], *steps: int) -> list[Path]:
+    """Checkpoints after these steps."""
+    writer = CheckpointWriter(run[0].config.output_dir, keep=9)
+    for step in steps:
+        writer.snapshot(run[1].policy, progress_of(*run, step))
+        writer.start()
+    writer.wait()
+    return checkpoints(run[0].config.output_dir)
 
 
 def progress(policy: Policy, step: int) -> Progress:
@@ -121,3 +144,21 @@ def test_a_kill_between_two_names_of_latest_is_mended(policy: Policy, tmp_path: 
     writer.start()
     writer.wait()
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step_00000001"]
+
+
+@pytest.mark.parametrize(("saved", "kept"), [((2,), [1, 2]), ((), [])])
+def test_exports_of_a_branch_given_up_are_removed(
+    saved: tuple[int, ...], kept: list[int], policy: Policy, tmp_path: Path
+) -> None:
+    run = run_in(tmp_path, policy)
+    save(run, *saved)
+    for name in ("step_00000001", "step_00000002", "step_00000003", "step_00000004.partial", "step_mine"):
+        (tmp_path / "exports" / name).mkdir(parents=True)
+        (tmp_path / "exports" / name / "config.json").write_text("{}")
+    assert restore(*run) == sum(saved)
+    left = sorted(path.name for path in (tmp_path / "exports").iterdir())
+    assert left == [*(f"step_{step:08d}" for step in kept), "step_mine"]
+    run[0].config.checkpoint.resume = False
+    (tmp_path / "exports/step_00000007").mkdir()
+    restore(*run)
+    assert (tmp_path / "exports/step_00000007").is_dir()
