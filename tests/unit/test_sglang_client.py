@@ -1,5 +1,6 @@
 """What of the SGLang engine can be tested without SGLang: HTTP, answers, settings, the guard of a process."""
 
+import json
 import os
 import signal
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -17,8 +19,10 @@ import anyio
 import numpy as np
 import psutil
 import pytest
+from transformers import PretrainedConfig
 
 from megatron_bicc.config import RolloutConfig, SglangConfig
+from megatron_bicc.rollout.sglang.check import check_model, until_well
 from megatron_bicc.rollout.sglang.client import ServerClient, ServerError, ServerRefusal, ServerUnavailable
 from megatron_bicc.rollout.sglang.guard import finish, start
 from megatron_bicc.rollout.sglang.messages import BadAnswer, StaleWeights, generate_body, read_samples
@@ -56,6 +60,26 @@ def url() -> Iterator[str]:
     server.shutdown()
 
 
+@contextmanager
+def serving(text: str, kind: str = "application/json", status: int = 200) -> Iterator[str]:
+    """The URL of a server with one answer to everything."""
+
+    class Same(Answers):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        do_POST = do_GET
+
+    server = HTTPServer(("127.0.0.1", 0), Same)
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
 def ask(url: str, path: str, key: str | None = KEY) -> Any:
     return anyio.run(ServerClient(url, key, timeout_s=5.0).post, path, {})
 
@@ -87,6 +111,48 @@ def test_errors_name_the_server_and_what_it_said(url: str, path: str, kind: type
         ask(url, path)
     assert url in str(error.value) and "\n" not in str(error.value)
     assert path.split("/", 2)[2].strip("{}")[:11] in str(error.value) or "no parameter x" in str(error.value)
+
+
+NAMED = {"model_path": "m", "weight_version": "default"}
+
+
+@pytest.mark.parametrize(
+    ("info", "kind", "status"),
+    [
+        ("{}", "application/json", 200),
+        ("[]", "application/json", 200),
+        ("null", "application/json", 200),
+        (json.dumps(NAMED | {"architectures": "Qwen3"}), "application/json", 200),
+        *((json.dumps({name: NAMED[name]}), "application/json", 200) for name in NAMED),
+        ("<html>\n</html>", "text/html", 200),
+        ("", "text/html", 204),
+    ],
+)
+def test_what_is_no_sglang_server_is_named(info: str, kind: str, status: int) -> None:
+    model = PretrainedConfig(architectures=["Qwen3ForCausalLM"], vocab_size=8)
+    with serving(info, kind, status) as url, pytest.raises(ValueError) as error:
+        anyio.run(until_well, ServerClient(url), 5.0, lambda: None)
+        anyio.run(check_model, ServerClient(url), model)
+    assert str(error.value).startswith(f"{url} is no SGLang server: /model_info answered ")
+    assert "\n" not in str(error.value)
+
+
+def test_json_of_endless_depth_is_unavailable() -> None:
+    with serving("[" * 100_000) as url, pytest.raises(ServerUnavailable, match="no JSON"):
+        anyio.run(ServerClient(url).get, "/")
+
+
+def test_architectures_of_another_kind_are_told() -> None:
+    model = PretrainedConfig(architectures=["Qwen3ForCausalLM"], vocab_size=8)
+    with serving(json.dumps(NAMED | {"architectures": [1]})) as url, pytest.raises(ValueError) as error:
+        anyio.run(check_model, ServerClient(url), model)
+    assert "whose architecture is 1; model.path has Qwen3ForCausalLM" in str(error.value)
+
+
+@pytest.mark.parametrize("ask_for", [ServerClient.server_info, ServerClient.paths])
+def test_facts_of_another_shape_are_unavailable(ask_for: Any) -> None:
+    with serving('["paths"]') as url, pytest.raises(ServerUnavailable, match=f"{url} is no SGLang server"):
+        anyio.run(ask_for, ServerClient(url))
 
 
 def test_a_connection_that_breaks_costs_a_second_look_only() -> None:
@@ -211,6 +277,10 @@ def test_nothing_is_cut_off_the_distribution() -> None:
         ("attach", {"servers": "http://host"}, "'http://host'; write http://host:port"),
         ("attach", {"servers": "http://host:99999"}, "'http://host:99999'; write http://host:port"),
         ("attach", {"servers": "http://host:b"}, "'http://host:b'; write http://host:port"),
+        ("attach", {"servers": "http://a b:3"}, "'http://a b:3'; write http://host:port"),
+        ("attach", {"servers": "http://a%20b:3"}, "'http://a%20b:3'; write http://host:port"),
+        ("attach", {"servers": "http://a\0:3"}, r"'http://a\\x00:3'; write http://host:port"),
+        ("attach", {"servers": "http://a\nb:3"}, r"'http://a\\nb:3'; write http://host:port"),
         ("attach", {"servers": "http://h:1,http://h:1"}, "http://h:1 more than once"),
         ("attach", {"servers": "http://me:pw@host:1"}, "holds a password"),
         ("attach", {"servers": "http://h:1", "api_key_variable": "NOT_SET_X"}, "a variable that is not set"),

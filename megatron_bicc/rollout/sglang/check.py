@@ -39,7 +39,7 @@ async def check_model(client: ServerClient, hf_config: PretrainedConfig) -> None
         if theirs != ours:
             raise ValueError(
                 f"rollout server {client.url} serves {info['model_path']}, whose architecture is "
-                f"{' '.join(theirs or ['unknown'])}; model.path has {' '.join(ours)}"
+                f"{' '.join(map(str, theirs or ['unknown']))}; model.path has {' '.join(ours)}"
             )
         last = hf_config.vocab_size - 1
         if not await _knows(client, last) or await _knows(client, last + 1):

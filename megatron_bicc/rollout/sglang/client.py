@@ -23,6 +23,15 @@ class ServerUnavailable(ServerError):
     the same one later, may do better."""
 
 
+class NotSglang(ServerUnavailable):
+    """An answer that no SGLang server gives."""
+
+    def __init__(self, url: str, path: str, answer: Any) -> None:
+        super().__init__(url, path, "")
+        said = " ".join(str(answer).split())[:QUOTED_CHARACTERS]
+        self.args = (f"{url} is no SGLang server: {path} answered {said or 'nothing'}",)
+
+
 class ConnectionBroken(ServerUnavailable):
     """No connection, or one that ended before the answer."""
 
@@ -80,16 +89,17 @@ class ServerClient:
         await self.post("/abort_request", {"rid": rid})
 
     async def model_info(self) -> dict[str, Any]:
-        """model_path, weight_version, ..."""
-        return await self.get("/model_info")
+        """model_path, weight_version, ... Raises ServerUnavailable or ServerRefusal, as those below."""
+        kinds = {"model_path": str, "weight_version": (str, int), "architectures": (list, type(None))}
+        return await self._described("/model_info", kinds)
 
     async def server_info(self) -> dict[str, Any]:
         """The server's arguments and state."""
-        return await self.get("/server_info")
+        return await self._described("/server_info", {})
 
     async def paths(self) -> set[str]:
         """What the server can be asked for: SGLang's versions differ in it."""
-        return set((await self.get("/openapi.json"))["paths"])
+        return set((await self._described("/openapi.json", {"paths": dict}))["paths"])
 
     async def is_healthy(self, timeout_s: float) -> bool:
         """Whether the server answers within timeout_s that it can serve."""
@@ -122,6 +132,15 @@ class ServerClient:
     async def aclose(self) -> None:
         """Closes every connection."""
         await self._http.aclose()
+
+    async def _described(self, path: str, kinds: dict[str, Any]) -> dict[str, Any]:
+        """The answer to GET: an object whose entries are of these kinds."""
+        answer = await self.get(path)
+        if not isinstance(answer, dict):
+            raise NotSglang(self.url, path, answer)
+        if not all(isinstance(answer.get(name), kind) for name, kind in kinds.items()):
+            raise NotSglang(self.url, path, answer)
+        return answer
 
     async def _ask(
         self, method: str, path: str, body: dict[str, Any] | Sequence[bytes] | None, timeout_s: float | None
@@ -157,7 +176,7 @@ class ServerClient:
             return response.text
         try:
             return response.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ServerUnavailable(self.url, path, f"an answer that is no JSON: {text}") from None
 
 

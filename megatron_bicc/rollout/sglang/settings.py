@@ -60,7 +60,9 @@ def _check_url(url: str) -> None:
         )
     try:
         parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port
+        # urlsplit drops some characters that no host has, and lets others pass
+        good = url.isprintable() and not re.search(r"[\s\"%<>\\^`{|}]", url)
+        good = good and parts.scheme in ("http", "https") and parts.hostname and parts.port
         good = good and not (parts.path.strip("/") or parts.query or parts.fragment)
     except ValueError:  # a port that is no number or too large, half an IPv6 address
         good = False
