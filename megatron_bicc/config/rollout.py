@@ -13,7 +13,7 @@ class SglangConfig:
     servers_per_node: int = 1
     """spawn: servers that the first process of each node starts."""
     host: str = "127.0.0.1"
-    """spawn: address that the servers bind to. A loopback address serves its own node only."""
+    """spawn: address of the servers. Loopback: for their own node; 0.0.0.0: each node's, for all."""
     python: str = ".venv-sglang/bin/python"
     """spawn: Python of the environment that SGLang is installed in."""
     server_args: str = ""

@@ -38,6 +38,13 @@ def node_rank() -> int:
     return int(os.environ.get("GROUP_RANK", "0"))
 
 
+def node_address() -> str:
+    """IPv4 address of this host on the network where the processes meet; loopback without torchrun."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))  # chooses a route, sends nothing
+        return probe.getsockname()[0]
+
+
 def world_size() -> int:
     """Number of processes of the job, as torchrun tells it; 1 without torchrun.
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support.hosts import ADDRESSES, NAMES, cut_cable, kill_host, mend_cable, move_to_host, two_hosts
 
-from megatron_bicc import agreement
+from megatron_bicc import agreement, platform
 from megatron_bicc.train import main
 
 PORT = 29511
@@ -87,6 +87,18 @@ def wait(out: Path, children: list[int], seconds: float = 100) -> dict:
         "err": err,
         "seconds": time.monotonic() - begin,
     }
+
+
+def address(out: Path, host: int) -> str:
+    """A host's address as the host itself finds it."""
+    child = os.fork()
+    if not child:
+        move_to_host(host)
+        os.environ["MASTER_ADDR"] = ADDRESSES[0]
+        out.write_text(platform.node_address())
+        os._exit(0)
+    os.waitpid(child, 0)
+    return out.read_text()
 
 
 def both(out: Path, local_port: int = 0) -> dict:
@@ -186,6 +198,7 @@ if __name__ == "__main__":
     report: dict = {"one_host": both(directory / "one_host", free_port())}
     report["port_taken"] = port_taken(directory / "port_taken")
     with two_hosts():
+        report["addresses"] = [address(directory / "address", host) for host in range(2)]
         report["two_hosts"] = both(directory / "two_hosts")
         report |= cut(directory / "cut")
         report["other_code"] = other_code(directory / "other_code_run")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.hosts import why_not
+from support.hosts import ADDRESSES, why_not
 
 REPOSITORY = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("hosts_worker.py")
@@ -39,6 +39,10 @@ def test_two_hosts_are_as_good_as_one(found: dict) -> None:
     for name in ("one_host", "two_hosts"):
         assert found[name]["status"] == [0, 0], found[name]["err"]
     assert same_run(found["out"] / "two_hosts", found["out"] / "one_host")
+
+
+def test_a_host_knows_its_address_on_the_network_of_the_others(found: dict) -> None:
+    assert found["addresses"] == list(ADDRESSES)
 
 
 def test_a_cut_cable_is_named_on_both_sides(found: dict) -> None:

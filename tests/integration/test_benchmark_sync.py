@@ -10,7 +10,7 @@ from support.sglang_server import PYTHON
 
 REPOSITORY = Path(__file__).parents[2]
 BUCKET_MB = 2
-SLACK = 4 * 2**20
+SLACK = 8 * 2**20
 """What is put together, hashed and sent at a time, and the noise of a process's resident memory"""
 
 pytestmark = [

@@ -54,3 +54,8 @@ def test_name_that_megatron_forgets_without_transformer_engine_is_there() -> Non
 def test_world_size_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "6")
     assert platform.world_size() == 6
+
+
+def test_alone_a_host_is_at_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert platform.node_address() == "127.0.0.1"

@@ -16,6 +16,8 @@ CPU_ARGUMENTS = (
     "--disable-overlap-schedule --sleep-on-idle"
 )
 CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+EVERY_NODE = "0.0.0.0"
+"""As rollout.sglang.host: each node's own address, not all of its interfaces"""
 LOG_LINES = 12
 """Of a server that did not start, in the error."""
 
@@ -26,7 +28,8 @@ class SpawnedServer:
     def __init__(self, config: Config, index: int) -> None:
         """index: of the server on its node."""
         settings = config.rollout.sglang
-        self.url = f"http://{settings.host}:{_free_port(settings.host)}"
+        host = platform.node_address() if settings.host == EVERY_NODE else settings.host
+        self.url = f"http://{host}:{_free_port(host)}"
         self.log = Path(config.output_dir) / f"servers/{socket.gethostname()}_{index}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         # servers of one seed would draw the same numbers
