@@ -34,7 +34,7 @@ from megatron_bicc.training.export import export, export_step, forget_exports
 from megatron_bicc.training.metrics import evaluation_metrics, mean_metrics, rollout_metrics, update_metrics
 from megatron_bicc.training.report_groups import report_groups
 from megatron_bicc.training.report_layout import report_layout
-from megatron_bicc.training.resume import check_resume, contents
+from megatron_bicc.training.resume import check_resume, contents, newest_checkpoint
 from megatron_bicc.weight_sync import sync_weights
 from megatron_bicc.weight_sync.errors import WeightSyncError
 
@@ -187,8 +187,8 @@ def restore(inputs: Inputs, workers: Workers) -> int:
     """
     config, first_process = inputs.config, dist.get_rank() == 0
     check_writable(config.output_dir)
-    found = checkpoints(config.output_dir) if config.checkpoint.resume else []
-    step = _load(found[-1], inputs, workers) if found else 0
+    newest = newest_checkpoint(config, first_process)
+    step = _load(newest, inputs, workers) if newest else 0
     if config.checkpoint.resume and first_process:
         forget_exports(config.output_dir, step)
     return step

@@ -45,12 +45,12 @@ class Progress:
 
 
 def checkpoints(output_dir: str) -> list[Path]:
-    """Finished checkpoints of a run, oldest first."""
+    """Finished checkpoints of a run, oldest first.
+
+    One has its name only when it is whole: what it may have lost since is damage, found where it is read.
+    """
     root = Path(output_dir) / "checkpoints"
-    found = [
-        p for p in root.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name) and (p / PROGRESS).is_file()
-    ]
-    return sorted(found)
+    return sorted(p for p in root.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name) and p.is_dir())
 
 
 def check_writable(output_dir: str) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bicc.config import Config, flatten
+from megatron_bicc.monitoring.writer import METRICS_FILE
 from megatron_bicc.policy.hf_files import SIDE_FILES
-from megatron_bicc.training.checkpoint import Progress
+from megatron_bicc.training.checkpoint import Progress, checkpoints
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +32,22 @@ DANGEROUS = (
     "train.updates_per_step",
 )
 """Settings, or sections of them, whose change makes another experiment of a run"""
+
+
+def newest_checkpoint(config: Config, first_process: bool) -> Path | None:
+    """What the run goes on from; None: it starts at step 0, and says so if it was to go on."""
+    if not config.checkpoint.resume:
+        return None
+    root = Path(config.output_dir)
+    found = checkpoints(config.output_dir)
+    if not found and first_process:
+        lost = (root / METRICS_FILE).exists()
+        _log.warning(
+            "checkpoint.resume: there is no checkpoint in %s; starting at step 0%s",
+            root / "checkpoints",
+            f", and {METRICS_FILE} anew" if lost else "",
+        )
+    return found[-1] if found else None
 
 
 def check_resume(progress: Progress, config: Config, first_process: bool) -> None:

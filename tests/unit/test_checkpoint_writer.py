@@ -162,3 +162,32 @@ def test_exports_of_a_branch_given_up_are_removed(
     (tmp_path / "exports/step_00000007").mkdir()
     restore(*run)
     assert (tmp_path / "exports/step_00000007").is_dir()
+
+
+@pytest.mark.parametrize("lost", ["progress.json", "manifest.json", "*"])
+def test_newest_checkpoint_without_its_files_is_named(lost: str, policy: Policy, tmp_path: Path) -> None:
+    run = run_in(tmp_path, policy)
+    earlier, newest = save(run, 1, 2)
+    for file in newest.glob(lost):
+        file.unlink()
+    words = rf"{newest}/\w+.json cannot be read: .*; delete {newest} to go on from {earlier}$"
+    with pytest.raises(CheckpointError, match=words):
+        restore(*run)
+    newest.rename(tmp_path / "deleted")
+    assert restore(*run) == 1
+
+
+def test_a_start_instead_of_a_resume_is_told(
+    policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_in(tmp_path, policy)
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    assert restore(*run) == 0
+    [line] = caplog.messages
+    assert f"no checkpoint in {tmp_path}/checkpoints; starting at step 0, and metrics.jsonl anew" in line
+    (tmp_path / "metrics.jsonl").unlink()
+    restore(*run)
+    assert caplog.messages[1].endswith("starting at step 0")
+    run[0].config.checkpoint.resume = False
+    restore(*run)
+    assert len(caplog.messages) == 2
