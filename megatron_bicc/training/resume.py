@@ -4,7 +4,7 @@ import hashlib
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_bicc.config import Config, flatten
 from megatron_bicc.monitoring.writer import METRICS_FILE
@@ -13,6 +13,8 @@ from megatron_bicc.training.checkpoint import Progress, checkpoints
 
 _log = logging.getLogger(__name__)
 
+WEIGHTS = "model.path (weights)"
+SLICES, SLICE_BYTES = 8, 4096
 DANGEROUS = (
     "algorithm",
     "seed",
@@ -30,6 +32,7 @@ DANGEROUS = (
     "rollout.dynamic_sampling",
     "rollout.leftover",
     "train.updates_per_step",
+    "train.max_sequence_tokens",
 )
 """Settings, or sections of them, whose change makes another experiment of a run"""
 
@@ -59,7 +62,9 @@ def check_resume(progress: Progress, config: Config, first_process: bool) -> Non
     changed = _changes(flatten(progress.config), flatten(asdict(config)))
     now = contents(config)
     same_files = {name for name in now if progress.contents.get(name) == now[name]}
-    edited = dict.fromkeys(now.keys() - same_files - changed.keys(), "its content has changed")
+    # checkpoints of older versions hold nothing of the weights
+    other_files = (now.keys() & progress.contents.keys()) - same_files
+    edited = dict.fromkeys(sorted(other_files - changed.keys()), "its content has changed")
     dangerous = [n for n in [*changed, *edited] if n.startswith(DANGEROUS) and n not in same_files]
     words = {**changed, **edited}
     if dangerous and not config.checkpoint.force:
@@ -75,16 +80,34 @@ def check_resume(progress: Progress, config: Config, first_process: bool) -> Non
 def contents(config: Config) -> dict[str, str]:
     """SHA-256 of what a run reads: the training prompts, and the policy's configuration and tokenizer.
 
-    Of the policy's weights only the files' sizes count: they are in the checkpoint.
+    Of the policy's weights, which are too large for it, it takes the files' sizes and a few slices of each.
     """
     model = Path(config.model.path)
     side = sorted({file for pattern in SIDE_FILES for file in model.glob(pattern)})
-    sizes = [(file.name, file.stat().st_size) for file in sorted(model.glob("*.safetensors"))]
+    weights = sorted(model.glob("*.safetensors"))
+    sizes = [(file.name, file.stat().st_size) for file in weights]
     policy = hashlib.sha256(repr(sizes).encode())
     for file in side:
         policy.update(file.name.encode() + file.read_bytes())
     train = hashlib.sha256(Path(config.data.train).read_bytes())
-    return {"model.path": policy.hexdigest(), "data.train": train.hexdigest()}
+    slices = hashlib.sha256(b"".join(map(_slices, weights)))
+    return {
+        "model.path": policy.hexdigest(),
+        WEIGHTS: slices.hexdigest(),
+        "data.train": train.hexdigest(),
+    }
+
+
+def _slices(path: Path) -> bytes:
+    """Slices of a file from its first to its last byte, evenly spaced."""
+    end = max(path.stat().st_size - SLICE_BYTES, 0)
+    with path.open("rb") as file:
+        return b"".join(_read_at(file, end * i // (SLICES - 1)) for i in range(SLICES))
+
+
+def _read_at(file: BinaryIO, start: int) -> bytes:
+    file.seek(start)
+    return file.read(SLICE_BYTES)
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:

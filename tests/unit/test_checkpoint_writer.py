@@ -2,12 +2,14 @@
 
 import os
 import resource
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.finished_runs import state
 from support.models import make_model
 from torch import Tensor
@@ -24,6 +26,7 @@ from megatron_bicc.training.checkpoint import (
     read_progress,
 )
 from megatron_bicc.training.checkpoint_writer import CheckpointWriter
+from megatron_bicc.training.resume import WEIGHTS, check_resume
 
 
 @pytest.fixture
@@ -191,3 +194,37 @@ def test_a_start_instead_of_a_resume_is_told(
     run[0].config.checkpoint.resume = False
     restore(*run)
     assert len(caplog.messages) == 2
+
+
+def test_other_weights_of_the_same_size_are_refused(policy: Policy, tmp_path: Path) -> None:
+    run = run_in(tmp_path, policy)
+    save(run, 1)
+    shutil.copytree(tmp_path / "hf", tmp_path / "moved")
+    run[0].config.model.path = str(tmp_path / "moved")
+    assert restore(*run) == 1
+    file = tmp_path / "moved/model.safetensors"
+    size, tensors = file.stat().st_size, load_file(file)
+    save_file({name: 1.01 * x for name, x in tensors.items()}, file, metadata={"format": "pt"})
+    assert file.stat().st_size == size
+    with pytest.raises(ValueError, match=r"not the settings of step 1: model.path \(weights\): its content"):
+        restore(*run)
+    run[0].config.checkpoint.force = True
+    assert restore(*run) == 1
+
+
+def test_checkpoints_of_older_versions_hold_nothing_of_the_weights(policy: Policy, tmp_path: Path) -> None:
+    run = run_in(tmp_path, policy)
+    saved = progress_of(*run, 1)
+    del saved.contents[WEIGHTS]
+    check_resume(saved, run[0].config, first_process=True)
+    saved.contents["data.train"] = "another"
+    with pytest.raises(ValueError, match="not the settings of step 1: data.train: its content has changed; "):
+        check_resume(saved, run[0].config, first_process=True)
+
+
+def test_contexts_of_another_length_are_refused(policy: Policy, tmp_path: Path) -> None:
+    run = run_in(tmp_path, policy)
+    saved = progress_of(*run, 1)
+    run[0].config.train.max_sequence_tokens = 256
+    with pytest.raises(ValueError, match="train.max_sequence_tokens: was 4096, is 256; set them back"):
+        check_resume(saved, run[0].config, first_process=True)
