@@ -25,6 +25,8 @@ PROGRAM = "python -m megatron_bicc.train"
 FLAGS = ("-h", "--help", "--print-config")
 DRY_RUN = ("--dry-run", "--dry_run")
 COMMAND_LINE = "command line"
+CUTS = ("top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
+"""Settings of other systems that there are none of here."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,11 @@ def _check_name(name: str, origin: str) -> None:
         return
     if _is_section(name):
         raise ValueError(f"{origin}: {name} is a section; set {name}.<name>, see --help")
+    if name.split(".")[-1] in CUTS:
+        raise ValueError(
+            f"{origin}: there is no setting {name}: the policy gradient needs samples of the whole "
+            "distribution, of which log-probs are taken; rollout.temperature is all that shapes it"
+        )
     in_other_sections = [known for known in settings() if known.split(".")[-1] == name.split(".")[-1]]
     nearest = difflib.get_close_matches(name, in_other_sections or settings(), n=1, cutoff=0.0)[0]
     raise ValueError(f"{origin}: unknown setting {name}; the nearest is {nearest}")

@@ -92,6 +92,9 @@ def validate_evaluation(config: Config, benchmarks: list[str]) -> None:
 
 def _check_ranges(values: dict[str, Any]) -> None:
     """values: every setting by its dotted name."""
+    for name, value in values.items():
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError(f"{name} is {value!r}; it must not hold a NUL character")
     finite = {name: not isinstance(value, float) or math.isfinite(value) for name, value in values.items()}
     _require(values, finite, "it must be finite")
     _require(values, {n: values[n] >= 1 for n in POSITIVE_COUNTS}, "it must be at least 1")

@@ -38,7 +38,7 @@ SETTINGS = [
     "optimizer.weight_decay=0.1",
     *(f"evaluation.prompts={HELDOUT}", "evaluation.every=2", "evaluation.samples=1"),
     *("checkpoint.every=2", "monitoring.tensorboard=false"),
-    *("rollout.engine=sglang", "rollout.launch=attach"),
+    *("rollout.engine=sglang", "rollout.launch=attach", "rollout.sglang.server_args="),
     # several buckets a sync, for a kill between two of them
     "weight_sync.bucket_mb=1",
 ]

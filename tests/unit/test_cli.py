@@ -87,6 +87,9 @@ def test_text_settings_take_any_text(text: str):
     [
         (["rollout.group_sze=3"], ["command line", "rollout.group_sze", "nearest is rollout.group_size"]),
         (["--rolout.temperature=3"], ["rolout.temperature", "nearest is rollout.temperature"]),
+        (["rollout.top_p=0.9"], ["no setting rollout.top_p", "whole distribution"]),
+        (["rollout.sglang.top_k=5"], ["no setting rollout.sglang.top_k", "rollout.temperature"]),
+        (["min_p=0"], ["no setting min_p"]),
         (["lr=3"], ["unknown setting lr", "nearest is optimizer.lr"]),
         (["rollout.group_size=x"], ["rollout.group_size is 'x'", "a whole number"]),
         (["rollout.group_size=4.5"], ["rollout.group_size is '4.5'", "a whole number"]),
@@ -112,6 +115,7 @@ def test_mistakes_on_the_command_line(capsys, argv: list[str], parts: list[str])
     ("text", "parts"),
     [
         ("rollout:\n  group_sze: 4\n", ["line 2", "rollout.group_sze", "nearest is rollout.group_size"]),
+        ("rollout:\n  top_p: 0.9\n", ["line 2", "no setting rollout.top_p", "whole distribution"]),
         ("rolout:\n  group_size: 4\n", ["line 2", "rolout.group_size", "nearest is rollout.group_size"]),
         ("seed: 1\nrollout:\n  engine: vllm\n", ["line 3", "rollout.engine is 'vllm'", "it must be local"]),
         ("rollout: 5\n", ["line 1", "rollout is a section"]),

@@ -26,7 +26,7 @@ from megatron_bicc.rollout.sglang.check import check_model, until_well
 from megatron_bicc.rollout.sglang.client import ServerClient, ServerError, ServerRefusal, ServerUnavailable
 from megatron_bicc.rollout.sglang.guard import finish, start
 from megatron_bicc.rollout.sglang.messages import BadAnswer, StaleWeights, generate_body, read_samples
-from megatron_bicc.rollout.sglang.servers import Attempts
+from megatron_bicc.rollout.sglang.servers import Attempts, ServerPool
 from megatron_bicc.rollout.sglang.settings import check_servers
 from megatron_bicc.rollout.types import Request, RolloutError, Sampling
 
@@ -282,6 +282,10 @@ def test_nothing_is_cut_off_the_distribution() -> None:
         ("attach", {"servers": "http://a\0:3"}, r"'http://a\\x00:3'; write http://host:port"),
         ("attach", {"servers": "http://a\nb:3"}, r"'http://a\\nb:3'; write http://host:port"),
         ("attach", {"servers": "http://h:1,http://h:1"}, "http://h:1 more than once"),
+        ("attach", {"servers": "http://h:1, http://h:1/"}, "http://h:1 more than once"),
+        ("attach", {"servers": "http://H:1,HTTP://h:1"}, "http://h:1 more than once"),
+        ("attach", {"servers": "http://h:1", "server_args": "--api-key x"}, "launch=spawn: leave it empty"),
+        ("attach", {"servers": "http://h:1", "gpus": "0"}, "rollout.sglang.gpus is set; it needs"),
         ("attach", {"servers": "http://me:pw@host:1"}, "holds a password"),
         ("attach", {"servers": "http://h:1", "api_key_variable": "NOT_SET_X"}, "a variable that is not set"),
         ("spawn", {"servers": "http://h:1"}, "it needs rollout.launch=attach"),
@@ -293,12 +297,18 @@ def test_nothing_is_cut_off_the_distribution() -> None:
         ("spawn", {"server_args": "--port=1"}, "server_args has --port"),
         ("spawn", {"server_args": "--api-key x"}, "server_args has --api-key; a server writes it"),
         ("spawn", {"server_args": '--preferred-sampling-params {"top_p":0.9}'}, "whole distribution"),
+        ("spawn", {"server_args": "--tp 2 --api-ke x"}, "has --api-ke, which is short for --api-key; a serv"),
+        ("spawn", {"server_args": "--hos=0.0.0.0"}, "--hos, which is short for --host; the run sets it"),
+        ("spawn", {"server_args": "--weight-version 7"}, "server_args has --weight-version; the run sets it"),
+        ("spawn", {"server_args": "--load-format dummy"}, "--load-format dummy; .* random weights"),
+        ("spawn", {"server_args": "--load-fo=dummy"}, "--load-format dummy; .* random weights"),
         ("spawn", {"server_args": "'"}, "No closing quotation"),
         ("spawn", {"gpus": "0/1"}, "rollout.sglang.servers_per_node = 1"),
         ("spawn", {"gpus": "0,1", "servers_per_node": 2}, "rollout.sglang.servers_per_node = 2"),
         ("spawn", {"gpus": "all"}, "'all' is no GPU"),
         ("spawn", {"gpus": "0,,1"}, "'' is no GPU"),
         ("spawn", {"gpus": "0/-1", "servers_per_node": 2}, "'-1' is no GPU"),
+        ("spawn", {"gpus": "0,1/1,2", "servers_per_node": 2}, "two servers share 1, but not"),
         ("spawn", {"gpus": "2,2"}, "names a GPU of one server twice"),
     ],
 )
@@ -309,7 +319,7 @@ def test_settings_that_do_not_fit(launch: str, settings: dict, message: str) -> 
     assert "pw" not in str(error.value)
 
 
-@pytest.mark.parametrize("gpus", ["", "0,1/2,3", "GPU-8932f937-d72c/MIG-GPU-8932f937-d72c", "0/0"])
+@pytest.mark.parametrize("gpus", ["", "0,1/2,3", "0,1/1,0", "GPU-8932f937-d72c/MIG-GPU-8932f937-d72c", "0/0"])
 def test_gpus_that_can_be_named(gpus: str) -> None:
     sglang = SglangConfig(python=sys.executable, gpus=gpus, servers_per_node=2)
     check_servers(RolloutConfig("sglang", "spawn", sglang=sglang))
@@ -323,6 +333,41 @@ def test_a_key_that_no_header_carries_is_refused_and_not_told(key: str, monkeypa
         with pytest.raises(ValueError, match=message) as error:
             check_servers(RolloutConfig("sglang", "attach", sglang=sglang))
         assert KEY not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--tp 2 --mem-fraction-static 0.5", "--load-format auto", "--log-level dummy"],
+)
+def test_arguments_that_can_be_given(arguments: str) -> None:
+    sglang = SglangConfig(python=sys.executable, server_args=arguments)
+    check_servers(RolloutConfig("sglang", "spawn", sglang=sglang))
+
+
+def test_a_server_that_failed_in_a_sync_is_told_by_who_sent_it_weights(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ours, others = ServerClient("http://h:1"), ServerClient("http://h:2")
+
+    async def restore(_: ServerClient) -> str:
+        return ""
+
+    pool = ServerPool([ours, others], SglangConfig(), [ours], restore, 0)
+    pool.hold("3", {ours.url: "http://h:1: out of memory", others.url: "http://h:2: out of memory"})
+    assert [record.getMessage() for record in caplog.records] == [
+        "rollout server not used: http://h:1: out of memory"
+    ]
+    assert pool.reasons() == "http://h:1: out of memory; http://h:2: out of memory"
+
+
+def test_a_server_that_does_not_come_up_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("megatron_bicc.rollout.sglang.check.PATIENCE_S", 0.2)
+    with pytest.raises(ValueError, match="it was waited for 1.2 s"):
+        anyio.run(until_well, ServerClient("http://127.0.0.1:9"), 1.2, lambda: None)
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.startswith("waiting for a rollout server, 1.2 s at most: SGLang server http://127.0.0.1:9/")
 
 
 def test_colocation_needs_servers() -> None:

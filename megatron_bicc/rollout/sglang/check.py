@@ -1,5 +1,6 @@
 """Whether a server serves the policy's architecture and vocabulary, before it is used."""
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +10,15 @@ from transformers import PretrainedConfig
 
 from megatron_bicc.rollout.sglang.client import ServerClient, ServerError, ServerRefusal
 
+log = logging.getLogger(__name__)
+PATIENCE_S = 10.0
+"""After which it is said that a server is waited for."""
+
 
 async def until_well(client: ServerClient, timeout_s: float, check_starting: Callable[[], None]) -> None:
     """Waits for a server. Raises ValueError, one line, if it is not well in that time, or if check_starting
     does."""
-    end = time.monotonic() + timeout_s
+    begin, told = time.monotonic(), False
     while True:
         check_starting()
         try:
@@ -23,8 +28,12 @@ async def until_well(client: ServerClient, timeout_s: float, check_starting: Cal
         except ServerRefusal as refusal:
             raise ValueError(str(refusal)) from None
         except ServerError as error:
-            if time.monotonic() > end:
+            waited = time.monotonic() - begin
+            if waited > timeout_s:
                 raise ValueError(f"{error}; it was waited for {timeout_s:g} s") from None
+            if waited > PATIENCE_S and not told:
+                log.warning("waiting for a rollout server, %g s at most: %s", timeout_s, error)
+                told = True
         await anyio.sleep(0.5)
 
 

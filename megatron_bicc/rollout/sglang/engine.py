@@ -22,6 +22,7 @@ from megatron_bicc.rollout.sglang.client import ServerClient
 from megatron_bicc.rollout.sglang.launch import SpawnedServer
 from megatron_bicc.rollout.sglang.messages import generate_body, read_samples
 from megatron_bicc.rollout.sglang.servers import UNTOUCHED, ServerPool
+from megatron_bicc.rollout.sglang.settings import server_urls
 from megatron_bicc.rollout.sglang.stream import GroupStream, group_stream
 from megatron_bicc.rollout.types import Request, Sample, Sampling
 from megatron_bicc.training.learner import Learner
@@ -123,7 +124,7 @@ class SglangEngine:
     def _servers(self, config: Config) -> tuple[list[str], list[str]]:
         """URLs of the servers that this process asks, and of those to which it sends weights. Collective."""
         if config.rollout.launch == "attach":
-            urls = [url.strip().rstrip("/") for url in self._settings.servers.split(",")]
+            urls = server_urls(self._settings.servers)
             return urls, urls if dist.get_rank() == 0 else []
         if platform.local_rank() == 0:
             count = self._settings.servers_per_node

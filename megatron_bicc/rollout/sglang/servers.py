@@ -114,7 +114,10 @@ class ServerPool:
         """All servers hold the weights of this version, but for those that failed: reasons by URL."""
         self.version = version
         for server in self.servers:
-            server.reason = failed.get(server.client.url, "")
+            reason = failed.get(server.client.url, "")
+            if reason and server.client in self._own:  # others do not need to say it again
+                log.warning("rollout server not used: %s", reason)
+            server.reason = reason
 
     async def watch(self) -> None:
         """Watches every server, for ever, while the gates are open."""

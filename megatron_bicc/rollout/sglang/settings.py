@@ -3,15 +3,13 @@
 import ipaddress
 import os
 import re
-import shlex
 import shutil
 import socket
+from itertools import combinations
 from urllib.parse import urlsplit
 
 from megatron_bicc.config import RolloutConfig
-
-OURS = ("--model-path", "--model", "--host", "--port", "--dtype", "--random-seed", "--config")
-SECRETS = ("--api-key", "--admin-api-key")
+from megatron_bicc.rollout.sglang.arguments import check_arguments
 
 
 def check_servers(rollout: RolloutConfig) -> None:
@@ -26,15 +24,27 @@ def check_servers(rollout: RolloutConfig) -> None:
         _check_spawn(rollout)
 
 
+def server_urls(servers: str) -> list[str]:
+    """The URLs of rollout.sglang.servers, each spelled in the one way that it has."""
+    return [url.strip().rstrip("/").lower() for url in servers.split(",")]
+
+
 def _check_attach(rollout: RolloutConfig) -> None:
     settings = rollout.sglang
     if not settings.servers:
         raise ValueError("rollout.launch is attach; name the servers in rollout.sglang.servers")
-    urls = [url.strip() for url in settings.servers.split(",")]
+    for url in settings.servers.split(","):
+        _check_url(url.strip())
+    urls = server_urls(settings.servers)
     for url in urls:
-        _check_url(url)
         if urls.count(url) > 1:
             raise ValueError(f"rollout.sglang.servers names {url} more than once; name it once")
+    for name in ("server_args", "gpus"):
+        if getattr(settings, name):
+            raise ValueError(
+                f"rollout.sglang.{name} is set; it needs rollout.launch=spawn: leave it empty, "
+                "the servers have been started without it"
+            )
     if settings.api_key_variable:
         _check_key(os.environ.get(settings.api_key_variable, ""))
 
@@ -87,7 +97,7 @@ def _check_spawn(rollout: RolloutConfig) -> None:
             "with SGLang"
         )
     _check_host(settings.host)
-    _check_arguments(settings.server_args)
+    check_arguments(settings.server_args)
     if settings.gpus:
         _check_gpus(settings.gpus, settings.servers_per_node)
 
@@ -122,25 +132,10 @@ def _check_gpus(gpus: str, servers: int) -> None:
     for server in named:
         if len(set(server)) < len(server):
             raise ValueError(f"rollout.sglang.gpus is {gpus!r}; it names a GPU of one server twice")
-
-
-def _check_arguments(text: str) -> None:
-    try:
-        arguments = shlex.split(text)
-    except ValueError as error:
-        raise ValueError(f"rollout.sglang.server_args is {text!r}: {error}") from None
-    for name in (argument.partition("=")[0] for argument in arguments):
-        if name in OURS:
+    for one, other in combinations(map(set, named), 2):
+        # servers may share all of their GPUs, each with a part of the memory
+        if one & other and one != other:
             raise ValueError(
-                f"rollout.sglang.server_args has {name}; the run sets it from its other settings"
-            )
-        if name in SECRETS:
-            raise ValueError(
-                f"rollout.sglang.server_args has {name}; a server writes it into its log: start the servers "
-                "yourself and use rollout.launch=attach"
-            )
-        if name == "--preferred-sampling-params":
-            raise ValueError(
-                f"rollout.sglang.server_args has {name}; the policy gradient needs samples of the whole "
-                "distribution, so top_p, top_k, min_p and penalties stay off"
+                f"rollout.sglang.gpus is {gpus!r}; two servers share {', '.join(sorted(one & other))}, but "
+                "not their other GPUs"
             )
