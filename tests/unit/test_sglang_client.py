@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -21,10 +22,11 @@ import psutil
 import pytest
 from transformers import PretrainedConfig
 
-from megatron_bicc.config import RolloutConfig, SglangConfig
+from megatron_bicc.config import Config, RolloutConfig, SglangConfig
 from megatron_bicc.rollout.sglang.check import check_model, until_well
 from megatron_bicc.rollout.sglang.client import ServerClient, ServerError, ServerRefusal, ServerUnavailable
 from megatron_bicc.rollout.sglang.guard import finish, start
+from megatron_bicc.rollout.sglang.launch import CPU_ARGUMENTS, CPU_ENVIRONMENT, _command
 from megatron_bicc.rollout.sglang.messages import BadAnswer, StaleWeights, generate_body, read_samples
 from megatron_bicc.rollout.sglang.servers import Attempts, ServerPool
 from megatron_bicc.rollout.sglang.settings import check_servers
@@ -368,6 +370,17 @@ def test_a_server_that_does_not_come_up_is_told_once(
         anyio.run(until_well, ServerClient("http://127.0.0.1:9"), 1.2, lambda: None)
     (line,) = (record.getMessage() for record in caplog.records)
     assert line.startswith("waiting for a rollout server, 1.2 s at most: SGLang server http://127.0.0.1:9/")
+
+
+def test_the_documented_command_for_a_cpu_is_that_of_the_run() -> None:
+    text = (Path(__file__).parents[2] / "docs/rollout.md").read_text(encoding="utf-8")
+    (command,) = (shlex.split(block) for block in text.split("```")[1::2] if "--device cpu" in block)
+    documented = " ".join(word for word in command if word != "\n")
+    assert CPU_ARGUMENTS in documented
+    assert {f"{name}={value}" for name, value in CPU_ENVIRONMENT.items()} <= set(command)
+    launched = _command(Config(), "http://127.0.0.1:1", seed=1)
+    ours = {word for word in launched if word.startswith("--")} - {"--log-level-http"}
+    assert ours <= set(command)
 
 
 def test_colocation_needs_servers() -> None:
