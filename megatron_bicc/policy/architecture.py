@@ -28,6 +28,17 @@ FAMILIES = {
     "Qwen3MoeForCausalLM": Family(qk_norm=True, experts=True),
 }
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+
 
 def family_of(hf_config: PretrainedConfig) -> Family:
     """Raises ValueError for an architecture, or a feature of one, that is not built here."""
@@ -36,6 +47,7 @@ def family_of(hf_config: PretrainedConfig) -> Family:
         raise ValueError(
             f"model.path: architecture {name} is not supported; use one of {', '.join(FAMILIES)}"
         )
+    _check_sizes(hf_config, FAMILIES[name])
     if getattr(hf_config, "use_sliding_window", False):
         raise ValueError("model.path: use_sliding_window is true; sliding-window attention is not supported")
     if getattr(hf_config, "attention_bias", False) or getattr(hf_config, "mlp_bias", False):
@@ -48,6 +60,15 @@ def family_of(hf_config: PretrainedConfig) -> Family:
             "every layer must have them"
         )
     return FAMILIES[name]
+
+
+def _check_sizes(hf_config: PretrainedConfig, family: Family) -> None:
+    for name in SIZES + (EXPERT_SIZES if family.experts else ()):
+        size = getattr(hf_config, name)
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"model.path: {name} is {size!r} in config.json; it must be a number of at least 1"
+            )
 
 
 def describe(hf_config: PretrainedConfig) -> str:

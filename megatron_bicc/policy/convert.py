@@ -6,7 +6,6 @@ tensor. With it an import followed by an export gives back every tensor and ever
 
 import shutil
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,6 +31,7 @@ from megatron_bicc.policy.hf_files import (
 from megatron_bicc.policy.manifest import check_if_listed, describe_share, write_manifest
 from megatron_bicc.policy.megatron_files import MegatronCheckpoint, write_checkpoint
 from megatron_bicc.policy.megatron_pieces import Piece, describe
+from megatron_bicc.policy.new_directory import check_disk, check_target, written_aside
 
 HF = "hf"
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -43,6 +43,7 @@ def import_hf(source: Path, target: Path, allow_pickle: bool) -> None:
     Holds about three parameters in memory, however large the model. Raises ValueError, one line, for an
     architecture that is not supported, tensors that do not fit config.json, a damaged file or a full disk.
     """
+    check_target(target)
     hf_config = supported_config(source)
     tensors = open_tensors(source, allow_pickle)
     pieces, objects = describe(hf_config)
@@ -73,6 +74,12 @@ def export_hf(source: Path, target: Path, side_files: Path | None) -> None:
     written files in memory, and the largest tensor. Raises ValueError, one line, for a checkpoint that does
     not fit its configuration or its manifest, a damaged file or a full disk.
     """
+    check_target(target)
+    if side_files is None and source.is_dir() and not (source / HF).is_dir():
+        raise ValueError(
+            f"{source}: there is no {HF}/ in it with configuration and tokenizer; "
+            "to a run's checkpoint give the model's directory by --hf"
+        )
     beside = side_files or source / HF
     hf_config = supported_config(beside)
     check_if_listed(source)
@@ -163,38 +170,6 @@ def check_tied_output(tensors: HfTensors, hf_config: PretrainedConfig, found: di
             f"{tensors.path}: tensor {OUTPUT} differs from {EMBEDDING}, "
             "but config.json has tie_word_embeddings=true"
         )
-
-
-def check_disk(target: Path, needed: int) -> None:
-    """Raises ValueError if there is less space than `needed` bytes where `target` is to be."""
-    place = next(parent for parent in target.absolute().parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise ValueError(f"{target}: needs {needed / 1e9:.2f} GB, but {place} has {free / 1e9:.2f} GB free")
-
-
-@contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
-    """An empty directory beside `target` that takes its name once the block has ended well. Collective.
-
-    Raises ValueError if `target` exists or cannot be made.
-    """
-    partial = target.with_name(target.name + ".partial")
-    if target.exists():
-        raise ValueError(f"{target}: already exists; choose another directory or delete it")
-    dist.barrier()
-    try:
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        yield partial
-    except OSError as error:
-        raise ValueError(f"{target}: cannot be written: {error.strerror or error}") from error
-    dist.barrier()
-    if dist.get_rank() == 0:
-        partial.rename(target)
-    dist.barrier()
 
 
 def _hf_places(piece: Piece, hf_config: PretrainedConfig) -> list[tuple[int, str]]:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Protocol
 
 import torch
@@ -118,9 +119,16 @@ class PickleDirectory:
 
     def _map(self, file_name: str) -> dict[str, Tensor]:
         try:
-            return torch.load(self.path / file_name, map_location="cpu", weights_only=True, mmap=True)
+            held = torch.load(self.path / file_name, map_location="cpu", weights_only=True, mmap=True)
+        except UnpicklingError as error:  # torch's own text recommends to load it all the same
+            raise ValueError(
+                f"{self.path / file_name}: cannot be read: damaged, or it holds more than tensors"
+            ) from error
         except Exception as error:  # torch raises many kinds for a damaged or hostile pickle
             raise ValueError(f"{self.path / file_name}: cannot be read: {first_line(error)}") from error
+        if isinstance(held, dict) and all(isinstance(tensor, Tensor) for tensor in held.values()):
+            return held
+        raise ValueError(f"{self.path / file_name}: holds no dictionary of tensors")
 
 
 def open_tensors(path: str | Path, allow_pickle: bool) -> HfTensors:
@@ -157,9 +165,13 @@ def read_config(path: str | Path) -> PretrainedConfig:
 
 def copy_side_files(source: Path, target: Path) -> None:
     """Copies configuration, generation configuration and tokenizer, byte for byte."""
-    for pattern in SIDE_FILES:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, target / file.name)
+    for file in side_files(source):
+        shutil.copyfile(file, target / file.name)
+
+
+def side_files(path: Path) -> list[Path]:
+    """The directory's configuration, generation configuration and tokenizer, by name."""
+    return sorted({file for pattern in SIDE_FILES for file in path.glob(pattern) if file.is_file()})
 
 
 def write_index(target: Path, file_of: dict[str, str], tensors: dict[str, Tensor]) -> None:

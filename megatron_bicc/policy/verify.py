@@ -41,6 +41,11 @@ def largest_difference(hf_dir: Path, checkpoint: Path, prompts: int, length: int
     ValueError if one cannot be read, or the checkpoint is not what its manifest says.
     """
     hf_config = supported_config(hf_dir)
+    if length > hf_config.max_position_embeddings:
+        raise ValueError(
+            f"{hf_dir}: its max_position_embeddings is {hf_config.max_position_embeddings}; "
+            f"--length {length} is longer"
+        )
     check_tensors(hf_dir, hf_config, describe(hf_config)[0], open_tensors(hf_dir, False).describe())
     check_if_listed(checkpoint)
     generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from megatron_bicc.config import Config, flatten
 from megatron_bicc.monitoring.writer import METRICS_FILE
-from megatron_bicc.policy.hf_files import SIDE_FILES
+from megatron_bicc.policy.hf_files import side_files
 from megatron_bicc.training.checkpoint import Progress, checkpoints
 
 _log = logging.getLogger(__name__)
@@ -83,11 +83,10 @@ def contents(config: Config) -> dict[str, str]:
     Of the policy's weights, which are too large for it, it takes the files' sizes and a few slices of each.
     """
     model = Path(config.model.path)
-    side = sorted({file for pattern in SIDE_FILES for file in model.glob(pattern)})
     weights = sorted(model.glob("*.safetensors"))
     sizes = [(file.name, file.stat().st_size) for file in weights]
     policy = hashlib.sha256(repr(sizes).encode())
-    for file in side:
+    for file in side_files(model):
         policy.update(file.name.encode() + file.read_bytes())
     train = hashlib.sha256(Path(config.data.train).read_bytes())
     slices = hashlib.sha256(b"".join(map(_slices, weights)))

@@ -206,7 +206,13 @@ def test_other_weights_of_the_same_size_are_refused(policy: Policy, tmp_path: Pa
     size, tensors = file.stat().st_size, load_file(file)
     save_file({name: 1.01 * x for name, x in tensors.items()}, file, metadata={"format": "pt"})
     assert file.stat().st_size == size
-    with pytest.raises(ValueError, match=r"not the settings of step 1: model.path \(weights\): its content"):
+    refused = r"not the settings of step 1: model.path \(weights\): its content"
+    with pytest.raises(ValueError, match=refused):
+        restore(*run)
+    data = bytearray((tmp_path / "hf/model.safetensors").read_bytes())
+    data[-1] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=refused):
         restore(*run)
     run[0].config.checkpoint.force = True
     assert restore(*run) == 1

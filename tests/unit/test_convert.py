@@ -15,7 +15,9 @@ from support.models import make_model
 
 from megatron_bicc.config import ParallelConfig
 from megatron_bicc.policy.architecture import check_layout
-from megatron_bicc.policy.convert import check_disk, export_hf, import_hf, supported_config, written_aside
+from megatron_bicc.policy.convert import export_hf, import_hf, supported_config
+from megatron_bicc.policy.hf_files import side_files
+from megatron_bicc.policy.new_directory import check_disk, written_aside
 from megatron_bicc.policy.verify import largest_difference
 
 REPOSITORY = Path(__file__).parents[2]
@@ -192,7 +194,9 @@ def test_pickles_run_no_code(tmp_path: Path, single_process: None, monkeypatch: 
     source = hf_directory(tmp_path / "hf", "qwen2")
     (source / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Hostile()}, source / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model.bin: cannot be read: .*") as raised:
+    with pytest.raises(
+        ValueError, match=r"cannot be read: damaged, or it holds more than tensors$"
+    ) as raised:
         import_hf(source, tmp_path / "megatron", allow_pickle=True)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "ran").exists()
@@ -286,7 +290,9 @@ def test_interrupted_writes_leave_nothing_under_the_name(tmp_path: Path, single_
     with pytest.raises(KeyboardInterrupt), written_aside(tmp_path / "out") as partial:
         (partial / "half").write_text("a")
         raise KeyboardInterrupt
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/half").write_text("left by a kill")
     with written_aside(tmp_path / "out") as partial:
         assert not list(partial.iterdir())
     with pytest.raises(ValueError, match="already exists"), written_aside(tmp_path / "out"):
@@ -296,7 +302,7 @@ def test_interrupted_writes_leave_nothing_under_the_name(tmp_path: Path, single_
 def test_disk_that_is_too_small(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     check_disk(tmp_path / "out", free // 2)
-    with pytest.raises(ValueError, match=f"out: needs .* GB, but {tmp_path} has .* GB free"):
+    with pytest.raises(ValueError, match=rf"out: needs [\d,]+ bytes, but {tmp_path} has [\d,]+ bytes free"):
         check_disk(tmp_path / "out", free * 2)
 
 
@@ -315,7 +321,88 @@ def test_write_that_fails(end: str, tmp_path: Path, single_process: None) -> Non
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(raised.value)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("name", ["/", ".", "", "a\0b", "a" * 300, "a" * 250, "a" * 300 + "/b", "dangling"])
+def test_names_that_no_directory_can_have(
+    name: str,
+    tmp_path: Path,
+    single_process: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = hf_directory(tmp_path / "hf", "qwen2")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    Path("dangling").symlink_to("nowhere")
+    capsys.readouterr()
+    assert command("import", source, name) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    end = "already exists; choose another directory or delete it" if name == "dangling" else ""
+    end = end or ("File name too long" if name.startswith("aa") else "new directory; choose another")
+    assert end in line
+    assert [path.name for path in Path().iterdir()] == ["dangling"]
+
+
+def test_directories_among_the_side_files_are_left_out(tmp_path: Path, single_process: None) -> None:
+    source = hf_directory(tmp_path / "hf", "qwen2")
+    for name in ("tokens", "vocab.d"):
+        (source / name).mkdir()
+    import_hf(source, tmp_path / "megatron", allow_pickle=False)
+    assert {path.name for path in (tmp_path / "megatron/hf").iterdir()} >= SIDE.keys()
+    assert side_files(source) == sorted(source / name for name in ("config.json", *SIDE))
+
+
+def test_file_that_cannot_be_read_is_named(tmp_path: Path, single_process: None) -> None:
+    (tmp_path / "hf").mkdir()
+    with (
+        pytest.raises(ValueError, match=f"out: cannot be written: No such file .*: {tmp_path}/hf/token$"),
+        written_aside(tmp_path / "out") as partial,
+    ):
+        shutil.copyfile(tmp_path / "hf/token", partial / "token")
+
+
+@pytest.mark.parametrize("size", [0, -4])
+@pytest.mark.parametrize(
+    "name", ["num_attention_heads", "num_key_value_heads", "hidden_size", "num_experts_per_tok"]
+)
+def test_sizes_of_nothing(name: str, size: int, tmp_path: Path, single_process: None) -> None:
+    source = hf_directory(tmp_path / "hf", "qwen3_moe")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {name: size}))
+    refused(source, tmp_path, f"{name} is {size} in config.json; it must be a number of at least 1")
+
+
+def test_verify_refuses_what_the_model_does_not_reach(
+    tmp_path: Path, single_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, megatron = hf_directory(tmp_path / "hf", "qwen2"), tmp_path / "megatron"
+    import_hf(source, megatron, allow_pickle=False)
+    assert command("verify", source, megatron, "--length", 512, "--prompts", 1) == 0
+    assert command("verify", source, megatron, "--length", 513, "--prompts", 1) == 2
+    assert "max_position_embeddings is 512; --length 513 is longer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["two", "0", "-1", "1.5"])
+def test_numbers_that_are_none(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command("import", "a", "b", f"--tp={value}")
+    assert f"argument --tp: {value!r} is no whole number of at least 1" in capsys.readouterr().err
+
+
+def test_export_of_a_training_checkpoint_asks_for_hf(tmp_path: Path, single_process: None) -> None:
+    (tmp_path / "step_00000001").mkdir()
+    with pytest.raises(ValueError, match="step_00000001: there is no hf/ in it .* by --hf"):
+        export_hf(tmp_path / "step_00000001", tmp_path / "back", side_files=None)
+
+
+def test_pickle_of_something_else(tmp_path: Path, single_process: None) -> None:
+    source = hf_directory(tmp_path / "hf", "qwen2")
+    (source / "model.safetensors").unlink()
+    torch.save([1, 2], source / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin: holds no dictionary of tensors"):
+        import_hf(source, tmp_path / "megatron", allow_pickle=True)
 
 
 def test_directory_that_cannot_be_made(tmp_path: Path, single_process: None) -> None:
