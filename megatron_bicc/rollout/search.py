@@ -63,8 +63,8 @@ class Found:
 def search(plan: Search, sampler: GroupSampler, has_contrast: Callable[[Group], bool]) -> Found:
     """Asks for prompts until enough have contrast or all were asked for. Collective.
 
-    Which prompts those are depends on how long the answers take, a group's seeds on its prompt alone. Raises
-    RolloutError on every process if the engine of one does.
+    Which prompts those are depends on how long the answers take, a group's seeds on its prompt and its place
+    alone. Raises RolloutError on every process if the engine of one does.
     """
     board = Board(plan)
     outcome: dict[int, Group] | RolloutError
@@ -123,7 +123,7 @@ class Board:
 
     def finished(self, has_contrast: bool) -> range:
         """Counts a group that is finished; the places that this process is to ask for in its stead."""
-        # in this order: who reads the counts between the two takes a group for one without contrast no longer
+        # in this order, so that no process takes a group with contrast for one without
         found = self._store.add("found", int(has_contrast))
         finished = self._store.add("finished", 1)
         return self._claim(min(finished + self._plan.unfinished(finished, found), len(self._plan.prompts)))
