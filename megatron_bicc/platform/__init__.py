@@ -73,6 +73,11 @@ def store() -> dist.Store:
     return _store
 
 
+def quiet() -> bool | None:
+    """tqdm's `disable`: only the first process draws a bar, and only on a terminal."""
+    return None if dist.get_rank() == 0 else True
+
+
 def watch_hosts(silence_seconds: float) -> None:
     """From now on a host that is silent for so long ends this process with one line; 0: never. Collective."""
     global _heartbeat

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
+from megatron_bicc import platform
 from megatron_bicc.platform.gather import gathered
 from megatron_bicc.policy.architecture import family_of
 from megatron_bicc.policy.hf_files import (
@@ -97,7 +98,7 @@ def export_hf(source: Path, target: Path, side_files: Path | None) -> None:
     files = sorted(set(file_of.values()))
     with written_aside(target) as partial:
         own = files[dist.get_rank() :: dist.get_world_size()]
-        for file in tqdm(own, f"export {source}", unit="file", disable=_quiet()):
+        for file in tqdm(own, f"export {source}", unit="file", disable=platform.quiet()):
             names = {name: tensor for name, tensor in tensors.items() if file_of[name] == file}
             write_file(partial / file, names, _read_file(checkpoint, pieces, names, hf_config))
         if dist.get_rank() == 0:
@@ -230,9 +231,4 @@ def _safetensors_names(tensors: HfTensors) -> dict[str, str]:
 
 def _bar(title: str, pieces: list[Piece], found: dict[str, Tensor]) -> tqdm:
     total = sum(found[name].nbytes for piece in pieces for name in piece.hf_names)
-    return tqdm(desc=title, total=total, unit="B", unit_scale=True, disable=_quiet())
-
-
-def _quiet() -> bool | None:
-    """tqdm's `disable`: only one process draws a bar, and only on a terminal."""
-    return None if dist.get_rank() == 0 else True
+    return tqdm(desc=title, total=total, unit="B", unit_scale=True, disable=platform.quiet())

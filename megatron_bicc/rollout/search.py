@@ -92,8 +92,7 @@ def _own_groups(
             stream.ask(place, sampler.requests(plan.prompts[place], (*plan.seed, place)))
 
     groups: dict[int, Group] = {}
-    hidden = None if dist.get_rank() == 0 else True  # None: where there is no terminal
-    with tqdm(total=plan.wanted, desc="groups with contrast", leave=False, disable=hidden) as bar:
+    with tqdm(total=plan.wanted, desc="groups with contrast", leave=False, disable=platform.quiet()) as bar:
         ask(board.first())
         while stream.outstanding() and not board.may_leave():
             finished = stream.next(LOOK_S)

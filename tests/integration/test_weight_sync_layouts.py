@@ -34,11 +34,9 @@ def model() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def path(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def path(model_dirs: dict[str, Path]) -> Path:
     """Its directory."""
-    directory = tmp_path_factory.mktemp("layouts") / "model"
-    model.save_pretrained(directory)
-    return directory
+    return model_dirs["qwen3_moe"]
 
 
 @pytest.fixture(scope="module")

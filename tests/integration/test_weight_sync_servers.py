@@ -42,11 +42,9 @@ def model() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def path(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def path(model_dirs: dict[str, Path]) -> Path:
     """Its directory."""
-    directory = tmp_path_factory.mktemp("weight_sync") / "model"
-    model.save_pretrained(directory)
-    return directory
+    return model_dirs["qwen3_tied"]
 
 
 @pytest.fixture(scope="module")

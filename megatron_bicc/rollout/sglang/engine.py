@@ -67,10 +67,9 @@ class SglangEngine:
         """
         groups = [list(group) for _, group in groupby(requests, key=lambda r: r.token_ids.tobytes())]
         samples: dict[int, list[Sample]] = {}
-        hidden = None if dist.get_rank() == 0 else True  # None: where there is no terminal
         with (
             self.stream(sampling) as stream,
-            tqdm(total=len(requests), desc="rollouts", leave=False, disable=hidden) as bar,
+            tqdm(total=len(requests), desc="rollouts", leave=False, disable=platform.quiet()) as bar,
         ):
             for i, group in enumerate(groups):
                 stream.ask(i, group)
