@@ -1,4 +1,4 @@
-"""Run by test_search.py: search_worker.py OUT; three processes search twice, and write what they saw."""
+"""Run by test_search.py: search_worker.py OUT; three processes search, and write what they saw."""
 
 import json
 import sys
@@ -9,19 +9,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch.distributed as dist
 from support import forked
-from support.scripted import Scripted, drawn, indices, make_collector, some, step
+from support.scripted import WANTED, Scripted, drawn, indices, make_collector, some, step
 
 from megatron_bicc import platform
 from megatron_bicc.rollout.types import RolloutError
 
 
-def of_three_processes(out: Path, fails: bool) -> None:
+def of_three_processes(out: Path, fails: bool, wanted: int) -> None:
     """One process's part; OUT_RANK.json says what it saw."""
     platform.start_distributed()
     rank = dist.get_rank()
     # where one fails nobody else finds enough: only it can end the others' search
-    engine, collector = Scripted((lambda _: 0) if fails else some), make_collector()
-    if rank == 0:
+    engine, collector = Scripted((lambda _: 0) if fails else some), make_collector(prompts_per_step=wanted)
+    if rank == 0 and wanted == WANTED:
         engine.next = lambda seconds: None  # nothing finishes here: the others find what is needed
     if fails and rank == 1:
         engine.fails_at = drawn(2)[1]
@@ -41,6 +41,6 @@ def of_three_processes(out: Path, fails: bool) -> None:
 
 
 if __name__ == "__main__":
-    for name in ("well", "fails"):
-        task = partial(of_three_processes, Path(sys.argv[1]) / name, name == "fails")
+    for name, wanted in (("well", WANTED), ("fails", WANTED), ("few", 2)):
+        task = partial(of_three_processes, Path(sys.argv[1]) / name, name == "fails", wanted)
         assert forked.run(task, 3) == 0

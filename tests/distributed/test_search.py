@@ -39,3 +39,11 @@ def test_three_processes_share_a_search(out: Path) -> None:
 def test_all_processes_end_when_one_fails(out: Path) -> None:
     for rank in ranks_of(out, "fails"):
         assert rank["error"] == "no answer after 3 s"
+
+
+def test_fewer_groups_wanted_than_there_are_processes(out: Path) -> None:
+    ranks = ranks_of(out, "few")
+    assert ranks[2]["asked"] == []
+    for name in ("groups", "sampled", "aborted", "next"):
+        assert ranks[0][name] == ranks[1][name] == ranks[2][name]
+    assert len(ranks[0]["groups"]) == 2
