@@ -51,7 +51,7 @@ struct Settings {
   std::vector<int64_t> wrong_header;
   std::vector<int64_t> right_header;
   std::vector<int64_t> answer_header;
-  int64_t eos_token_id;
+  std::vector<int64_t> end_token_ids;
   Overlong overlong;
   int64_t alignment;
   int64_t token_cost;

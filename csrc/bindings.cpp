@@ -119,7 +119,7 @@ Settings read_settings(const py::object& object) {
   s.wrong_header = from.get<std::vector<int64_t>>("wrong_header");
   s.right_header = from.get<std::vector<int64_t>>("right_header");
   s.answer_header = from.get<std::vector<int64_t>>("answer_header");
-  s.eos_token_id = from.get<int64_t>("eos_token_id");
+  s.end_token_ids = from.get<std::vector<int64_t>>("end_token_ids");
   s.overlong = from.choice<Overlong>("overlong", {{"error", Overlong::kError}, {"drop", Overlong::kDrop}});
   s.alignment = from.get<int64_t>("alignment");
   s.token_cost = from.get<int64_t>("token_cost");

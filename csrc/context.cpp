@@ -56,7 +56,9 @@ int64_t kept_tail(int64_t kept, Keep keep) {
 
 // Length of a rollout inside a context.
 int64_t attempt_length(const Batch& batch, const Settings& settings, int64_t rollout) {
-  const bool ended = batch.tokens[batch.offsets[rollout + 1] - 1] == settings.eos_token_id;
+  const int32_t last = batch.tokens[batch.offsets[rollout + 1] - 1];
+  const auto& ends = settings.end_token_ids;
+  const bool ended = std::find(ends.begin(), ends.end(), last) != ends.end();
   return batch.length(rollout) - ended;
 }
 

@@ -17,10 +17,10 @@ void check_range(const char* name, int64_t value, int64_t low, int64_t high) {
   }
 }
 
-void check_header(const char* name, const std::vector<int64_t>& header, int64_t vocab_size) {
-  for (size_t i = 0; i < header.size(); ++i) {
-    if (header[i] < 0 || header[i] >= vocab_size) {
-      fail("PackingSettings.", name, "[", i, "] is token ", header[i], ", outside the vocabulary of ", vocab_size);
+void check_ids(const char* name, const std::vector<int64_t>& ids, int64_t vocab_size) {
+  for (size_t i = 0; i < ids.size(); ++i) {
+    if (ids[i] < 0 || ids[i] >= vocab_size) {
+      fail("PackingSettings.", name, "[", i, "] is token ", ids[i], ", outside the vocabulary of ", vocab_size);
     }
   }
 }
@@ -109,14 +109,14 @@ void validate(const Settings& settings, int64_t dp_size) {
   check_range("PackingSettings.alignment", settings.alignment, 1,
               std::min<int64_t>(settings.max_tokens_per_microbatch, 1 << 16));
   check_range("PackingSettings.token_cost", settings.token_cost, 0, 1 << 24);
-  check_range("PackingSettings.eos_token_id", settings.eos_token_id, -1, settings.vocab_size - 1);
   if (!(settings.context_ratio >= 0 && settings.context_ratio <= 1)) {
     fail("PackingSettings.context_ratio is ", settings.context_ratio, "; it must be in [0, 1]");
   }
   if (!std::isfinite(settings.reward_threshold)) fail("PackingSettings.reward_threshold must be finite");
-  check_header("wrong_header", settings.wrong_header, settings.vocab_size);
-  check_header("right_header", settings.right_header, settings.vocab_size);
-  check_header("answer_header", settings.answer_header, settings.vocab_size);
+  check_ids("wrong_header", settings.wrong_header, settings.vocab_size);
+  check_ids("right_header", settings.right_header, settings.vocab_size);
+  check_ids("answer_header", settings.answer_header, settings.vocab_size);
+  check_ids("end_token_ids", settings.end_token_ids, settings.vocab_size);
 }
 
 void validate(const Batch& batch, const Settings& settings) {

@@ -15,6 +15,7 @@ from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
 from megatron_bicc.data import Prompt, PromptSampler, load_prompts
 from megatron_bicc.errors import first_line
+from megatron_bicc.policy.end_tokens import end_token_ids
 from megatron_bicc.policy.policy import Policy, start_model_parallel
 from megatron_bicc.rewards import Verifier, check_threshold, get_verifier, unscorable
 from megatron_bicc.rollout.dynamic import Collector
@@ -132,18 +133,19 @@ def read_hf_config(path: str) -> PretrainedConfig:
 
 
 def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises ValueError, one line, where it does not fit the model's config.json."""
-    vocab_size = read_hf_config(path).vocab_size
+    """The model's tokenizer. Raises ValueError, one line, where it does not fit the model's config.json, or
+    an end token of the directory is none of the vocabulary."""
+    hf_config = read_hf_config(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # and as many for a damaged tokenizer
         raise ValueError(
             f"model.path is {path}; its tokenizer cannot be read: {first_line(error)}"
         ) from error
-    if len(tokenizer) > vocab_size:
+    if len(tokenizer) > hf_config.vocab_size:
         raise ValueError(
             f"model.path is {path}; its tokenizer has {len(tokenizer)} tokens, "
-            f"but vocab_size in config.json is {vocab_size}: they are of different models"
+            f"but vocab_size in config.json is {hf_config.vocab_size}: they are of different models"
         )
     if not tokenizer.encode(string.printable, add_special_tokens=False):
         raise ValueError(
@@ -152,6 +154,7 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.path is {path}; its tokenizer has no eos_token: responses could not end")
+    end_token_ids(hf_config, tokenizer, path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

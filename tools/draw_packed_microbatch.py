@@ -68,7 +68,7 @@ def pack_example() -> tuple[MicroBatch, list[str]]:
         wrong_header=(names.index(WRONG),),
         right_header=(names.index(RIGHT),),
         answer_header=(names.index(ANSWER),),
-        eos_token_id=names.index("end"),
+        end_token_ids=(names.index("end"),),
         alignment=8,
     )
     ((micro_batch,),) = pack(batch, settings, dp_size=1).ranks

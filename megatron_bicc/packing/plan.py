@@ -20,7 +20,7 @@ class SideTable:
     """int64 [D + 1], into parts"""
     parts: np.ndarray
     """int64 [parts, 3]: rollout shown in the context, tokens kept of its head, tokens kept of its tail;
-    a trailing end-of-sequence token is no part of the rollout here"""
+    a trailing end token is no part of the rollout here"""
     response_offsets_D: np.ndarray
     """int64 [D + 1], into responses"""
     responses: np.ndarray
@@ -83,9 +83,9 @@ class StepPlan:
 
 
 def attempt_length(batch: RolloutBatch, settings: PackingSettings, rollout: int) -> int:
-    """Returns the length of a rollout inside a context: without a trailing end-of-sequence token."""
+    """Returns the length of a rollout inside a context: without a trailing end token."""
     start, stop = batch.offsets_R[rollout : rollout + 2].tolist()
-    return stop - start - int(batch.tokens[stop - 1] == settings.eos_token_id)
+    return stop - start - int(batch.tokens[stop - 1] in settings.end_token_ids)
 
 
 def is_right(batch: RolloutBatch, settings: PackingSettings, rollout: int) -> bool:

@@ -19,7 +19,7 @@ class RolloutBatch:
     prompt_offsets_G: np.ndarray
     """int64 [G + 1]"""
     tokens: np.ndarray
-    """int32 [sum of response lengths]: the responses, end-of-sequence token included"""
+    """int32 [sum of response lengths]: the responses, end token included"""
     offsets_R: np.ndarray
     """int64 [R + 1]"""
     group_offsets_G: np.ndarray
@@ -53,8 +53,8 @@ class PackingSettings:
     right_header: tuple[int, ...] = ()
     answer_header: tuple[int, ...] = ()
     """Token ids after the last rollout of a context."""
-    eos_token_id: int = -1
-    """A trailing one is left out where a rollout stands in a context; -1: none."""
+    end_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response; a trailing one is left out where a rollout stands in a context."""
     overlong: Literal["error", "drop"] = "error"
     """For a response that, after its prompt, exceeds max_sequence_tokens or a micro-batch."""
     alignment: int = 1

@@ -21,7 +21,11 @@ CHARACTERS_A_TOKEN = 4
 class UnknownTokenizer:
     """Counts for a tokenizer that is not there: about four characters of English a token, no end token."""
 
-    eos_token_id = -1
+    eos_token_id = None
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """No tokens."""
+        return {}
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """As many tokens as the text may take; their ids mean nothing."""

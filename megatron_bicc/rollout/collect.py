@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
@@ -63,7 +64,7 @@ class GroupSampler:
         if not prompts:
             return []
         # transformers decodes no samples at all as one sample without tokens
-        texts = self.tokenizer.batch_decode([s.token_ids for s in samples], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode([_without_end(s) for s in samples], skip_special_tokens=True)
         truths = [prompt.ground_truth for prompt in prompts for _ in range(self.group_size)]
         rewards = self.verifier(texts, truths)
         groups = []
@@ -71,6 +72,11 @@ class GroupSampler:
             own = slice(i * self.group_size, (i + 1) * self.group_size)
             groups.append(Group(prompt, samples[own], texts[own], rewards[own]))
         return groups
+
+
+def _without_end(sample: Sample) -> np.ndarray:
+    """int32: the sample's tokens but for the one that ended it, which need not be a special token."""
+    return sample.token_ids[:-1] if sample.finish_reason == "stop" else sample.token_ids
 
 
 def exchange(outcome: Outcome | RolloutError) -> list[Outcome]:

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from megatron_bicc.errors import first_line
+from megatron_bicc.policy.end_tokens import end_token_ids
 from megatron_bicc.rollout.types import Request, Sample, Sampling
 
 
@@ -37,6 +38,7 @@ class LocalEngine:
             raise ValueError(
                 f"model.path is {path}; its weights cannot be read: {first_line(error)}"
             ) from error
+        self.ends = end_token_ids(model.config, tokenizer, path)
         self.model = model.to(device).eval()
         # a model's own generation config may warp the distribution (top_k, repetition penalty)
         self.model.generation_config = GenerationConfig()
@@ -85,7 +87,7 @@ class LocalEngine:
             attention_mask=mask.to(self.model.device),
             do_sample=False,
             max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=list(self.ends),
             pad_token_id=self.tokenizer.pad_token_id,
             logits_processor=LogitsProcessorList([sampler]),
         )
@@ -94,7 +96,7 @@ class LocalEngine:
         return [self._sample(*row) for row in zip(tokens, log_probs, strict=True)]
 
     def _sample(self, tokens: np.ndarray, log_probs: np.ndarray) -> Sample:
-        ends = np.flatnonzero(tokens == self.tokenizer.eos_token_id)
+        ends = np.flatnonzero(np.isin(tokens, self.ends))
         length = int(ends[0]) + 1 if len(ends) else len(tokens)
         reason = "stop" if len(ends) else "length"
         return Sample(tokens[:length].copy(), log_probs[:length].copy(), reason, self.version)

@@ -38,10 +38,11 @@ class Sample:
     """One response, in tokens."""
 
     token_ids: np.ndarray
-    """int32 [length], the end-of-sequence token included where one was sampled"""
+    """int32 [length], the end token (policy.end_tokens) included where one was sampled"""
     log_probs: np.ndarray
     """float32 [length]: log-prob of each token under the engine's softmax(logits / temperature)"""
     finish_reason: Literal["stop", "length"]
+    """Whether the last token is an end token, or the sample was cut at max_new_tokens"""
     weight_version: int
     """Version of the weights that sampled it"""
 
@@ -53,7 +54,7 @@ class Group:
     prompt: Prompt
     samples: list[Sample]
     texts: list[str]
-    """The responses, decoded, without special tokens"""
+    """The responses, decoded, without their end token and special tokens: what was scored"""
     rewards: np.ndarray
     """float32 [G]"""
 

@@ -15,6 +15,7 @@ from megatron_bicc.algorithms.policy_loss import LossRows
 from megatron_bicc.config import Config
 from megatron_bicc.packing import StepPlan
 from megatron_bicc.packing.types import MicroBatch, PackingSettings
+from megatron_bicc.policy.end_tokens import end_token_ids
 from megatron_bicc.policy.packed import PackedBatch
 from megatron_bicc.training.weighing import TokenLogProbs
 
@@ -57,7 +58,7 @@ def packing_settings(
         "wrong_header": encode(config.bicc.wrong_header),
         "right_header": encode(config.bicc.right_header),
         "answer_header": encode(config.bicc.answer_header),
-        "eos_token_id": tokenizer.eos_token_id,
+        "end_token_ids": end_token_ids(hf_config, tokenizer, config.model.path),
         "alignment": config.parallel.tensor,
         "token_cost": 6 * hf_config.hidden_size,
     }

@@ -54,7 +54,7 @@ def test_fill_equals_the_cpu_to_the_bit(keep, groups, longest):
         vocab_size=1000,
         wrong_header=(1, 2),
         answer_header=(3,),
-        eos_token_id=7,
+        end_token_ids=(7,),
         keep=keep,
         alignment=16,
     )

@@ -14,6 +14,7 @@ from megatron_bicc.rollout.types import Group, Request, RolloutError, Sample, Sa
 
 PROMPTS = [Prompt(i, [], np.array([i + 2], np.int32), "1", "", {}) for i in range(60)]
 WANTED, GROUP_SIZE = 6, 4
+END = 9
 
 
 class Scripted:
@@ -55,18 +56,18 @@ class Scripted:
         if prompt == self.fails_at:
             raise RolloutError("no answer after 3 s")
         rights = self.rights(prompt)
-        tokens = [np.array([1 if i < rights else 0], np.int32) for i in range(GROUP_SIZE)]
-        return key, [Sample(one, np.zeros(1, np.float32), "stop", 0) for one in tokens]
+        tokens = [np.array([1 if i < rights else 0, END], np.int32) for i in range(GROUP_SIZE)]
+        return key, [Sample(one, np.zeros(2, np.float32), "stop", 0) for one in tokens]
 
     def outstanding(self) -> int:
         return len(self.running)
 
 
 class Words:
-    """Test double of a tokenizer: a token is its own text."""
+    """Test double of a tokenizer: a token is its own text, and none is special."""
 
     def batch_decode(self, tokens: list[np.ndarray], **_: object) -> list[str]:
-        return [str(one[0]) for one in tokens]
+        return ["".join(map(str, one)) for one in tokens]
 
 
 def score(texts: list[str], truths: list[str]) -> np.ndarray:

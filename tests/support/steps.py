@@ -20,7 +20,9 @@ from megatron_bicc.rollout.types import Group, Sample
 from support.hf_reference import ANSWER, EOS, RIGHT, WRONG, Example, response_logp
 
 HEADERS = {"wrong": WRONG, "right": RIGHT, "answer": ANSWER}
-TOKENIZER = SimpleNamespace(eos_token_id=EOS, encode=lambda text, add_special_tokens: HEADERS[text])
+TOKENIZER = SimpleNamespace(
+    eos_token_id=EOS, get_added_vocab=dict, encode=lambda text, add_special_tokens: HEADERS[text]
+)
 """Test double for a tokenizer: the headers' token ids are given, nothing else is encoded."""
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_bicc.packing import MicroBatch, PackingSettings, RolloutBatch, StepPlan
 
-EOS = 0
+ENDS = (0, 9)
 HEADERS = {"wrong_header": (1, 2), "right_header": (3,), "answer_header": (4, 5, 6)}
 FIRST_TOKEN = 10
 VOCAB_SIZE = 100_000
@@ -21,7 +21,7 @@ class Rollout:
     length: int
     right: bool
     ended: bool = False
-    """The last token is end-of-sequence."""
+    """The last token is an end token: the first of ENDS for a right rollout, else the second."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Group:
 
 
 def make_batch(groups: list[Group]) -> RolloutBatch:
-    """Returns a batch of those shapes in which no two tokens are equal but for end-of-sequence."""
+    """Returns a batch of those shapes in which no two tokens are equal but for end tokens."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     prompt_offsets_G = offsets([group.prompt for group in groups])
     offsets_R = offsets([rollout.length for rollout in rollouts])
     tokens = np.arange(offsets_R[-1] + prompt_offsets_G[-1], dtype=np.int32) + FIRST_TOKEN
     prompt_tokens, tokens = np.split(tokens, [prompt_offsets_G[-1]])
     for rollout, stop in zip(rollouts, offsets_R[1:], strict=True):
-        tokens[stop - 1] = EOS if rollout.ended else tokens[stop - 1]
+        tokens[stop - 1] = ENDS[not rollout.right] if rollout.ended else tokens[stop - 1]
     return RolloutBatch(
         prompt_tokens=prompt_tokens,
         prompt_offsets_G=prompt_offsets_G,
@@ -63,7 +63,7 @@ def make_settings(**changes: object) -> PackingSettings:
         "max_sequence_tokens": 1000,
         "max_tokens_per_microbatch": 1000,
         "vocab_size": VOCAB_SIZE,
-        "eos_token_id": EOS,
+        "end_token_ids": ENDS,
         **HEADERS,
     }
     return PackingSettings(**{**defaults, **changes})
@@ -86,7 +86,7 @@ settings_dicts = st.fixed_dictionaries(
         "keep": st.sampled_from(["head", "tail", "both_ends"]),
         "wrong_header": st.sampled_from([(), (1, 2)]),
         "answer_header": st.sampled_from([(), (4, 5, 6)]),
-        "eos_token_id": st.sampled_from([-1, EOS]),
+        "end_token_ids": st.sampled_from([(), ENDS, ENDS[:1], ENDS[1:]]),
         "overlong": st.sampled_from(["drop", "drop", "error"]),
         "alignment": st.sampled_from([1, 1, 2, 16]),
         "token_cost": st.sampled_from([0, 7]),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from packing_cases import EOS, Group, Rollout, make_batch, make_settings, micro_batches
+from packing_cases import ENDS, Group, Rollout, make_batch, make_settings, micro_batches
 
 from megatron_bicc.packing import PackingSettings, RolloutBatch, pack
 
@@ -24,7 +24,7 @@ def test_the_layout_of_one_group_to_the_token():
     batch = RolloutBatch(
         prompt_tokens=np.array([20, 21], np.int32),
         prompt_offsets_G=np.array([0, 2]),
-        tokens=np.array([30, 31, EOS, 40, EOS], np.int32),
+        tokens=np.array([30, 31, ENDS[0], 40, ENDS[1]], np.int32),
         offsets_R=np.array([0, 3, 5]),
         group_offsets_G=np.array([0, 2]),
         rewards_R=np.array([1, 0], np.float32),
@@ -35,7 +35,7 @@ def test_the_layout_of_one_group_to_the_token():
     wrong_prefix = [20, 21, *RIGHT, 30, 31, *ANSWER]
     padding = [0] * 5
     tokens = [*right_prefix[:-1], *wrong_prefix[:-1], 6, 30, 31, 6, 40, *padding]
-    labels = [*right_prefix[1:], *wrong_prefix[1:], 30, 31, EOS, 40, EOS, *padding]
+    labels = [*right_prefix[1:], *wrong_prefix[1:], 30, 31, ENDS[0], 40, ENDS[1], *padding]
     positions = [*range(7), *range(7), 7, 8, 9, 7, 8, *padding]
     assert micro_batch.tokens_T.tolist() == tokens
     assert micro_batch.labels_T.tolist() == labels
@@ -131,11 +131,13 @@ def test_a_context_never_takes_room_from_the_longest_response(limits):
     assert shown(batch, settings, 0) == shown(batch, settings, 1) == [(2, [(0, 25)])]
 
 
-def test_end_of_sequence_is_no_part_of_an_attempt_and_an_empty_attempt_is_not_shown():
+def test_an_end_token_is_no_part_of_an_attempt_and_an_empty_attempt_is_not_shown():
     rollouts = [Rollout(4, True), Rollout(3, False, ended=True), Rollout(1, False, ended=True)]
     batch = make_batch([Group(2, rollouts)])
     assert shown(batch, make_settings(), 0) == [(1, [(0, 2)])]
-    assert shown(batch, make_settings(eos_token_id=-1), 0) == [(1, [(0, 3)]), (2, [(0, 1)])]
+    assert shown(batch, make_settings(end_token_ids=()), 0) == [(1, [(0, 3)]), (2, [(0, 1)])]
+    assert batch.tokens[-1] == ENDS[1]
+    assert shown(batch, make_settings(end_token_ids=ENDS[:1]), 0) == [(1, [(0, 3)]), (2, [(0, 1)])]
 
 
 def test_pair_source_trains_every_rollout_once_for_each_opposite_one():

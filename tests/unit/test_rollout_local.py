@@ -1,5 +1,7 @@
 """The local engine: samples that their seed fixes, log-probs that a forward pass confirms."""
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +14,8 @@ from megatron_bicc.rollout.local import LocalEngine, SeededSampler
 from megatron_bicc.rollout.types import Request, Sampling
 
 EOS, PAD = 1, 0
-TOKENIZER = SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD)
-"""Test double: the engine asks a tokenizer for these two ids only."""
+TOKENIZER = SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD, get_added_vocab=dict)
+"""Test double: the engine asks a tokenizer for these only."""
 
 
 def make_engine(path: Path, batch_size: int) -> LocalEngine:
@@ -40,6 +42,22 @@ def test_log_probs_are_those_of_a_forward_pass(model_dirs: dict[str, Path]) -> N
         assert sample.finish_reason == ("stop" if stopped else "length")
         assert len(sample.token_ids) == 12 or stopped
         assert EOS not in sample.token_ids[:-1]
+
+
+def test_every_end_token_ends_a_sample(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    """Up to its end a sample is what it is without the further ends."""
+    path = shutil.copytree(model_dirs["qwen3_tied"], tmp_path / "model")
+    others = list(range(40, 60))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, *others]}))
+    requests = make_requests(9)
+    samples = make_engine(path, 4).generate(requests, Sampling(1.7, 12))
+    whole = make_engine(model_dirs["qwen3_tied"], 4).generate(requests, Sampling(1.7, 12))
+    for sample, long in zip(samples, whole, strict=True):
+        tokens = long.token_ids.tolist()
+        end = next((i for i, token in enumerate(tokens) if token in (EOS, *others)), None)
+        assert sample.token_ids.tolist() == (tokens if end is None else tokens[: end + 1])
+        assert sample.finish_reason == ("length" if end is None else "stop")
+    assert sum(sample.token_ids[-1] in others for sample in samples) > 4
 
 
 def test_a_sample_depends_on_its_seed_not_on_its_batch(model_dirs: dict[str, Path]) -> None:

@@ -180,6 +180,9 @@ def test_no_server_is_unavailable() -> None:
         ask("http://127.0.0.1:9", "/x")
 
 
+ENDS = (1, 5)
+
+
 def answer(**meta: Any) -> list[dict[str, Any]]:
     known = {
         "finish_reason": {"type": "stop"},
@@ -201,17 +204,27 @@ def with_log_prob(value: Any) -> list[dict[str, Any]]:
 
 
 def test_a_good_answer() -> None:
-    (sample,) = read_samples(answer(), 1, "3", 10)
+    (sample,) = read_samples(answer(), 1, "3", 10, ENDS)
     np.testing.assert_array_equal(sample.token_ids, [7, 1])
     np.testing.assert_array_equal(sample.log_probs, np.float32([-0.5, -1.5]))
     assert (sample.token_ids.dtype, sample.log_probs.dtype) == (np.int32, np.float32)
     assert (sample.finish_reason, sample.weight_version) == ("stop", 3)
 
 
+@pytest.mark.parametrize(
+    ("last", "reason", "expected"),
+    [(1, "stop", "stop"), (5, "stop", "stop"), (5, "length", "stop"), (7, "length", "length")],
+)
+def test_what_ends_with_an_end_token_is_not_truncated(last: int, reason: str, expected: str) -> None:
+    (item,) = with_tokens(7, last)
+    item["meta_info"]["finish_reason"] = {"type": reason}
+    assert read_samples([item], 1, "3", 10, ENDS)[0].finish_reason == expected
+
+
 @pytest.mark.parametrize("value", [0, -0.0, 2e-7, -1, -3.4e38])
 def test_log_probs_that_can_be(value: float) -> None:
     """A sure token's comes as 0 or, by rounding, as a little more."""
-    assert read_samples(with_log_prob(value), 1, "3", 10)[0].log_probs[1] == np.float32(value)
+    assert read_samples(with_log_prob(value), 1, "3", 10, ENDS)[0].log_probs[1] == np.float32(value)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +251,7 @@ def test_log_probs_that_can_be(value: float) -> None:
         (with_tokens(1, -1), BadAnswer, "token -1 was sampled"),
         (with_tokens(), BadAnswer, r"tokens are \[\]"),
         ([answer()[0] | {"output_ids": "71"}], BadAnswer, "tokens are 71"),
+        (with_tokens(7, 2), BadAnswer, "stopped at token 2, which ends no response of model.path"),
         (with_log_prob("-0.5"), BadAnswer, "with -0.5 for a log-prob"),
         (with_log_prob({}), BadAnswer, "with {} for a log-prob"),
         (with_log_prob(True), BadAnswer, "with True for a log-prob"),
@@ -250,17 +264,17 @@ def test_log_probs_that_can_be(value: float) -> None:
 )
 def test_spoiled_answers(spoiled: Any, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        read_samples(spoiled, 1, "3", 10)
+        read_samples(spoiled, 1, "3", 10, ENDS)
 
 
 def test_a_token_beyond_the_vocabulary_is_refused() -> None:
     with pytest.raises(BadAnswer, match="token 7 was sampled, but the policy has 7 tokens"):
-        read_samples(answer(), 1, "3", 7)
+        read_samples(answer(), 1, "3", 7, ENDS)
 
 
 def test_nothing_is_cut_off_the_distribution() -> None:
     request = Request(np.array([5], dtype=np.int32), seed=11)
-    body = generate_body([request, request], Sampling(0.7, 9), eos=1)
+    body = generate_body([request, request], Sampling(0.7, 9), ends=(1, 5))
     (settings, _) = body["sampling_params"]
     assert (settings["temperature"], settings["top_p"], settings["top_k"], settings["min_p"]) == (
         0.7,
@@ -269,6 +283,7 @@ def test_nothing_is_cut_off_the_distribution() -> None:
         0,
     )
     assert settings["sampling_seed"] == 11 and settings["max_new_tokens"] == 9
+    assert settings["stop_token_ids"] == [1, 5]
 
 
 @pytest.mark.parametrize(

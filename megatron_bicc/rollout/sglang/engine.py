@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from megatron_bicc import platform
 from megatron_bicc.config import Config
 from megatron_bicc.platform.gather import gathered
+from megatron_bicc.policy.end_tokens import end_token_ids
 from megatron_bicc.rollout.sglang.check import check_model, until_well
 from megatron_bicc.rollout.sglang.client import ServerClient
 from megatron_bicc.rollout.sglang.launch import SpawnedServer
@@ -42,8 +43,8 @@ class SglangEngine:
         another model.
         """
         self._settings = config.rollout.sglang
-        self._eos = tokenizer.eos_token_id
         self._hf_config = AutoConfig.from_pretrained(config.model.path)
+        self._ends = end_token_ids(self._hf_config, tokenizer, config.model.path)
         self._loop = start_blocking_portal()
         self._portal = self._loop.__enter__()
         self._sync = WeightSync(config, learner, self._portal.call) if learner else None
@@ -186,5 +187,7 @@ class SglangEngine:
                 f"a prompt has token {prompt.max()}; the policy's vocabulary has {vocab_size} tokens, and "
                 "the rollout server would end on it"
             )
-        read = partial(read_samples, count=len(group), version=version, vocab_size=vocab_size)
-        return await self._pool.ask(generate_body(group, sampling, self._eos), read)
+        read = partial(
+            read_samples, count=len(group), version=version, vocab_size=vocab_size, ends=self._ends
+        )
+        return await self._pool.ask(generate_body(group, sampling, self._ends), read)
