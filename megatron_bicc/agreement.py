@@ -22,20 +22,24 @@ PACKAGE = Path(__file__).parent
 LIBRARIES = ("torch", "megatron-core", "transformers", "numpy")
 
 
-def check_agreement(config: Config) -> None:
-    """Collective. Raises ValueError naming the first setting, source file, library or input that differs."""
-    _check_same(_facts(config))
+def check_agreement(config: Config, prompt_digests: dict[str, str]) -> None:
+    """Collective. Raises ValueError naming the first setting, source file, library or input that differs.
+
+    prompt_digests: setup_run.Inputs.
+    """
+    _check_same(_facts(config, prompt_digests))
     _check_shared(Path(config.output_dir))
 
 
-def _facts(config: Config) -> dict[str, str]:
+def _facts(config: Config, prompt_digests: dict[str, str]) -> dict[str, str]:
     """What has to be the same everywhere, by its name."""
     facts = {f"setting {name}": repr(value) for name, value in flatten(asdict(config)).items()}
     for file in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.glob("_C.*")]):
         facts[f"code megatron_bicc/{file.relative_to(PACKAGE)}"] = _sha256(file)
     facts |= {f"library {name}": version(name) for name in LIBRARIES}
     facts["library python"] = platform.python_version()
-    return facts | {f"content of {name}": digest[:12] for name, digest in contents(config).items()}
+    found = contents(config) | prompt_digests
+    return facts | {f"content of {name}": digest[:12] for name, digest in found.items()}
 
 
 def _check_same(facts: dict[str, str]) -> None:

@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from megatron_bicc import platform
 from megatron_bicc.cli import abort, parse_config, settings
 from megatron_bicc.config import Config
-from megatron_bicc.data import Prompt
+from megatron_bicc.data import Prompt, digest
 from megatron_bicc.evaluation import Evaluation, ask, summarize
 from megatron_bicc.evaluation.answers import AnswerFile, Answers
 from megatron_bicc.evaluation.benchmarks import names_of, run_benchmark
@@ -27,7 +27,7 @@ from megatron_bicc.evaluation.results import write_results
 from megatron_bicc.rewards import Verifier, check_threshold, get_verifier
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.types import Engine, RolloutError, Sampling
-from megatron_bicc.setup_run import heldout_prompts, make_engine, read_tokenizer
+from megatron_bicc.setup_run import heldout_prompts, make_engine, read_tokenizer, with_date
 from megatron_bicc.validation import validate_evaluation
 
 PROGRAM = "python -m megatron_bicc.evaluate"
@@ -35,6 +35,7 @@ DECISIVE = (
     "model.dtype",
     "data.max_prompt_tokens",
     "data.overlong_prompts",
+    "data.date",
     "rollout.engine",
     "rollout.max_new_tokens",
     "rollout.batch_size",
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         abort("stopped; the same command goes on", PROGRAM)
     if dist.get_rank() == 0:
-        print(write_results(out, decisive(config), evaluations), end="")
+        print(write_results(out, decisive(inputs.config), evaluations), end="")
         print(f"\nfigures  {out / 'results.json'}")
         print(f"answers  {', '.join(str(out / f'{name}.jsonl') for name in evaluations)}")
     platform.end_distributed()
@@ -99,8 +100,15 @@ def read_inputs(config: Config, paths: list[str]) -> Inputs:
     check_threshold(config.reward.verifier, config.reward.threshold)
     named = names_of(paths)
     tokenizer = read_tokenizer(config.model.path)
+    config = with_date(config, tokenizer, _kept_date(config, named))
     prompts = {name: heldout_prompts(config, path, tokenizer) for name, path in named.items()}
     return Inputs(config, tokenizer, get_verifier(config.reward.verifier), named, prompts)
+
+
+def _kept_date(config: Config, named: dict[str, str]) -> str:
+    """data.date under which the answers that are already there were asked for; empty if there are none."""
+    files = [AnswerFile(Path(config.output_dir) / f"{name}.jsonl", {}) for name in named]
+    return next((day for file in files if (day := file.kept_settings().get("data.date"))), "")
 
 
 def evaluate_benchmarks(inputs: Inputs) -> dict[str, Evaluation]:
@@ -148,7 +156,10 @@ def _files(directory: str) -> dict[str, list[int]]:
 def _answer_file(inputs: Inputs, name: str) -> AnswerFile:
     path, out = inputs.paths[name], Path(inputs.config.output_dir)
     stat = Path(path).stat()
-    settings = decisive(inputs.config) | {"benchmark": [path, stat.st_size, stat.st_mtime_ns]}
+    settings = decisive(inputs.config) | {
+        "benchmark": [path, stat.st_size, stat.st_mtime_ns],
+        "token ids of the prompts": digest(inputs.prompts[name])[:12],
+    }
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,8 +1,10 @@
 """Everything that a run is made of, checked and built before the first step."""
 
+import logging
 import os
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -13,7 +15,8 @@ from megatron_bicc import platform
 from megatron_bicc.agreement import check_agreement
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
-from megatron_bicc.data import Prompt, PromptSampler, load_prompts
+from megatron_bicc.data import Prompt, PromptSampler, digest, load_prompts
+from megatron_bicc.data.today import asks_for_date, fix_date
 from megatron_bicc.errors import first_line
 from megatron_bicc.policy.end_tokens import end_token_ids
 from megatron_bicc.policy.policy import Policy, start_model_parallel
@@ -23,7 +26,10 @@ from megatron_bicc.rollout.local import LocalEngine
 from megatron_bicc.rollout.sglang.engine import SglangEngine
 from megatron_bicc.rollout.types import Engine
 from megatron_bicc.training.learner import Learner
+from megatron_bicc.training.resume import HELD_OUT_IDS, TRAIN_IDS, date_of_checkpoint
 from megatron_bicc.validation import validate
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,12 @@ class Inputs:
     """What a run reads from files."""
 
     config: Config
-    """Resolved: presets filled in"""
+    """Resolved: presets filled in, and the date where the chat template asks for one"""
     tokenizer: PreTrainedTokenizerBase
     prompts: list[Prompt]
     heldout: list[Prompt]
+    prompt_digests: dict[str, str]
+    """Of training and held-out prompts, by what training.resume calls their token ids"""
     collector: Collector
     verifier: Verifier
 
@@ -53,10 +61,13 @@ def read_inputs(config: Config) -> Inputs:
     config = check_settings(config)
     verifier = get_verifier(config.reward.verifier)
     tokenizer = read_tokenizer(config.model.path)
+    config = with_date(config, tokenizer, date_of_checkpoint(config))
     prompts = _prompts(config, config.data.train, tokenizer)
     heldout = heldout_prompts(config, config.evaluation.data, tokenizer) if config.evaluation.data else []
     sampler = PromptSampler(len(prompts), config.rollout.prompts_per_step, config.seed)
-    return Inputs(config, tokenizer, prompts, heldout, Collector(config, prompts, sampler), verifier)
+    digests = {TRAIN_IDS: digest(prompts)} | ({HELD_OUT_IDS: digest(heldout)} if heldout else {})
+    collector = Collector(config, prompts, sampler)
+    return Inputs(config, tokenizer, prompts, heldout, digests, collector, verifier)
 
 
 def check_settings(config: Config) -> Config:
@@ -78,7 +89,7 @@ def start_workers(inputs: Inputs) -> Workers:
     config = inputs.config
     disable_progress_bar()  # the run has one of its own
     platform.start_distributed()
-    check_agreement(config)
+    check_agreement(config, inputs.prompt_digests)
     platform.watch_hosts(config.parallel.silence_seconds)
     start_model_parallel(config)
     policy = Policy(config)
@@ -158,6 +169,25 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def with_date(config: Config, tokenizer: PreTrainedTokenizerBase, first_start: str) -> Config:
+    """Fixes the date that the tokenizer's chat template sees, if it asks for one; data.date says which.
+
+    first_start: data.date of what is resumed; empty: nothing is.
+    """
+    if not asks_for_date(tokenizer):
+        return config
+    day = config.data.date or first_start or date.today().isoformat()
+    if not config.data.date and os.environ.get("RANK", "0") == "0":
+        _log.warning(
+            "model.path is %s; its chat template asks for today's date: every prompt gets data.date=%s, also "
+            "when this is resumed on another day",
+            config.model.path,
+            day,
+        )
+    fix_date(tokenizer, date.fromisoformat(day))
+    return replace(config, data=replace(config.data, date=day))
 
 
 def heldout_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

@@ -27,14 +27,13 @@ from megatron_bicc.training.checkpoint import (
     check_writable,
     checkpoints,
     load_checkpoint,
-    read_progress,
 )
 from megatron_bicc.training.checkpoint_writer import CheckpointWriter
 from megatron_bicc.training.export import export, export_step, forget_exports
 from megatron_bicc.training.metrics import evaluation_metrics, mean_metrics, rollout_metrics, update_metrics
 from megatron_bicc.training.report_groups import report_groups
 from megatron_bicc.training.report_layout import report_layout
-from megatron_bicc.training.resume import check_resume, contents, newest_checkpoint
+from megatron_bicc.training.resume import contents, resume_point
 from megatron_bicc.weight_sync import sync_weights
 from megatron_bicc.weight_sync.errors import WeightSyncError
 
@@ -177,7 +176,8 @@ def progress(inputs: Inputs, workers: Workers, step: int) -> Progress:
     """Where the run stands after this step."""
     c = inputs.config
     state = workers.policy.scheduler.state_dict()
-    return Progress(step, inputs.collector.state_dict(), state, asdict(c), contents(c))
+    found = contents(c) | inputs.prompt_digests
+    return Progress(step, inputs.collector.state_dict(), state, asdict(c), found)
 
 
 def restore(inputs: Inputs, workers: Workers) -> int:
@@ -187,20 +187,13 @@ def restore(inputs: Inputs, workers: Workers) -> int:
     """
     config, first_process = inputs.config, dist.get_rank() == 0
     check_writable(config.output_dir)
-    newest = newest_checkpoint(config, first_process)
-    step = _load(newest, inputs, workers) if newest else 0
+    found = resume_point(config, inputs.prompt_digests, inputs.collector, first_process)
+    step = found.progress.step if found else 0
+    if found:
+        load_checkpoint(found.path, workers.policy, found.progress)
     if config.checkpoint.resume and first_process:
         forget_exports(config.output_dir, step)
     return step
-
-
-def _load(checkpoint: Path, inputs: Inputs, workers: Workers) -> int:
-    """The number of steps that were finished at the checkpoint."""
-    saved = read_progress(checkpoint)
-    check_resume(saved, inputs.config, first_process=dist.get_rank() == 0)
-    load_checkpoint(checkpoint, workers.policy, saved)
-    inputs.collector.load_state_dict(saved.sampler)
-    return saved.step
 
 
 def finish(inputs: Inputs, workers: Workers, log: RunLog) -> None:

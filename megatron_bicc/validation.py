@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,10 @@ def _check_ranges(values: dict[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, str) and "\0" in value:
             raise ValueError(f"{name} is {value!r}; it must not hold a NUL character")
+    if values["data.date"] and not _is_date(values["data.date"]):
+        raise ValueError(
+            f"data.date is {values['data.date']!r}; write a date as YYYY-MM-DD, or leave it empty"
+        )
     finite = {name: not isinstance(value, float) or math.isfinite(value) for name, value in values.items()}
     _require(values, finite, "it must be finite")
     _require(values, {n: values[n] >= 1 for n in POSITIVE_COUNTS}, "it must be at least 1")
@@ -113,6 +118,13 @@ def _check_ranges(values: dict[str, Any]) -> None:
     _require(values, heard, "it must be at least 5, as hosts are heard of every 2 seconds, or 0 for off")
     group_size = {"rollout.group_size": values["rollout.group_size"] >= 2}
     _require(values, group_size, "it must be at least 2: rollouts learn from the others of their group")
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _require(values: dict[str, Any], holds: dict[str, bool], remedy: str) -> None:

@@ -26,6 +26,8 @@ class DataConfig:
     """Longest prompt, in tokens, chat template included."""
     overlong_prompts: Literal["error", "drop"] = "error"
     """What to do with a longer prompt."""
+    date: str = ""
+    """Date that a chat template gets for today's, YYYY-MM-DD; empty: that of the run's first start."""
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Prompts of a data file as token ids, every fault found before training starts."""
 
+import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -72,6 +73,15 @@ def load_prompts(
         reason = f"all {rows} prompts are over {max_prompt_tokens} tokens" if rows else "the file has no rows"
         raise ValueError(f"{path}: no prompts: {reason}")
     return prompts
+
+
+def digest(prompts: list[Prompt]) -> str:
+    """SHA-256 of token ids and ground truths, in the prompts' order."""
+    found = hashlib.sha256()
+    for prompt in prompts:
+        found.update(repr((prompt.index, len(prompt.token_ids), prompt.ground_truth)).encode())
+        found.update(prompt.token_ids.tobytes())
+    return found.hexdigest()
 
 
 def encode_messages(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

@@ -17,7 +17,7 @@ class Answers:
     """Row of the prompt in its file, from 0"""
     rewards: list[float]
     lengths: list[int]
-    """Tokens, the end-of-sequence token included"""
+    """Tokens, the end token included"""
     truncated: list[bool]
     """Whether the sample ended at rollout.max_new_tokens"""
     texts: list[str]
@@ -53,6 +53,12 @@ class AnswerFile:
             return {}
         self._check(records[0].get("settings"))
         return dict(self._answer(number, record) for number, record in enumerate(records[1:], start=2))
+
+    def kept_settings(self) -> dict[str, Any]:
+        """The settings under which the file was made; none if there is no file, or none in it."""
+        records = jsonl.read(self.path) if self.path.exists() else []
+        found = records[0].get("settings") if records else None
+        return found if isinstance(found, dict) else {}
 
     def keep(self, indices: set[int]) -> None:
         """Drops the answers to all other prompts."""

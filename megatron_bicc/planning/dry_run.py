@@ -1,5 +1,6 @@
 """A run on paper: everything that its start-up would check, every rank's shard, and one packed step."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,16 @@ from megatron_bicc.planning.shards import Shard, build_shards
 from megatron_bicc.planning.synthetic import SyntheticStep, UnknownTokenizer, synthetic_step
 from megatron_bicc.policy.architecture import describe
 from megatron_bicc.policy.hf_files import INDEX, SINGLE, HfTensors, SafetensorsDirectory
-from megatron_bicc.setup_run import check_settings, read_hf_config, read_inputs, read_tokenizer
+from megatron_bicc.setup_run import (
+    Inputs,
+    check_settings,
+    heldout_prompts,
+    read_hf_config,
+    read_inputs,
+    read_tokenizer,
+)
+from megatron_bicc.training.checkpoint import check_writable, checkpoints
+from megatron_bicc.training.resume import resume_point
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -43,6 +53,8 @@ def dry_run(config: Config, world_size: int) -> DryRun:
     if isinstance(tokenizer, UnknownTokenizer):
         unchecked.append(f"the tokenizer: {path} holds none; the headers' lengths are estimates")
     _check_prompts(config, tokenizer, unchecked)
+    if config.rollout.engine == "sglang":
+        unchecked.append("rollout servers: none is started or asked")
     weights = _weights(path, unchecked)
     shards = build_shards(config, hf_config, world_size, weights=weights)
     data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
@@ -57,13 +69,32 @@ def tokenizer_or_estimate(path: str) -> PreTrainedTokenizerBase | UnknownTokeniz
     return UnknownTokenizer()
 
 
-def _check_prompts(config: Config, tokenizer: object, unchecked: list[str]) -> None:
-    if not config.data.train:
+def _check_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase | UnknownTokenizer, unchecked: list[str]
+) -> None:
+    """Training and held-out prompts, and what is resumed, as far as they can be read."""
+    train, heldout = config.data.train, config.evaluation.data
+    if not train:
         unchecked.append("prompts: data.train is not set")
-    elif isinstance(tokenizer, UnknownTokenizer):
+    if (train or heldout) and isinstance(tokenizer, UnknownTokenizer):
         unchecked.append("prompts: they cannot be read without a tokenizer")
-    else:
-        read_inputs(config)
+    elif train:
+        _check_resume(read_inputs(config), unchecked)
+        return
+    elif heldout:
+        heldout_prompts(config, heldout, tokenizer)
+    if config.checkpoint.resume and checkpoints(config.output_dir):
+        unchecked.append("checkpoint: it cannot be compared without the training prompts")
+
+
+def _check_resume(inputs: Inputs, unchecked: list[str]) -> None:
+    config = inputs.config
+    if (Path(config.output_dir) / "checkpoints").exists():  # if not, nothing is made on paper
+        check_writable(config.output_dir)
+    first_process = os.environ.get("RANK", "0") == "0"
+    found = resume_point(config, inputs.prompt_digests, inputs.collector, first_process)
+    if found:
+        unchecked.append(f"checkpoint: weights and optimizer in {found.path}")
 
 
 def _weights(path: Path, unchecked: list[str]) -> HfTensors | None:

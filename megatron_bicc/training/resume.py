@@ -2,18 +2,20 @@
 
 import hashlib
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_bicc.config import Config, flatten
 from megatron_bicc.monitoring.writer import METRICS_FILE
 from megatron_bicc.policy.hf_files import side_files
-from megatron_bicc.training.checkpoint import Progress, checkpoints
+from megatron_bicc.rollout.dynamic import Collector
+from megatron_bicc.training.checkpoint import Progress, checkpoints, read_progress
 
 _log = logging.getLogger(__name__)
 
 WEIGHTS = "model.path (weights)"
+TRAIN_IDS, HELD_OUT_IDS = "data.train (token ids)", "evaluation.data (token ids)"
 SLICES, SLICE_BYTES = 8, 4096
 DANGEROUS = (
     "algorithm",
@@ -35,6 +37,41 @@ DANGEROUS = (
     "train.max_sequence_tokens",
 )
 """Settings, or sections of them, whose change makes another experiment of a run"""
+_OTHER_IDS = (
+    "its prompts have other token ids or ground truths; besides what else is named here, the version of "
+    "transformers or of this program may have changed, or the chat template's output varies"
+)
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint that a run may go on from."""
+
+    path: Path
+    progress: Progress
+
+
+def resume_point(
+    config: Config, prompt_digests: dict[str, str], collector: Collector, first_process: bool
+) -> ResumePoint | None:
+    """The checkpoint that the run goes on from, and the collector as it then was; None: it starts at step 0.
+
+    prompt_digests: setup_run.Inputs. Reads nothing of the weights. Raises ValueError, one line, for a damaged
+    checkpoint and as `check_resume` does.
+    """
+    newest = newest_checkpoint(config, first_process)
+    if newest is None:
+        return None
+    saved = read_progress(newest)
+    check_resume(saved, config, prompt_digests, first_process)
+    collector.load_state_dict(saved.sampler)
+    return ResumePoint(newest, saved)
+
+
+def date_of_checkpoint(config: Config) -> str:
+    """data.date of the checkpoint that the run goes on from; empty if there is none or it has none."""
+    found = checkpoints(config.output_dir) if config.checkpoint.resume else []
+    return str(flatten(read_progress(found[-1]).config).get("data.date", "")) if found else ""
 
 
 def newest_checkpoint(config: Config, first_process: bool) -> Path | None:
@@ -53,20 +90,25 @@ def newest_checkpoint(config: Config, first_process: bool) -> Path | None:
     return found[-1] if found else None
 
 
-def check_resume(progress: Progress, config: Config, first_process: bool) -> None:
+def check_resume(
+    progress: Progress, config: Config, prompt_digests: dict[str, str], first_process: bool
+) -> None:
     """Logs the settings that have changed since the checkpoint.
 
     Raises ValueError naming those that make another experiment of the run, unless checkpoint.force. A file
     that was moved and holds the same is no change.
     """
-    changed = _changes(flatten(progress.config), flatten(asdict(config)))
-    now = contents(config)
+    # a setting that is newer than the checkpoint was at its default
+    before = flatten(asdict(Config())) | flatten(progress.config)
+    changed = _changes(before, flatten(asdict(config)))
+    now = contents(config) | prompt_digests
     same_files = {name for name in now if progress.contents.get(name) == now[name]}
-    # checkpoints of older versions hold nothing of the weights
+    # checkpoints of older versions hold nothing of the weights and the token ids
     other_files = (now.keys() & progress.contents.keys()) - same_files
     edited = dict.fromkeys(sorted(other_files - changed.keys()), "its content has changed")
     dangerous = [n for n in [*changed, *edited] if n.startswith(DANGEROUS) and n not in same_files]
     words = {**changed, **edited}
+    words |= {name: _OTHER_IDS for name in (TRAIN_IDS, HELD_OUT_IDS) if name in edited}
     if dangerous and not config.checkpoint.force:
         listed = "; ".join(f"{name}: {words[name]}" for name in dangerous)
         raise ValueError(

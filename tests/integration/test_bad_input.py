@@ -1,7 +1,9 @@
 """Every mistake in a run's settings or files: one line that names it, exit status 2, before any training."""
 
+import hashlib
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import pytest
 from megatron_bicc.cli import parse_config
 from megatron_bicc.setup_run import read_inputs
 from megatron_bicc.train import main
+from megatron_bicc.training.checkpoint import PROGRESS, Progress
+from megatron_bicc.training.resume import contents
 
 REPOSITORY = Path(__file__).parents[2]
 GOOD_ROW = {"prompt": "1+1=", "answer": "2"}
@@ -113,3 +117,38 @@ def test_a_model_whose_parts_do_not_fit(
     config.write_text(config.read_text().replace('"vocab_size": 264', '"vocab_size": 5'))
     line = run([*arguments, f"model.path={tmp_path / 'model'}"], capsys)
     assert "its tokenizer has 264 tokens, but vocab_size in config.json is 5" in line
+
+
+def test_held_out_prompts_on_paper_without_training_prompts(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "heldout.jsonl").write_text('{"prompt": "1+1="}\n')
+    line = run([*arguments, "data.train=", f"evaluation.data={tmp_path / 'heldout.jsonl'}"], capsys)
+    assert f"{tmp_path / 'heldout.jsonl'}, row 1: " in line
+
+
+@pytest.mark.parametrize(
+    ("setting", "damage", "message"),
+    [
+        ("rollout.temperature=0.5", "", "not the settings of step 1: rollout.temperature: was 1.0, is 0.5"),
+        ("train.steps=2", " ", f"{PROGRESS} is damaged"),
+    ],
+)
+def test_what_a_run_would_not_go_on_from_is_found_on_paper(
+    setting: str,
+    damage: str,
+    message: str,
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    inputs = read_inputs(parse_config(arguments))
+    found = contents(inputs.config) | inputs.prompt_digests
+    saved = Progress(1, inputs.collector.state_dict(), {}, asdict(inputs.config), found)
+    checkpoint = tmp_path / "run/checkpoints/step_00000001"
+    checkpoint.mkdir(parents=True)
+    text = json.dumps(asdict(saved)).encode()
+    (checkpoint / PROGRESS).write_bytes(text + damage.encode())
+    described = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps({PROGRESS: described}))
+    assert message in run([*arguments, "checkpoint.resume=true", setting], capsys)

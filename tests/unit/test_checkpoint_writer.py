@@ -26,7 +26,7 @@ from megatron_bicc.training.checkpoint import (
     read_progress,
 )
 from megatron_bicc.training.checkpoint_writer import CheckpointWriter
-from megatron_bicc.training.resume import WEIGHTS, check_resume
+from megatron_bicc.training.resume import HELD_OUT_IDS, TRAIN_IDS, WEIGHTS, check_resume, date_of_checkpoint
 
 
 @pytest.fixture
@@ -62,7 +62,8 @@ def run_in(directory: Path, policy: Policy) -> tuple[SimpleNamespace, SimpleName
     config.output_dir, config.checkpoint.resume = str(directory), True
     (directory / "train.jsonl").write_text("{}")
     collector = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
-    return SimpleNamespace(config=config, collector=collector), SimpleNamespace(policy=policy)
+    inputs = SimpleNamespace(config=config, collector=collector, prompt_digests={TRAIN_IDS: "these"})
+    return inputs, SimpleNamespace(policy=policy)
 
 
 def save(run: tuple[SimpleNamespace, SimpleNamespace], *steps: int) -> list[Path]:
@@ -218,14 +219,59 @@ def test_other_weights_of_the_same_size_are_refused(policy: Policy, tmp_path: Pa
     assert restore(*run) == 1
 
 
-def test_checkpoints_of_older_versions_hold_nothing_of_the_weights(policy: Policy, tmp_path: Path) -> None:
+def test_checkpoints_of_older_versions_hold_nothing_of_the_weights_and_the_token_ids(
+    policy: Policy, tmp_path: Path
+) -> None:
     run = run_in(tmp_path, policy)
     saved = progress_of(*run, 1)
-    del saved.contents[WEIGHTS]
-    check_resume(saved, run[0].config, first_process=True)
+    del saved.contents[WEIGHTS], saved.contents[TRAIN_IDS]
+    check_resume(saved, run[0].config, run[0].prompt_digests, first_process=True)
     saved.contents["data.train"] = "another"
     with pytest.raises(ValueError, match="not the settings of step 1: data.train: its content has changed; "):
-        check_resume(saved, run[0].config, first_process=True)
+        check_resume(saved, run[0].config, run[0].prompt_digests, first_process=True)
+
+
+def test_other_token_ids_of_the_same_files_are_refused(
+    policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of held-out prompts change no weights: they are logged, as the settings of an evaluation are."""
+    run = run_in(tmp_path, policy)
+    run[0].prompt_digests[HELD_OUT_IDS] = "those"
+    save(run, 1)
+    run[0].prompt_digests[HELD_OUT_IDS] = "others"
+    caplog.clear()
+    assert restore(*run) == 1
+    assert [
+        m.partition(", as")[0] for m in caplog.messages if "evaluation.data (token ids): its prompts" in m
+    ]
+    run[0].prompt_digests[TRAIN_IDS] = "others"
+    refused = r"not the settings of step 1: data.train \(token ids\): its prompts have other token ids"
+    with pytest.raises(ValueError, match=refused) as raised:
+        restore(*run)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint_was_at_its_default(
+    policy: Policy, tmp_path: Path
+) -> None:
+    run = run_in(tmp_path, policy)
+    saved = progress_of(*run, 1)
+    assert saved.config["data"].pop("date") == ""
+    check_resume(saved, run[0].config, run[0].prompt_digests, first_process=True)
+    run[0].config.data.date = "2026-01-14"
+    with pytest.raises(ValueError, match="data.date: was , is 2026-01-14"):
+        check_resume(saved, run[0].config, run[0].prompt_digests, first_process=True)
+
+
+def test_the_date_of_the_first_start_is_in_the_checkpoint(policy: Policy, tmp_path: Path) -> None:
+    run = run_in(tmp_path, policy)
+    assert date_of_checkpoint(run[0].config) == ""
+    run[0].config.data.date = "2026-01-14"
+    save(run, 1, 2)
+    run[0].config.data.date = ""
+    assert date_of_checkpoint(run[0].config) == "2026-01-14"
+    run[0].config.checkpoint.resume = False
+    assert date_of_checkpoint(run[0].config) == ""
 
 
 def test_contexts_of_another_length_are_refused(policy: Policy, tmp_path: Path) -> None:
@@ -233,4 +279,4 @@ def test_contexts_of_another_length_are_refused(policy: Policy, tmp_path: Path) 
     saved = progress_of(*run, 1)
     run[0].config.train.max_sequence_tokens = 256
     with pytest.raises(ValueError, match="train.max_sequence_tokens: was 4096, is 256; set them back"):
-        check_resume(saved, run[0].config, first_process=True)
+        check_resume(saved, run[0].config, run[0].prompt_digests, first_process=True)
