@@ -9,8 +9,15 @@ from megatron_bicc.config import Config
 from megatron_bicc.planning.shards import Shard, build_shards
 from megatron_bicc.planning.synthetic import SyntheticStep, UnknownTokenizer, synthetic_step
 from megatron_bicc.policy.architecture import describe
-from megatron_bicc.policy.hf_files import INDEX, SINGLE, HfTensors, SafetensorsDirectory
-from megatron_bicc.setup_run import check_settings, read_hf_config, read_inputs, read_tokenizer
+from megatron_bicc.policy.hf_files import INDEX, SINGLE, HfTensors, SafetensorsDirectory, has_safetensors
+from megatron_bicc.setup_run import (
+    check_lengths,
+    check_policy,
+    check_settings,
+    read_inputs,
+    read_tokenizer,
+    warn_of_model,
+)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -38,8 +45,10 @@ def dry_run(config: Config, world_size: int) -> DryRun:
     unchecked: list[str] = []
     config = check_settings(config)
     path = Path(config.model.path)
-    hf_config = read_hf_config(config.model.path)
     tokenizer = tokenizer_or_estimate(config.model.path)
+    hf_config = check_policy(config)
+    check_lengths(config, hf_config)
+    warn_of_model(config, hf_config)
     if isinstance(tokenizer, UnknownTokenizer):
         unchecked.append(f"the tokenizer: {path} holds none; the headers' lengths are estimates")
     _check_prompts(config, tokenizer, unchecked)
@@ -67,7 +76,7 @@ def _check_prompts(config: Config, tokenizer: object, unchecked: list[str]) -> N
 
 
 def _weights(path: Path, unchecked: list[str]) -> HfTensors | None:
-    if (path / SINGLE).is_file() or (path / INDEX).is_file():
+    if has_safetensors(path):
         return SafetensorsDirectory(path)
     unchecked.append(f"weights: {path} holds neither {SINGLE} nor {INDEX}")
     return None
