@@ -41,11 +41,15 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
     "attention_chunk_size": (None,),
     "layer_types": (None, ["full_attention"]),
-    "per_layer_config": (None,),
     "kv_sharing_modes": (None,),
     "is_causal": (True, None),
     "decoder_sparse_step": (1,),
     "mlp_only_layers": ([], None),
+    "is_encoder_decoder": (False, None),
+    # without it a model answers tuples
+    "return_dict": (True, None),
+    # another configuration inside, which transformers reads in place of this one
+    **dict.fromkeys(("text_config", "decoder", "generator"), (None,)),
     # other weights than those of the directory's safetensors
     "transformers_weights": (None,),
 }
@@ -83,6 +87,8 @@ def family_of(hf_config: PretrainedConfig) -> Family:
             f"{expected.model_type!r}: they are of different models"
         )
     _check_quantization(hf_config)
+    if hf_config.is_heterogeneous:
+        raise ValueError("per_layer_config in config.json makes layers differ, which is not supported")
     _check_sizes(hf_config, family)
     for key in (*EVERYWHERE, *family.reads):
         # absent entries, and those that transformers itself clears, are as good as an accepted value
@@ -127,8 +133,9 @@ def _check_sizes(hf_config: PretrainedConfig, family: Family) -> None:
             f"num_attention_heads is {heads} in config.json; without a head_dim it must divide "
             f"hidden_size = {hidden}"
         )
-    if not isinstance(head_dim(hf_config), int) or head_dim(hf_config) < 2 or head_dim(hf_config) % 2:
-        raise ValueError(f"head_dim is {head_dim(hf_config)!r} in config.json; it must be an even number")
+    size = hidden // heads if size is None else size
+    if not isinstance(size, int) or size < 2 or size % 2:
+        raise ValueError(f"head_dim is {size!r} by config.json; it must be an even number of at least 2")
     if family.experts and hf_config.num_experts_per_tok > hf_config.num_experts:
         raise ValueError(
             f"num_experts_per_tok is {hf_config.num_experts_per_tok} in config.json; "
