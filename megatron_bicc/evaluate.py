@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_bicc import platform
@@ -24,10 +24,18 @@ from megatron_bicc.evaluation import Evaluation, ask, summarize
 from megatron_bicc.evaluation.answers import AnswerFile, Answers
 from megatron_bicc.evaluation.benchmarks import names_of, run_benchmark
 from megatron_bicc.evaluation.results import write_results
+from megatron_bicc.policy.hf_model import warn_of_index
 from megatron_bicc.rewards import Verifier, check_threshold, get_verifier
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.types import Engine, RolloutError, Sampling
-from megatron_bicc.setup_run import heldout_prompts, make_engine, read_tokenizer, with_date
+from megatron_bicc.setup_run import (
+    check_policy,
+    engine_positions,
+    heldout_prompts,
+    make_engine,
+    read_tokenizer,
+    with_date,
+)
 from megatron_bicc.validation import validate_evaluation
 
 PROGRAM = "python -m megatron_bicc.evaluate"
@@ -100,8 +108,11 @@ def read_inputs(config: Config, paths: list[str]) -> Inputs:
     check_threshold(config.reward.verifier, config.reward.threshold)
     named = names_of(paths)
     tokenizer = read_tokenizer(config.model.path)
+    hf_config = check_policy(config)
     config = with_date(config, tokenizer, _kept_date(config, named))
     prompts = {name: heldout_prompts(config, path, tokenizer) for name, path in named.items()}
+    _check_lengths(config, hf_config, named, prompts)
+    warn_of_index(config.model.path)
     return Inputs(config, tokenizer, get_verifier(config.reward.verifier), named, prompts)
 
 
@@ -109,6 +120,23 @@ def _kept_date(config: Config, named: dict[str, str]) -> str:
     """data.date under which the answers that are already there were asked for; empty if there are none."""
     files = [AnswerFile(Path(config.output_dir) / f"{name}.jsonl", {}) for name in named]
     return next((day for file in files if (day := file.kept_settings().get("data.date"))), "")
+
+
+def _check_lengths(
+    config: Config, hf_config: PretrainedConfig, paths: dict[str, str], prompts: dict[str, list[Prompt]]
+) -> None:
+    """Raises ValueError where an answer can be longer than the model, or its server, has positions for."""
+    response, most = config.rollout.max_new_tokens, engine_positions(config, hf_config)
+    for name, own in prompts.items():
+        longest = max(own, key=lambda prompt: len(prompt.token_ids))
+        tokens = len(longest.token_ids)
+        if tokens + response > most:
+            raise ValueError(
+                f"{paths[name]}, row {longest.index + 1}: the prompt's {tokens} tokens + "
+                f"rollout.max_new_tokens = {response} make {tokens + response}; {config.model.path} has "
+                f"{most} positions (max_position_embeddings in config.json, --context-length of a server): "
+                "lower rollout.max_new_tokens"
+            )
 
 
 def evaluate_benchmarks(inputs: Inputs) -> dict[str, Evaluation]:

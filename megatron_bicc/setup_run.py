@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_bicc import platform
@@ -19,17 +19,21 @@ from megatron_bicc.data import Prompt, PromptSampler, digest, load_prompts
 from megatron_bicc.data.today import asks_for_date, fix_date
 from megatron_bicc.errors import first_line
 from megatron_bicc.policy.end_tokens import end_token_ids
+from megatron_bicc.policy.hf_files import has_safetensors
+from megatron_bicc.policy.hf_model import checked_tensors, supported_config, warn_of_index
 from megatron_bicc.policy.policy import Policy, start_model_parallel
+from megatron_bicc.policy.rotary import positions
 from megatron_bicc.rewards import Verifier, check_threshold, get_verifier, unscorable
 from megatron_bicc.rollout.dynamic import Collector
 from megatron_bicc.rollout.local import LocalEngine
 from megatron_bicc.rollout.sglang.engine import SglangEngine
+from megatron_bicc.rollout.sglang.model_files import check_model_files, server_positions
 from megatron_bicc.rollout.types import Engine
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.training.resume import HELD_OUT_IDS, TRAIN_IDS, date_of_checkpoint
 from megatron_bicc.validation import validate
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def read_inputs(config: Config) -> Inputs:
     config = check_settings(config)
     verifier = get_verifier(config.reward.verifier)
     tokenizer = read_tokenizer(config.model.path)
+    check_lengths(config, check_policy(config))
     config = with_date(config, tokenizer, date_of_checkpoint(config))
     prompts = _prompts(config, config.data.train, tokenizer)
     heldout = heldout_prompts(config, config.evaluation.data, tokenizer) if config.evaluation.data else []
@@ -93,6 +98,7 @@ def start_workers(inputs: Inputs) -> Workers:
     platform.watch_hosts(config.parallel.silence_seconds)
     start_model_parallel(config)
     policy = Policy(config)
+    warn_of_model(config, policy.hf_config)
     learner = Learner(config, policy, inputs.tokenizer)
     return Workers(policy, learner, make_engine(config, inputs.tokenizer, learner))
 
@@ -131,24 +137,61 @@ def _check_output_dir(config: Config) -> None:
         )
 
 
-def read_hf_config(path: str) -> PretrainedConfig:
-    """The model's config.json. Raises ValueError, one line, if it is no model's configuration."""
-    try:
-        hf_config = AutoConfig.from_pretrained(path)
-        hf_config.vocab_size  # noqa: B018 - one without a vocabulary is no language model's
-        return hf_config
-    except Exception as error:  # transformers raises many kinds for a damaged configuration
+def check_policy(config: Config) -> PretrainedConfig:
+    """Checks the configuration and the tensors of model.path; returns the configuration.
+
+    A dry run does without weights. Raises ValueError, one line, for a model that is not supported or damaged,
+    or that a rollout server would read otherwise.
+    """
+    path = Path(config.model.path)
+    hf_config = supported_config(path)
+    if has_safetensors(path) or not config.dry_run:
+        tensors, _ = checked_tensors(path, hf_config)
+        if config.rollout.engine == "sglang" and config.rollout.launch == "spawn":
+            check_model_files(path, hf_config, set(tensors.file_of.values()))
+    return hf_config
+
+
+def check_lengths(config: Config, hf_config: PretrainedConfig) -> None:
+    """Raises ValueError where a rollout can be longer than the model, or its server, has positions for."""
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    most = engine_positions(config, hf_config)
+    if prompt + response > most:
         raise ValueError(
-            f"model.path is {path}; its config.json cannot be used: {first_line(error)}"
-        ) from error
+            f"data.max_prompt_tokens + rollout.max_new_tokens = {prompt} + {response} = {prompt + response}; "
+            f"{config.model.path} has {most} positions (max_position_embeddings in config.json, "
+            "--context-length of a server): lower the settings"
+        )
+
+
+def engine_positions(config: Config, hf_config: PretrainedConfig) -> int:
+    """Tokens of the longest sequence that the model is made for and the rollout engine takes."""
+    most = positions(hf_config)
+    if config.rollout.engine == "sglang":
+        return min(most, server_positions(hf_config, config.rollout))
+    return most
+
+
+def warn_of_model(config: Config, hf_config: PretrainedConfig) -> None:
+    """What can be meant but deserves a line each, on the first process."""
+    warn_of_index(config.model.path)
+    longest, most = config.train.max_sequence_tokens, positions(hf_config)
+    if platform.is_first() and config.bicc.enabled and longest > most:
+        logger.warning(
+            "train.max_sequence_tokens is %d; %s has %d positions: longer contexts than that train positions "
+            "that it has never seen",
+            longest,
+            config.model.path,
+            most,
+        )
 
 
 def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises ValueError, one line, where it does not fit the model's config.json, or
     an end token of the directory is none of the vocabulary."""
-    hf_config = read_hf_config(path)
+    hf_config = supported_config(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # and as many for a damaged tokenizer
         raise ValueError(
             f"model.path is {path}; its tokenizer cannot be read: {first_line(error)}"
@@ -179,8 +222,8 @@ def with_date(config: Config, tokenizer: PreTrainedTokenizerBase, first_start: s
     if not asks_for_date(tokenizer):
         return config
     day = config.data.date or first_start or date.today().isoformat()
-    if not config.data.date and os.environ.get("RANK", "0") == "0":
-        _log.warning(
+    if not config.data.date and platform.is_first():
+        logger.warning(
             "model.path is %s; its chat template asks for today's date: every prompt gets data.date=%s, also "
             "when this is resumed on another day",
             config.model.path,

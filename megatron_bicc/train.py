@@ -19,7 +19,7 @@ from megatron_bicc.monitoring.run_log import RunLog
 from megatron_bicc.monitoring.timing import Stopwatch
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.dynamic import Collected
-from megatron_bicc.rollout.types import Group, RolloutError, Sampling
+from megatron_bicc.rollout.types import RolloutError, Sampling
 from megatron_bicc.setup_run import Inputs, Workers, read_inputs, start_workers
 from megatron_bicc.training.checkpoint import (
     CheckpointError,
@@ -31,6 +31,7 @@ from megatron_bicc.training.checkpoint import (
 from megatron_bicc.training.checkpoint_writer import CheckpointWriter
 from megatron_bicc.training.export import export, export_step, forget_exports
 from megatron_bicc.training.metrics import evaluation_metrics, mean_metrics, rollout_metrics, update_metrics
+from megatron_bicc.training.mismatch import EngineMismatch, MismatchCheck
 from megatron_bicc.training.report_groups import report_groups
 from megatron_bicc.training.report_layout import report_layout
 from megatron_bicc.training.resume import contents, resume_point
@@ -64,7 +65,7 @@ def run(config: Config) -> None:
         abort(str(error))
     try:
         train(inputs, workers, first_step)
-    except CheckpointError as error:
+    except (CheckpointError, EngineMismatch) as error:
         abort(str(error))
     except (RolloutError, WeightSyncError) as error:
         abort(f"{error}; checkpoint.resume=true goes on from the newest checkpoint")
@@ -91,6 +92,7 @@ def run_steps(inputs: Inputs, workers: Workers, first_step: int, log: RunLog) ->
     """Every step and checkpoint of `train`. Collective."""
     config = inputs.config
     writer = CheckpointWriter(config.output_dir, config.checkpoint.keep)
+    mismatch = MismatchCheck(config, bool(workers.policy.megatron_config.num_moe_experts))
     sync_weights(workers.policy, workers.engine, first_step)
     if first_step == 0:
         log.step(0, held_out(inputs, workers))
@@ -101,7 +103,7 @@ def run_steps(inputs: Inputs, workers: Workers, first_step: int, log: RunLog) ->
             with clock("rollout"):
                 rollouts = roll_out(inputs, workers, step)
             with released_memory(inputs, workers):
-                updates = learn(inputs, workers, rollouts.groups, clock, log, step)
+                updates = learn(inputs, workers, rollouts, clock, log, step, mismatch)
             with clock("sync"):
                 num_bytes = sync_weights(workers.policy, workers.engine, step)
             metrics = rollout_metrics(rollouts, config) | mean_metrics(updates)
@@ -138,13 +140,21 @@ def released_memory(inputs: Inputs, workers: Workers) -> AbstractContextManager[
 
 
 def learn(
-    inputs: Inputs, workers: Workers, groups: list[Group], clock: Stopwatch, log: RunLog, step: int
+    inputs: Inputs,
+    workers: Workers,
+    rollouts: Collected,
+    clock: Stopwatch,
+    log: RunLog,
+    step: int,
+    mismatch: MismatchCheck,
 ) -> list[dict[str, float]]:
     """The step's optimiser steps, each on its share of the groups; their metrics."""
-    config, metrics = inputs.config, []
+    config, groups, metrics = inputs.config, rollouts.groups, []
     size = len(groups) // config.train.updates_per_step
     starts = range(0, len(groups), size)
     prepared = [workers.learner.prepare(groups[i : i + size], clock, moves=i > 0) for i in starts]
+    if not rollouts.carried:  # groups of an earlier step were sampled with other weights
+        mismatch.step(step, [share.log_probs for share in prepared if share is not None])
     for start, share in zip(starts, prepared, strict=True):
         if share is None:
             continue

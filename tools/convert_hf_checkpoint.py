@@ -18,7 +18,8 @@ import torch.distributed as dist
 from megatron_bicc import platform
 from megatron_bicc.config import Config, ParallelConfig
 from megatron_bicc.policy.architecture import check_layout
-from megatron_bicc.policy.convert import export_hf, import_hf, supported_config
+from megatron_bicc.policy.convert import export_hf, import_hf
+from megatron_bicc.policy.hf_model import supported_config
 from megatron_bicc.policy.policy import start_model_parallel
 from megatron_bicc.policy.verify import largest_difference
 
@@ -97,7 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("hf", type=Path, metavar="HF_DIR")
     command.add_argument("source", type=Path, metavar="MEGATRON_DIR")
     command.add_argument("--prompts", type=_positive, default=4, metavar="N", help="random prompts [4]")
-    command.add_argument("--length", type=_positive, default=64, metavar="N", help="tokens of a prompt [64]")
+    text = "tokens of the longest prompt; others are half, a quarter, an eighth of it [4608, or the model's]"
+    command.add_argument("--length", type=_positive, default=None, metavar="N", help=text)
     text = "largest difference allowed, as a share of the largest logit [1e-4]"
     command.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help=text)
     return parser

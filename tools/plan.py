@@ -19,7 +19,8 @@ from megatron_bicc.planning.layouts import propose
 from megatron_bicc.planning.plan import Plan, make_plan
 from megatron_bicc.planning.report import as_json, as_text, draw, proposals
 from megatron_bicc.planning.synthetic import synthetic_step
-from megatron_bicc.setup_run import read_hf_config
+from megatron_bicc.policy.hf_model import supported_config
+from megatron_bicc.setup_run import check_lengths
 from megatron_bicc.validation import validate
 
 BYTES_A_GBIT = 1e9 / 8
@@ -76,7 +77,8 @@ def _plans(arguments: argparse.Namespace) -> tuple[Plan, list[Plan]]:
     config = parse_config(["--config", arguments.config, *arguments.settings, "dry_run=true"], "plan")
     validate(config, arguments.world_size)
     config = resolve(config)
-    hf_config = read_hf_config(config.model.path)
+    hf_config = supported_config(config.model.path)
+    check_lengths(config, hf_config)
     tokenizer = tokenizer_or_estimate(config.model.path)
     cluster = Cluster(
         GPUS[arguments.gpu],

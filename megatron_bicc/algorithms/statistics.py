@@ -144,7 +144,15 @@ def _engine_statistics(tokens: StepTokens) -> dict[str, float]:
     if tokens.rollout_logp_T is None:
         return {}
     check_log_probs(tokens.rollout_logp_T, tokens.offsets_R, "log-prob of the rollout engine")
-    log_ratio_T = _difference(_plain_logp(tokens), tokens.rollout_logp_T)
+    return engine_statistics(_plain_logp(tokens), tokens.rollout_logp_T)
+
+
+def engine_statistics(old_logp_T: np.ndarray, rollout_logp_T: np.ndarray) -> dict[str, float]:
+    """kl/rollout_old, kl/old_rollout and tis/* of `ratio_statistics`.
+
+    old_logp_T: of the policy given the prompt alone. rollout_logp_T: as the rollout engine computed them.
+    """
+    log_ratio_T = _difference(old_logp_T, rollout_logp_T)
     # the tokens are the engine's: under the other policy they count by their weight
     reverse_T = np.exp(log_ratio_T) * log_ratio_T - np.expm1(log_ratio_T)
     kl = _mean("kl/rollout_old", _k3(log_ratio_T)) | _mean("kl/old_rollout", reverse_T)

@@ -1,23 +1,25 @@
 """A run on paper: everything that its start-up would check, every rank's shard, and one packed step."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from megatron_bicc import platform
 from megatron_bicc.config import Config
 from megatron_bicc.planning.shards import Shard, build_shards
 from megatron_bicc.planning.synthetic import SyntheticStep, UnknownTokenizer, synthetic_step
 from megatron_bicc.policy.architecture import describe
-from megatron_bicc.policy.hf_files import INDEX, SINGLE, HfTensors, SafetensorsDirectory
+from megatron_bicc.policy.hf_files import INDEX, SINGLE, HfTensors, SafetensorsDirectory, has_safetensors
 from megatron_bicc.setup_run import (
     Inputs,
+    check_lengths,
+    check_policy,
     check_settings,
     heldout_prompts,
-    read_hf_config,
     read_inputs,
     read_tokenizer,
+    warn_of_model,
 )
 from megatron_bicc.training.checkpoint import check_writable, checkpoints
 from megatron_bicc.training.resume import resume_point
@@ -48,8 +50,10 @@ def dry_run(config: Config, world_size: int) -> DryRun:
     unchecked: list[str] = []
     config = check_settings(config)
     path = Path(config.model.path)
-    hf_config = read_hf_config(config.model.path)
     tokenizer = tokenizer_or_estimate(config.model.path)
+    hf_config = check_policy(config)
+    check_lengths(config, hf_config)
+    warn_of_model(config, hf_config)
     if isinstance(tokenizer, UnknownTokenizer):
         unchecked.append(f"the tokenizer: {path} holds none; the headers' lengths are estimates")
     _check_prompts(config, tokenizer, unchecked)
@@ -91,14 +95,13 @@ def _check_resume(inputs: Inputs, unchecked: list[str]) -> None:
     config = inputs.config
     if (Path(config.output_dir) / "checkpoints").exists():  # if not, nothing is made on paper
         check_writable(config.output_dir)
-    first_process = os.environ.get("RANK", "0") == "0"
-    found = resume_point(config, inputs.prompt_digests, inputs.collector, first_process)
+    found = resume_point(config, inputs.prompt_digests, inputs.collector, platform.is_first())
     if found:
         unchecked.append(f"checkpoint: weights and optimizer in {found.path}")
 
 
 def _weights(path: Path, unchecked: list[str]) -> HfTensors | None:
-    if (path / SINGLE).is_file() or (path / INDEX).is_file():
+    if has_safetensors(path):
         return SafetensorsDirectory(path)
     unchecked.append(f"weights: {path} holds neither {SINGLE} nor {INDEX}")
     return None

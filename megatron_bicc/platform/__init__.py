@@ -68,6 +68,11 @@ def start_distributed() -> None:
     dist.init_process_group(_backend(), store=_store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
+def is_first() -> bool:
+    """Whether this is the job's first process, as torchrun tells it, before the processes have met, too."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def store() -> dist.Store:
     """The store that the processes met at: small values that all can read and count, without a collective."""
     return _store

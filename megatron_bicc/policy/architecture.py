@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
 from megatron_bicc.config import Config, ParallelConfig
 from megatron_bicc.policy.layer_specs import backend
-from megatron_bicc.policy.rotary import head_dim, rotary_frequencies
+from megatron_bicc.policy.rotary import check_rotary, head_dim, rotary_frequencies
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,45 @@ class Family:
     qk_norm: bool = False
     qkv_bias: bool = False
     experts: bool = False
+    reads: tuple[str, ...] = ()
+    """Entries of ACCEPTED that its class in transformers reads, beside those that all read"""
 
 
 FAMILIES = {
-    "Qwen3ForCausalLM": Family(qk_norm=True),
+    "Qwen3ForCausalLM": Family(qk_norm=True, reads=("attention_bias",)),
     "Qwen2ForCausalLM": Family(qkv_bias=True),
-    "LlamaForCausalLM": Family(),
-    "Qwen3MoeForCausalLM": Family(qk_norm=True, experts=True),
+    "LlamaForCausalLM": Family(reads=("attention_bias", "mlp_bias")),
+    "Qwen3MoeForCausalLM": Family(
+        qk_norm=True, experts=True, reads=("attention_bias", "decoder_sparse_step", "mlp_only_layers")
+    ),
 }
+
+ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    # transformers' key-value cache keeps no more than the window, whatever the class says
+    "sliding_window": (None,),
+    "attention_chunk_size": (None,),
+    "layer_types": (None, ["full_attention"]),
+    "kv_sharing_modes": (None,),
+    "is_causal": (True, None),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([], None),
+    "is_encoder_decoder": (False, None),
+    # without it a model answers tuples
+    "return_dict": (True, None),
+    # another configuration inside, which transformers reads in place of this one
+    **dict.fromkeys(("text_config", "decoder", "generator"), (None,)),
+    # other weights than those of the directory's safetensors
+    "transformers_weights": (None,),
+}
+"""Entries of config.json that change what transformers computes; their values that the policy computes, too.
+
+layer_types: the types that occur. Entries that transformers does not read may hold anything.
+"""
+EVERYWHERE = tuple(name for name in ACCEPTED if not any(name in family.reads for family in FAMILIES.values()))
+"""Those that all of transformers' classes read"""
 
 SIZES = (
     "vocab_size",
@@ -41,34 +73,74 @@ EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
 def family_of(hf_config: PretrainedConfig) -> Family:
-    """Raises ValueError for an architecture, or a feature of one, that is not built here."""
+    """Raises ValueError for an architecture, or a feature of one, that is not built here.
+
+    The policy would compute something else than transformers and the rollout engine, unnoticed.
+    """
     name = (hf_config.architectures or ["unknown"])[0]
     if name not in FAMILIES:
+        raise ValueError(f"architecture {name} is not supported; use one of {', '.join(FAMILIES)}")
+    family, expected = FAMILIES[name], getattr(transformers, name).config_class
+    if type(hf_config) is not expected:
         raise ValueError(
-            f"model.path: architecture {name} is not supported; use one of {', '.join(FAMILIES)}"
+            f"model_type is {hf_config.model_type!r}, but architectures names {name}, whose model_type is "
+            f"{expected.model_type!r}: they are of different models"
         )
-    _check_sizes(hf_config, FAMILIES[name])
-    if getattr(hf_config, "use_sliding_window", False):
-        raise ValueError("model.path: use_sliding_window is true; sliding-window attention is not supported")
-    if getattr(hf_config, "attention_bias", False) or getattr(hf_config, "mlp_bias", False):
-        raise ValueError("model.path: attention_bias or mlp_bias is true; these biases are not supported")
-    if hf_config.hidden_act != "silu":
-        raise ValueError(f"model.path: hidden_act is {hf_config.hidden_act}; only silu is supported")
-    if FAMILIES[name].experts and (hf_config.mlp_only_layers or hf_config.decoder_sparse_step != 1):
-        raise ValueError(
-            "model.path: mlp_only_layers or decoder_sparse_step leaves layers without experts; "
-            "every layer must have them"
-        )
-    return FAMILIES[name]
+    _check_quantization(hf_config)
+    if hf_config.is_heterogeneous:
+        raise ValueError("per_layer_config in config.json makes layers differ, which is not supported")
+    _check_sizes(hf_config, family)
+    for key in (*EVERYWHERE, *family.reads):
+        # absent entries, and those that transformers itself clears, are as good as an accepted value
+        value = vars(hf_config).get(key, ACCEPTED[key][0])
+        if key == "layer_types" and isinstance(value, list):
+            value = sorted(set(map(str, value)))
+        if value not in ACCEPTED[key]:
+            raise ValueError(
+                f"{key} is {value!r} in config.json, which the policy does not compute; "
+                f"only {' or '.join(repr(x) for x in ACCEPTED[key])} is supported"
+            )
+    check_rotary(hf_config)
+    return family
+
+
+def _check_quantization(hf_config: PretrainedConfig) -> None:
+    for key in ("quantization_config", "compression_config"):
+        found = getattr(hf_config, key, None)
+        if found is not None:
+            method = found.get("quant_method") if isinstance(found, dict) else None
+            raise ValueError(
+                f"{key} in config.json says that the weights are quantised ({method or 'unknown method'}), "
+                "which is not supported; dequantise them first"
+            )
 
 
 def _check_sizes(hf_config: PretrainedConfig, family: Family) -> None:
     for name in SIZES + (EXPERT_SIZES if family.experts else ()):
         size = getattr(hf_config, name)
         if not isinstance(size, int) or size < 1:
-            raise ValueError(
-                f"model.path: {name} is {size!r} in config.json; it must be a number of at least 1"
-            )
+            raise ValueError(f"{name} is {size!r} in config.json; it must be a number of at least 1")
+    hidden, heads, groups = (
+        getattr(hf_config, name) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")
+    )
+    if heads % groups:
+        raise ValueError(
+            f"num_key_value_heads is {groups} in config.json; it must divide num_attention_heads = {heads}"
+        )
+    size = getattr(hf_config, "head_dim", None)
+    if size is None and hidden % heads:
+        raise ValueError(
+            f"num_attention_heads is {heads} in config.json; without a head_dim it must divide "
+            f"hidden_size = {hidden}"
+        )
+    size = hidden // heads if size is None else size
+    if not isinstance(size, int) or size < 2 or size % 2:
+        raise ValueError(f"head_dim is {size!r} by config.json; it must be an even number of at least 2")
+    if family.experts and hf_config.num_experts_per_tok > hf_config.num_experts:
+        raise ValueError(
+            f"num_experts_per_tok is {hf_config.num_experts_per_tok} in config.json; "
+            f"it must be at most num_experts = {hf_config.num_experts}"
+        )
 
 
 def describe(hf_config: PretrainedConfig) -> str:

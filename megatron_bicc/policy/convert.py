@@ -4,6 +4,7 @@ CHECKPOINT/hf/ keeps what a checkpoint has no place for: configuration, tokenize
 tensor. With it an import followed by an export gives back every tensor and every byte of these files.
 """
 
+import json
 import shutil
 from collections.abc import Container, Iterator
 from pathlib import Path
@@ -17,25 +18,23 @@ from transformers import PretrainedConfig
 
 from megatron_bicc import platform
 from megatron_bicc.platform.gather import gathered
-from megatron_bicc.policy.architecture import family_of
 from megatron_bicc.policy.hf_files import (
     INDEX,
     SINGLE,
     HfTensors,
     copy_side_files,
-    open_tensors,
-    read_config,
+    index_of,
     weight_map,
     write_file,
     write_index,
 )
+from megatron_bicc.policy.hf_model import EMBEDDING, OUTPUT, checked_tensors, supported_config, warn_of_index
 from megatron_bicc.policy.manifest import check_if_listed, describe_share, write_manifest
 from megatron_bicc.policy.megatron_files import MegatronCheckpoint, write_checkpoint
 from megatron_bicc.policy.megatron_pieces import Piece, describe
 from megatron_bicc.policy.new_directory import check_disk, check_target, written_aside
 
 HF = "hf"
-EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def import_hf(source: Path, target: Path, allow_pickle: bool) -> None:
@@ -46,11 +45,10 @@ def import_hf(source: Path, target: Path, allow_pickle: bool) -> None:
     """
     check_target(target)
     hf_config = supported_config(source)
-    tensors = open_tensors(source, allow_pickle)
+    tensors, found = checked_tensors(source, hf_config, allow_pickle)
+    warn_of_index(source)
     pieces, objects = describe(hf_config)
-    found = tensors.describe()
-    check_tensors(source, hf_config, pieces, found)
-    check_tied_output(tensors, hf_config, found)
+    _check_types(source, pieces, found)
     check_disk(target, sum(tensor.nbytes for tensor in found.values()))
     own = pieces[dist.get_rank() :: dist.get_world_size()]
     with written_aside(target) as partial, _bar(f"import {source}", own, found) as bar:
@@ -90,7 +88,7 @@ def export_hf(source: Path, target: Path, side_files: Path | None) -> None:
     # larger types first keep every tensor of a file aligned
     pieces.sort(key=lambda piece: -checkpoint.dtype(piece).itemsize)
     tensors = _exported(checkpoint, pieces, hf_config)
-    file_of = weight_map(beside / INDEX) if (beside / INDEX).is_file() else _split(tensors, hf_config)
+    file_of = weight_map(index) if (index := index_of(beside)) else _split(tensors, hf_config)
     if OUTPUT not in file_of:
         tensors.pop(OUTPUT, None)
     _check_index(beside, file_of, tensors)
@@ -115,62 +113,17 @@ def _list_files(directory: Path) -> None:
         write_manifest(directory, parts)
 
 
-def supported_config(path: Path) -> PretrainedConfig:
-    """The directory's configuration. Raises ValueError if its architecture cannot be built."""
-    hf_config = read_config(path)
-    try:
-        family_of(hf_config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return hf_config
-
-
-def check_tensors(
-    source: Path, hf_config: PretrainedConfig, pieces: list[Piece], found: dict[str, Tensor]
-) -> None:
-    """Raises ValueError naming the first tensor that is missing, unexpected, or of a wrong shape or type."""
-    expected = {
-        name: shape
-        for piece in pieces
-        for name, shape in zip(piece.hf_names, piece.hf_shapes(hf_config), strict=True)
-    }
-    optional = {OUTPUT} if hf_config.tie_word_embeddings else set()
-    for name, shape in expected.items():
-        if name not in found:
-            raise ValueError(f"{source}: tensor {name} is missing")
-        if found[name].shape != shape:
-            raise ValueError(
-                f"{source}: tensor {name} has shape {tuple(found[name].shape)}; "
-                f"config.json asks for {tuple(shape)}"
-            )
-    for name in sorted(found.keys() - expected.keys() - optional):
-        raise ValueError(f"{source}: tensor {name} is not part of a {hf_config.architectures[0]}; remove it")
-    _check_types(source, pieces, found)
-
-
 def _check_types(source: Path, pieces: list[Piece], found: dict[str, Tensor]) -> None:
+    """Raises ValueError for tensors that a checkpoint keeps in one, but are of several types."""
     first: dict[str, str] = {}
     for piece in pieces:
         for name in piece.hf_names:
             other = first.setdefault(piece.key, name)
-            if not found[name].is_floating_point():
-                raise ValueError(f"{source}: tensor {name} is not of float32, float16 or bfloat16")
             if found[name].dtype != found[other].dtype:
                 raise ValueError(
                     f"{source}: tensor {name} is {found[name].dtype} and {other} is {found[other].dtype}; "
                     "megatron-core keeps both in one tensor, convert one of them"
                 )
-
-
-def check_tied_output(tensors: HfTensors, hf_config: PretrainedConfig, found: dict[str, Tensor]) -> None:
-    """Raises ValueError if an output layer is stored that differs from the embedding it is tied to."""
-    if not hf_config.tie_word_embeddings or OUTPUT not in found:
-        return
-    if not torch.equal(tensors.read(OUTPUT), tensors.read(EMBEDDING)):
-        raise ValueError(
-            f"{tensors.path}: tensor {OUTPUT} differs from {EMBEDDING}, "
-            "but config.json has tie_word_embeddings=true"
-        )
 
 
 def _hf_places(piece: Piece, hf_config: PretrainedConfig) -> list[tuple[int, str]]:
@@ -214,9 +167,12 @@ def _read_file(
 
 
 def _keep_index(source: Path, target: Path, file_of: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    """The source's own index, or one made anew where it has none."""
-    if (source / INDEX).is_file():
-        shutil.copyfile(source / INDEX, target / INDEX)
+    """The source's own index where it says just this, in full; else one made anew."""
+    index = index_of(source)
+    written = json.loads(index.read_text()) if index else {}
+    # transformers fails on one without metadata
+    if written.get("weight_map") == file_of and isinstance(written.get("metadata"), dict):
+        shutil.copyfile(index, target / INDEX)
     else:
         write_index(target, file_of, tensors)
 

@@ -3,11 +3,12 @@
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,8 @@ from megatron_bicc.errors import first_line
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+IGNORED = re.compile(r"\brotary_emb\.inv_freq$")
+"""Rotary frequencies that old versions of transformers stored: every reader makes them from config.json"""
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -50,21 +53,26 @@ class SafetensorsDirectory:
     def __init__(self, path: str | Path) -> None:
         """Raises ValueError if the directory holds no readable safetensors."""
         self.path = Path(path)
-        if (self.path / INDEX).is_file():
-            self.file_of = weight_map(self.path / INDEX)
-        else:
-            self.file_of = dict.fromkeys(self._headers(SINGLE), SINGLE)
+        index = index_of(self.path)
+        self.file_of = weight_map(index) if index else dict.fromkeys(self._headers(SINGLE), SINGLE)
 
     def describe(self) -> dict[str, Tensor]:
         """Shape and dtype of every tensor of the files' headers, as meta tensors.
 
-        Raises ValueError that names a file that is missing, truncated or does not hold what the index says.
+        Raises ValueError that names a file that is missing or truncated, or where index and files differ: a
+        reader that goes by the files would then take other tensors than one that goes by the index.
         """
-        found = {name: (file, x) for file in self._files() for name, x in self._headers(file).items()}
+        headers = {file: self._headers(file) for file in self._files()}
         for name, file in self.file_of.items():
-            if name not in found or found[name][0] != file:
+            if name not in headers[file]:
                 raise ValueError(f"{self.path / file}: does not hold tensor {name}, which {INDEX} puts there")
-        return {name: tensor for name, (_, tensor) in found.items()}
+        for file, held in headers.items():
+            for name in held:
+                if self.file_of.get(name) != file:
+                    raise ValueError(
+                        f"{self.path / file}: holds tensor {name}, which {INDEX} does not put there"
+                    )
+        return {name: headers[file][name] for name, file in self.file_of.items()}
 
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU. Raises ValueError if it is missing or its file is damaged."""
@@ -77,13 +85,19 @@ class SafetensorsDirectory:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.path / file_name}: cannot be read: {error}") from error
 
+    def slices(self) -> dict[str, Any]:
+        """Every tensor as safetensors' own slice, which reads from its file when it is indexed."""
+        files = {name: safe_open(self.path / name, framework="pt") for name in self._files()}
+        return {name: files[file].get_slice(name) for name, file in self.file_of.items()}
+
     def _files(self) -> list[str]:
         return sorted(set(self.file_of.values()))
 
     def _headers(self, file_name: str) -> dict[str, Tensor]:
         try:
             with safe_open(self.path / file_name, framework="pt") as file:
-                return {name: _meta(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+                names = [name for name in file.keys() if not IGNORED.search(name)]  # noqa: SIM118
+                return {name: _meta(file.get_slice(name)) for name in names}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.path / file_name}: cannot be read: {error}") from error
 
@@ -137,7 +151,7 @@ def open_tensors(path: str | Path, allow_pickle: bool) -> HfTensors:
     Raises ValueError that names what is missing or damaged.
     """
     path = Path(path)
-    if (path / SINGLE).is_file() or (path / INDEX).is_file():
+    if has_safetensors(path):
         return SafetensorsDirectory(path)
     pickled = (path / PICKLED).is_file() or (path / PICKLED_INDEX).is_file()
     if pickled and allow_pickle:
@@ -149,18 +163,35 @@ def open_tensors(path: str | Path, allow_pickle: bool) -> HfTensors:
     raise ValueError(f"{path}: there is no {SINGLE} and no {INDEX} in it")
 
 
+def has_safetensors(path: Path) -> bool:
+    """Whether the directory holds safetensors under the names that transformers reads."""
+    return (path / SINGLE).is_file() or (path / INDEX).is_file()
+
+
+def index_of(path: Path) -> Path | None:
+    """The index that says which file holds which tensor, or None where one file holds them all.
+
+    transformers' rule: beside a model.safetensors no index is read.
+    """
+    return path / INDEX if (path / INDEX).is_file() and not (path / SINGLE).is_file() else None
+
+
 def read_config(path: str | Path) -> PretrainedConfig:
-    """The directory's config.json. Remote code is never run.
+    """The directory's config.json. Remote code is never run, and no other directory is looked in.
 
     Raises ValueError if it is missing or transformers does not know its architecture.
     """
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"{path}: there is no Hugging Face config.json in it")
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        hf_config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a damaged or unknown configuration
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}/config.json: cannot be used: {reason}") from error
+    if vars(hf_config).get("head_dim", 0) is None:
+        # hidden size / heads to some of transformers' classes, as no head_dim is to all; others fail on it
+        del hf_config.head_dim
+    return hf_config
 
 
 def copy_side_files(source: Path, target: Path) -> None:
@@ -231,11 +262,11 @@ def write_model(
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Which file holds which tensor. Raises ValueError if the index is damaged."""
+    """Which file holds which tensor, without those that are ignored. Raises ValueError if it is damaged."""
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         if all(Path(file).name == file for file in weight_map.values()):
-            return weight_map
+            return {name: file for name, file in weight_map.items() if not IGNORED.search(name)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: not an index of tensors: {error}") from error
     raise ValueError(f"{index}: names a file outside of its directory")

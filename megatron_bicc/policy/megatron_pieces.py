@@ -3,7 +3,6 @@
 What a checkpoint holds for a policy is asked from megatron-core itself, of a policy built without memory.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -66,11 +65,8 @@ def describe(hf_config: PretrainedConfig) -> tuple[list[Piece], list[ShardedObje
     megatron-core's process groups must have been made, without model parallel. Raises ValueError for an
     architecture that is not supported.
     """
-    # rotary frequencies are no parameters, and transformers cannot make every kind of them without memory
-    plain = copy.deepcopy(hf_config)
-    plain.rope_parameters = {"rope_type": "default", "rope_theta": 1.0}
     with platform.megatron(), torch.device("meta"):
-        model = PolicyModel(transformer_config(plain, Config()), plain, temperature=1.0)
+        model = PolicyModel(transformer_config(hf_config, Config()), hf_config, temperature=1.0)
         state = model.sharded_state_dict()
     parameters = dict(model.named_parameters())
     pieces = [_piece(name, state[name], parameters[name].shape) for name in parameters if name in state]

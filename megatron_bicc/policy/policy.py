@@ -20,12 +20,13 @@ from megatron.core.distributed import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from megatron_bicc import platform
 from megatron_bicc.config import Config
 from megatron_bicc.policy.architecture import describe, transformer_config
 from megatron_bicc.policy.gradient_sketch import GradientSketch, sketch_directions
+from megatron_bicc.policy.hf_model import supported_config
 from megatron_bicc.policy.hf_weights import load_weights
 from megatron_bicc.policy.model import PolicyModel
 from megatron_bicc.policy.optimizer import make_optimizer, make_scheduler
@@ -81,7 +82,7 @@ class Policy:
 
         Raises ValueError for an unsupported architecture or unreadable weights.
         """
-        self.hf_config: PretrainedConfig = AutoConfig.from_pretrained(config.model.path)
+        self.hf_config: PretrainedConfig = supported_config(config.model.path)
         self.megatron_config = transformer_config(self.hf_config, config)
         self.megatron_config.finalize_model_grads_func = _sum_gradients
         if dist.get_rank() == 0:

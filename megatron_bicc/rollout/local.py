@@ -5,18 +5,16 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
 )
 
-from megatron_bicc.errors import first_line
 from megatron_bicc.policy.end_tokens import end_token_ids
+from megatron_bicc.policy.hf_model import load_transformers
 from megatron_bicc.rollout.types import Request, Sample, Sampling
 
 
@@ -32,14 +30,8 @@ class LocalEngine:
         batch_size: int,
     ) -> None:
         """Reads the Hugging Face directory `path`. Raises ValueError if its weights cannot be read."""
-        try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(
-                f"model.path is {path}; its weights cannot be read: {first_line(error)}"
-            ) from error
-        self.ends = end_token_ids(model.config, tokenizer, path)
-        self.model = model.to(device).eval()
+        self.model = load_transformers(path, dtype).to(device)
+        self.ends = end_token_ids(self.model.config, tokenizer, path)
         # a model's own generation config may warp the distribution (top_k, repetition penalty)
         self.model.generation_config = GenerationConfig()
         self.tokenizer = tokenizer

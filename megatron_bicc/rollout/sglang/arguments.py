@@ -14,7 +14,7 @@ REFUSED = {
     "--preferred-sampling-params": "the policy gradient needs samples of the whole distribution, so top_p, "
     "top_k, min_p and penalties stay off",
 }
-LOAD_FORMAT = "--load-format"
+LOAD_FORMAT, CONTEXT_LENGTH = "--load-format", "--context-length"
 
 
 def check_arguments(text: str) -> None:
@@ -33,6 +33,17 @@ def check_arguments(text: str) -> None:
                 f"rollout.sglang.server_args has {_told(given, LOAD_FORMAT)} dummy; the server would begin "
                 "with random weights, not those of model.path"
             )
+
+
+def context_length(text: str) -> int | None:
+    """The value of --context-length in arguments that `check_arguments` accepts; None without one."""
+    arguments = shlex.split(text)
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        given, equals, value = argument.partition("=")
+        value = value if equals else following
+        if _means(given, CONTEXT_LENGTH) and value.isdecimal():
+            return int(value)
+    return None
 
 
 def _means(given: str, name: str) -> bool:

@@ -12,12 +12,13 @@ import torch.distributed as dist
 from anyio.from_thread import start_blocking_portal
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_bicc import platform
 from megatron_bicc.config import Config
 from megatron_bicc.platform.gather import gathered
 from megatron_bicc.policy.end_tokens import end_token_ids
+from megatron_bicc.policy.hf_model import supported_config
 from megatron_bicc.rollout.sglang.check import check_model, until_well
 from megatron_bicc.rollout.sglang.client import ServerClient
 from megatron_bicc.rollout.sglang.launch import SpawnedServer
@@ -43,7 +44,7 @@ class SglangEngine:
         another model.
         """
         self._settings = config.rollout.sglang
-        self._hf_config = AutoConfig.from_pretrained(config.model.path)
+        self._hf_config = supported_config(config.model.path)
         self._ends = end_token_ids(self._hf_config, tokenizer, config.model.path)
         self._loop = start_blocking_portal()
         self._portal = self._loop.__enter__()
