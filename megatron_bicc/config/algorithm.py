@@ -79,8 +79,8 @@ class LossConfig:
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of that KL."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """Where the penalty enters."""
+    """Where the penalty enters: at every token, also of groups without contrast; or off the reward."""
     entropy_coefficient: float = 0.0
-    """Weight of the entropy bonus; 0 is off."""
+    """Weight of the entropy bonus, also in groups without contrast; 0 is off."""
     tis_cap: float = 0.0
     """Cap c of the truncated importance weight min(pi_old / mu, c) for engine mismatch; 0 is off."""
