@@ -1,17 +1,19 @@
 """Everything that a run is made of, checked and built before the first step."""
 
+import logging
 import os
 import string
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_bicc import platform
 from megatron_bicc.agreement import check_agreement
-from megatron_bicc.algorithms.presets import resolve
+from megatron_bicc.algorithms.presets import kl_warning, resolve
 from megatron_bicc.config import Config
 from megatron_bicc.data import Prompt, PromptSampler, load_prompts
 from megatron_bicc.errors import first_line
@@ -23,6 +25,8 @@ from megatron_bicc.rollout.sglang.engine import SglangEngine
 from megatron_bicc.rollout.types import Engine
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.validation import validate
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,9 @@ def start_workers(inputs: Inputs) -> Workers:
     disable_progress_bar()  # the run has one of its own
     platform.start_distributed()
     check_agreement(config)
+    warning = kl_warning(config.loss)
+    if warning and dist.get_rank() == 0:
+        _log.warning(warning)
     platform.watch_hosts(config.parallel.silence_seconds)
     start_model_parallel(config)
     policy = Policy(config)

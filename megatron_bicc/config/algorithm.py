@@ -76,8 +76,8 @@ class LossConfig:
     """Mean over tokens then sequences; sum over tokens by max_new_tokens; mean over all tokens."""
     kl_coefficient: float = 0.0
     """Weight of the KL penalty towards the reference policy; 0 is off."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of that KL."""
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    """Estimator of that KL; None: the one whose gradient is the KL's, k2 in the loss, k1 in the reward."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Where the penalty enters: at every token, also of groups without contrast; or off the reward."""
     entropy_coefficient: float = 0.0

@@ -69,7 +69,7 @@ def advantages(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config)
         baseline_G,
         config.loss.advantage,
         config.reward.threshold,
-        contrast_G,
+        rollouts.rewards_R,
     )
     return Advantages(advantage_R, contrast_G, mean_G, baseline_G, covariance_G, delta_R)
 

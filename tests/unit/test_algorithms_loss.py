@@ -276,12 +276,15 @@ def test_a_micro_batch_without_rows_adds_nothing() -> None:
         ({"kl_coefficient": 0.1}, "loss.kl_coefficient is set, but LossRows.ref_logp was not given"),
         ({"tis_cap": 2.0}, "loss.tis_cap is set, but LossRows.rollout_logp was not given"),
         ({"entropy_coefficient": 0.1}, "loss.entropy_coefficient is set, but LossRows.entropy was not given"),
+        ({"kl_coefficient": 0.1, "kl_estimator": None}, "loss.kl_estimator is None"),
         ({"clip_low": None}, "loss.clip_low is not set"),
         ({"objective": None}, "loss.objective is not set"),
     ],
 )
 def test_what_a_setting_needs_is_named(changes: dict, message: str) -> None:
     logp, rows = random_rows()
+    if changes.get("kl_estimator", "") is None:
+        rows = replace(rows, ref_logp=rows.old_logp)
     with pytest.raises(ValueError, match=message):
         policy_loss(logp, rows, loss_config("grpo", **changes))
 
