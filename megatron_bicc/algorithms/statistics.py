@@ -29,7 +29,7 @@ class StepTokens:
     old_logp_T: np.ndarray
     """Log-probs under the denominator of the ratio."""
     new_logp_T: np.ndarray
-    """Log-probs under the policy in training, at the update that is looked at."""
+    """Log-probs under the policy in training, before the update that is looked at."""
     offsets_R: np.ndarray
     """int64 [R + 1]"""
     advantage_R: np.ndarray
