@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from megatron_bicc import platform
 from megatron_bicc.agreement import check_agreement
-from megatron_bicc.algorithms.presets import resolve
+from megatron_bicc.algorithms.presets import kl_warning, resolve
 from megatron_bicc.config import Config
 from megatron_bicc.data import Prompt, PromptSampler, digest, load_prompts
 from megatron_bicc.data.today import asks_for_date, fix_date
@@ -95,6 +95,9 @@ def start_workers(inputs: Inputs) -> Workers:
     disable_progress_bar()  # the run has one of its own
     platform.start_distributed()
     check_agreement(config, inputs.prompt_digests)
+    warning = kl_warning(config.loss)
+    if warning and platform.is_first():
+        logger.warning(warning)
     platform.watch_hosts(config.parallel.silence_seconds)
     start_model_parallel(config)
     policy = Policy(config)

@@ -17,6 +17,10 @@ from megatron_bicc.algorithms.segments import (
 
 Advantage = Literal["normalized", "centered"]
 
+ROUNDING = 1e-6
+"""Rewards whose std is at most this share of the largest of them, or of the verifier's, are the same but for
+rounding: KL penalties come of float32 log-probs, rewards of float32."""
+
 
 def has_contrast(rewards_R: np.ndarray, group_offsets_G: np.ndarray, threshold: float) -> np.ndarray:
     """bool [G]: whether a group holds both a correct rollout (reward > threshold) and an incorrect one.
@@ -42,21 +46,25 @@ def group_advantages(
     baseline_G: np.ndarray,
     kind: Advantage,
     threshold: float,
-    contrast_G: np.ndarray | None = None,
+    outcomes_R: np.ndarray | None = None,
 ) -> np.ndarray:
     """float64 [R]: (r - b) / std r of the group ("normalized", population std) or r - b ("centered").
 
-    Groups without contrast get 0. contrast_G says which have it; None: `has_contrast` of these rewards. Give
-    it when rewards_R hold more than the outcome (a KL penalty, say), which must not move the partition.
+    Groups without contrast get 0, and so do those whose rewards are all the same but for rounding
+    (`ROUNDING`): divided by a std of rounding errors these would push hard, either way. outcomes_R are the
+    verifier's rewards, which say what has contrast; None: these. Give them when rewards_R hold more (a
+    length penalty or a KL, say), which must not move the partition.
     """
-    if contrast_G is None:
-        contrast_G = has_contrast(rewards_R, group_offsets_G, threshold)
+    outcomes_R = rewards_R if outcomes_R is None else outcomes_R
+    contrast_G = has_contrast(outcomes_R, group_offsets_G, threshold)
     check_offsets(group_offsets_G, len(rewards_R), "group_offsets_G", "group")
     centered_R = np.asarray(rewards_R, dtype=np.float64) - spread(np.asarray(baseline_G), group_offsets_G)
-    scale_G = contrast_G.astype(np.float64)
+    std_G = _population_std(rewards_R, group_offsets_G)
+    sizes_R = np.maximum(np.abs(rewards_R), np.abs(outcomes_R))
+    largest_G = np.maximum.reduceat(sizes_R, group_offsets_G[:-1]) if len(std_G) else std_G
+    scale_G = (contrast_G & (std_G > ROUNDING * largest_G)).astype(np.float64)
     if kind == "normalized":
-        std_G = _population_std(rewards_R, group_offsets_G)
-        scale_G = np.divide(scale_G, std_G, out=np.zeros_like(std_G), where=std_G > 0)
+        scale_G = np.divide(scale_G, std_G, out=np.zeros_like(std_G), where=scale_G > 0)
     return centered_R * spread(scale_G, group_offsets_G)
 
 

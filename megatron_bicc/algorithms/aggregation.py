@@ -1,7 +1,7 @@
 """The weight of a token in the step's loss: the one place where denominators are computed.
 
 All denominators are of the whole optimiser step, so the loss of the step is a plain sum over micro-batches
-and ranks, however the step was cut. Rollouts of groups without contrast count, though their loss is zero.
+and ranks, however the step was cut. Rollouts of groups without contrast count, though their policy loss is 0.
 
 Shape suffix: R rollouts of the optimiser step.
 """

@@ -36,8 +36,12 @@ class LossRows:
     """Weight of the row in the step's loss (aggregation.token_weights, times mixing and pair scale)."""
     response: torch.Tensor
     """int64: index of the row's response segment in this micro-batch, from 0, without gaps."""
+    regularisation: torch.Tensor | None = None
+    """Weight of the row's KL and entropy in the step's loss (aggregation.token_weights); None: the rows take
+    no part in these, as rows under a context don't."""
     ref_logp: torch.Tensor | None = None
-    """Log-prob under the reference policy; needed for a KL in the loss."""
+    """Log-prob under the reference policy, given what old_logp's policy is given; needed for a KL in the
+    loss."""
     rollout_logp: torch.Tensor | None = None
     """Log-prob as the rollout engine computed it; needed for TIS, where exp(old_logp - rollout_logp) weighs.
     Where old_logp is given a context that the engine never saw, add to this what the context changed."""
@@ -57,7 +61,9 @@ class LossRows:
 
 
 def policy_loss(logp: torch.Tensor, rows: LossRows, loss: LossConfig) -> torch.Tensor:
-    """The micro-batch's share of the step's loss: the SUM over rows of weight times token loss, a scalar.
+    """The micro-batch's share of the step's loss, a scalar: a SUM over rows.
+
+    Of each row it takes weight times the loss of its token, and regularisation times KL less entropy.
 
     logp [T] are the log-probs of the rows' labels under the policy in training. Shares of all micro-batches
     and ranks add up to the step's loss, and their gradients likewise. loss must be resolved
@@ -73,12 +79,17 @@ def policy_loss(logp: torch.Tensor, rows: LossRows, loss: LossConfig) -> torch.T
     if loss.tis_cap:
         rollout_logp_T = _needed(rows, "rollout_logp", "tis_cap")
         loss_T = loss_T * (rows.old_logp - rollout_logp_T).exp().clamp(max=loss.tis_cap).detach()
+    total = (rows.weight * loss_T).sum()
+    if rows.regularisation is None:
+        return total
     if loss.kl_coefficient and loss.kl_in == "loss":
         ref_logp_T = _needed(rows, "ref_logp", "kl_coefficient")
-        loss_T = loss_T + loss.kl_coefficient * kl_penalty(logp, ref_logp_T, loss.kl_estimator)
+        kl_T = kl_penalty(logp, ref_logp_T, loss.kl_estimator)
+        total = total + loss.kl_coefficient * (rows.regularisation * kl_T).sum()
     if loss.entropy_coefficient:
-        loss_T = loss_T - loss.entropy_coefficient * _needed(rows, "entropy", "entropy_coefficient")
-    return (rows.weight * loss_T).sum()
+        entropy_T = _needed(rows, "entropy", "entropy_coefficient")
+        total = total - loss.entropy_coefficient * (rows.regularisation * entropy_T).sum()
+    return total
 
 
 def _needed(rows: LossRows, name: str, setting: str) -> torch.Tensor:

@@ -12,6 +12,9 @@ BICC_DUAL_CLIP = 3.0
 Section = TypeVar("Section", LossConfig, RolloutConfig, RewardConfig)
 ALIASES = MappingProxyType({"bicc": "grpo+bicc+rcc"})
 
+KL_ESTIMATORS = MappingProxyType({"loss": "k2", "reward": "k1"})
+"""The estimator whose expected gradient is that of KL(pi || pi_ref), by loss.kl_in (algorithms.kl)."""
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -61,7 +64,7 @@ def parse_algorithm(name: str) -> tuple[str, bool, bool]:
 
 
 def resolve(config: Config) -> Config:
-    """A copy of config in which every None comes from the preset.
+    """A copy of config in which every None comes from the preset, and loss.kl_estimator from loss.kl_in.
 
     Explicit values win. Where BICC ends up enabled, a dual clip that nobody set is 3. Raises ValueError for
     an unknown algorithm and for a loss setting out of its range.
@@ -71,6 +74,8 @@ def resolve(config: Config) -> Config:
     rcc = rcc if config.rcc.enabled is None else config.rcc.enabled
     preset = replace(PRESETS[base], dual_clip=BICC_DUAL_CLIP) if bicc else PRESETS[base]
     loss = _filled(config.loss, preset)
+    if loss.kl_estimator is None:
+        loss = replace(loss, kl_estimator=KL_ESTIMATORS[loss.kl_in])
     _check_ranges(loss)
     return replace(
         config,
@@ -79,6 +84,18 @@ def resolve(config: Config) -> Config:
         reward=_filled(config.reward, preset),
         bicc=replace(config.bicc, enabled=bicc),
         rcc=replace(config.rcc, enabled=rcc),
+    )
+
+
+def kl_warning(loss: LossConfig) -> str | None:
+    """What a user should know of a resolved choice of KL estimator, in one line; None: nothing."""
+    exact = KL_ESTIMATORS[loss.kl_in]
+    if not loss.kl_coefficient or loss.kl_estimator == exact:
+        return None
+    found = "KL(ref || policy), the other direction" if loss.kl_in == "loss" else "no KL"
+    return (
+        f"loss.kl_estimator is {loss.kl_estimator} with loss.kl_in={loss.kl_in}; its expected gradient is "
+        f"that of {found}: {exact} has that of KL(policy || ref)"
     )
 
 
@@ -93,6 +110,11 @@ def _check_ranges(loss: LossConfig) -> None:
     for name in ("clip_low", "clip_high", "kl_coefficient", "entropy_coefficient", "tis_cap"):
         if not getattr(loss, name) >= 0:
             raise ValueError(f"loss.{name} is {getattr(loss, name)}; it must be at least 0")
+    if loss.kl_coefficient and (loss.kl_in, loss.kl_estimator) == ("loss", "k1"):
+        raise ValueError(
+            "loss.kl_estimator is k1 with loss.kl_in=loss; its expected gradient is 0, whatever the "
+            "reference: use k2, or loss.kl_in=reward"
+        )
     if loss.objective != "geometric" and loss.clip_low > 1:
         raise ValueError(
             f"loss.clip_low is {loss.clip_low}; it must be within 0 and 1: "

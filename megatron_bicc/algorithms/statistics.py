@@ -29,7 +29,7 @@ class StepTokens:
     old_logp_T: np.ndarray
     """Log-probs under the denominator of the ratio."""
     new_logp_T: np.ndarray
-    """Log-probs under the policy in training, at the update that is looked at."""
+    """Log-probs under the policy in training, before the update that is looked at."""
     offsets_R: np.ndarray
     """int64 [R + 1]"""
     advantage_R: np.ndarray
@@ -41,10 +41,13 @@ class StepTokens:
     """Log-probs as the rollout engine computed them."""
     plain_logp_T: np.ndarray | None = None
     """pi_old given the prompt alone, where old_logp_T is given a context too; None: the two are the same."""
+    contrast_R: np.ndarray | None = None
+    """bool [R]: rollouts of groups with contrast, which alone have a ratio that is trained, an advantage and
+    sides to compare; None: all. What the ratio of the others is does not matter, NaN included."""
 
     def __post_init__(self) -> None:
         rollouts = len(self.offsets_R) - 1
-        for name in ("advantage_R", "correct_R"):
+        for name in ("advantage_R", "correct_R", *(("contrast_R",) if self.contrast_R is not None else ())):
             entries = len(getattr(self, name))
             if entries != rollouts:
                 raise ValueError(f"StepTokens.{name} has {entries} entries for {rollouts} rollouts")
@@ -57,7 +60,7 @@ def ratio_statistics(tokens: StepTokens, loss: LossConfig) -> dict[str, float]:
 
     ratio/SIDE/mean, /q01, /q50, /q99, /max   token ratios new / old
     clip/SIDE/low, /high, /dual               share of the side's tokens that this edge clips in the loss
-    kl/old_new                                k3 estimate of KL(old || new) a token: how far the update went
+    kl/old_new                                k3 estimate of KL(old || new) a token, by those ratios
     kl/old_ref                                k3 estimate of KL(old || ref) a token; needs ref_logp_T
     kl/rollout_old                            k3 estimate of KL(engine || old) a token: the engine mismatch
     kl/old_rollout                            that of KL(old || engine), by the weights old / engine
@@ -65,16 +68,19 @@ def ratio_statistics(tokens: StepTokens, loss: LossConfig) -> dict[str, float]:
     delta/right, delta/wrong, delta/gap       mean over the side's rollouts of the token mean of log old / ref
                                               and right minus wrong; needs ref_logp_T
 
+    ratio/, clip/, delta/ and kl/old_new are of groups with contrast, the others of all tokens.
     The loss is a resolved LossConfig. Raises ValueError that names the rollout and token of a log-prob that
     is not finite.
     """
-    check_log_probs(tokens.old_logp_T, tokens.offsets_R, "log-prob under the old policy")
-    check_log_probs(tokens.new_logp_T, tokens.offsets_R, "log-prob under the policy in training")
-    log_ratio_T = _difference(tokens.new_logp_T, tokens.old_logp_T)
+    trained_T = spread(_contrast(tokens), tokens.offsets_R)
+    old_T, new_T = (np.where(trained_T, x, 0.0) for x in (tokens.old_logp_T, tokens.new_logp_T))
+    check_log_probs(old_T, tokens.offsets_R, "log-prob under the old policy")
+    check_log_probs(new_T, tokens.offsets_R, "log-prob under the policy in training")
+    log_ratio_T = _difference(new_T, old_T)
     right_T = spread(tokens.correct_R, tokens.offsets_R)
     clipped = clip_masks(log_ratio_T, tokens.advantage_R, tokens.offsets_R, loss)
-    result = _mean("kl/old_new", _k3(log_ratio_T))
-    for side, mask_T in (("right", right_T), ("wrong", ~right_T)):
+    result = _mean("kl/old_new", _k3(log_ratio_T[trained_T]))
+    for side, mask_T in (("right", right_T & trained_T), ("wrong", ~right_T & trained_T)):
         result |= _distribution(f"ratio/{side}", np.exp(log_ratio_T[mask_T]))
         for edge, clipped_T in clipped.items():
             result |= _mean(f"clip/{side}/{edge}", clipped_T[mask_T])
@@ -133,8 +139,9 @@ def _reference_statistics(tokens: StepTokens) -> dict[str, float]:
     log_ratio_T = _difference(tokens.ref_logp_T, _plain_logp(tokens))
     delta_R = -segment_means(log_ratio_T, tokens.offsets_R)
     result = _mean("kl/old_ref", _k3(log_ratio_T))
+    contrast_R = _contrast(tokens)
     for side, side_R in (("right", tokens.correct_R), ("wrong", ~tokens.correct_R)):
-        result |= _mean(f"delta/{side}", delta_R[side_R])
+        result |= _mean(f"delta/{side}", delta_R[side_R & contrast_R])
     if "delta/right" in result and "delta/wrong" in result:
         result["delta/gap"] = result["delta/right"] - result["delta/wrong"]
     return result
@@ -157,6 +164,10 @@ def engine_statistics(old_logp_T: np.ndarray, rollout_logp_T: np.ndarray) -> dic
     reverse_T = np.exp(log_ratio_T) * log_ratio_T - np.expm1(log_ratio_T)
     kl = _mean("kl/rollout_old", _k3(log_ratio_T)) | _mean("kl/old_rollout", reverse_T)
     return kl | _distribution("tis", np.exp(log_ratio_T))
+
+
+def _contrast(tokens: StepTokens) -> np.ndarray:
+    return np.ones(len(tokens.offsets_R) - 1, bool) if tokens.contrast_R is None else tokens.contrast_R
 
 
 def _plain_logp(tokens: StepTokens) -> np.ndarray:

@@ -76,11 +76,11 @@ class LossConfig:
     """Mean over tokens then sequences; sum over tokens by max_new_tokens; mean over all tokens."""
     kl_coefficient: float = 0.0
     """Weight of the KL penalty towards the reference policy; 0 is off."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of that KL."""
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    """Estimator of that KL; None: the one whose gradient is the KL's, k2 in the loss, k1 in the reward."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """Where the penalty enters."""
+    """Where the penalty enters: at every token, also of groups without contrast; or off the reward."""
     entropy_coefficient: float = 0.0
-    """Weight of the entropy bonus; 0 is off."""
+    """Weight of the entropy bonus, also in groups without contrast; 0 is off."""
     tis_cap: float = 0.0
     """Cap c of the truncated importance weight min(pi_old / mu, c) for engine mismatch; 0 is off."""

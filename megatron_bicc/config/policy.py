@@ -71,11 +71,11 @@ class OptimizerConfig:
     lr: float = 1e-6
     """Peak learning rate."""
     min_lr: float = 0.0
-    """Learning rate at the end of a decaying schedule."""
+    """Learning rate that a decaying schedule reaches after the last optimizer step; no floor of warm-up."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Learning rate after the warm-up."""
     warmup_steps: int = 0
-    """Optimiser steps of linear warm-up."""
+    """W optimiser steps of linear warm-up: step u has u / W of the peak."""
     beta1: float = 0.9
     """Adam's first decay."""
     beta2: float = 0.999

@@ -142,7 +142,7 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "KL a token",
                 "k3 estimates.",
                 (
-                    Line("kl/old_new", "before and after the update"),
+                    Line("kl/old_new", "old policy and policy in training"),
                     Line("kl/old_ref", "policy and reference", DASHED),
                     Line("kl/rollout_old", "engine and trainer", DOTTED),
                 ),

@@ -125,7 +125,7 @@
 
     function contextOf(group, rollout) {
       const context = group.contexts[rollout.context].replace(/^\n+|\n+$/g, "");
-      if (group.outcome !== "mixed") return element("p", { class: "soft" }, "Not trained: no contrast.");
+      if (group.outcome !== "mixed") return element("p", { class: "soft" }, "No contrast: its advantages are 0.");
       if (!context) return element("p", { class: "soft" }, "Trained on the prompt alone.");
       const summary = element("summary", {}, "Trained under this context");
       return element("details", { open: "" }, summary, element("pre", { class: "context" }, context));

@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_bicc import platform
+from megatron_bicc.algorithms.presets import kl_warning
 from megatron_bicc.config import Config
 from megatron_bicc.planning.shards import Shard, build_shards
 from megatron_bicc.planning.synthetic import SyntheticStep, UnknownTokenizer, synthetic_step
@@ -108,9 +109,11 @@ def _weights(path: Path, unchecked: list[str]) -> HfTensors | None:
 
 
 def summary(found: DryRun) -> str:
-    """The findings as text: layout, every distinct shard, the synthetic step, what was not checked."""
+    """The findings as text: layout, distinct shards, the synthetic step, what was not checked, warnings."""
     lines = [*_layout_lines(found), *_shard_lines(found.shards), *_step_lines(found)]
     lines += [f"not checked: {line}" for line in found.unchecked]
+    warning = kl_warning(found.config.loss)
+    lines += [f"warning: {warning}"] if warning else []
     return "\n".join(lines)
 
 

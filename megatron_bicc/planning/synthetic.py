@@ -14,6 +14,7 @@ from megatron_bicc.config import Config
 from megatron_bicc.packing import StepPlan, pack
 from megatron_bicc.packing.types import RolloutBatch
 from megatron_bicc.training.pieces import packing_settings
+from megatron_bicc.training.weighing import regularises
 
 CHARACTERS_A_TOKEN = 4
 
@@ -34,7 +35,7 @@ class UnknownTokenizer:
 
 @dataclass(frozen=True)
 class Update:
-    """One optimiser step of the synthetic step. Groups without contrast are not in it, as in a run's."""
+    """One optimiser step of the synthetic step, of the groups that a run's would take."""
 
     plain: StepPlan
     """Log-probs of the old and the reference policy are taken over it"""
@@ -64,11 +65,12 @@ def synthetic_step(
 ) -> SyntheticStep:
     """Draws a step by `config.synthetic` and the run's seed, and packs it as the learner does.
 
-    Raises ValueError for a packing that the run could not do, or where no group has contrast.
+    Raises ValueError for a packing that the run could not do, or where there is nothing to learn.
     """
     rollouts = draw_rollouts(config, np.random.default_rng(config.seed))
     contrast_G = has_contrast(rollouts.rewards_R, rollouts.group_offsets_G, config.reward.threshold)
-    if not contrast_G.any():
+    taken_G = np.ones_like(contrast_G) if regularises(config) else contrast_G
+    if not taken_G.any():
         raise ValueError(
             f"synthetic.pass_rate is {config.synthetic.pass_rate}; no group has right and wrong rollouts: "
             "choose one nearer to 0.5"
@@ -78,14 +80,17 @@ def synthetic_step(
     size = len(contrast_G) // config.train.updates_per_step
     updates = []
     for start in range(0, len(contrast_G), size):
-        kept = [g for g in range(start, start + size) if contrast_G[g]]
+        kept = [g for g in range(start, start + size) if taken_G[g]]
         if not kept:
             continue
         part = _choose(rollouts, kept)
         plans = {
             conditioned: pack(part, settings, data_parallel)
-            for conditioned, settings, share in ((True, bilateral, weight), (False, plain, 1 - weight))
-            if share > 0
+            for conditioned, settings, trained in (
+                (True, bilateral, weight > 0 and contrast_G[kept].any()),
+                (False, plain, weight < 1 or regularises(config)),
+            )
+            if trained
         }
         updates.append(Update(plans.get(False) or pack(part, plain, data_parallel), plans))
     return SyntheticStep(

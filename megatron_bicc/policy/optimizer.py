@@ -71,14 +71,19 @@ def _load_steps(optimizer: DistributedOptimizer) -> None:
 
 
 def make_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Warm-up, then the schedule of optimizer.schedule over the run's optimizer steps."""
+    """Warm-up, then the schedule of optimizer.schedule over the run's optimizer steps.
+
+    Update u of W of warm-up has u / W of the peak: update 1 must not waste its rollouts on a learning rate
+    of 0, as megatron-core's warm-up from 0 would. So the warm-up here starts at 1 / W, before update 1, and
+    ends W - 1 updates later. A decaying schedule reaches min_lr after the run's last update.
+    """
     c = config.optimizer
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=c.lr / max(c.warmup_steps, 1),
         max_lr=c.lr,
         min_lr=c.min_lr,
-        lr_warmup_steps=c.warmup_steps,
+        lr_warmup_steps=max(c.warmup_steps - 1, 0),
         lr_decay_steps=max(config.train.steps * config.train.updates_per_step, c.warmup_steps + 1),
         lr_decay_style=c.schedule,
         start_wd=c.weight_decay,

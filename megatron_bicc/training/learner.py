@@ -28,7 +28,13 @@ from megatron_bicc.rollout.types import Group
 from megatron_bicc.training.batch import StepBatch, step_batch
 from megatron_bicc.training.exchange import gather_tokens, sum_over_all, sum_scalar
 from megatron_bicc.training.pieces import Piece, loss_rows, packing_settings, pieces_of
-from megatron_bicc.training.weighing import Advantages, TokenLogProbs, advantages, needs_reference
+from megatron_bicc.training.weighing import (
+    Advantages,
+    TokenLogProbs,
+    advantages,
+    needs_reference,
+    regularises,
+)
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,12 @@ class RatioTokens:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimiser step did, for metrics and the report. Groups without contrast are not in it."""
+    """What one optimiser step did, for metrics and the report."""
 
     batch: StepBatch
+    """Its groups with contrast; where KL or entropy is in the loss, all its groups"""
+    taken: np.ndarray
+    """int64 [G]: place of each of the batch's groups among those that the step was given"""
     log_probs: TokenLogProbs
     advantages: Advantages
     plans: dict[bool, StepPlan]
@@ -61,8 +70,10 @@ class PreparedStep:
     """An optimiser step that the old policy has been asked for; the policy may move before it is taken."""
 
     batch: StepBatch
+    taken: np.ndarray
+    """Both as in StepResult"""
     num_groups: int
-    """Groups without contrast included"""
+    """That the step was given, with contrast or not"""
     weight_R: np.ndarray
     log_probs: TokenLogProbs
     advantages: Advantages
@@ -80,13 +91,14 @@ class Learner:
         self.config = config
         self.policy = policy
         self.reference = policy.host_copy() if needs_reference(config) else None
+        self.regularises = regularises(config)
         self.bicc_weight = config.bicc.weight if config.bicc.enabled else 0.0
         self.dp_size = parallel_state.get_data_parallel_world_size()
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.plain, self.bilateral = packing_settings(config, policy.hf_config, tokenizer)
 
     def step(self, groups: list[Group], clock: Stopwatch) -> StepResult | None:
-        """One optimiser step; None if no group has both right and wrong rollouts. Collective."""
+        """One optimiser step; None if there is nothing to learn, as in `prepare`. Collective."""
         prepared = self.prepare(groups, clock, moves=False)
         return None if prepared is None else self.update(prepared, clock)
 
@@ -94,7 +106,8 @@ class Learner:
         """All of an optimiser step that the policy as it is now decides: it is the step's old policy.
 
         `moves` is whether the policy will be updated before this step is; if not, it is its own old policy
-        then, and a pass is saved. None if no group has both right and wrong rollouts. Collective.
+        then, and a pass is saved. None if no group has both right and wrong rollouts, unless KL or entropy is
+        in the loss. Collective.
         """
         everything = step_batch(groups)
         weight_R = token_weights(
@@ -103,10 +116,12 @@ class Learner:
         contrast_G = has_contrast(
             everything.rollouts.rewards_R, everything.rollouts.group_offsets_G, self.config.reward.threshold
         )
-        if not contrast_G.any():
+        taken_G = np.ones_like(contrast_G) if self.regularises else contrast_G
+        if not taken_G.any():
             return None
-        batch = step_batch([group for group, kept in zip(groups, contrast_G, strict=True) if kept])
-        weight_R = weight_R[np.repeat(contrast_G, np.diff(everything.rollouts.group_offsets_G))]
+        taken = np.flatnonzero(taken_G)
+        batch = step_batch([groups[i] for i in taken])
+        weight_R = weight_R[np.repeat(taken_G, np.diff(everything.rollouts.group_offsets_G))]
         with clock("pack"):
             plain = pack(batch.rollouts, self.plain, self.dp_size)
             plans = self._plans(batch, plain)
@@ -118,7 +133,7 @@ class Learner:
             log_probs = self._log_probs(batch, made[False])
             old = self._denominators(pieces, log_probs, moves)
         adv = advantages(batch.rollouts, log_probs, self.config)
-        return PreparedStep(batch, len(groups), weight_R, log_probs, adv, plans, pieces, old)
+        return PreparedStep(batch, taken, len(groups), weight_R, log_probs, adv, plans, pieces, old)
 
     def update(self, step: PreparedStep, clock: Stopwatch) -> StepResult:
         """Takes a prepared optimiser step. Collective."""
@@ -130,7 +145,15 @@ class Learner:
         tokens = len(step.batch.rollouts.tokens)
         ratios = {kind: _ratios(step.pieces, new, step.old, kind, tokens) for kind in step.plans}
         return StepResult(
-            step.batch, step.log_probs, step.advantages, step.plans, ratios, loss, grad_norm, gradient
+            step.batch,
+            step.taken,
+            step.log_probs,
+            step.advantages,
+            step.plans,
+            ratios,
+            loss,
+            grad_norm,
+            gradient,
         )
 
     def log_probs(self, groups: list[Group]) -> np.ndarray:
@@ -141,11 +164,16 @@ class Learner:
         return gather_tokens([x[0] for x in passes], [p.batch for p in pieces], len(batch.rollouts.tokens))
 
     def _plans(self, batch: StepBatch, plain: StepPlan) -> dict[bool, StepPlan]:
-        """The plans to train on, by whether they are bilateral: one of them, or both mixed by bicc.weight."""
+        """The plans to train on, by whether they are bilateral: one of them, or both.
+
+        Both where bicc.weight mixes them, and where the loss holds KL or entropy, which are of the plain one.
+        """
         plans = {}
         if self.bicc_weight > 0:
-            plans[True] = pack(batch.rollouts, self.bilateral, self.dp_size)
-        if self.bicc_weight < 1:
+            bilateral = pack(batch.rollouts, self.bilateral, self.dp_size)
+            if bilateral.ranks[0]:  # else no group has contrast
+                plans[True] = bilateral
+        if self.bicc_weight < 1 or self.regularises:
             plans[False] = plain
         return plans
 

@@ -5,6 +5,7 @@ Shape suffixes: R rollouts, T tokens of all responses.
 
 import numpy as np
 
+from megatron_bicc.algorithms.segments import spread
 from megatron_bicc.algorithms.shaping import overlong_penalty
 from megatron_bicc.algorithms.statistics import StepTokens, contrast_statistics, ratio_statistics
 from megatron_bicc.config import Config
@@ -12,6 +13,7 @@ from megatron_bicc.evaluation import Evaluation
 from megatron_bicc.rollout.dynamic import Collected
 from megatron_bicc.training.batch import step_batch
 from megatron_bicc.training.learner import StepResult
+from megatron_bicc.training.weighing import Advantages
 
 
 def rollout_metrics(collected: Collected, config: Config) -> dict[str, float]:
@@ -47,16 +49,26 @@ def update_metrics(result: StepResult, config: Config) -> dict[str, float]:
             "train/loss": result.loss,
             "train/grad_norm": result.grad_norm,
             "train/entropy": float(result.log_probs.entropy_T.mean()),
-            "rcc/cov": float(adv.covariance_G.mean()),
-            "rcc/baseline_shift": float((adv.baseline_G - adv.mean_G).mean()),
             "tokens/packed": packed,
             "tokens/rows": rows,
             "tokens/saved": rows - packed,
             "tokens/context": context,
         }
+        | _baselines(adv)
         | result.gradient
         | _ratios(result, config)
     )
+
+
+def _baselines(adv: Advantages) -> dict[str, float]:
+    """Of the groups with contrast; nothing of none."""
+    if not adv.contrast_G.any():
+        return {}
+    shift_G = adv.baseline_G - adv.mean_G
+    return {
+        "rcc/cov": float(adv.covariance_G[adv.contrast_G].mean()),
+        "rcc/baseline_shift": float(shift_G[adv.contrast_G].mean()),
+    }
 
 
 def _ratios(result: StepResult, config: Config) -> dict[str, float]:
@@ -72,6 +84,7 @@ def _ratios(result: StepResult, config: Config) -> dict[str, float]:
         ref_logp_T=result.log_probs.ref_T,
         rollout_logp_T=result.log_probs.rollout_T,
         plain_logp_T=result.log_probs.old_T,
+        contrast_R=spread(result.advantages.contrast_G, rollouts.group_offsets_G),
     )
     return ratio_statistics(tokens, config.loss)
 

@@ -29,7 +29,7 @@ class Piece:
     conditioned: bool
     """Whether a context stands before its responses"""
     share: float
-    """Its layout's share of the step's loss: bicc.weight, or 1 - bicc.weight"""
+    """Its layout's share of the policy's loss: bicc.weight, or 1 - bicc.weight"""
 
 
 def pieces_of(plan: StepPlan, dp_rank: int, conditioned: bool = False, share: float = 1.0) -> list[Piece]:
@@ -75,7 +75,7 @@ def loss_rows(
 ) -> LossRows:
     """What the loss needs of a micro-batch's rows, from flat arrays; `old_N` is the ratio's denominator."""
     rollout_S, index_N = piece.batch.rollout_S, piece.batch.gather
-    weight_S = token_weight_R[rollout_S] * piece.batch.scale_S * piece.share
+    weight_S = token_weight_R[rollout_S] * piece.batch.scale_S
     response_N = piece.packed.response_N
 
     def of_segments(values_S: np.ndarray) -> Tensor:
@@ -87,8 +87,10 @@ def loss_rows(
     return LossRows(
         old_logp=old_N,
         advantage=of_segments(advantage_R[rollout_S]),
-        weight=of_segments(weight_S),
+        weight=of_segments(weight_S * piece.share),
         response=response_N,
+        # the reference's log-probs are given the prompt alone, and so is the policy that samples
+        regularisation=None if piece.conditioned else of_segments(weight_S),
         ref_logp=None if log_probs.ref_T is None else of_tokens(log_probs.ref_T),
         # pi_old / mu is the mismatch of the engine, not of the context that it never saw
         rollout_logp=old_N - of_tokens(log_probs.old_T - log_probs.rollout_T),

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_bicc.config import Config
@@ -13,20 +14,20 @@ from megatron_bicc.training.learner import StepResult
 def report_groups(
     result: StepResult, groups: list[Group], tokenizer: PreTrainedTokenizerBase, config: Config
 ) -> list[dict[str, Any]]:
-    """The first monitoring.report_groups trained groups, as docs/metrics.md describes groups.jsonl.
+    """The first monitoring.report_groups groups with contrast, as docs/metrics.md describes groups.jsonl.
 
-    Then the first group that was all right and the first that was all wrong, which were not trained.
+    Then the first group that was all right and the first that was all wrong, which have no advantage.
     `groups` are those given to the optimiser step, without contrast included.
     """
     right_shares = [float((group.rewards > config.reward.threshold).mean()) for group in groups]
-    trained = [group for group, share in zip(groups, right_shares, strict=True) if 0 < share < 1]
-    plan, shown, first = result.plans.get(True), [], 0
-    for group in trained[: config.monitoring.report_groups]:
-        stop = first + len(group.samples)
-        advantages = result.advantages.advantage_R[first:stop].tolist()
-        contexts = [_context(plan, i, len(group.prompt.token_ids), tokenizer) for i in range(first, stop)]
+    plan, shown = result.plans.get(True), []
+    offsets_G = result.batch.rollouts.group_offsets_G
+    with_contrast = np.flatnonzero(result.advantages.contrast_G)
+    for place in with_contrast[: config.monitoring.report_groups]:
+        group, members = groups[result.taken[place]], range(*offsets_G[place : place + 2])
+        advantages = result.advantages.advantage_R[members].tolist()
+        contexts = [_context(plan, i, len(group.prompt.token_ids), tokenizer) for i in members]
         shown.append(_describe(group, advantages, contexts, config))
-        first = stop
     without_contrast = [groups[right_shares.index(share)] for share in (1.0, 0.0) if share in right_shares]
     if config.monitoring.report_groups:
         for group in without_contrast:

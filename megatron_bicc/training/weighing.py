@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_bicc.algorithms.advantages import group_advantages, mean_baseline
+from megatron_bicc.algorithms.advantages import group_advantages, has_contrast, mean_baseline
 from megatron_bicc.algorithms.kl import kl_in_reward
 from megatron_bicc.algorithms.rcc import rcc_baseline, sequence_delta
 from megatron_bicc.algorithms.segments import check_log_probs
@@ -32,6 +32,9 @@ class Advantages:
     """Advantages and the statistics behind them; float64."""
 
     advantage_R: np.ndarray
+    """0 in groups without contrast"""
+    contrast_G: np.ndarray
+    """bool: whether the group has right and wrong rollouts"""
     mean_G: np.ndarray
     """Mean reward of the group"""
     baseline_G: np.ndarray
@@ -43,13 +46,14 @@ class Advantages:
 
 
 def advantages(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config) -> Advantages:
-    """Advantages of groups that all have right and wrong rollouts, by value of their rewards.
+    """Advantages by value of the rewards; what is right, and whether a group has contrast, the verifier says.
 
     Raises ValueError that names rollout and token where a log-prob is not finite.
     """
     _check(log_probs, rollouts.offsets_R)
     rewards_R = _rewards(rollouts, log_probs, config)
     groups_G = rollouts.group_offsets_G
+    contrast_G = has_contrast(rollouts.rewards_R, groups_G, config.reward.threshold)
     mean_G = baseline_G = mean_baseline(rewards_R, groups_G)
     covariance_G, delta_R = np.zeros_like(mean_G), np.zeros(len(rewards_R))
     other_T = log_probs.ref_T if config.rcc.reference == "ref" else log_probs.rollout_T
@@ -65,9 +69,19 @@ def advantages(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config)
         baseline_G,
         config.loss.advantage,
         config.reward.threshold,
-        contrast_G=np.ones(len(mean_G), dtype=bool),
+        rollouts.rewards_R,
     )
-    return Advantages(advantage_R, mean_G, baseline_G, covariance_G, delta_R)
+    return Advantages(advantage_R, contrast_G, mean_G, baseline_G, covariance_G, delta_R)
+
+
+def regularises(config: Config) -> bool:
+    """Whether the loss of a resolved configuration holds a KL or an entropy bonus.
+
+    These are of every rollout given its prompt alone: groups without contrast take part, and under BICC the
+    plain layout is trained whatever bicc.weight is.
+    """
+    kl_in_loss = bool(config.loss.kl_coefficient) and config.loss.kl_in == "loss"
+    return kl_in_loss or bool(config.loss.entropy_coefficient)
 
 
 def needs_reference(config: Config) -> bool:

@@ -49,7 +49,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, model_dirs: dict[str, Path
     cases = {
         "tiny": [4, [*TINY_RUN, "parallel.pipeline=2", "parallel.virtual_pipeline=2"]],
         "experts": [8, experts],
-        "no data": [2, unread],
+        "no data": [2, [*unread, "loss.kl_coefficient=0.1", "loss.kl_estimator=k3"]],
         "bare": [2, [*TINY_RUN, f"model.path={damaged['bare']}"]],
         "heads": [8, [*unread, "parallel.tensor=4"]],
         "world": [3, [*unread]],
@@ -79,6 +79,12 @@ def test_a_whole_run_is_checked_whole(results: dict[str, dict]) -> None:
 def test_experts(results: dict[str, dict]) -> None:
     assert results["experts"]["status"] == 0, results["experts"]["err"]
     assert "8 distinct shards" in results["experts"]["out"]
+
+
+def test_an_estimator_of_another_gradient_is_warned_of(results: dict[str, dict]) -> None:
+    lines = [line for line in results["no data"]["out"].splitlines() if line.startswith("warning: ")]
+    assert len(lines) == 1 and "loss.kl_estimator is k3" in lines[0]
+    assert "warning" not in results["tiny"]["out"]
 
 
 def test_of_a_torchrun_only_the_first_process_speaks(results: dict[str, dict]) -> None:

@@ -139,7 +139,7 @@ def test_search_filters_and_escape(visit):
     page.get_by_role("combobox", name="Outcome").select_option("all wrong")
     expect(options).to_have_count(3)
     expect(detail).to_contain_text("4 wrong")
-    expect(detail).to_contain_text("Not trained: no contrast.")
+    expect(detail).to_contain_text("No contrast: its advantages are 0.")
     page.locator("#filter-step").select_option("9")
     expect(options).to_have_count(1)
     page.get_by_role("combobox", name="Outcome").select_option("all right")

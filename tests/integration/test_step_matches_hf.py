@@ -1,6 +1,7 @@
 """A packed step on megatron-core against the Hugging Face reference: loss and every parameter's gradient."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -8,7 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from support.hf_reference import reference_loss
-from support.steps import CASES, TOKENIZER, hf_gradients, make_config, make_examples, perturb, to_groups
+from support.steps import (
+    CASES,
+    OUTCOMES,
+    REGULARISED,
+    TOKENIZER,
+    hf_gradients,
+    make_config,
+    make_examples,
+    perturb,
+    to_groups,
+)
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_bicc.monitoring.timing import Stopwatch
@@ -49,19 +60,63 @@ def test_rewards_that_are_not_binary(
     check_step(case, model_dirs["qwen3_tied"], tmp_path, moves=False, graded=True)
 
 
+@pytest.mark.parametrize(("case", "moves"), [*product(REGULARISED, [False]), ("bicc_kl_entropy_mixed", True)])
+def test_kl_and_entropy_are_of_every_rollout_given_its_prompt_alone(
+    case: str, moves: bool, model_dirs: dict[str, Path], single_process: None, tmp_path: Path
+) -> None:
+    """Whatever bicc.weight and the denominator are; a group that is all right takes part."""
+    check_step(case, model_dirs["qwen3_tied"], tmp_path, moves, graded=False)
+
+
+@pytest.mark.parametrize("case", ["grpo_kl", "bicc_kl_entropy"])
+def test_a_step_without_contrast_is_still_regularised(
+    case: str, model_dirs: dict[str, Path], single_process: None, tmp_path: Path
+) -> None:
+    check_step(case, model_dirs["qwen3_tied"], tmp_path, False, graded=False, outcomes=((1, 1, 1), (0, 0)))
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_kl_at_the_reference_is_nothing(
+    estimator: str, weight: float, model_dirs: dict[str, Path], single_process: None
+) -> None:
+    """Under BICC the contexts must not count as a distance from the reference."""
+    losses, gradients = [], []
+    for coefficient in (0.0, 100.0):
+        settings = {"loss__kl_coefficient": coefficient, "loss__kl_estimator": estimator}
+        config = make_config(model_dirs["qwen3_tied"], "grpo+bicc", bicc__weight=weight, **settings)
+        policy = Policy(config)
+        examples = make_examples(
+            AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32), 0.8
+        )
+        result = Learner(config, policy, TOKENIZER).step(to_groups(examples), Stopwatch())
+        losses.append(result.loss)
+        gradients.append(hf_gradients(policy))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5, abs=1e-6)
+    for name, without in gradients[0].items():
+        assert (gradients[1][name] - without).norm() < 1e-5 * without.norm(), name
+
+
 def set_weights(policy: Policy, model: PreTrainedModel, path: Path) -> None:
     model.save_pretrained(path)
     policy.set_weights(Policy(make_config(path, "grpo")).host_copy())
 
 
-def check_step(case: str, model: Path, tmp_path: Path, moves: bool, graded: bool) -> None:
+def check_step(
+    case: str,
+    model: Path,
+    tmp_path: Path,
+    moves: bool,
+    graded: bool,
+    outcomes: Sequence[Sequence[int]] = OUTCOMES,
+) -> None:
     """`moves`: the policy moves between a step's preparation and its update."""
-    algorithm, settings = CASES[case]
+    algorithm, settings = (CASES | REGULARISED)[case]
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     old = perturb(reference)
     moved = perturb(old) if moves else old
     config = make_config(model, algorithm, **settings)
-    examples = make_examples(reference, config.rollout.temperature)
+    examples = make_examples(reference, config.rollout.temperature, outcomes)
     if graded:
         examples = [
             replace(e, rewards=[0.6 * r + 0.1 * (i % 4) for i, r in enumerate(e.rewards)]) for e in examples

@@ -38,7 +38,7 @@ class Step:
     loss: float
     gradients: dict[str, torch.Tensor]
     micro_batches: list[int]
-    """Of every data-parallel rank"""
+    """Of every data-parallel rank: of the bilateral layout where there are two"""
 
 
 class OffPolicyLearner(Learner):
@@ -69,8 +69,8 @@ class Stepper:
         learner = OffPolicyLearner(config, self.policy, TOKENIZER)
         self.policy.set_weights(self.moved)
         result = learner.step([self.groups[i] for i in order], Stopwatch())
-        [plan] = result.plans.values()
-        return Step(result.loss, hf_gradients(self.policy), [len(rank) for rank in plan.ranks])
+        ranks = result.plans[config.bicc.enabled].ranks
+        return Step(result.loss, hf_gradients(self.policy), [len(rank) for rank in ranks])
 
     def _configure(self, algorithm: str) -> Config:
         """Beside BICC and RCC, every term of the loss is on."""

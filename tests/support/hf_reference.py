@@ -29,8 +29,16 @@ def response_logp(
     model: PreTrainedModel, prefix: list[int], response: list[int], temperature: float
 ) -> torch.Tensor:
     """log p of each response token, by one unpacked forward pass."""
+    log_p = next_token_log_probs(model, prefix, response, temperature)
+    return log_p.gather(-1, torch.tensor(response)[:, None])[:, 0]
+
+
+def next_token_log_probs(
+    model: PreTrainedModel, prefix: list[int], response: list[int], temperature: float
+) -> torch.Tensor:
+    """[response length, vocabulary]: log p of every token at each place of the response."""
     logits = model(torch.tensor([prefix + response])).logits[0, len(prefix) - 1 : -1]
-    return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+    return (logits / temperature).log_softmax(-1)
 
 
 def context_of(group: Example, i: int) -> list[int]:
@@ -67,6 +75,25 @@ def token_loss(logp: torch.Tensor, old: torch.Tensor, advantage: float, config: 
     return loss
 
 
+def regularisation(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    prompt: list[int],
+    response: list[int],
+    config: Config,
+) -> torch.Tensor:
+    """KL penalty less entropy bonus at each token of a response, given its prompt alone."""
+    temperature, loss = config.rollout.temperature, config.loss
+    log_p = next_token_log_probs(policy, prompt, response, temperature)
+    total = loss.entropy_coefficient * (log_p.exp() * log_p).sum(-1)
+    if loss.kl_coefficient and loss.kl_in == "loss":
+        with torch.no_grad():
+            ref = response_logp(reference, prompt, response, temperature)
+        d = ref - log_p.gather(-1, torch.tensor(response)[:, None])[:, 0]
+        total = total + loss.kl_coefficient * {"k2": d**2 / 2, "k3": d.exp() - 1 - d}[loss.kl_estimator]
+    return total
+
+
 def reference_loss(
     policy: PreTrainedModel,
     old: PreTrainedModel,
@@ -78,6 +105,11 @@ def reference_loss(
     total, count = torch.zeros(()), sum(len(group.responses) for group in groups)
     weight = config.bicc.weight if config.bicc.enabled else 0.0
     for group in groups:
+        if config.loss.entropy_coefficient or (config.loss.kl_coefficient and config.loss.kl_in == "loss"):
+            for response in group.responses:
+                total = (
+                    total + regularisation(policy, reference, group.prompt, response, config).mean() / count
+                )
         if len({reward > 0.5 for reward in group.rewards}) == 1:
             continue
         with torch.no_grad():

@@ -97,6 +97,23 @@ CASES = {
     "bicc_rcc_mixed_conditioned": ("bicc", {"bicc__weight": 0.3, "bicc__denominator": "conditioned"}),
 }
 """Name: (algorithm, settings as section__name)"""
+KL = {"loss__kl_coefficient": 0.7, "loss__kl_estimator": "k2"}
+ENTROPY = {"loss__entropy_coefficient": 0.4}
+REGULARISED = {
+    "grpo_kl": ("grpo", KL),
+    "grpo_entropy": ("grpo", ENTROPY),
+    "bicc_kl_entropy": ("grpo+bicc", KL | ENTROPY),
+    "bicc_k3_conditioned": (
+        "bicc",
+        KL | {"loss__kl_estimator": "k3", "bicc__denominator": "conditioned"},
+    ),
+    "bicc_kl_entropy_mixed": ("bicc", KL | ENTROPY | {"bicc__weight": 0.5}),
+    "bicc_kl_mixed_conditioned": (
+        "bicc",
+        KL | {"bicc__weight": 0.3, "bicc__denominator": "conditioned"},
+    ),
+}
+"""Likewise, with KL penalties and entropy bonuses of the size of the policy's loss"""
 
 
 def hf_gradients(policy: Policy) -> dict[str, torch.Tensor]:

@@ -47,6 +47,8 @@ def loss_in_torch(
     tensors = dict(inputs)
     logp_T = tensors.pop("logp").detach().requires_grad_()
     response_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(logp_T.device)
-    loss = policy_loss(logp_T, LossRows(**tensors, response=response_T), config)
+    # the kernels have one weight for all terms
+    rows = LossRows(**tensors, response=response_T, regularisation=tensors["weight"])
+    loss = policy_loss(logp_T, rows, config)
     loss.backward()
     return loss.item(), logp_T.grad

@@ -56,11 +56,46 @@ def test_rewards_that_are_not_binary_are_split_by_threshold_and_weighed_by_value
     np.testing.assert_array_equal(advantage_R[3:], 0.0)  # values differ, but all are wrong
 
 
-def test_a_given_contrast_replaces_that_of_the_rewards() -> None:
+def test_given_outcomes_say_what_has_contrast() -> None:
     rewards_R, offsets_G = np.array([0.4, 0.1, 0.7, 0.2, 0.3, 0.3]), np.array([0, 2, 4, 6])
-    baseline_G, contrast_G = mean_baseline(rewards_R, offsets_G), np.array([True, False, True])
-    advantage_R = group_advantages(rewards_R, offsets_G, baseline_G, "normalized", 0.5, contrast_G)
+    baseline_G, outcomes_R = mean_baseline(rewards_R, offsets_G), np.array([1.0, 0.0, 1.0, 1.0, 1.0, 0.0])
+    advantage_R = group_advantages(rewards_R, offsets_G, baseline_G, "normalized", 0.5, outcomes_R)
     np.testing.assert_allclose(advantage_R, [1, -1, 0, 0, 0, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["normalized", "centered"])
+@pytest.mark.parametrize("error", [0.0, 1e-16, 1e-9])
+@pytest.mark.parametrize("level", [0.0, 0.3, -7.0])
+def test_shaped_rewards_that_tie_up_to_rounding_teach_nothing(level: float, error: float, kind: str) -> None:
+    """Whichever side rounding happens to favour: with its own tiny std it would be worth 1 or more."""
+    outcomes_R, offsets_G = np.array([1.0, 0.0, 0.0, 1.0]), np.array([0, 4])
+    rewards_R = level + error * np.array([-1.0, 1.0, 0.0, -1.0])
+    for baseline_G in (mean_baseline(rewards_R, offsets_G), mean_baseline(rewards_R, offsets_G) + error):
+        advantage_R = group_advantages(rewards_R, offsets_G, baseline_G, kind, 0.5, outcomes_R)
+        np.testing.assert_array_equal(advantage_R, 0.0)
+
+
+def test_rcc_leaves_tied_rewards_alone() -> None:
+    outcomes_R, offsets_G = np.array([1.0, 0.0, 0.0, 1.0]), np.array([0, 4])
+    rewards_R = 0.3 + 1e-12 * np.array([-1.0, 1.0, 0.0, -1.0])
+    delta_R = np.array([5.0, -4.0, 3.0, 30.0])
+    for form in ("first_order", "exact"):
+        baseline_G = rcc_baseline(rewards_R, delta_R, offsets_G, form).baseline_G
+        advantage_R = group_advantages(rewards_R, offsets_G, baseline_G, "normalized", 0.5, outcomes_R)
+        np.testing.assert_array_equal(advantage_R, 0.0)
+
+
+def test_a_small_difference_that_is_no_rounding_weighs_in_full() -> None:
+    rewards_R, offsets_G = np.array([0.501, 0.499]), np.array([0, 2])
+    baseline_G = mean_baseline(rewards_R, offsets_G)
+    advantage_R = group_advantages(rewards_R, offsets_G, baseline_G, "normalized", 0.5)
+    np.testing.assert_allclose(advantage_R, [1, -1], rtol=1e-12)
+    for size in (2, 8, 1024):  # one right in many: exactly sqrt(n- / n+), nothing added to the std
+        rewards_R = (np.arange(size) < 1) * 1.0
+        advantage_R = group_advantages(
+            rewards_R, np.array([0, size]), np.array([1 / size]), "normalized", 0.5
+        )
+        np.testing.assert_allclose(advantage_R[0], math.sqrt(size - 1), rtol=1e-12)
 
 
 # ---- the contrastive identity (GRPO is contrastive: arXiv 2603.13134)

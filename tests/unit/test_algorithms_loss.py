@@ -201,7 +201,8 @@ def random_rows(seed: int = 0, **optional: torch.Tensor) -> tuple[torch.Tensor, 
     old = (logp + 0.3 * normal[1]).detach()
     response = torch.tensor([0, 0, 0, 1, 2, 2, 2])
     advantage = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)[response]
-    return logp, LossRows(old, advantage, torch.full((7,), 0.1, dtype=torch.float64), response, **optional)
+    weight = torch.full((7,), 0.1, dtype=torch.float64)
+    return logp, LossRows(old, advantage, weight, response, 2 * weight, **optional)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -213,9 +214,9 @@ def test_kl_in_the_loss(estimator: str) -> None:
     d = (ref - logp.detach()).numpy()
     expected = {"k1": -d, "k2": d**2 / 2, "k3": np.exp(d) - 1 - d}[estimator]
     slope = {"k1": np.ones(7), "k2": -d, "k3": 1 - np.exp(d)}[estimator]
-    assert (loss - base).item() == pytest.approx(0.3 * 0.1 * expected.sum(), rel=1e-12)
+    assert (loss - base).item() == pytest.approx(0.3 * 0.2 * expected.sum(), rel=1e-12)
     gradient = torch.autograd.grad(loss - base, logp)[0].numpy()
-    np.testing.assert_allclose(gradient, 0.3 * 0.1 * slope, rtol=1e-10, atol=1e-15)
+    np.testing.assert_allclose(gradient, 0.3 * 0.2 * slope, rtol=1e-10, atol=1e-15)
     assert (kl_penalty(logp, logp.detach(), estimator) == 0).all()
 
 
@@ -231,8 +232,17 @@ def test_the_entropy_bonus_lowers_the_loss() -> None:
     logp, rows = random_rows(entropy=entropy)
     loss = policy_loss(logp, rows, loss_config("grpo", entropy_coefficient=0.2))
     base = policy_loss(logp, rows, loss_config("grpo"))
-    assert (loss - base).item() == pytest.approx(-0.2 * 0.1 * entropy.sum().item(), rel=1e-12)
-    assert (torch.autograd.grad(loss, entropy)[0] == -0.2 * 0.1).all()
+    assert (loss - base).item() == pytest.approx(-0.2 * 0.2 * entropy.sum().item(), rel=1e-12)
+    assert (torch.autograd.grad(loss, entropy)[0] == -0.2 * 0.2).all()
+
+
+def test_rows_that_take_no_part_in_kl_and_entropy_need_neither() -> None:
+    logp, rows = random_rows()
+    rows = replace(rows, regularisation=None)
+    changes = {"kl_coefficient": 0.3, "kl_estimator": "k2", "entropy_coefficient": 0.2}
+    assert policy_loss(logp, rows, loss_config("grpo", **changes)) == policy_loss(
+        logp, rows, loss_config("grpo")
+    )
 
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)
@@ -266,12 +276,15 @@ def test_a_micro_batch_without_rows_adds_nothing() -> None:
         ({"kl_coefficient": 0.1}, "loss.kl_coefficient is set, but LossRows.ref_logp was not given"),
         ({"tis_cap": 2.0}, "loss.tis_cap is set, but LossRows.rollout_logp was not given"),
         ({"entropy_coefficient": 0.1}, "loss.entropy_coefficient is set, but LossRows.entropy was not given"),
+        ({"kl_coefficient": 0.1, "kl_estimator": None}, "loss.kl_estimator is None"),
         ({"clip_low": None}, "loss.clip_low is not set"),
         ({"objective": None}, "loss.objective is not set"),
     ],
 )
 def test_what_a_setting_needs_is_named(changes: dict, message: str) -> None:
     logp, rows = random_rows()
+    if changes.get("kl_estimator", "") is None:
+        rows = replace(rows, ref_logp=rows.old_logp)
     with pytest.raises(ValueError, match=message):
         policy_loss(logp, rows, loss_config("grpo", **changes))
 

@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from megatron_bicc.algorithms.presets import PRESETS, parse_algorithm, resolve
+from megatron_bicc.algorithms.presets import PRESETS, kl_warning, parse_algorithm, resolve
 from megatron_bicc.config import BiccConfig, Config, LossConfig, RccConfig, RewardConfig, RolloutConfig
 
 
@@ -68,10 +68,44 @@ def test_explicit_values_win_and_the_given_config_stays_as_it_was() -> None:
         rcc=RccConfig(enabled=False),
     )
     resolved = resolve(config)
-    assert resolved.loss == LossConfig("normalized", "token", 0.2, 0.5, 10.0, "constant")
+    assert resolved.loss == LossConfig("normalized", "token", 0.2, 0.5, 10.0, "constant", kl_estimator="k2")
     assert (resolved.bicc.enabled, resolved.rcc.enabled) == (True, False)
     assert (resolved.rollout.dynamic_sampling, resolved.reward.overlong_penalty) == (False, 0.5)
     assert config.loss.clip_low is None and config.bicc.enabled is None
+
+
+@pytest.mark.parametrize(("kl_in", "estimator"), [("loss", "k2"), ("reward", "k1")])
+def test_the_default_estimator_is_the_one_whose_gradient_is_the_kls(kl_in: str, estimator: str) -> None:
+    given = LossConfig(kl_coefficient=0.1, kl_in=kl_in)
+    loss = resolve(Config(algorithm="grpo", loss=given)).loss
+    assert loss.kl_estimator == estimator
+    assert kl_warning(loss) is None
+    assert resolve(Config(algorithm="grpo", loss=replace(given, kl_estimator="k3"))).loss.kl_estimator == "k3"
+
+
+@pytest.mark.parametrize(
+    ("kl_in", "estimator", "words"),
+    [
+        ("loss", "k3", ["k3", "kl_in=loss", "KL(ref || policy)", "k2 has"]),
+        ("reward", "k2", ["k2", "kl_in=reward", "no KL", "k1 has"]),
+        ("reward", "k3", ["k3", "kl_in=reward", "no KL", "k1 has"]),
+    ],
+)
+def test_an_estimator_of_another_gradient_is_named(kl_in: str, estimator: str, words: list[str]) -> None:
+    loss = LossConfig(kl_coefficient=0.1, kl_in=kl_in, kl_estimator=estimator)
+    warning = kl_warning(resolve(Config(algorithm="grpo", loss=loss)).loss)
+    assert warning is not None and "\n" not in warning
+    assert all(word in warning for word in words)
+    assert kl_warning(replace(loss, kl_coefficient=0.0)) is None
+
+
+def test_an_estimator_without_an_expected_gradient_is_refused() -> None:
+    noise = LossConfig(kl_coefficient=0.1, kl_estimator="k1")
+    with pytest.raises(ValueError, match=r"loss.kl_estimator is k1 with loss.kl_in=loss; .* use k2"):
+        resolve(Config(algorithm="grpo", loss=noise))
+    assert (
+        resolve(Config(algorithm="grpo", loss=replace(noise, kl_coefficient=0.0))).loss.kl_estimator == "k1"
+    )
 
 
 def test_zero_is_an_explicit_dual_clip() -> None:

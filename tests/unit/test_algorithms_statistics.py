@@ -80,6 +80,30 @@ def test_a_context_in_the_denominator_stays_out_of_reference_and_engine() -> Non
     assert moved and all(key.startswith(("ratio/", "clip/", "kl/old_new")) for key in moved)
 
 
+def test_groups_without_contrast_count_in_the_distances_of_reference_and_engine_alone() -> None:
+    tokens = make_tokens()
+    contrast_R = np.array([True, True, False, True, False])
+    kept_T = np.repeat(contrast_R, np.diff(OFFSETS_R))
+    old, new = (np.where(kept_T, x, np.nan) for x in (tokens.old_logp_T, tokens.new_logp_T))
+    found = ratio_statistics(
+        replace(
+            tokens, old_logp_T=old, new_logp_T=new, plain_logp_T=tokens.old_logp_T, contrast_R=contrast_R
+        ),
+        LOSS,
+    )
+    offsets_R = np.concatenate([[0], np.cumsum(np.diff(OFFSETS_R)[contrast_R])])
+    parts = (x[kept_T] for x in (tokens.old_logp_T, tokens.new_logp_T))
+    ref, rollout = tokens.ref_logp_T[kept_T], tokens.rollout_logp_T[kept_T]
+    alone = StepTokens(*parts, offsets_R, ADVANTAGE_R[contrast_R], CORRECT_R[contrast_R], ref, rollout)
+    of_contrast, of_all = ratio_statistics(alone, LOSS), ratio_statistics(tokens, LOSS)
+    assert found.keys() == of_all.keys()
+    for key, value in found.items():
+        by_contrast = key.startswith(("ratio/", "clip/", "delta/", "kl/old_new"))
+        assert value == pytest.approx((of_contrast if by_contrast else of_all)[key]), key
+    nothing = ratio_statistics(replace(tokens, contrast_R=np.zeros(5, dtype=bool)), LOSS)
+    assert {key.split("/")[0] for key in nothing} == {"kl", "tis"} and "kl/old_new" not in nothing
+
+
 def test_what_is_not_there_is_left_out() -> None:
     one_side = replace(make_tokens(), correct_R=np.zeros(5, dtype=bool), ref_logp_T=None, rollout_logp_T=None)
     statistics = ratio_statistics(one_side, LOSS)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from support.hf_reference import Example, reference_loss
 from support.models import VOCAB, make_model
-from support.steps import CASES, TOKENIZER, make_config, make_examples, perturb, to_groups
+from support.steps import CASES, REGULARISED, TOKENIZER, make_config, make_examples, perturb, to_groups
 from transformers import PreTrainedModel
 
 from megatron_bicc.algorithms.gradient_variance import gradient_statistics
@@ -97,7 +97,7 @@ def exact_parts(model: PreTrainedModel, examples: list[Example], config: Config)
     return torch.stack(parts).flatten(1).double().numpy()
 
 
-@pytest.mark.parametrize("case", ["grpo", "bicc_plain", "bicc_rcc_mixed_conditioned"])
+@pytest.mark.parametrize("case", ["grpo", "bicc_plain", "bicc_rcc_mixed_conditioned", "bicc_kl_entropy"])
 def test_step_measures_the_output_layers_gradient(
     case: str,
     model_dirs: dict[str, Path],
@@ -107,7 +107,7 @@ def test_step_measures_the_output_layers_gradient(
 ) -> None:
     """With as many directions as dimensions nothing is estimated; the head is not tied to the embedding."""
     monkeypatch.setattr(gradient_sketch, "VOCAB_DIRECTIONS", VOCAB)
-    algorithm, settings = CASES[case]
+    algorithm, settings = (CASES | REGULARISED)[case]
     model = make_model("llama3")
     config = make_config(model_dirs["llama3"], algorithm, **settings)
     perturb(model).save_pretrained(tmp_path)

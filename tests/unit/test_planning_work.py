@@ -64,6 +64,22 @@ def test_groups_without_contrast_are_not_trained() -> None:
     assert sum(b.num_response_rows for b in update.plain.ranks[0]) == responses_G[mixed_G].sum()
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_kl_and_entropy_are_trained_on_every_group_given_its_prompt_alone(weight: float) -> None:
+    config = make_config(synthetic__pass_rate=0.85, loss__kl_coefficient=0.1, bicc__weight=weight)
+    step = synthetic_step(config, LLAMA, UnknownTokenizer(), data_parallel=1)
+    (update,) = step.updates
+    assert sum(b.num_response_rows for b in update.plain.ranks[0]) == step.response_tokens
+    assert step.groups_with_contrast < 12
+    work = work_of(step, config)
+    bilateral = [rows_of(update.trained[True])] if weight > 0 else []
+    assert work.train == sum(bilateral, rows_of(update.plain))
+    assert work.forward == rows_of(update.plain).times(2)
+    without = make_config(synthetic__pass_rate=0.0, loss__entropy_coefficient=0.1, bicc__weight=weight)
+    (update,) = synthetic_step(without, LLAMA, UnknownTokenizer(), data_parallel=1).updates
+    assert update.trained.keys() == {False}
+
+
 def test_pairs_are_those_of_the_attention_mask() -> None:
     """Every row attends to its own segment up to itself; a response's row to all of its side's prefix too."""
     config = make_config()
