@@ -35,6 +35,7 @@ DECISIVE = (
     "model.dtype",
     "data.max_prompt_tokens",
     "data.overlong_prompts",
+    "data.control_tokens",
     "rollout.engine",
     "rollout.max_new_tokens",
     "rollout.batch_size",

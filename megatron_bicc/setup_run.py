@@ -52,7 +52,7 @@ def read_inputs(config: Config) -> Inputs:
     config = check_settings(config)
     verifier = get_verifier(config.reward.verifier)
     tokenizer = read_tokenizer(config.model.path)
-    prompts = _prompts(config, config.data.train, tokenizer)
+    prompts = _prompts(config, config.data.train, tokenizer, config.data.instruction)
     heldout = heldout_prompts(config, config.evaluation.data, tokenizer) if config.evaluation.data else []
     sampler = PromptSampler(len(prompts), config.rollout.prompts_per_step, config.seed)
     return Inputs(config, tokenizer, prompts, heldout, Collector(config, prompts, sampler), verifier)
@@ -166,11 +166,11 @@ def heldout_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBas
     return prompts[: config.evaluation.prompts or None]
 
 
-def _prompts(
-    config: Config, path: str, tokenizer: PreTrainedTokenizerBase, instruction: str = ""
-) -> list[Prompt]:
+def _prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase, instruction: str) -> list[Prompt]:
     data, reward = config.data, config.reward
-    prompts = load_prompts(path, tokenizer, data.max_prompt_tokens, data.overlong_prompts, instruction)
+    prompts = load_prompts(
+        path, tokenizer, data.max_prompt_tokens, data.overlong_prompts, instruction, data.control_tokens
+    )
     truths = [prompt.ground_truth for prompt in prompts]
     for i in unscorable(reward.verifier, truths, reward.threshold):
         raise ValueError(

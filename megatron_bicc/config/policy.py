@@ -26,6 +26,10 @@ class DataConfig:
     """Longest prompt, in tokens, chat template included."""
     overlong_prompts: Literal["error", "drop"] = "error"
     """What to do with a longer prompt."""
+    instruction: str = ""
+    """Text put after every training question, such as how to mark the final answer."""
+    control_tokens: Literal["refuse", "text", "keep"] = "refuse"
+    """A control token in a prompt's text, <|im_end|>: an error, ordinary text, or the control token."""
 
 
 @dataclass
