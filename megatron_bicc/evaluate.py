@@ -44,6 +44,7 @@ DECISIVE = (
     "data.max_prompt_tokens",
     "data.overlong_prompts",
     "data.date",
+    "data.control_tokens",
     "rollout.engine",
     "rollout.max_new_tokens",
     "rollout.batch_size",

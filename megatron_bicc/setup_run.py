@@ -67,7 +67,7 @@ def read_inputs(config: Config) -> Inputs:
     tokenizer = read_tokenizer(config.model.path)
     check_lengths(config, check_policy(config))
     config = with_date(config, tokenizer, date_of_checkpoint(config))
-    prompts = _prompts(config, config.data.train, tokenizer)
+    prompts = _prompts(config, config.data.train, tokenizer, config.data.instruction)
     heldout = heldout_prompts(config, config.evaluation.data, tokenizer) if config.evaluation.data else []
     sampler = PromptSampler(len(prompts), config.rollout.prompts_per_step, config.seed)
     digests = {TRAIN_IDS: digest(prompts)} | ({HELD_OUT_IDS: digest(heldout)} if heldout else {})
@@ -245,11 +245,11 @@ def heldout_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBas
     return prompts[: config.evaluation.prompts or None]
 
 
-def _prompts(
-    config: Config, path: str, tokenizer: PreTrainedTokenizerBase, instruction: str = ""
-) -> list[Prompt]:
+def _prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase, instruction: str) -> list[Prompt]:
     data, reward = config.data, config.reward
-    prompts = load_prompts(path, tokenizer, data.max_prompt_tokens, data.overlong_prompts, instruction)
+    prompts = load_prompts(
+        path, tokenizer, data.max_prompt_tokens, data.overlong_prompts, instruction, data.control_tokens
+    )
     truths = [prompt.ground_truth for prompt in prompts]
     for i in unscorable(reward.verifier, truths, reward.threshold):
         raise ValueError(

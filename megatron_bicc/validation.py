@@ -219,6 +219,8 @@ def _check_model(config: Config) -> None:
 
 
 def _check_file(name: str, path: str) -> None:
+    if Path(path).is_dir():
+        raise ValueError(f"{name} is {path}; it is a directory, give one .parquet or .jsonl file")
     if not Path(path).is_file():
         raise ValueError(f"{name} is {path}; there is no such file")
     if not os.access(path, os.R_OK):

@@ -26,6 +26,10 @@ class DataConfig:
     """Longest prompt, in tokens, chat template included."""
     overlong_prompts: Literal["error", "drop"] = "error"
     """What to do with a longer prompt."""
+    instruction: str = ""
+    """Text put after every training question, such as how to mark the final answer."""
+    control_tokens: Literal["refuse", "text", "keep"] = "refuse"
+    """A control token in a prompt's text, <|im_end|>: an error, ordinary text, or the control token."""
     date: str = ""
     """Date that a chat template gets for today's, YYYY-MM-DD; empty: that of the run's first start."""
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from megatron_bicc.data.encoding import PromptEncoder
 from megatron_bicc.data.files import read_rows
 from megatron_bicc.data.schemas import Message, read_question
 
@@ -33,6 +34,11 @@ class Prompt:
     extra: dict[str, Any]
     """The row's other columns."""
 
+    @property
+    def begun_answer(self) -> str:
+        """What of the answer the prompt holds: the text of a last message that is the assistant's."""
+        return "".join(m["content"] for m in self.messages[-1:] if m["role"] == "assistant")
+
 
 def load_prompts(
     path: str | Path,
@@ -40,26 +46,30 @@ def load_prompts(
     max_prompt_tokens: int,
     overlong: Literal["error", "drop"] = "error",
     instruction: str = "",
+    control_tokens: Literal["refuse", "text", "keep"] = "refuse",
 ) -> list[Prompt]:
     """Read a .parquet or .jsonl file in any of data.schemas.SCHEMAS; `instruction` ends each question.
 
-    A tokenizer without a chat template gets the contents joined by newlines.
+    A tokenizer without a chat template gets the contents joined by newlines. control_tokens: as in
+    data.encoding.PromptEncoder.
 
     Raises ValueError, in one line with file and row (from 1): unreadable file, malformed row, unknown
-    schema, empty or (unless dropped) overlong prompt, no ground truth, no prompt left.
+    schema, empty or (unless dropped) overlong prompt, one that is not whole in its tokens, no ground truth,
+    no prompt left.
     """
     path = Path(path)
     prompts: list[Prompt] = []
     rows = dropped = 0
     # DAPO-Math-17k repeats each of its prompts about a hundred times.
     encoded: dict[str, np.ndarray] = {}
+    encoder = PromptEncoder(tokenizer, control_tokens)
     for number, row in read_rows(path):
         rows += 1
         try:
             question = read_question(row, instruction)
             key = json.dumps(question.messages)
             if key not in encoded:
-                encoded[key] = encode_messages(question.messages, tokenizer)
+                encoded[key] = encoder.encode(question.messages)
             if len(encoded[key]) > max_prompt_tokens:
                 _refuse_overlong(len(encoded[key]), max_prompt_tokens, overlong)
                 dropped += 1
@@ -82,23 +92,6 @@ def digest(prompts: list[Prompt]) -> str:
         found.update(repr((prompt.index, len(prompt.token_ids), prompt.ground_truth)).encode())
         found.update(prompt.token_ids.tobytes())
     return found.hexdigest()
-
-
-def encode_messages(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """int32 [length]: token ids of the messages, with what the template puts before a response.
-
-    Raises ValueError if the chat template refuses the messages or nothing is left of them.
-    """
-    if tokenizer.chat_template is None:
-        ids = tokenizer.encode("\n".join(m["content"] for m in messages))
-    else:
-        try:
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # templates raise what their authors chose, jinja2 errors among them
-            raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
-    if not ids:
-        raise ValueError("the prompt has no tokens")
-    return np.asarray(ids, dtype=np.int32)
 
 
 def _refuse_overlong(length: int, limit: int, overlong: Literal["error", "drop"]) -> None:

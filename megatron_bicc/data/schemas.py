@@ -10,12 +10,20 @@ Benchmarks as published on Hugging Face:
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
-from megatron_bicc.data.files import Row
+from megatron_bicc.data.files import JsonFloat, Row
 from megatron_bicc.rewards.extraction import last_boxed
 
 Message = dict[str, str]
+
+ASKS_NOTHING = ("system", "developer", "tool", "function")
+"""Roles that ask no question and may be empty"""
+NOT_READ = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""What messages of other systems hold beside their content, and templates may write"""
+MOST_ZEROS = 1000
+"""Of a number that is written with an exponent"""
 
 
 @dataclass(frozen=True)
@@ -82,9 +90,10 @@ SCHEMAS = (
 
 
 def read_question(row: Row, instruction: str = "") -> Question:
-    """Prompt and answer of a row in any of SCHEMAS; `instruction` is put after the last message.
+    """Prompt and answer of a row in any of SCHEMAS; `instruction` is put after the last question.
 
-    Raises ValueError if no schema fits, the prompt is malformed or empty, or there is no ground truth.
+    Raises ValueError if no schema fits, the prompt is malformed or asks nothing, or the ground truth is not
+    one text or number.
     """
     schema = next((s for s in SCHEMAS if s.columns <= row.keys()), None)
     if schema is None:
@@ -93,9 +102,10 @@ def read_question(row: Row, instruction: str = "") -> Question:
         raise ValueError(f"unknown schema, columns found: {found}; give one of these sets: {known}")
     data_source = row.get("data_source")
     used = schema.columns | {"data_source"}
-    *before, last = _messages(row[schema.prompt], schema.prompt)
+    messages = _messages(row[schema.prompt], schema.prompt)
+    next(m for m in reversed(messages) if _asks(m))["content"] += instruction
     return Question(
-        messages=[*before, last | {"content": last["content"] + instruction}],
+        messages=messages,
         ground_truth=_truth_text(schema.ground_truth(row), schema.ground_truth_column),
         data_source=data_source if isinstance(data_source, str) else "",
         extra={name: value for name, value in row.items() if name not in used},
@@ -103,24 +113,69 @@ def read_question(row: Row, instruction: str = "") -> Question:
 
 
 def _messages(prompt: Any, column: str) -> list[Message]:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(messages, list) or not all(_is_message(m) for m in messages):
+    given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(given, list) or not all(_is_message(m) for m in given):
         raise ValueError(
             f'"{column}" must be a text or a list of messages with the texts "role" and "content"'
         )
-    if not any(m["content"].strip() for m in messages):
-        raise ValueError(f'empty prompt in "{column}"; remove the row or write the question')
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    messages = [{"role": m["role"], "content": _content(m, column)} for m in given]
+    silent = [m["role"] for m in messages if m["role"] not in ASKS_NOTHING and not m["content"].strip()]
+    if silent or not any(map(_asks, messages)):
+        reason = f"the message of role {silent[0]!r} has no text" if silent else "no message of role 'user'"
+        raise ValueError(f'empty prompt in "{column}": {reason}; remove the row or write the question')
+    return messages
+
+
+def _asks(message: Message) -> bool:
+    return message["role"] not in (*ASKS_NOTHING, "assistant")
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
+    return (
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str | list)
+    )
+
+
+def _content(message: Row, column: str) -> str:
+    """The text of a message, from its parts if it comes in parts."""
+    role, content = message["role"], message["content"]
+    for name in NOT_READ:
+        if message.get(name):
+            raise ValueError(
+                f'"{column}": the message of role {role!r} has "{name}", which is not read; '
+                "write it into the content or remove it"
+            )
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(
+                f'"{column}": the message of role {role!r} has a part of type {kind!r}; only text is read'
+            )
+    return "".join(part["text"] for part in parts)
 
 
 def _truth_text(truth: Any, column: str) -> str:
-    if isinstance(truth, float) and truth.is_integer():
-        truth = int(truth)
-    text = str(truth).strip() if isinstance(truth, str | int | float) else ""
-    if not text:
+    if isinstance(truth, list) and len(truth) == 1:
+        (truth,) = truth
+    if truth is None or (isinstance(truth, str) and not truth.strip()):
         raise ValueError(f"no ground truth ({column}); remove the row or write the answer")
-    return text
+    if isinstance(truth, str):
+        return truth.strip()
+    if isinstance(truth, bool) or not isinstance(truth, int | float):
+        raise ValueError(f"{column.partition(',')[0]} is a {type(truth).__name__}; write one text")
+    return str(truth) if isinstance(truth, int) else _positional(truth, column.partition(",")[0])
+
+
+def _positional(number: float, column: str) -> str:
+    """A float without an exponent, which verifiers would read as Euler's number: 1e-5 is 0.00001.
+
+    The digits are those of the file; 27.0 is 27.
+    """
+    text = number.text if isinstance(number, JsonFloat) else repr(number)
+    exact = Decimal(text)
+    if not exact.is_finite() or abs(exact.as_tuple().exponent) > MOST_ZEROS:
+        raise ValueError(f"{column} is {text[:60]}; write the answer, as a text if it is no number")
+    return str(int(exact)) if exact == int(exact) else format(exact, "f")

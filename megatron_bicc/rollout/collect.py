@@ -65,8 +65,9 @@ class GroupSampler:
             return []
         # transformers decodes no samples at all as one sample without tokens
         texts = self.tokenizer.batch_decode([_without_end(s) for s in samples], skip_special_tokens=True)
-        truths = [prompt.ground_truth for prompt in prompts for _ in range(self.group_size)]
-        rewards = self.verifier(texts, truths)
+        asked = [prompt for prompt in prompts for _ in range(self.group_size)]
+        answers = [prompt.begun_answer + text for prompt, text in zip(asked, texts, strict=True)]
+        rewards = self.verifier(answers, [prompt.ground_truth for prompt in asked])
         groups = []
         for i, prompt in enumerate(prompts):
             own = slice(i * self.group_size, (i + 1) * self.group_size)

@@ -23,6 +23,7 @@ SETTINGS = {
     "rollout.group_size=1": "rollout.group_size is 1; it must be at least 2",
     "algorithm=gropo": "algorithm: unknown name 'gropo'; the nearest is 'grpo'",
     "data.train=nowhere.jsonl": "data.train is nowhere.jsonl; there is no such file",
+    "data.train=/etc": "data.train is /etc; it is a directory, give one .parquet or .jsonl file",
     "model.path=nowhere": "model.path is nowhere; there is no Hugging Face config.json",
     "train.max_tokens_per_microbatch=100": "train.max_tokens_per_microbatch is 100; it must hold",
     "train.max_sequence_tokens=50": "train.max_sequence_tokens is 50; it must be at least",
@@ -41,6 +42,7 @@ SETTINGS = {
 ROWS = {
     "{not json": "row 2: ",
     json.dumps(GOOD_ROW | {"prompt": ""}): "row 2: ",
+    json.dumps(GOOD_ROW | {"prompt": "1<|end|>"}): "row 2: the message of role 'user' has the control token",
     json.dumps({"prompt": "1+1="}): "row 2: ",
     json.dumps({"question": "1+1=", "answer": "one and one\nis two"}): "row 2: ",
     json.dumps({"text": "1+1="}): "row 2: ",
@@ -78,6 +80,14 @@ def arguments(tmp_path: Path) -> list[str]:
 
 def test_good_input_passes(arguments: list[str]) -> None:
     assert len(read_inputs(parse_config(arguments)).prompts) == 8
+
+
+def test_training_and_heldout_prompts_have_their_own_instruction(arguments: list[str]) -> None:
+    data = next(word for word in arguments if word.startswith("data.train"))
+    own = ["data.instruction= Add.", "evaluation.instruction= Box it.", "data.control_tokens=keep"]
+    inputs = read_inputs(parse_config([*arguments, data.replace("data.train", "evaluation.data"), *own]))
+    asked = [inputs.tokenizer.decode(prompts[0].token_ids) for prompts in (inputs.prompts, inputs.heldout)]
+    assert asked == ["<|user|>1+1= Add.<|assistant|>", "<|user|>1+1= Box it.<|assistant|>"]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

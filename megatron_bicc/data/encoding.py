@@ -1,0 +1,160 @@
+"""Chat messages as the token ids of a prompt: all of their text, and control tokens by decision alone."""
+
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from itertools import takewhile
+from typing import Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from megatron_bicc.data.schemas import Message
+from megatron_bicc.errors import first_line
+
+JOINED = "{{ messages | map(attribute='content') | join('\n') }}"
+"""Chat template of a tokenizer that has none: contents joined by newlines"""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What the chat template writes around the contents of messages of certain roles."""
+
+    written: Counter[int]
+    """How often it writes each token id"""
+    control: re.Pattern[str]
+    """Any text that is a control token: one of the tokenizer's special tokens, or an added token it writes"""
+
+
+class PromptEncoder:
+    """Encodes messages by a tokenizer's chat template, up to where the response begins.
+
+    control_tokens: what becomes of a control token in a message's text: refuse, an error; text, ordinary
+    tokens of its characters; keep, the control token itself.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, control_tokens: Literal["refuse", "text", "keep"] = "refuse"
+    ):
+        self._tokenizer = tokenizer
+        self._control_tokens = control_tokens
+        self._template = None if tokenizer.chat_template else JOINED
+        self._begin = _begin(tokenizer) if self._template else []
+        self._turns = cache(self._probe)
+
+    def encode(self, messages: list[Message]) -> np.ndarray:
+        """int32 [length]: a last message of the assistant is continued, after any other its turn is opened.
+
+        Raises ValueError if the chat template refuses the messages, if text of one is not in the tokens, or
+        for a control token that is refused.
+        """
+        turns = self._turns(tuple(message["role"] for message in messages))
+        rendered = self._render(messages)
+        found = None if self._control_tokens == "keep" else _control_token(messages, turns.control)
+        if found and self._control_tokens == "refuse":
+            raise ValueError(
+                f"{found}; remove it, or set data.control_tokens to text (ordinary text) or keep "
+                "(a control token)"
+            )
+        if found:
+            ids = self._encode_as_text(messages, turns, found)
+        else:
+            ids = self._tokenizer.encode(rendered, add_special_tokens=False)
+        if not ids:
+            raise ValueError("the prompt has no tokens")
+        self._check_text(messages, rendered, ids)
+        # a text that is kept as it is may begin with the begin token
+        begun = ids[: len(self._begin)] == self._begin
+        return np.asarray(ids if begun else self._begin + ids, dtype=np.int32)
+
+    def _probe(self, roles: tuple[str, ...]) -> Turns:
+        """Raises ValueError if the chat template leaves out a role's message."""
+        # letters and digits that no template writes
+        marks = [f"kq7{i}zx" for i in range(len(roles))]
+        rendered = self._render(
+            [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+        )
+        for role, mark in zip(roles, marks, strict=True):
+            if mark not in rendered:
+                raise ValueError(
+                    f"the chat template leaves out the message of role {role!r}; rename the role"
+                )
+        written = Counter(self._tokenizer.encode(rendered, add_special_tokens=False))
+        added = self._tokenizer.added_tokens_decoder
+        control = [token.content for i, token in added.items() if token.special or i in written]
+        longest_first = sorted(map(re.escape, control), key=len, reverse=True)
+        return Turns(written, re.compile("|".join(longest_first) or r"(?!)"))  # (?!) matches nothing
+
+    def _render(self, messages: list[Message]) -> str:
+        """The text that the chat template makes of the messages."""
+        begun = messages[-1]["role"] == "assistant"
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=not begun,
+                continue_final_message=begun,
+            )
+        except Exception as error:  # templates raise what their authors chose, jinja2 errors among them
+            raise ValueError(
+                f"the tokenizer's chat template refuses the messages: {first_line(error)}"
+            ) from error
+
+    def _encode_as_text(self, messages: list[Message], turns: Turns, found: str) -> list[int]:
+        """Token ids with no more control tokens than the template writes."""
+        begun = messages[-1]["role"] == "assistant"
+        ids = self._tokenizer.apply_chat_template(
+            messages,
+            chat_template=self._template,
+            add_generation_prompt=not begun,
+            continue_final_message=begun,
+            return_dict=False,
+            sanitize_control_tokens=True,
+        )
+        counts = Counter(ids)
+        for i, token in self._tokenizer.added_tokens_decoder.items():
+            if turns.control.fullmatch(token.content) and counts[i] > turns.written[i]:
+                raise ValueError(f"{found}, which cannot be written as ordinary text; remove it")
+        return ids
+
+    def _check_text(self, messages: list[Message], rendered: str, ids: list[int]) -> None:
+        """Raises ValueError for a message that is not whole in the template's text and in the tokens."""
+        written = _squeezed(rendered)
+        decoded = _squeezed(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        for message in messages:
+            role, text = message["role"], message["content"]
+            if role == "assistant":
+                text = text.rpartition("</think>")[2]  # templates leave out the reasoning of earlier answers
+            text = _squeezed(text)
+            if text not in written:
+                raise ValueError(f"the chat template leaves out text of the message of role {role!r}")
+            if text not in decoded:
+                lost = next((c for c in text if c not in decoded), "")
+                raise ValueError(
+                    f"the tokenizer loses text of the message of role {role!r}"
+                    + (f": it has no token for {lost!r}" if lost else "")
+                )
+
+
+def _control_token(messages: list[Message], control: re.Pattern[str]) -> str:
+    """Names the first control token in the messages; empty if there is none."""
+    for message in messages:
+        for text in message.values():
+            if match := control.search(text):
+                return f"the message of role {message['role']!r} has the control token {match[0]!r}"
+    return ""
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that the tokenizer puts before a text, and not those that it puts after it."""
+    encoded = tokenizer("1", return_special_tokens_mask=True)
+    pairs = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+    return [token_id for token_id, _ in takewhile(lambda pair: pair[1], pairs)]
+
+
+def _squeezed(text: str) -> str:
+    """Text without white space, which templates trim, in the form that tokenizers may normalise it to."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
