@@ -39,6 +39,7 @@ DECISIVE = (
     "rollout.max_new_tokens",
     "rollout.batch_size",
     "reward.verifier",
+    "reward.answer",
     "reward.threshold",
     "evaluation.instruction",
     "evaluation.prompts",
@@ -100,7 +101,9 @@ def read_inputs(config: Config, paths: list[str]) -> Inputs:
     named = names_of(paths)
     tokenizer = read_tokenizer(config.model.path)
     prompts = {name: heldout_prompts(config, path, tokenizer) for name, path in named.items()}
-    return Inputs(config, tokenizer, get_verifier(config.reward.verifier), named, prompts)
+    return Inputs(
+        config, tokenizer, get_verifier(config.reward.verifier, config.reward.answer), named, prompts
+    )
 
 
 def evaluate_benchmarks(inputs: Inputs) -> dict[str, Evaluation]:

@@ -1,5 +1,6 @@
 """Everything that a run is made of, checked and built before the first step."""
 
+import logging
 import os
 import string
 from dataclasses import dataclass
@@ -16,13 +17,16 @@ from megatron_bicc.config import Config
 from megatron_bicc.data import Prompt, PromptSampler, load_prompts
 from megatron_bicc.errors import first_line
 from megatron_bicc.policy.policy import Policy, start_model_parallel
-from megatron_bicc.rewards import Verifier, check_threshold, get_verifier, unscorable
+from megatron_bicc.rewards import Verifier, check_threshold, compared_as_text, get_verifier, unscorable
+from megatron_bicc.rewards.styles import describe_styles, style_mismatch
 from megatron_bicc.rollout.dynamic import Collector
 from megatron_bicc.rollout.local import LocalEngine
 from megatron_bicc.rollout.sglang.engine import SglangEngine
 from megatron_bicc.rollout.types import Engine
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.validation import validate
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Workers:
 def read_inputs(config: Config) -> Inputs:
     """Reads and checks every setting and file. Raises ValueError, one line, for the first mistake."""
     config = check_settings(config)
-    verifier = get_verifier(config.reward.verifier)
+    verifier = get_verifier(config.reward.verifier, config.reward.answer)
     tokenizer = read_tokenizer(config.model.path)
     prompts = _prompts(config, config.data.train, tokenizer)
     heldout = heldout_prompts(config, config.evaluation.data, tokenizer) if config.evaluation.data else []
@@ -172,10 +176,31 @@ def _prompts(
     data, reward = config.data, config.reward
     prompts = load_prompts(path, tokenizer, data.max_prompt_tokens, data.overlong_prompts, instruction)
     truths = [prompt.ground_truth for prompt in prompts]
-    for i in unscorable(reward.verifier, truths, reward.threshold):
+    for i in unscorable(reward.verifier, truths, reward.threshold, reward.answer):
         raise ValueError(
             f"{path}, row {prompts[i].index + 1}: no response can be right: "
             f"reward.verifier={reward.verifier} does not even accept the ground truth itself, "
             f"{truths[i][:60]!r}; correct it or remove the row"
         )
+    if int(os.environ.get("RANK", "0")) == 0:
+        _report_truths(config, path, prompts)
     return prompts
+
+
+def _report_truths(config: Config, path: str, prompts: list[Prompt]) -> None:
+    """Logs what is read of answers and of truths, and what to mind about it."""
+    reward = config.reward
+    texts = compared_as_text(reward.verifier, [prompt.ground_truth for prompt in prompts])
+    if texts:
+        row, truth = prompts[texts[0]].index + 1, prompts[texts[0]].ground_truth
+        _log.warning(
+            "%s: %d of %d ground truths are compared as text, such as %.60r in row %d",
+            path,
+            len(texts),
+            len(prompts),
+            truth,
+            row,
+        )
+    _log.info("%s: %s", path, describe_styles(reward.verifier, reward.answer, prompts))
+    if mismatch := style_mismatch(reward.answer, prompts):
+        _log.warning("%s: %s", path, mismatch)
