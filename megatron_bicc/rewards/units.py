@@ -123,7 +123,7 @@ def read_compound(text: str) -> list[Quantity] | None:
 
 
 def _is_unit(word: str, written: str, before: str) -> bool:
-    """A sign, a known unit, or a word of three letters; of single letters few: 5x is a product, 5 m a length."""
+    """A sign, a known unit, or a word of three letters; of single letters few: 5 m, not 5x."""
     if written.startswith("\\text") or not word[0].isalpha():
         return True
     if len(word) == 1:

@@ -1,8 +1,8 @@
 r"""Whether two final answers are the same: rules by the form of an answer, computer algebra for the rest.
 
 The rules are tried in the order of RULES; the first that knows both forms decides. Where an answer may leave
-something out (a unit, the name of a variable), either side may be the one that does: the verdict does not depend
-on which of the two is the truth.
+something out (a unit, the name of a variable), either side may be the one that does: the verdict does not
+depend on which of the two is the truth.
 """
 
 import re

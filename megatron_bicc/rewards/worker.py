@@ -2,10 +2,10 @@
 
     python -m megatron_bicc.rewards.worker
 
-Reads requests from stdin and answers each on stdout, a JSON value a line. They are worked on in a fork of this
-process, which has imported everything: the kernel kills the fork once a request has used up its processor time,
-whatever it is busy with, and a new fork takes the next request. Ends when stdin ends, so with the process that
-started it.
+Reads requests from stdin and answers each on stdout, a JSON value a line. They are worked on in a fork of
+this process, which has imported everything: the kernel kills the fork once a request has used up its
+processor time, whatever it is busy with, and a new fork takes the next request. Ends when stdin ends, so with
+the process that started it.
 """
 
 import json

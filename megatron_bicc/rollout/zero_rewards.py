@@ -17,7 +17,7 @@ class ZeroRewardWatch:
         self._steps = 0
 
     def see(self, groups: list[Group]) -> str | None:
-        """Takes the groups of a step; gives the reason in one line, once, if the first steps' rewards are 0."""
+        """Takes the groups of a step; once, if all rewards of the first steps are 0, gives the reason, one line."""
         if self._groups is None:
             return None
         self._groups += groups
