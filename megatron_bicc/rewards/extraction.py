@@ -11,7 +11,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
 _ARGUMENT = re.compile(
     r"\s*([-+]?\s*\$?\d[\d,]*(?:\.\d+)?%?|-?\\[a-zA-Z]+(?:\s*\{[^{}]*\})*|[a-zA-Z](?![a-zA-Z]))"
 )
-_ANSWER_LINE = re.compile(r"\banswer\b[*_]*\s*[:：][*_]*\s*([^\n]+)", re.IGNORECASE)
+_ANSWER_LINE = re.compile(r"\banswer\b[*_]*[ \t]*[:：][*_]*[ \t]*([^\n]+)", re.IGNORECASE)
 _LAST_LINE = re.compile(r"[^\n]*\banswer\b[*_]*[ \t]*[:：][*_]*[ \t]*([^\n]+)", re.IGNORECASE)
 _HASH = re.compile(r"####[ \t]*([^\n#]+)")
 _NUMBER = re.compile(r"(?<![\w.])-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|(?<![\w.])-?\.\d+")

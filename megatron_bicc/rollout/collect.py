@@ -56,7 +56,7 @@ class GroupSampler:
         ]
 
     def scored(self, prompts: list[Prompt], samples: list[Sample]) -> list[Group]:
-        """The groups of prompts, from their samples one group after the other. From a main thread only."""
+        """The groups of prompts, from their samples one group after the other."""
         texts = self.tokenizer.batch_decode([s.token_ids for s in samples], skip_special_tokens=True)
         truths = [prompt.ground_truth for prompt in prompts for _ in range(self.group_size)]
         rewards = self.verifier(texts, truths)

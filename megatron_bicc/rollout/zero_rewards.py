@@ -17,7 +17,7 @@ class ZeroRewardWatch:
         self._steps = 0
 
     def see(self, groups: list[Group]) -> str | None:
-        """Takes the groups of a step; once, if all rewards of the first steps are 0, gives the reason, one line."""
+        """Takes a step's groups; gives the reason, in one line and once, if the first steps got only 0."""
         if self._groups is None:
             return None
         self._groups += groups

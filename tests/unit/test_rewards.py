@@ -112,7 +112,7 @@ def test_a_bad_answer_costs_its_own_time_only_from_any_thread(
     verdicts: dict[int, list[float]] = {}
 
     def work(i: int) -> None:
-        texts = [f"\\boxed{{x+{i}+1}}", f"\\boxed{{9^{{9^{{9^{{9^{9 - i}}}}}}}}}", f"\\boxed{{x+{i}+2}}"]
+        texts = [f"\\boxed{{x+{i}+1}}", f"\\boxed{{{7 + i}^{{9^{{9^{{9^8}}}}}}}}", f"\\boxed{{x+{i}+2}}"]
         verdicts[i] = get_verifier("math")(texts, [f"{i + 1}+x", "42", f"{i + 2}+x"]).tolist()
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]

@@ -59,7 +59,7 @@ def test_auto_reads_what_the_prompts_of_dapo_gsm8k_and_math_ask_for(response: st
         ("boxed", "Answer: 5", None),
         ("answer_line", "Answer: 3\nAnswer: 5", "5"),
         ("answer_line", "\\boxed{3}\nfinal answer : 5", "5"),
-        ("answer_line", "Answer:\n5", "5"),
+        ("answer_line", "Answer:\n5", None),
         ("answer_line", "\\boxed{5}", None),
         ("hash", "Answer: 3\n#### 1,000", "1,000"),
         ("hash", "### 5", None),
