@@ -49,6 +49,7 @@ DECISIVE = (
     "rollout.max_new_tokens",
     "rollout.batch_size",
     "reward.verifier",
+    "reward.answer",
     "reward.threshold",
     "evaluation.instruction",
     "evaluation.prompts",
@@ -114,7 +115,9 @@ def read_inputs(config: Config, paths: list[str]) -> Inputs:
     prompts = {name: heldout_prompts(config, path, tokenizer) for name, path in named.items()}
     _check_lengths(config, hf_config, named, prompts)
     warn_of_index(config.model.path)
-    return Inputs(config, tokenizer, get_verifier(config.reward.verifier), named, prompts)
+    return Inputs(
+        config, tokenizer, get_verifier(config.reward.verifier, config.reward.answer), named, prompts
+    )
 
 
 def _kept_date(config: Config, named: dict[str, str]) -> str:

@@ -23,7 +23,8 @@ from megatron_bicc.policy.hf_files import has_safetensors
 from megatron_bicc.policy.hf_model import checked_tensors, supported_config, warn_of_index
 from megatron_bicc.policy.policy import Policy, start_model_parallel
 from megatron_bicc.policy.rotary import positions
-from megatron_bicc.rewards import Verifier, check_threshold, get_verifier, unscorable
+from megatron_bicc.rewards import Verifier, check_threshold, compared_as_text, get_verifier, unscorable
+from megatron_bicc.rewards.styles import describe_styles, style_mismatch
 from megatron_bicc.rollout.dynamic import Collector
 from megatron_bicc.rollout.local import LocalEngine
 from megatron_bicc.rollout.sglang.engine import SglangEngine
@@ -63,7 +64,7 @@ class Workers:
 def read_inputs(config: Config) -> Inputs:
     """Reads and checks every setting and file. Raises ValueError, one line, for the first mistake."""
     config = check_settings(config)
-    verifier = get_verifier(config.reward.verifier)
+    verifier = get_verifier(config.reward.verifier, config.reward.answer)
     tokenizer = read_tokenizer(config.model.path)
     check_lengths(config, check_policy(config))
     config = with_date(config, tokenizer, date_of_checkpoint(config))
@@ -251,10 +252,31 @@ def _prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase, inst
         path, tokenizer, data.max_prompt_tokens, data.overlong_prompts, instruction, data.control_tokens
     )
     truths = [prompt.ground_truth for prompt in prompts]
-    for i in unscorable(reward.verifier, truths, reward.threshold):
+    for i in unscorable(reward.verifier, truths, reward.threshold, reward.answer):
         raise ValueError(
             f"{path}, row {prompts[i].index + 1}: no response can be right: "
             f"reward.verifier={reward.verifier} does not even accept the ground truth itself, "
             f"{truths[i][:60]!r}; correct it or remove the row"
         )
+    if int(os.environ.get("RANK", "0")) == 0:
+        _report_truths(config, path, prompts)
     return prompts
+
+
+def _report_truths(config: Config, path: str, prompts: list[Prompt]) -> None:
+    """Logs what is read of answers and of truths, and what to mind about it."""
+    reward = config.reward
+    texts = compared_as_text(reward.verifier, [prompt.ground_truth for prompt in prompts])
+    if texts:
+        row, truth = prompts[texts[0]].index + 1, prompts[texts[0]].ground_truth
+        logger.warning(
+            "%s: %d of %d ground truths are compared as text, such as %.60r in row %d",
+            path,
+            len(texts),
+            len(prompts),
+            truth,
+            row,
+        )
+    logger.info("%s: %s", path, describe_styles(reward.verifier, reward.answer, prompts))
+    if mismatch := style_mismatch(reward.answer, prompts):
+        logger.warning("%s: %s", path, mismatch)

@@ -20,6 +20,7 @@ from megatron_bicc.monitoring.timing import Stopwatch
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.dynamic import Collected
 from megatron_bicc.rollout.types import RolloutError, Sampling
+from megatron_bicc.rollout.zero_rewards import ZeroRewardWatch
 from megatron_bicc.setup_run import Inputs, Workers, read_inputs, start_workers
 from megatron_bicc.training.checkpoint import (
     CheckpointError,
@@ -37,6 +38,8 @@ from megatron_bicc.training.report_layout import report_layout
 from megatron_bicc.training.resume import contents, resume_point
 from megatron_bicc.weight_sync import sync_weights
 from megatron_bicc.weight_sync.errors import WeightSyncError
+
+_log = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> None:
@@ -94,6 +97,7 @@ def run_steps(inputs: Inputs, workers: Workers, first_step: int, log: RunLog) ->
     writer = CheckpointWriter(config.output_dir, config.checkpoint.keep)
     mismatch = MismatchCheck(config, bool(workers.policy.megatron_config.num_moe_experts))
     sync_weights(workers.policy, workers.engine, first_step)
+    watch = ZeroRewardWatch(config.reward.answer, first_step, enabled=dist.get_rank() == 0)
     if first_step == 0:
         log.step(0, held_out(inputs, workers))
 
@@ -106,6 +110,8 @@ def run_steps(inputs: Inputs, workers: Workers, first_step: int, log: RunLog) ->
                 updates = learn(inputs, workers, rollouts, clock, log, step, mismatch)
             with clock("sync"):
                 num_bytes = sync_weights(workers.policy, workers.engine, step)
+            if why := watch.see(rollouts.sampled):
+                _log.warning(why)
             metrics = rollout_metrics(rollouts, config) | mean_metrics(updates)
             metrics["train/lr"] = workers.policy.learning_rate()
             metrics |= workers.engine.counts()

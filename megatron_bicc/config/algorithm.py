@@ -10,6 +10,8 @@ class RewardConfig:
 
     verifier: str = "math"
     """Name of a registered verifier (megatron_bicc.rewards)."""
+    answer: Literal["auto", "boxed", "answer_line", "hash", "last_number"] = "auto"
+    r"""How a final answer is marked: \boxed{X}, Answer: X, #### X, the last number; auto: the first three."""
     threshold: float = 0.5
     """A rollout is correct if its reward is greater than this."""
     overlong_penalty: float | None = None

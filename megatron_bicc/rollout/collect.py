@@ -57,7 +57,7 @@ class GroupSampler:
         ]
 
     def scored(self, prompts: list[Prompt], samples: list[Sample]) -> list[Group]:
-        """The groups of prompts, from their samples one group after the other. From a main thread only.
+        """The groups of prompts, from their samples one group after the other.
 
         A process may have no prompts: there is then nothing to decode or to score.
         """

@@ -15,6 +15,7 @@ from megatron_bicc.data import Prompt, PromptSampler
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.search import Search, likely_prompts, search
 from megatron_bicc.rollout.types import Group, RolloutError, Sample, StreamingEngine
+from megatron_bicc.rollout.zero_rewards import why_all_zero
 
 
 class NoContrastError(RolloutError):
@@ -94,11 +95,14 @@ class Collector:
         right = sum(int(self._correct(group).all()) for group in sampled)
         wrong = len(sampled) - found - right
         kind, remedy = ("hard", "easier") if wrong >= right else ("easy", "harder")
+        cause = why_all_zero(sampled, self.config.reward.answer) or (
+            f"too {kind} for this policy; train on {remedy} prompts, raise rollout.group_size or "
+            "rollout.max_prompts_per_step, or set rollout.dynamic_sampling=false"
+        )
         return (
             f"rollout.max_prompts_per_step is {self.config.rollout.max_prompts_per_step}; of so many prompts "
             f"{found} have right and wrong rollouts, {wanted} are needed; {wrong} are all wrong and {right} "
-            f"all right: too {kind} for this policy; train on {remedy} prompts, raise rollout.group_size or "
-            "rollout.max_prompts_per_step, or set rollout.dynamic_sampling=false"
+            f"all right: {cause}"
         )
 
     def _draw(self, count: int) -> list[Prompt]:

@@ -47,6 +47,7 @@ ROWS = {
     json.dumps({"question": "1+1=", "answer": "one and one\nis two"}): "row 2: ",
     json.dumps({"text": "1+1="}): "row 2: ",
     json.dumps(GOOD_ROW | {"answer": "\\frac{1}{2"}): "row 2: no response can be right",
+    json.dumps(GOOD_ROW | {"answer": "NaN"}): "row 2: no response can be right",
 }
 
 
@@ -101,6 +102,19 @@ def test_row(row: str, arguments: list[str], tmp_path: Path, capsys: pytest.Capt
     line = run(arguments, capsys)
     assert str(tmp_path / "prompts.jsonl") in line
     assert ROWS[row] in line
+
+
+def test_what_is_said_of_truths_and_styles(
+    arguments: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"question": "Write Answer: X.", "answer": text} for text in ["1234.", "180,", "See solution"]]
+    (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with caplog.at_level("INFO", logger="megatron_bicc"):
+        read_inputs(parse_config([*arguments, "reward.answer=boxed"]))
+    text, styles, mismatch = [record.getMessage().partition(": ")[2] for record in caplog.records]
+    assert text == "1 of 3 ground truths are compared as text, such as 'See solution' in row 3"
+    assert styles.startswith("reward.answer=boxed; of the first 3 truths are read: boxed 3, answer_line 3")
+    assert mismatch.startswith("reward.answer is boxed, but the prompts ask for Answer: X")
 
 
 def test_another_runs_directory(

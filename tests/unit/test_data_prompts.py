@@ -65,6 +65,8 @@ def load(path: Path, tokenizer: PreTrainedTokenizerFast, **settings: Any) -> lis
         (GSM8K, "", {}),
         (MATH, "", {"level": "Level 1", "type": "Algebra"}),
         (MATH | {"solution": "\\boxed{3}", "answer": "2"}, "", {"level": "Level 1", "type": "Algebra"}),
+        (MATH | {"solution": "So $\\boxed 2$."}, "", {"level": "Level 1", "type": "Algebra"}),
+        (MATH | {"solution": "So $\\fbox{2}$."}, "", {"level": "Level 1", "type": "Algebra"}),
         ({"problem": "1+1?", "answer": 2}, "", {}),
         (PLAIN, "", {}),
         ({"prompt": USER, "answer": "2"}, "", {}),

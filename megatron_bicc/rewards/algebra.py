@@ -1,0 +1,89 @@
+"""Equality by computer algebra: math-verify's verdict on two answers that are equal to hundreds of digits.
+
+To be called in a process that may be killed (rewards.worker): nothing bounds the time it takes.
+"""
+
+import logging
+import re
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from megatron_bicc.rewards.numbers import DOUBLE_DIGITS, read_number, rounds_to
+
+DIGITS = 400
+"""Digits to which values are compared; math-verify itself compares 15, and calls 10^-20 and 10^-21 equal."""
+
+
+def equal(a: str, b: str) -> bool:
+    """Whether two answers, as rewards.normalize spells them, are mathematically the same."""
+    from math_verify import verify
+
+    x, y = _parsed(a), _parsed(b)
+    if _is_rounding(a, y) or _is_rounding(b, x):
+        return True
+    if _differ(x, y):  # much faster to find than that no simplification makes them equal
+        return False
+    sets = {"allow_set_relation_comp": True, "timeout_seconds": None}
+    return verify(y, x, **sets) or verify(x, y, **sets)
+
+
+def understood(text: str) -> bool:
+    """Whether an answer reads as mathematics."""
+    from sympy import Basic, MatrixBase
+
+    return any(isinstance(each, Basic | MatrixBase) for each in _parsed(text))
+
+
+@lru_cache(maxsize=4096)
+def _parsed(text: str) -> list[Any]:
+    from math_verify import parse
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
+    # A decimal is a fraction: computer algebra would round it to a double.
+    exact = re.sub(r"(?<![\w.}])(\d*)\.(\d+)(?![\d.])", _fraction, text)
+    return parse(f"\\boxed{{{exact}}}", parsing_timeout=None)
+
+
+def _fraction(match: re.Match[str]) -> str:
+    value = Fraction(int(match[1] + match[2]), 10 ** len(match[2]))
+    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _is_rounding(text: str, parsed: list[Any]) -> bool:
+    """Whether a text is a decimal with a double's digits, and that the rounding of what was parsed."""
+    from sympy import Expr
+
+    number = read_number(text)
+    if number is None or number.decimals is None or not parsed or not isinstance(parsed[0], Expr):
+        return False
+    value = _evaluated(parsed[0], {})
+    if value is None or not value.is_real:
+        return False
+    return rounds_to(number, Fraction(str(value.evalf(DIGITS)))) if abs(value) < 10**DOUBLE_DIGITS else False
+
+
+def _differ(x: list[Any], y: list[Any]) -> bool:
+    """Whether two expressions, at values of their variables, are not the same to DIGITS - 10 digits."""
+    from sympy import Expr, Rational
+
+    if not x or not y or not isinstance(x[0], Expr) or not isinstance(y[0], Expr):
+        return False
+    names = sorted(x[0].free_symbols | y[0].free_symbols, key=str)
+    at = {name: Rational(17 + 6 * i, 13) for i, name in enumerate(names)}
+    p, q = _evaluated(x[0], at), _evaluated(y[0], at)
+    if p is None or q is None:
+        return False
+    scale = max(abs(p), abs(q))
+    return bool(abs(p - q) > scale * Rational(1, 10 ** (DIGITS - 10)))
+
+
+def _evaluated(expression: Any, at: dict[Any, Any]) -> Any | None:
+    """A number: exact where it is rational, else of DIGITS digits; None if it has no value."""
+    try:
+        value = expression.subs(at).doit()
+        if not getattr(value, "is_Rational", False):
+            value = value.evalf(DIGITS)
+        return value if value.is_number and value.is_finite else None
+    except Exception:  # sympy raises many kinds for what it cannot evaluate
+        return None

@@ -1,0 +1,147 @@
+r"""Quantities: a value and its unit, in words, as a sign or in \text{}."""
+
+import re
+from dataclasses import dataclass
+
+_SPELLINGS = {
+    "%": "percent percents percentage pct",
+    "degree": "degrees deg degs",
+    "dollar": "dollars usd $ bucks us-dollars",
+    "cent": "cents ¢",
+    "euro": "euros eur €",
+    "pound-sterling": "gbp £",
+    "yen": "jpy ¥",
+    "rupee": "rupees inr rs ₹",
+    "hour": "hours hr hrs h",
+    "minute": "minutes min mins",
+    "second": "seconds sec secs s",
+    "day": "days",
+    "week": "weeks wk wks",
+    "month": "months mo",
+    "year": "years yr yrs",
+    "foot": "feet ft",
+    "inch": "inches in in.",
+    "yard": "yards yd yds",
+    "mile": "miles mi",
+    "meter": "meters metre metres m",
+    "centimeter": "centimeters centimetre centimetres cm cms",
+    "millimeter": "millimeters millimetre millimetres mm",
+    "kilometer": "kilometers kilometre kilometres km kms",
+    "gram": "grams gramme grammes g",
+    "kilogram": "kilograms kg kgs",
+    "milligram": "milligrams mg",
+    "pound": "pounds lb lbs",
+    "ounce": "ounces oz",
+    "liter": "liters litre litres l",
+    "milliliter": "milliliters millilitre millilitres ml",
+    "gallon": "gallons gal",
+    "quart": "quarts qt",
+    "cup": "cups",
+    "mile per hour": "mph",
+    "radian": "radians rad",
+    "unit": "units",
+    "am": "",
+    "pm": "",
+    "people": "persons person",
+}
+UNITS = {name: unit for unit, names in _SPELLINGS.items() for name in [unit, *names.split()]}
+"""Unit by spelling"""
+_COMPOUND = {
+    *("hour", "minute", "second", "day", "week", "month", "year", "foot", "inch", "yard", "mile", "degree"),
+    *("meter", "centimeter", "kilometer", "gram", "kilogram", "pound", "ounce", "liter", "milliliter"),
+    *("dollar", "cent", "gallon", "quart", "cup"),
+}
+"""Units that come in parts: 5 feet 6 inches"""
+_NO_UNIT = {
+    *("and", "or", "is", "isn't", "not", "no", "never", "but", "if", "for", "to", "than", "more", "less"),
+    *("least", "most", "otherwise", "where", "when", "with", "wrong", "false", "incorrect", "mod", "base"),
+    *("times", "plus", "minus", "sin", "cos", "tan", "log", "frac", "sqrt", "pi"),
+}
+"""Words after a value that say more about it than a unit does"""
+_POWER = r"\s*\^\s*\{?\s*(?P<power>[2-9])\s*\}?"
+_TAIL = re.compile(
+    rf"(?P<word>%|\$|\\\$|[€£¥₹¢]|\\text\{{\s*[a-zA-Z]\s*\}}|(?<![a-zA-Z\\])[a-zA-Z][a-zA-Z.'-]*)(?:{_POWER})?\s*$"
+)
+_CURRENCY = re.compile(
+    r"(-?)\s*(?:(\\?\$|[€£¥₹])|(USD|EUR|GBP|Rs\.?|US\\?\$)(?=[\s\d]))\s*(?=[-\d.\\(])(.*)", re.DOTALL
+)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A value and what it counts."""
+
+    value: str
+    unit: str
+    """One spelling of each unit; empty if there is none"""
+
+
+def read_quantity(text: str) -> Quantity | None:
+    """Value and unit of a normalised answer; None if it has no unit."""
+    if (currency := _CURRENCY.fullmatch(text)) and "$" not in currency[4]:
+        sign = (currency[2] or currency[3]).replace("\\", "").replace("US$", "$").lower().rstrip(".")
+        inner = read_quantity(currency[4])
+        value, unit = (inner.value, inner.unit) if inner else (currency[4], UNITS[sign])
+        return Quantity(f"{currency[1]}{value}", unit)
+    rest, words = text, []
+    while tail := _TAIL.search(rest):
+        word = re.sub(r"\\text\{\s*(\w)\s*\}|\\", r"\1", tail["word"]).lower().replace(".", "")
+        before = rest[: tail.start()]
+        if word in _NO_UNIT:
+            return None
+        if not _is_unit(word, tail["word"], before):
+            break
+        words.append(UNITS.get(word, _singular(word)) + (f"^{tail['power']}" if tail["power"] else ""))
+        rest = before.rstrip()
+        while rest.endswith(("/", "-")) and words:
+            rest, words = rest[:-1].rstrip(), [*words, "per"]
+    rest = rest.strip()
+    if (
+        words
+        and words[-1] == "per"
+        or not words
+        or not rest
+        or not re.search(r"[\d})a-zA-Z]$", rest)
+        or not re.search(r"\d|\\pi|\\sqrt", rest)
+    ):
+        return None
+    return Quantity(rest, _unit(words[::-1]))
+
+
+def read_compound(text: str) -> list[Quantity] | None:
+    """The parts of 5 feet 6 inches, as they are written; None if the answer is no such thing."""
+    number = r"-?(?:\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}|\d+/\d+)"
+    unit = r"\\text\{\s*[a-zA-Z]\s*\}|[a-zA-Z]+\.?"
+    part = rf"({number})\s*({unit})"
+    if not re.fullmatch(rf"{part}(?:\s*(?:,|and|,\s*and)?\s*{part})+", text):
+        return None
+    parts = [(value, re.sub(r"\\text\{\s*(\w)\s*\}", r"\1", name)) for value, name in re.findall(part, text)]
+    known = [(value, UNITS.get(name.lower().rstrip("."))) for value, name in parts]
+    if not all(name in _COMPOUND for _, name in known):
+        return None
+    return [Quantity(value, str(name)) for value, name in known]
+
+
+def _is_unit(word: str, written: str, before: str) -> bool:
+    """A sign, a known unit, or a word of three letters; of single letters few: 5 m, not 5x."""
+    if written.startswith("\\text") or not word[0].isalpha():
+        return True
+    if len(word) == 1:
+        return bool(re.search(r"[a-zA-Z]/$", before) or word in "mghsl" and re.search(r"[\d})] $", before))
+    if word in UNITS or word in ("sq", "square", "cubic", "cu", "per", "of", "each"):
+        return True
+    return len(word) > 2 and bool(re.search(r"[\s})/]$", before))
+
+
+def _singular(word: str) -> str:
+    for ending, single in (("ies", "y"), ("ches", "ch"), ("shes", "sh"), ("xes", "x")):
+        if word.endswith(ending):
+            return word.removesuffix(ending) + single
+    return word[:-1] if word.endswith("s") and not word.endswith("ss") else word
+
+
+def _unit(words: list[str]) -> str:
+    """square meter as meter^2; of several words all count."""
+    text = " ".join(words)
+    text = re.sub(r"(?:^|(?<= ))(?:square|sq) (\S+)", r"\1^2", text)
+    return re.sub(r"(?:^|(?<= ))(?:cubic|cu) (\S+)", r"\1^3", text)

@@ -1,0 +1,443 @@
+r"""Whether two final answers are the same: rules by the form of an answer, computer algebra for the rest.
+
+The rules are tried in the order of RULES; the first that knows both forms decides. Where an answer may leave
+something out (a unit, the name of a variable), either side may be the one that does: the verdict does not
+depend on which of the two is the truth.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Literal
+
+from megatron_bicc.rewards import algebra
+from megatron_bicc.rewards.normalize import normalize, unwrap_text
+from megatron_bicc.rewards.numbers import equal, read_number
+from megatron_bicc.rewards.units import Quantity, read_compound, read_quantity
+
+Reading = Literal["number", "mathematics", "text"]
+
+_RELATION = re.compile(
+    r"(\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|\\approx(?![a-zA-Z])|\\in(?![a-zA-Z])|[<>=])"
+)
+_FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
+_NAME = r"(?:\\?[a-zA-Z]+(?:_\{?\w+\}?)?(?:\s*\([^()]*\))?'*|\\text\{[^{}]*\})"
+"""A variable, a function at a point, or what a word stands for"""
+_CLOCK = re.compile(r"(\d{1,2})\s*:\s*([0-5]\d)")
+_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
+
+
+def same(answer: str, truth: str) -> bool:
+    """Whether the two mean the same."""
+    a, b = normalize(answer), normalize(truth)
+    return bool(a and b) and _balanced(a) and _balanced(b) and _same(a, b)
+
+
+def quick(answer: str, truth: str) -> bool | None:
+    """The verdict where it takes no computer algebra: equal texts and two plain numbers; None elsewhere."""
+    a, b = normalize(answer), normalize(truth)
+    if not a or not b or not _balanced(a) or not _balanced(b):
+        return False
+    if a == b:
+        return True
+    return _numbers(a, b)
+
+
+def is_number(text: str) -> bool:
+    """Whether an answer is a plain number, its unit aside."""
+    normal = normalize(text)
+    quantity = read_quantity(normal)
+    return _balanced(normal) and read_number(quantity.value if quantity else normal) is not None
+
+
+def reading(truth: str) -> Reading | None:
+    """What a truth is compared as; None if nothing can be equal to it."""
+    text = normalize(truth)
+    if (
+        not text
+        or text.casefold() == "nan"
+        or not _balanced(text)
+        or not any(c.isalnum() or c == "\\" for c in text)
+    ):
+        return None
+    if is_number(truth):
+        return "number"
+    if _is_words(text):
+        return "text"
+    return "mathematics" if all(algebra.understood(part) for part in _parts(text)) else "text"
+
+
+def _same(a: str, b: str) -> bool:
+    if a == b:
+        return bool(a)
+    for rule in RULES:
+        verdict = rule(a, b)
+        if verdict is not None:
+            return verdict
+    return algebra.equal(a, b)
+
+
+def _numbers(a: str, b: str) -> bool | None:
+    """Plain numbers are equal exactly. With commas they may be lists: 100,200."""
+    x, y = read_number(a), read_number(b)
+    if x is None or y is None:
+        return None
+    if equal(x, y):
+        return True
+    return None if x.commas and y.commas else False
+
+
+def _words(a: str, b: str) -> bool | None:
+    """Words are no products of letters: compared as text. Beside mathematics, letters may be a product."""
+    words = [_is_words(text) for text in (a, b)]
+    if all(words):
+        return _spelled(a) == _spelled(b)
+    if not any(words):
+        return None
+    word, other = (a, b) if words[0] else (b, a)
+    if word.isalpha() and re.search(r"\\cdot|\^|(?<![a-zA-Z])[a-z] [a-z](?![a-zA-Z])", other):
+        return algebra.equal(word, other)
+    return _same_choice(word, other) or False
+
+
+def _angles(a: str, b: str) -> bool | None:
+    """Names of points stand in an order: angle ABC is not angle ACB."""
+    figure = r"\\(?:angle|triangle|measuredangle|overline|widehat|parallel)"
+    if re.match(figure, a) and re.match(figure, b) and not re.search(r"[=\d]", a + b):
+        return re.sub(r"[\s{}]", "", a) == re.sub(r"[\s{}]", "", b)
+    return None
+
+
+def _same_choice(a: str, b: str) -> bool | None:
+    """A choice by its letter, its text, or both: (C) 12."""
+    x, y = _choice(a), _choice(b)
+    if x is None and y is None:
+        return None
+    if x and y:
+        return x[0] == y[0] and (not x[1] or not y[1] or _same(x[1], y[1]))
+    (letter, text), other = (x, b) if x else (y, a)  # type: ignore[misc]
+    return _same(text, other) if text else letter == other
+
+
+def _choice(text: str) -> tuple[str, str] | None:
+    """Letter and text of a choice; a letter alone is one too."""
+    match = re.fullmatch(r"\(?([A-Z])\)[.:]?\s*(.*)|([A-Z])[.:]\s+(.+)|([A-Z])", text)
+    if not match or (match[2] or "").startswith(("^", "_", "+", "-", "=", "\\cup", "\\cap")):
+        return None
+    return match[1] or match[3] or match[5], match[2] or match[4] or ""
+
+
+def _conditions(a: str, b: str) -> bool | None:
+    """An inequality is its interval: x > 3 and (3, infinity); x < 1 or x > 2 is a union."""
+    x, y = _interval(a), _interval(b)
+    if x is None and y is None:
+        return None
+    if x and y:
+        names = {name for name in (x[0], y[0]) if name}
+        return len(names) < 2 and _same_union(x[1], y[1])
+    (_, own), other = (x, b) if x else (y, a)  # type: ignore[misc]
+    return _same_union(own, other) if _is_set(other) else (None if _RELATION.search(other) else False)
+
+
+def _interval(text: str) -> tuple[str, str] | None:
+    """Variable (empty if there is none) and interval or union of a condition on one variable."""
+    text = re.sub(rf"^\\\{{\s*{_NAME}\s*(?:\\in\s*\\mathbb\{{R\}}\s*)?[|:]\s*(.*)\\\}}$", r"\1", text)
+    pieces, names = [], set()
+    for condition in re.split(r"\s*(?<![a-zA-Z])or(?![a-zA-Z])\s*", text):
+        sides = [side.strip() for side in _RELATION.split(condition)]
+        found = _bounds(sides)
+        if found is None:
+            return None
+        names.add(found[0])
+        pieces.append(found[1])
+    return (names.pop(), "\\cup ".join(pieces)) if len(names) == 1 else None
+
+
+def _bounds(sides: list[str]) -> tuple[str, str] | None:
+    if len(sides) == 3:
+        left, relation, right = sides
+        if re.fullmatch(_NAME, right) and not re.fullmatch(_NAME + "|", left):
+            left, relation, right = right, _FLIPPED.get(relation, ""), left
+        if not re.fullmatch(_NAME + "|", left) or not right or len(_split(right)) > 1:
+            return None
+        ends = {
+            "<": f"(-\\infty,{right})",
+            "\\le": f"(-\\infty,{right}]",
+            ">": f"({right},\\infty)",
+            "\\ge": f"[{right},\\infty)",
+            "\\ne": f"(-\\infty,{right})\\cup ({right},\\infty)",
+        }
+        return (left, ends[relation]) if relation in ends else None
+    if len(sides) == 5:
+        low, first, name, second, high = sides
+        if {first, second} <= {">", "\\ge"}:
+            low, first, second, high = high, _FLIPPED[second], _FLIPPED[first], low
+        if not {first, second} <= {"<", "\\le"} or not re.fullmatch(_NAME, name):
+            return None
+        begin, end = "(" if first == "<" else "[", ")" if second == "<" else "]"
+        return name, f"{begin}{low},{high}{end}"
+    return None
+
+
+def _same_union(a: str, b: str) -> bool:
+    """Unions of intervals whatever the order; an interval that touches another is left to algebra."""
+    x, y = (re.split(r"\\cup(?![a-zA-Z])", text) for text in (a, b))
+    if len(x) == len(y) and _unordered([part.strip() for part in x], [part.strip() for part in y]):
+        return True
+    return algebra.equal(a, b) if _is_set(b) and len(x) + len(y) > 2 else False
+
+
+def _is_set(text: str) -> bool:
+    return bool(re.match(r"[(\[]|\\\{|\\mathbb|\\emptyset", text))
+
+
+def _membership(a: str, b: str) -> bool | None:
+    """x in a set is the set."""
+    pattern = rf"{_NAME}\s*\\in(?![a-zA-Z])\s*(.+)"
+    x, y = re.fullmatch(pattern, a), re.fullmatch(pattern, b)
+    return _same(x[1] if x else a, y[1] if y else b) if x or y else None
+
+
+def _lists(a: str, b: str) -> bool | None:
+    """As many elements, one for one: in order in a tuple, in any order in a set or without brackets."""
+    x, y = _listed(a), _listed(b)
+    if x is None and y is None:
+        return None
+    (open_a, items_a, close_a), (open_b, items_b, close_b) = x or ("", [a], ""), y or ("", [b], "")
+    brackets = {open_a + close_a, open_b + close_b}
+    if len(items_a) != len(items_b):
+        return False
+    if len(items_a) == 1 and (open_a or close_a or open_b or close_b):
+        return _same(items_a[0], items_b[0])
+    if brackets in ({"{}"}, {""}, {"{}", ""}):
+        return _unordered(items_a, items_b)
+    if brackets == {"(]", "()"} or brackets == {"[)", "()"} or brackets == {"[]", "()"}:
+        if not _same_but_for_infinity((open_a, items_a, close_a), (open_b, items_b, close_b)):
+            return False
+    elif len(brackets) == 2 and not brackets <= {"()", "", "<>", "column"} and brackets != {"row", ""}:
+        return False
+    return all(_same(p, q) for p, q in zip(items_a, items_b, strict=True))
+
+
+def _same_but_for_infinity(a: tuple[str, list[str], str], b: tuple[str, list[str], str]) -> bool:
+    """An end at infinity is open however it is written."""
+    if len(a[1]) != 2:
+        return False
+    return (a[0] == b[0] or "infty" in a[1][0]) and (a[2] == b[2] or "infty" in a[1][1])
+
+
+def _listed(text: str) -> tuple[str, list[str], str] | None:
+    """Bracket, elements and bracket of a list; (5) and [5,5] are lists of one, their element."""
+    if matrix := re.fullmatch(r"\\begin\{[pbvBV]?(?:matrix|smallmatrix)\}(.*)\\end\{\w+\}", text.strip()):
+        rows = [row.strip() for row in matrix[1].split("\\\\") if row.strip()]
+        if len(rows) > 1 and not any("&" in row for row in rows):
+            return "col", rows, "umn"
+        if len(rows) == 1:
+            return "ro", [cell.strip() for cell in rows[0].split("&")], "w"
+        return None
+    bracketed = re.fullmatch(r"(\\\{|\(|\[|\\langle|<)(.*)(\\\}|\)|\]|\\rangle|>)", text)
+    if bracketed and _closes_at_end(text):
+        signs = {"\\{": "{", "\\}": "}", "\\langle": "<", "\\rangle": ">"}
+        begin, end = signs.get(bracketed[1], bracketed[1]), signs.get(bracketed[3], bracketed[3])
+        items = _split(bracketed[2], words=begin == "{")
+        if begin + end == "[]" and len(items) == 2 and _same(items[0], items[1]):
+            items = items[:1]
+        if len(items) > 1 or begin + end in ("{}", "()"):
+            return begin, items, end
+        return None
+    items = _split(text, words=True)
+    return ("", items, "") if len(items) > 1 else None
+
+
+def _split(text: str, words: bool = False) -> list[str]:
+    """The elements of a list, parted by commas and the like outside all brackets; 2 \\pm 1 is two."""
+    parts, depth, start = [], 0, 0
+    separators = r"[,;]|\\\\|\n" + (r"|(?<![a-zA-Z])(?:,?\s*and|,?\s*or)(?![a-zA-Z])" if words else "")
+    for match in re.finditer(rf"\\begin\{{|\\end\{{|\\[{{}}]|[{{}}()\[\]]|{separators}", text):
+        if match[0] in ("\\{", "{", "(", "[", "\\begin{"):
+            depth += 1 + (match[0] == "\\begin{")
+        elif match[0] in ("\\}", "}", ")", "]"):
+            depth -= 1
+        elif match[0] == "\\end{":
+            pass
+        elif depth == 0:
+            parts.append(text[start : match.start()])
+            start = match.end()
+    items = [unwrap_text(part.strip()) for part in [*parts, text[start:]] if part.strip()]
+    return [signed for item in items for signed in _both_signs(item)]
+
+
+def _both_signs(text: str) -> list[str]:
+    if not re.search(r"\\(?:pm|mp)(?![a-zA-Z])", text) or _RELATION.search(text) and "=" not in text:
+        return [text]
+    upper = re.sub(r"\\pm(?![a-zA-Z])", "+", re.sub(r"\\mp(?![a-zA-Z])", "-", text))
+    lower = re.sub(r"\\pm(?![a-zA-Z])", "-", re.sub(r"\\mp(?![a-zA-Z])", "+", text))
+    return [re.sub(r"(^|[(=])\s*\+\s*", r"\1", sign).strip() for sign in (upper, lower)]
+
+
+def _closes_at_end(text: str) -> bool:
+    """Whether the bracket that a text begins with is the one it ends with."""
+    depth = 0
+    for match in re.finditer(r"\\?[{}]|[()\[\]<>]|\\langle|\\rangle", text):
+        depth += 1 if match[0][-1] in "{([<" or match[0] == "\\langle" else -1
+        if depth == 0:
+            return match.end() == len(text)
+    return False
+
+
+def _unordered(a: list[str], b: list[str]) -> bool:
+    left = list(b)
+    for item in a:
+        match = next((i for i, other in enumerate(left) if item == other), None)
+        if match is None:
+            match = next((i for i, other in enumerate(left) if _same(item, other)), None)
+        if match is None:
+            return False
+        del left[match]
+    return not left
+
+
+def _equations(a: str, b: str) -> bool | None:
+    """x = 5 is 5, but not y = 5; a calculation or a formula is what it ends in."""
+    x, y = (_RELATION.split(text) for text in (a, b))
+    if len(x) == 1 and len(y) == 1:
+        return None
+    if set(x[1::2]) | set(y[1::2]) - {"\\approx"} != {"="} and set(x[1::2]) | set(y[1::2]) != {"\\approx"}:
+        known = sorted(x[1::2]) == sorted(y[1::2]) or sorted(x[1::2]) == sorted(
+            _FLIPPED.get(r, "") for r in y[1::2]
+        )
+        return None if known else False
+    first, second = _assigned(x), _assigned(y)
+    if len(x) > 1 and len(y) > 1:
+        if first and second and first[0] and second[0]:
+            return (
+                first[0] == second[0]
+                and _same(first[1], second[1])
+                or (None if first[0] != second[0] and _has_letters(first[1] + second[1]) else False)
+            )
+        return None
+    assigned = first if len(x) > 1 else second
+    return _same(assigned[1], b if len(x) > 1 else a) if assigned else False
+
+
+def _assigned(sides: list[str]) -> tuple[str, str] | None:
+    """Name and value of an equation; the name is empty where the left side is a calculation."""
+    left, right = sides[0].strip(), sides[-1].strip()
+    if re.fullmatch(_NAME, right) and not re.fullmatch(_NAME, left):
+        left, right = right, left
+    if re.fullmatch(_NAME, left):
+        return re.sub(r"\s", "", left), right
+    return ("", right) if not _has_letters(left) or _has_letters(right) else None
+
+
+def _has_letters(text: str) -> bool:
+    return bool(re.search(r"(?<![\\a-zA-Z])[a-zA-Z]", text))
+
+
+def _quantities(a: str, b: str) -> bool | None:
+    """A unit may be left out, but not be another one; of 5 feet 6 inches no part may be left out."""
+    compound_a, compound_b = read_compound(a), read_compound(b)
+    if compound_a or compound_b:
+        x, y = compound_a or [], compound_b or []
+        return len(x) == len(y) and all(_same_quantity(p, q) for p, q in zip(x, y, strict=True))
+    x, y = read_quantity(a), read_quantity(b)
+    if x is None and y is None:
+        return None
+    return _same_quantity(x or Quantity(a, ""), y or Quantity(b, ""))
+
+
+def _same_quantity(a: Quantity, b: Quantity) -> bool:
+    if a.unit and b.unit:
+        return a.unit == b.unit and _same(a.value, b.value)
+    if _same(a.value, b.value):
+        return True
+    percent, plain = (a, b) if a.unit == "%" else (b, a)
+    number, other = read_number(percent.value), read_number(plain.value)
+    return percent.unit == "%" and bool(number and other) and number.value == 100 * other.value  # type: ignore[union-attr]
+
+
+def _bases(a: str, b: str) -> bool | None:
+    """Digits in a base: 1011_2 is neither 1011_3 nor 11; the base may be left out."""
+    x, y = _in_base(a), _in_base(b)
+    if x is None and y is None:
+        return None
+    (digits, base), (others, other) = x or (a, ""), y or (b, "")
+    return (not base or not other or base == other) and digits.lstrip("0").upper() == others.lstrip(
+        "0"
+    ).upper()
+
+
+def _in_base(text: str) -> tuple[str, str] | None:
+    match = re.fullmatch(
+        r"(\d[\dA-Fa-f]*|[A-F][\dA-F]+)\s*(?:_\s*\{?\s*|\s*\(?\s*base\s*)(\d+|two|three|eight|ten)\s*\}?\)?",
+        re.sub(r"\\text\{(\w)\}", r"\1", text),
+    )
+    names = {"two": "2", "three": "3", "eight": "8", "ten": "10"}
+    return (match[1], names.get(match[2], match[2])) if match else None
+
+
+def _ratios(a: str, b: str) -> bool | None:
+    """2:4 is 1:2 and 1/2; a time of day is its digits."""
+    clocks = [_CLOCK.fullmatch(text) for text in (a, b)]
+    if all(clocks):
+        return [int(p) for p in clocks[0].groups()] == [int(p) for p in clocks[1].groups()]  # type: ignore[union-attr]
+    x, y = (re.split(r"\s*(?::|(?<![a-zA-Z])to(?![a-zA-Z]))\s*", text) for text in (a, b))
+    if len(x) == 1 and len(y) == 1:
+        return None
+    if len(x) != len(y):
+        parts, other = (x, b) if len(x) > 1 else (y, a)
+        return (
+            _same(f"\\frac{{{parts[0]}}}{{{parts[1]}}}", other) if len(parts) == 2 and all(parts) else False
+        )
+    return all(
+        _same(f"({x[0]})\\cdot ({q})", f"({y[0]})\\cdot ({p})") for p, q in zip(x[1:], y[1:], strict=True)
+    )
+
+
+def _texts(a: str, b: str) -> bool | None:
+    """What still has words in it has the same words: 5 if x > 0."""
+    x, y = (sorted(_WORD.findall(re.sub(r"\\(?:begin|end)\{\w+\}", "", text))) for text in (a, b))
+    return None if [w.casefold() for w in x] == [w.casefold() for w in y] else False
+
+
+RULES: list[Callable[[str, str], bool | None]] = [
+    _numbers,
+    _angles,
+    _words,
+    _membership,
+    _conditions,
+    _same_choice,
+    _bases,
+    _quantities,
+    _lists,
+    _equations,
+    _ratios,
+    _texts,
+]
+
+
+def _is_words(text: str) -> bool:
+    """Letters that are no product: a word of three letters or more, and no digit or sign of mathematics."""
+    plain = unwrap_text(text)
+    return bool(_WORD.search(plain)) and not re.search(r"[\d\\^_=<>+*/|{}\[\],;:%$]", plain)
+
+
+def _spelled(text: str) -> str:
+    return re.sub(r"[\s.'\"-]+", " ", unwrap_text(text)).strip().casefold()
+
+
+def _parts(text: str) -> list[str]:
+    """What algebra is asked to read of an answer: the elements of its lists, the values of its quantities."""
+    if (listed := _listed(text)) and listed[1] != [text]:
+        return [part for item in listed[1] for part in _parts(item)]
+    if quantity := read_quantity(text):
+        return [quantity.value]
+    return [text]
+
+
+def _balanced(text: str) -> bool:
+    depth = 0
+    for match in re.finditer(r"\\.|[{}]", text):
+        depth += (match[0] == "{") - (match[0] == "}")
+        if depth < 0:
+            return False
+    return depth == 0 and not text.endswith("\\")
