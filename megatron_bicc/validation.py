@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bicc.algorithms.presets import resolve
-from megatron_bicc.config import Config, flatten
+from megatron_bicc.config import Config, ParallelConfig, flatten
 from megatron_bicc.rollout.sglang.settings import check_servers
 
 POSITIVE_COUNTS = (
@@ -70,7 +70,7 @@ def validate(config: Config, world_size: int) -> None:
     """
     config = resolve(config)
     _check_ranges(flatten(asdict(config)))
-    _check_layout(config, world_size)
+    check_processes(config.parallel, world_size)
     _check_batches(config)
     _check_budget(config)
     _check_files(config)
@@ -133,8 +133,8 @@ def _require(values: dict[str, Any], holds: dict[str, bool], remedy: str) -> Non
             raise ValueError(f"{name} is {values[name]}; {remedy}")
 
 
-def _check_layout(config: Config, world_size: int) -> None:
-    layout = config.parallel
+def check_processes(layout: ParallelConfig, world_size: int) -> None:
+    """Raises ValueError for a layout that no policy can have over so many processes."""
     if layout.context != 1:
         raise ValueError(
             f"parallel.context is {layout.context}; context parallel is not supported, set it to 1"

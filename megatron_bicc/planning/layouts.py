@@ -1,4 +1,4 @@
-"""Every layout of a policy over a cluster that megatron-core allows, planned; the best first."""
+"""Every layout of a policy over a cluster that a run's start-up accepts, planned; the best first."""
 
 import copy
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from megatron_bicc.planning.plan import Plan, make_plan
 from megatron_bicc.planning.shards import Shard, build_shards
 from megatron_bicc.planning.synthetic import SyntheticStep, UnknownTokenizer, synthetic_step
 from megatron_bicc.policy.architecture import check_layout
+from megatron_bicc.validation import check_processes
 
 MAX_PIPELINE = 16
 CHUNKS = (1, 2, 4, 5)
@@ -70,10 +71,8 @@ def _layouts(hf_config: PretrainedConfig, world_size: int, cluster: Cluster) -> 
 
 
 def _is_possible(hf_config: PretrainedConfig, parallel: ParallelConfig, world_size: int) -> bool:
-    groups = (parallel.tensor * parallel.pipeline, parallel.expert * parallel.pipeline)
-    if any(world_size % size for size in groups) or (parallel.pipeline == 1 < parallel.virtual_pipeline):
-        return False
     try:
+        check_processes(parallel, world_size)
         check_layout(hf_config, parallel)
     except ValueError:
         return False

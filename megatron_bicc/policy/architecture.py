@@ -192,7 +192,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
     check_layout(hf_config, config.parallel)
     dtype = getattr(torch, config.model.dtype)
     _, rope_factor = rotary_frequencies(hf_config)
-    return TransformerConfig(
+    found = TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
         num_attention_heads=hf_config.num_attention_heads,
@@ -225,6 +225,11 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
         **_recompute(config),
         **(_experts(hf_config) if family.experts else {}),
     )
+    if family.experts:
+        # set afterwards: megatron-core refuses one expert a token with gates that sum to 1: its router has no
+        # gradient, as it has none in transformers
+        found.moe_router_pre_softmax = not hf_config.norm_topk_prob
+    return found
 
 
 def _parallel(config: Config) -> dict[str, Any]:
@@ -250,7 +255,7 @@ def _experts(hf_config: PretrainedConfig) -> dict[str, Any]:
         "num_moe_experts": hf_config.num_experts,
         "moe_router_topk": hf_config.num_experts_per_tok,
         "moe_ffn_hidden_size": hf_config.moe_intermediate_size,
-        "moe_router_pre_softmax": not hf_config.norm_topk_prob,
+        "moe_router_pre_softmax": True,
         "moe_router_dtype": "fp32",
         # the loss is the policy gradient's alone
         "moe_router_load_balancing_type": "none",

@@ -26,6 +26,7 @@ from megatron_bicc import platform
 from megatron_bicc.config import Config
 from megatron_bicc.policy.architecture import describe, transformer_config
 from megatron_bicc.policy.gradient_sketch import GradientSketch, sketch_directions
+from megatron_bicc.policy.hf_mapping import rule_for
 from megatron_bicc.policy.hf_model import supported_config
 from megatron_bicc.policy.hf_weights import load_weights
 from megatron_bicc.policy.model import PolicyModel
@@ -69,7 +70,16 @@ def build_modules(
 
 
 def data_parallel(megatron_config: TransformerConfig, module: PolicyModel) -> DistributedDataParallel:
-    """A chunk with its parameters and fp32 gradients in buffers that data-parallel ranks share out."""
+    """A chunk with its parameters and fp32 gradients in buffers that data-parallel ranks share out.
+
+    The gradient of a weight is summed over all ranks that hold a copy of it: a dense weight's over the
+    data-parallel group, an expert's over megatron-core's expert-data-parallel group.
+    """
+    for name, parameter in module.named_parameters():
+        if rule_for(name, first_layer=0).expert is not None:
+            # megatron-core sets it under expert parallel only, but without that, too, tensor-parallel ranks
+            # hold copies of the experts. The same under every layout: so are a checkpoint's entries.
+            parameter.allreduce = False
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     return DistributedDataParallel(megatron_config, ddp, module)
 

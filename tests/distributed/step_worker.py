@@ -1,12 +1,17 @@
-"""Run by torchrun: one optimiser step under every layout of its number of processes.
+"""Run by torchrun: optimiser steps under every layout of its number of processes.
 
 torchrun --nproc-per-node 2 step_worker.py INPUTS OUT
 
 INPUTS holds, for each model of LAYOUTS, the directories MODEL (the reference policy) and MODEL_moved (the
-policy in training) and the file MODEL.pt (the groups). Rank 0 writes {layout: what run_step returns} to OUT.
+policy in training) and the file MODEL.pt (the groups); INPUTS/saved/one is a run's directory, with a
+checkpoint of one process after a step of the model with experts. Rank 0 writes {layout: what run_steps
+returns} to OUT.
 """
 
+import hashlib
 import sys
+from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -15,18 +20,24 @@ from megatron.core import parallel_state
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from support.models import make_model
 from support.steps import CASES, TOKENIZER, make_config, to_groups
 
 from megatron_bicc import platform
-from megatron_bicc.config import Config
+from megatron_bicc.config import Config, ParallelConfig
 from megatron_bicc.monitoring.timing import Stopwatch
+from megatron_bicc.platform.gather import gathered
+from megatron_bicc.policy.architecture import check_layout
+from megatron_bicc.policy.hf_mapping import rule_for
 from megatron_bicc.policy.hf_weights import hf_tensors, load_weights
 from megatron_bicc.policy.policy import Policy, start_model_parallel
+from megatron_bicc.training.checkpoint import Progress, checkpoints, load_checkpoint, read_progress
+from megatron_bicc.training.checkpoint_writer import CheckpointWriter
 from megatron_bicc.training.learner import Learner
+from megatron_bicc.validation import check_processes
 
 TP2, SP2 = {"parallel.tensor": 2}, {"parallel.tensor": 2, "parallel.sequence": True}
 PP2, VPP2 = {"parallel.pipeline": 2}, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}
-EP2 = {"parallel.expert": 2}
 DENSE = {
     1: {"one": {}},
     2: {"dp2": {}, "tp2": TP2, "tp2_sp": SP2, "pp2": PP2, "vpp2": VPP2},
@@ -42,10 +53,10 @@ DENSE = {
         "tp2_sp_vpp2": SP2 | VPP2,
     },
 }
-EXPERTS = {
-    2: {"ep2": EP2, "tp2_sp_ep2": SP2 | EP2},
-    4: {"ep2_dp4": EP2, "ep2_vpp2_dp2": EP2 | VPP2, "tp2_sp_pp2_ep2": SP2 | PP2 | EP2},
-}
+MODELS = {"dense": "qwen3_tied", "moe": "qwen3_moe"}
+SECTIONS = ("tensor", "sequence", "pipeline", "virtual_pipeline", "expert")
+RESHARDED = ("tp2_sp", "ep2", "tp2_sp_pp2_ep2")
+"""Layouts with experts between which and one process a checkpoint is handed"""
 RECOMPUTE = ("none", "selective", "full")
 CASE = "bicc_rcc_mixed_conditioned"
 """Both packings, the reference policy, and a pass for the conditioned denominator"""
@@ -58,7 +69,27 @@ def layouts(processes: int) -> dict[str, tuple[str, dict]]:
         for name, settings in DENSE[processes].items()
         for recompute in RECOMPUTE
     }
-    return dense | {name: ("moe", settings) for name, settings in EXPERTS.get(processes, {}).items()}
+    return dense | {name: ("moe", settings) for name, settings in expert_layouts(processes).items()}
+
+
+def expert_layouts(processes: int) -> dict[str, dict]:
+    """Every layout of the model with experts that a run's start-up accepts, by name."""
+    hf_config = make_model(MODELS["moe"], layers=4).config
+    hf_config.architectures = ["Qwen3MoeForCausalLM"]  # as in its directory's config.json
+    found = {}
+    for sizes in product((1, 2, 4), (False, True), (1, 2, 4), (1, 2), (1, 2, 4)):
+        parallel = ParallelConfig(**dict(zip(SECTIONS, sizes, strict=True)))
+        try:
+            check_processes(parallel, processes)
+            check_layout(hf_config, parallel)
+        except ValueError:
+            continue
+        settings = {f"parallel.{section}": size for section, size in zip(SECTIONS, sizes, strict=True)}
+        tensor, _, pipeline, chunks, expert = sizes
+        parts = {"tp{}_sp": tensor, "pp{}": pipeline, "vpp{}": chunks, "ep{}": expert}
+        name = "_".join(part.format(size) for part, size in parts.items() if size > 1)
+        found[name or "moe"] = settings
+    return found
 
 
 def configure(path: Path, settings: dict) -> Config:
@@ -74,24 +105,81 @@ def configure(path: Path, settings: dict) -> Config:
     return config
 
 
-def run_step(inputs: Path, model: str, settings: dict) -> dict:
-    """Loss, gradient norm, updated weights of a step, and the response rows of each rank's micro-batches."""
-    config = configure(inputs / model, settings)
-    policy = Policy(config)
-    learner = Learner(config, policy, TOKENIZER)
-    load_weights(policy.modules, policy.hf_config, str(inputs / f"{model}_moved"))
-    policy.optimizer.reload_model_params()
-    groups = to_groups(torch.load(inputs / f"{model}.pt", weights_only=False))
-    result = learner.step(groups, Stopwatch())
-    weights = {name: tensor.clone() for name, tensor in hf_tensors(policy.modules, policy.hf_config)}
-    ranks = [rank for plan in result.plans.values() for rank in plan.ranks]
-    return {
-        "loss": result.loss,
-        "grad_norm": result.grad_norm,
-        "gradient": result.gradient,
-        "weights": weights,
-        "response_rows": [[batch.num_response_rows for batch in rank] for rank in ranks],
-    }
+class Training:
+    """A policy in training, of one of the models under a layout."""
+
+    def __init__(self, inputs: Path, model: str, settings: dict) -> None:
+        config = configure(inputs / model, settings)
+        self.policy = Policy(config)
+        self.learner = Learner(config, self.policy, TOKENIZER)
+        load_weights(self.policy.modules, self.policy.hf_config, str(inputs / f"{model}_moved"))
+        self.policy.optimizer.reload_model_params()
+        self.groups = to_groups(torch.load(inputs / f"{model}.pt", weights_only=False))
+
+    def step(self) -> dict:
+        """Loss, gradient norm, updated weights, which of their copies differ between processes, and the
+        response rows of each rank's micro-batches. Collective."""
+        result = self.learner.step(self.groups, Stopwatch())
+        weights = hf_tensors(self.policy.modules, self.policy.hf_config)
+        ranks = [rank for plan in result.plans.values() for rank in plan.ranks]
+        return {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "gradient": result.gradient,
+            "weights": {name: tensor.clone() for name, tensor in weights},
+            "unequal": unequal_copies(self.policy),
+            "response_rows": [[batch.num_response_rows for batch in rank] for rank in ranks],
+        }
+
+    def save(self, run: Path) -> None:
+        """A checkpoint of the policy in the run's directory. Collective."""
+        writer = CheckpointWriter(str(run), keep=1)
+        writer.snapshot(self.policy, Progress(1, {}, self.policy.scheduler.state_dict(), {}, {}))
+        writer.start()
+        writer.wait()
+
+    def load(self, run: Path) -> None:
+        """The checkpoint that `save` left. Collective."""
+        (checkpoint,) = checkpoints(str(run))
+        load_checkpoint(checkpoint, self.policy, read_progress(checkpoint))
+
+
+def unequal_copies(policy: Policy) -> list[str]:
+    """Weights of which two processes hold copies that are not equal to the bit. Collective."""
+    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+    experts = getattr(policy.hf_config, "num_experts", 0)
+    expert_rank = parallel_state.get_expert_model_parallel_rank()
+    first_expert = expert_rank * (experts // parallel_state.get_expert_model_parallel_world_size())
+    own = {}
+    for module in policy.modules:
+        first_layer = module.decoder.layers[0].layer_number - 1
+        for name, parameter in module.named_parameters():
+            tied = name == "output_layer.weight" and module.share_embeddings_and_output_weights
+            rule = rule_for("embedding.word_embeddings.weight" if tied else name, first_layer)
+            is_cut = rule.expert is None and rule.kind != "replicated"
+            place = (rule.hf_names(first_expert), tensor_rank if is_cut else None)
+            own[place] = hashlib.sha256(parameter.detach().numpy().tobytes()).hexdigest()
+    copies = defaultdict(set)
+    for weights in gathered(own):
+        for place, digest in weights.items():
+            copies[place].add(digest)
+    return sorted(names[0] for (names, _), digests in copies.items() if len(digests) > 1)
+
+
+def run_steps(inputs: Path, name: str, model: str, settings: dict) -> list[dict]:
+    """The layout's first step; with experts the second, too; of RESHARDED another second one, after a
+    checkpoint of one process. These leave a checkpoint of their own after the first step."""
+    training = Training(inputs, model, settings)
+    steps = [training.step()]
+    if model == "moe":
+        if name in ("one", *RESHARDED):
+            training.save(inputs / "saved" / name)
+        steps.append(training.step())
+    if name in RESHARDED:
+        training = Training(inputs, model, settings)
+        training.load(inputs / "saved/one")
+        steps.append(training.step())
+    return steps
 
 
 def main(inputs: Path, out: str) -> None:
@@ -104,7 +192,7 @@ def main(inputs: Path, out: str) -> None:
             parallel_state.destroy_model_parallel()
             start_model_parallel(configure(inputs / model, settings))
             groups_of = parallel
-        found[name] = run_step(inputs, model, settings)
+        found[name] = run_steps(inputs, name, model, settings)
     if dist.get_rank() == 0:
         torch.save(found, out)
     dist.barrier()

@@ -15,7 +15,17 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-MODELS = ("qwen3_tied", "qwen3_untied", "qwen2", "llama3", "qwen3_yarn", "qwen3_moe", "qwen3_moe_raw_gates")
+MODELS = (
+    "qwen3_tied",
+    "qwen3_untied",
+    "qwen2",
+    "llama3",
+    "qwen3_yarn",
+    "qwen3_moe",
+    "qwen3_moe_raw_gates",
+    "qwen3_moe_top1",
+    "qwen3_moe_top1_raw_gates",
+)
 VOCAB = 101
 SHAPE = {
     "vocab_size": VOCAB,
@@ -46,10 +56,15 @@ def make_model(name: str, layers: int = 2) -> PreTrainedModel:
     """A random Hugging Face model of each family and of each feature that a family may have."""
     shape = SHAPE | {"num_hidden_layers": layers}
     sizes = {"hidden_size": 48, "intermediate_size": 80}
-    experts = {"moe_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
-    moe = lambda normalised: Qwen3MoeForCausalLM(  # noqa: E731
+    experts = {"moe_intermediate_size": 40, "num_experts": 4, "head_dim": 16}
+    moe = lambda normalised, chosen: Qwen3MoeForCausalLM(  # noqa: E731
         Qwen3MoeConfig(
-            **shape, **sizes, **experts, norm_topk_prob=normalised, tie_word_embeddings=not normalised
+            **shape,
+            **sizes,
+            **experts,
+            num_experts_per_tok=chosen,
+            norm_topk_prob=normalised,
+            tie_word_embeddings=not normalised,
         )
     )
     make = {
@@ -67,8 +82,10 @@ def make_model(name: str, layers: int = 2) -> PreTrainedModel:
         "qwen3_yarn": lambda: Qwen3ForCausalLM(
             Qwen3Config(**shape, **sizes, head_dim=32, tie_word_embeddings=False, rope_parameters=YARN_ROPE)
         ),
-        "qwen3_moe": lambda: moe(True),
-        "qwen3_moe_raw_gates": lambda: moe(False),
+        "qwen3_moe": lambda: moe(True, 2),
+        "qwen3_moe_raw_gates": lambda: moe(False, 2),
+        "qwen3_moe_top1": lambda: moe(True, 1),
+        "qwen3_moe_top1_raw_gates": lambda: moe(False, 1),
     }
     torch.manual_seed(7)
     model = make[name]()

@@ -22,7 +22,7 @@ from transformers import AutoConfig, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from megatron_bicc.policy import layer_specs
-from megatron_bicc.policy.architecture import describe, transformer_config
+from megatron_bicc.policy.architecture import describe, family_of, transformer_config
 from megatron_bicc.policy.hf_mapping import rule_for
 from megatron_bicc.policy.policy import Policy
 from megatron_bicc.policy.rotary import PositionRotary, rotary_frequencies
@@ -139,6 +139,17 @@ def test_unusable_layout_is_one_line(
     with pytest.raises(ValueError, match=message.replace("*", r"\*")) as error:
         transformer_config(AutoConfig.from_pretrained(model_dirs[family]), config)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("experts", "chosen"), [(4, 5), (1, 2)])
+def test_more_experts_a_token_than_there_are_is_one_line(
+    experts: int, chosen: int, model_dirs: dict[str, Path]
+) -> None:
+    hf_config = AutoConfig.from_pretrained(model_dirs["qwen3_moe"])
+    hf_config.num_experts, hf_config.num_experts_per_tok = experts, chosen
+    message = f"num_experts_per_tok is {chosen} in config.json; it must not exceed num_experts = {experts}"
+    with pytest.raises(ValueError, match=message):
+        family_of(hf_config)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
