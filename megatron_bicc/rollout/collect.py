@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
@@ -56,15 +57,33 @@ class GroupSampler:
         ]
 
     def scored(self, prompts: list[Prompt], samples: list[Sample]) -> list[Group]:
-        """The groups of prompts, from their samples one group after the other. From a main thread only."""
+        """The groups of prompts, from their samples one group after the other. From a main thread only.
+
+        Raises RolloutError for a log-prob or a reward that is not finite: whether or not anything is learned
+        from the group, the policy or the verifier is of no more use.
+        """
         texts = self.tokenizer.batch_decode([s.token_ids for s in samples], skip_special_tokens=True)
         truths = [prompt.ground_truth for prompt in prompts for _ in range(self.group_size)]
         rewards = self.verifier(texts, truths)
+        for i in range(len(samples)):
+            row = prompts[i // self.group_size].index + 1
+            _check(samples[i], rewards[i], f"sample {i % self.group_size} of the prompt of row {row}")
         groups = []
         for i, prompt in enumerate(prompts):
             own = slice(i * self.group_size, (i + 1) * self.group_size)
             groups.append(Group(prompt, samples[own], texts[own], rewards[own]))
         return groups
+
+
+def _check(sample: Sample, reward: float, where: str) -> None:
+    bad = np.flatnonzero(~np.isfinite(sample.log_probs))
+    if len(bad):
+        raise RolloutError(
+            f"{where}: the engine's log-prob of token {bad[0]} is {sample.log_probs[bad[0]]}: its weights "
+            "are not finite, or the model's numbers overflow in their type"
+        )
+    if not np.isfinite(reward):
+        raise RolloutError(f"{where}: the verifier's reward is {reward}; it must be finite")
 
 
 def exchange(outcome: Outcome | RolloutError) -> list[Outcome]:

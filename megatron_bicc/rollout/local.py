@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from megatron_bicc.errors import first_line
+from megatron_bicc.policy.hf_weights import is_finite
 from megatron_bicc.rollout.types import Request, Sample, Sampling
 
 
@@ -30,13 +31,21 @@ class LocalEngine:
         device: torch.device,
         batch_size: int,
     ) -> None:
-        """Reads the Hugging Face directory `path`. Raises ValueError if its weights cannot be read."""
+        """Reads the Hugging Face directory `path`.
+
+        Raises ValueError if its weights cannot be read, or are not finite.
+        """
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"model.path is {path}; its weights cannot be read: {first_line(error)}"
             ) from error
+        bad = [name for name, parameter in model.named_parameters() if not is_finite(parameter.detach())]
+        if bad:
+            raise ValueError(
+                f"model.path is {path}; {bad[0]}: holds NaN or infinite values; take an intact copy"
+            )
         self.model = model.to(device).eval()
         # a model's own generation config may warp the distribution (top_k, repetition penalty)
         self.model.generation_config = GenerationConfig()

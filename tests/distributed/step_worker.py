@@ -19,7 +19,9 @@ from support.steps import CASES, TOKENIZER, make_config, to_groups
 
 from megatron_bicc import platform
 from megatron_bicc.config import Config
+from megatron_bicc.errors import NotFiniteError
 from megatron_bicc.monitoring.timing import Stopwatch
+from megatron_bicc.platform.gather import gathered
 from megatron_bicc.policy.hf_weights import hf_tensors, load_weights
 from megatron_bicc.policy.policy import Policy, start_model_parallel
 from megatron_bicc.training.learner import Learner
@@ -75,7 +77,8 @@ def configure(path: Path, settings: dict) -> Config:
 
 
 def run_step(inputs: Path, model: str, settings: dict) -> dict:
-    """Loss, gradient norm, updated weights of a step, and the response rows of each rank's micro-batches."""
+    """Loss, gradient norm, updated weights of a step, the response rows of each rank's micro-batches, and
+    what every rank said to a NaN in a gradient of the last one."""
     config = configure(inputs / model, settings)
     policy = Policy(config)
     learner = Learner(config, policy, TOKENIZER)
@@ -91,7 +94,23 @@ def run_step(inputs: Path, model: str, settings: dict) -> dict:
         "gradient": result.gradient,
         "weights": weights,
         "response_rows": [[batch.num_response_rows for batch in rank] for rank in ranks],
+        "refusals": gathered(refusal(policy)),
     }
+
+
+def refusal(policy: Policy) -> str:
+    """What the policy says to an update where one of the last rank's gradients is NaN; nothing if its weights
+    change all the same. Collective."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        # of a norm, which tensor-parallel ranks hold twice
+        norms = [p for module in policy.modules for p in module.parameters() if p.dim() == 1]
+        norms[-1].main_grad.fill_(torch.nan)
+    before = policy.host_copy()
+    try:
+        policy.update()
+    except NotFiniteError as error:
+        return str(error) if all(map(torch.equal, policy.host_copy(), before)) else ""
+    return ""
 
 
 def main(inputs: Path, out: str) -> None:

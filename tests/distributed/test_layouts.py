@@ -65,6 +65,16 @@ def test_layout_equals_one_process(
         assert difference <= 1e-5, f"{name} differs by {difference:.1e}"
 
 
+@pytest.mark.parametrize(("processes", "layout"), ALL)
+def test_a_nan_on_one_rank_is_refused_on_all(
+    processes: int, layout: str, found: dict[tuple[int, str], dict]
+) -> None:
+    refusals = found[processes, layout]["refusals"]
+    assert len(refusals) == processes
+    assert set(refusals) == {refusals[0]}
+    assert refusals[0].endswith("norm.weight; weights and optimizer were left as they were")
+
+
 def experts(weights: dict) -> list[str]:
     """Their names layer by layer, in the order in which they came."""
     return sorted((n for n in weights if ".experts." in n), key=lambda name: name.partition(".mlp.")[0])
