@@ -99,12 +99,11 @@ def run_step(inputs: Path, model: str, settings: dict) -> dict:
 
 
 def refusal(policy: Policy) -> str:
-    """What the policy says to an update where one of the last rank's gradients is NaN; nothing if its weights
-    change all the same. Collective."""
+    """What the policy says to an update where the last rank's gradients of norms, which tensor-parallel ranks
+    hold twice, are NaN; nothing if its weights change all the same. Collective."""
     if dist.get_rank() == dist.get_world_size() - 1:
-        # of a norm, which tensor-parallel ranks hold twice
-        norms = [p for module in policy.modules for p in module.parameters() if p.dim() == 1]
-        norms[-1].main_grad.fill_(torch.nan)
+        for parameter in (p for module in policy.modules for p in module.parameters() if p.dim() == 1):
+            parameter.main_grad.fill_(torch.nan)
     before = policy.host_copy()
     try:
         policy.update()
