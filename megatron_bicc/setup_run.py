@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_bicc import platform
+from megatron_bicc import platform, run_lock
 from megatron_bicc.agreement import check_agreement
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
 from megatron_bicc.data import Prompt, PromptSampler, load_prompts
 from megatron_bicc.errors import first_line
+from megatron_bicc.platform.gather import gathered
 from megatron_bicc.policy.policy import Policy, start_model_parallel
 from megatron_bicc.rewards import Verifier, check_threshold, get_verifier, unscorable
 from megatron_bicc.rollout.dynamic import Collector
@@ -77,12 +79,28 @@ def start_workers(inputs: Inputs) -> Workers:
     config = inputs.config
     disable_progress_bar()  # the run has one of its own
     platform.start_distributed()
+    hold_output_dir(config)
     check_agreement(config)
     platform.watch_hosts(config.parallel.silence_seconds)
     start_model_parallel(config)
     policy = Policy(config)
     learner = Learner(config, policy, inputs.tokenizer)
     return Workers(policy, learner, make_engine(config, inputs.tokenizer, learner))
+
+
+def hold_output_dir(config: Config) -> None:
+    """Locks the directory that the run writes to. Collective.
+
+    Raises ValueError, one line, on every process if another run has it or nothing can be written there.
+    """
+    error = ""
+    if dist.get_rank() == 0:
+        try:
+            run_lock.hold(config.output_dir)
+        except ValueError as refusal:
+            error = str(refusal)
+    for refusal in filter(None, gathered(error)):
+        raise ValueError(refusal)
 
 
 def make_engine(config: Config, tokenizer: PreTrainedTokenizerBase, learner: Learner | None = None) -> Engine:
@@ -112,6 +130,7 @@ def _check_output_dir(config: Config) -> None:
         raise ValueError(
             f"output_dir is {config.output_dir!r}; {str(nearest)!r} is no directory that can be written to"
         )
+    run_lock.refuse_if_alive(config.output_dir)
     if used and not config.checkpoint.resume:
         raise ValueError(
             f"output_dir is {config.output_dir}; it already holds a run: choose another directory, "

@@ -3,6 +3,11 @@
 torchrun --nproc-per-node 2 -m megatron_bicc.train --config examples/configs/tiny.yaml train.steps=60
 """
 
+from megatron_bicc import launcher
+
+if __name__ == "__main__":
+    launcher.end_with_launcher()  # before the imports below, which take seconds
+
 import logging
 import sys
 from collections.abc import Iterator

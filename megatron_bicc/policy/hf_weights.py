@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PretrainedConfig
 
+from megatron_bicc import run_lock
 from megatron_bicc.platform.gather import gathered
 from megatron_bicc.policy.hf_files import HfTensors, SafetensorsDirectory, copy_side_files, write_model
 from megatron_bicc.policy.hf_mapping import Rule, cut, from_whole, join, rule_for, to_whole
@@ -223,6 +224,7 @@ def save_hf(
         partial.mkdir(parents=True)
         copy_side_files(source, partial)
         write_model(partial, described, ((name, tensor.cpu()) for name, tensor in stream), largest_file)
+        run_lock.check()
         if target.exists():
             target.rename(old)
         partial.rename(target)
