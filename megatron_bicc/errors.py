@@ -1,4 +1,8 @@
-"""Errors of libraries, in a line."""
+"""Errors in a line."""
+
+
+class NotFiniteError(ValueError):
+    """A NaN or an infinite value among a run's numbers. One line: which, and what to look at."""
 
 
 def first_line(error: BaseException) -> str:

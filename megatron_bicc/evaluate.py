@@ -3,6 +3,11 @@
 python -m megatron_bicc.evaluate --model DIR --benchmark FILE [--benchmark FILE ...] --k 32 [name=value ...]
 """
 
+from megatron_bicc import launcher
+
+if __name__ == "__main__":
+    launcher.end_with_launcher()  # before the imports below, which take seconds
+
 import argparse
 import logging
 import sys
@@ -16,7 +21,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_bicc import platform
+from megatron_bicc import platform, run_lock
 from megatron_bicc.cli import abort, parse_config, settings
 from megatron_bicc.config import Config
 from megatron_bicc.data import Prompt, digest
@@ -32,6 +37,7 @@ from megatron_bicc.setup_run import (
     check_policy,
     engine_positions,
     heldout_prompts,
+    hold_output_dir,
     make_engine,
     read_tokenizer,
     with_date,
@@ -92,12 +98,14 @@ def main(argv: list[str]) -> None:
     try:
         inputs = read_inputs(config, options.benchmark)
         platform.start_distributed()
+        hold_output_dir(config)
         evaluations = evaluate_benchmarks(inputs)
     except (ValueError, RolloutError) as error:
         abort(str(error), PROGRAM)
     except KeyboardInterrupt:
         abort("stopped; the same command goes on", PROGRAM)
     if dist.get_rank() == 0:
+        run_lock.check()
         print(write_results(out, decisive(inputs.config), evaluations), end="")
         print(f"\nfigures  {out / 'results.json'}")
         print(f"answers  {', '.join(str(out / f'{name}.jsonl') for name in evaluations)}")

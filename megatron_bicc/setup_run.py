@@ -8,16 +8,18 @@ from datetime import date
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_bicc import platform
+from megatron_bicc import platform, run_lock
 from megatron_bicc.agreement import check_agreement
 from megatron_bicc.algorithms.presets import kl_warning, resolve
 from megatron_bicc.config import Config
 from megatron_bicc.data import Prompt, PromptSampler, digest, load_prompts
 from megatron_bicc.data.today import asks_for_date, fix_date
 from megatron_bicc.errors import first_line
+from megatron_bicc.platform.gather import gathered
 from megatron_bicc.policy.end_tokens import end_token_ids
 from megatron_bicc.policy.hf_files import has_safetensors
 from megatron_bicc.policy.hf_model import checked_tensors, supported_config, warn_of_index
@@ -95,6 +97,7 @@ def start_workers(inputs: Inputs) -> Workers:
     config = inputs.config
     disable_progress_bar()  # the run has one of its own
     platform.start_distributed()
+    hold_output_dir(config)
     check_agreement(config, inputs.prompt_digests)
     warning = kl_warning(config.loss)
     if warning and platform.is_first():
@@ -105,6 +108,21 @@ def start_workers(inputs: Inputs) -> Workers:
     warn_of_model(config, policy.hf_config)
     learner = Learner(config, policy, inputs.tokenizer)
     return Workers(policy, learner, make_engine(config, inputs.tokenizer, learner))
+
+
+def hold_output_dir(config: Config) -> None:
+    """Locks the directory that the run writes to. Collective.
+
+    Raises ValueError, one line, on every process if another run has it or nothing can be written there.
+    """
+    error = ""
+    if dist.get_rank() == 0:
+        try:
+            run_lock.hold(config.output_dir)
+        except ValueError as refusal:
+            error = str(refusal)
+    for refusal in filter(None, gathered(error)):
+        raise ValueError(refusal)
 
 
 def make_engine(config: Config, tokenizer: PreTrainedTokenizerBase, learner: Learner | None = None) -> Engine:
@@ -134,6 +152,7 @@ def _check_output_dir(config: Config) -> None:
         raise ValueError(
             f"output_dir is {config.output_dir!r}; {str(nearest)!r} is no directory that can be written to"
         )
+    run_lock.refuse_if_alive(config.output_dir)
     if used and not config.checkpoint.resume:
         raise ValueError(
             f"output_dir is {config.output_dir}; it already holds a run: choose another directory, "

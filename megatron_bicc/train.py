@@ -3,9 +3,15 @@
 torchrun --nproc-per-node 2 -m megatron_bicc.train --config examples/configs/tiny.yaml train.steps=60
 """
 
+from megatron_bicc import launcher
+
+if __name__ == "__main__":
+    launcher.end_with_launcher()  # before the imports below, which take seconds
+
 import logging
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +20,7 @@ import torch.distributed as dist
 from megatron_bicc import platform
 from megatron_bicc.cli import abort, parse_config, speak_once
 from megatron_bicc.config import Config
+from megatron_bicc.errors import NotFiniteError
 from megatron_bicc.evaluation import evaluate
 from megatron_bicc.monitoring.run_log import RunLog
 from megatron_bicc.monitoring.timing import Stopwatch
@@ -70,6 +77,12 @@ def run(config: Config) -> None:
         train(inputs, workers, first_step)
     except (CheckpointError, EngineMismatch) as error:
         abort(str(error))
+    except NotFiniteError as error:
+        abort(
+            f"{error}; look at train/grad_norm, ratio/* and kl/* of the steps before in metrics.jsonl, and "
+            "change what made them grow, such as optimizer.lr: the same settings lead to the same step; "
+            "checkpoint.resume=true resumes from the newest checkpoint"
+        )
     except (RolloutError, WeightSyncError) as error:
         abort(f"{error}; checkpoint.resume=true goes on from the newest checkpoint")
     platform.end_distributed()
@@ -103,7 +116,7 @@ def run_steps(inputs: Inputs, workers: Workers, first_step: int, log: RunLog) ->
 
     for step in range(first_step + 1, config.train.steps + 1):
         clock = Stopwatch()
-        with clock("step"):
+        with clock("step"), ending_well(step, writer):
             with clock("rollout"):
                 rollouts = roll_out(inputs, workers, step)
             with released_memory(inputs, workers):
@@ -130,6 +143,22 @@ def run_steps(inputs: Inputs, workers: Workers, first_step: int, log: RunLog) ->
         # once the step's metrics are on disk: a run that goes on from its checkpoint lacks none
         writer.start()
     writer.wait()
+
+
+@contextmanager
+def ending_well(step: int, writer: CheckpointWriter) -> Iterator[None]:
+    """What ends the run inside it is raised once the checkpoint that is being written is whole.
+
+    A number that is not finite gets the step's number.
+    """
+    try:
+        yield
+    except NotFiniteError as error:
+        writer.wait()
+        raise NotFiniteError(f"step {step}: {error}") from error
+    except (RolloutError, WeightSyncError):
+        writer.wait()
+        raise
 
 
 def roll_out(inputs: Inputs, workers: Workers, step: int) -> Collected:

@@ -5,6 +5,8 @@ Shape suffixes: E elements, S segments. Offsets hold S + 1 entries: segment s is
 
 import numpy as np
 
+from megatron_bicc.errors import NotFiniteError
+
 
 def check_offsets(offsets_S: np.ndarray, total: int, name: str, segment: str) -> None:
     """Refuse offsets that do not cut `total` elements into non-empty consecutive segments.
@@ -28,23 +30,23 @@ def check_offsets(offsets_S: np.ndarray, total: int, name: str, segment: str) ->
 
 
 def check_log_probs(logp_E: np.ndarray, offsets_S: np.ndarray, name: str) -> None:
-    """Refuse log-probs that are infinite or not a number: ValueError with the rollout and token index."""
+    """Refuse log-probs that are infinite or not a number: NotFiniteError with the rollout and token index."""
     check_offsets(offsets_S, len(logp_E), "offsets_R", "rollout")
     bad = np.flatnonzero(~np.isfinite(logp_E))
     if len(bad):
         rollout = int(np.searchsorted(offsets_S, bad[0], side="right")) - 1
         token = int(bad[0] - offsets_S[rollout])
-        raise ValueError(
+        raise NotFiniteError(
             f"{name} of rollout {rollout}, token {token} is {logp_E[bad[0]]}; "
             "it must be finite: check that this policy can emit the token"
         )
 
 
 def check_rewards(rewards_R: np.ndarray) -> None:
-    """Refuse rewards that are infinite or not a number: ValueError with the rollout index."""
+    """Refuse rewards that are infinite or not a number: NotFiniteError with the rollout index."""
     bad = np.flatnonzero(~np.isfinite(rewards_R))
     if len(bad):
-        raise ValueError(
+        raise NotFiniteError(
             f"reward of rollout {bad[0]} is {rewards_R[bad[0]]}; a verifier must return finite rewards"
         )
 

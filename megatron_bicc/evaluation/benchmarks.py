@@ -6,6 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_bicc import run_lock
 from megatron_bicc.data import Prompt
 from megatron_bicc.evaluation.answers import AnswerFile, Answers
 
@@ -35,6 +36,7 @@ def run_benchmark(
         for batch in waiting:
             answers = ask(batch)
             if first_process:
+                run_lock.check()
                 file.append(answers)
             done |= {one.index: one for one in answers}
             bar.update(len(batch))

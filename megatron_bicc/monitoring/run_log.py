@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
+from megatron_bicc import run_lock
 from megatron_bicc.config import Config
 from megatron_bicc.monitoring.progress import ProgressBar
 from megatron_bicc.monitoring.report import write_report
@@ -31,6 +32,7 @@ class RunLog:
         self._config, self._enabled = config, enabled
         if not enabled:
             return
+        run_lock.check()
         monitoring = config.monitoring
         self._writer = MetricsWriter(config.output_dir, monitoring.tensorboard, monitoring.wandb_project)
         write_settings(config.output_dir, asdict(config))
@@ -49,6 +51,7 @@ class RunLog:
         """The numbers of a finished step; step 0 is the evaluation before the first."""
         if not self._enabled:
             return
+        run_lock.check()
         self._writer.write(step, metrics)
         self._bar.show(metrics)
         if step > 0:
@@ -57,17 +60,20 @@ class RunLog:
     def groups(self, step: int, groups: Sequence[GroupRecord]) -> None:
         """A few groups of a step, for the report."""
         if self._enabled:
+            run_lock.check()
             write_groups(self._config.output_dir, step, groups)
 
     def layout(self, step: int, layout: LayoutRecord) -> None:
         """How a step's groups were packed, for the report."""
         if self._enabled:
+            run_lock.check()
             write_layout(self._config.output_dir, step, layout)
 
     def finish(self, last_checkpoint: Path, export: Path) -> None:
         """Writes report.html and prints where everything is."""
         if not self._enabled:
             return
+        run_lock.check()
         self._writer.close()
         self._bar.close()
         output_dir, monitoring = Path(self._config.output_dir), self._config.monitoring

@@ -2,7 +2,7 @@
 
 import collections
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -10,20 +10,26 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
+from torch.nn import Parameter
 from transformers import PretrainedConfig
 
+from megatron_bicc import run_lock
 from megatron_bicc.platform.gather import gathered
 from megatron_bicc.policy.hf_files import HfTensors, SafetensorsDirectory, copy_side_files, write_model
 from megatron_bicc.policy.hf_mapping import Rule, cut, from_whole, join, rule_for, to_whole
 from megatron_bicc.policy.model import PolicyModel
 
 
-def _parameters(chunk: PolicyModel) -> Iterator[tuple[Rule, Tensor]]:
-    """The chunk's parameters and their rules; a tied output layer's copy on a later stage is left out."""
+def _parameters(chunk: PolicyModel, tied_output: bool = False) -> Iterator[tuple[Rule, Parameter]]:
+    """The chunk's parameters and their rules.
+
+    tied_output: with a tied output layer's copy on a later stage, which is left out by default.
+    """
     layers = chunk.decoder.layers
     first_layer = layers[0].layer_number - 1 if len(layers) else 0
     for name, parameter in chunk.named_parameters():
-        if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+        is_copy = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
+        if is_copy and not tied_output:
             continue
         yield rule_for(name, first_layer), parameter
 
@@ -61,16 +67,43 @@ def fill_parameters(chunks: list[PolicyModel], hf_config: PretrainedConfig, sour
                 raise ValueError(
                     f"{source.path}: {', '.join(tensors)}: shape {shapes} does not fit config.json"
                 ) from error
-            if not _is_finite(part):
-                bad = ", ".join(name for name, x in tensors.items() if not _is_finite(x))
+            if not is_finite(part):
+                bad = ", ".join(name for name, x in tensors.items() if not is_finite(x))
                 raise ValueError(f"{source.path}: {bad}: holds NaN or infinite values; take an intact copy")
             parameter.data.copy_(part)
         _load_tied_output(chunk, hf_config, source, rank, size)
 
 
-def _is_finite(x: Tensor) -> bool:
-    """In one pass and without a copy: a NaN is the smallest and the largest of all. Meta tensors are."""
-    return x.is_meta or bool(torch.stack(torch.aminmax(x)).isfinite().all())
+def is_finite(*tensors: Tensor) -> bool:
+    """Whether all are, in one pass and without a copy: a NaN is the smallest and the largest of all.
+
+    Meta tensors are, and empty ones.
+    """
+    extremes = [torch.stack(torch.aminmax(x)).float() for x in tensors if x.numel() and not x.is_meta]
+    return not extremes or bool(torch.cat(extremes).isfinite().all())
+
+
+@torch.no_grad()
+def not_finite(
+    chunks: list[PolicyModel], hf_config: PretrainedConfig, of: Callable[[Parameter], Tensor]
+) -> list[str]:
+    """Hugging Face names of the tensors that hold NaN or infinite values on any rank: in `of(parameter)`,
+    which is a parameter or its gradient. Collective.
+    """
+    tensors = [of(parameter) for chunk in chunks for parameter in chunk.parameters()]
+    good = torch.tensor(int(is_finite(*tensors)), device=tensors[0].device)
+    dist.all_reduce(good, dist.ReduceOp.MIN)
+    if good:
+        return []
+    first_expert = _first_expert(hf_config, parallel_state.get_expert_model_parallel_rank())
+    own = [
+        name
+        for chunk in chunks
+        for rule, parameter in _parameters(chunk, tied_output=True)
+        if not is_finite(of(parameter))
+        for name in rule.hf_names(first_expert)
+    ]
+    return list(dict.fromkeys(name for names in gathered(own) for name in names))
 
 
 def _first_expert(hf_config: PretrainedConfig, expert_rank: int) -> int:
@@ -191,6 +224,7 @@ def save_hf(
         partial.mkdir(parents=True)
         copy_side_files(source, partial)
         write_model(partial, described, ((name, tensor.cpu()) for name, tensor in stream), largest_file)
+        run_lock.check()
         if target.exists():
             target.rename(old)
         partial.rename(target)

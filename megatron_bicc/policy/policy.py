@@ -4,6 +4,7 @@ Shape suffixes: N response rows of a micro-batch.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,11 +25,12 @@ from transformers import PretrainedConfig
 
 from megatron_bicc import platform
 from megatron_bicc.config import Config
+from megatron_bicc.errors import NotFiniteError
 from megatron_bicc.policy.architecture import describe, transformer_config
 from megatron_bicc.policy.gradient_sketch import GradientSketch, sketch_directions
 from megatron_bicc.policy.hf_mapping import rule_for
 from megatron_bicc.policy.hf_model import supported_config
-from megatron_bicc.policy.hf_weights import load_weights
+from megatron_bicc.policy.hf_weights import is_finite, load_weights, not_finite
 from megatron_bicc.policy.model import PolicyModel
 from megatron_bicc.policy.optimizer import make_optimizer, make_scheduler
 from megatron_bicc.policy.packed import PackedBatch
@@ -162,13 +164,23 @@ class Policy:
         self.optimizer.zero_grad()
 
     def update(self) -> float:
-        """One optimizer step with the accumulated gradients; returns their global norm before clipping."""
+        """One optimizer step with the accumulated gradients; returns their global norm before clipping.
+
+        Raises NotFiniteError on every rank, before weights, optimizer or schedule are changed, if on any
+        rank a gradient is not finite, or if the squares of all add up to more than float32 holds: the norm
+        would be infinite, and so would Adam's second moment. Collective.
+        """
         with platform.megatron():
-            successful, grad_norm, _ = self.optimizer.step()
-        if not successful:
-            raise FloatingPointError("the gradient is not finite; the policy was left as it was")
+            self._check_gradients()
+            _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         return float(grad_norm)
+
+    def check_weights(self) -> None:
+        """Raises NotFiniteError on every rank if any rank holds a weight that is not finite. Collective."""
+        names = not_finite(self.modules, self.hf_config, lambda parameter: parameter)
+        if names:
+            raise NotFiniteError(f"the policy's weights are not finite: {_listed(names)}")
 
     def learning_rate(self) -> float:
         """Learning rate of the next optimizer step."""
@@ -193,6 +205,25 @@ class Policy:
         """Copies another policy's `host_copy` into this one; the optimizer's main weights stay."""
         for parameter, weight in zip(self._all_parameters(), host_weights, strict=True):
             parameter.copy_(weight)
+
+    def _check_gradients(self) -> None:
+        """megatron-core 0.16 looks for gradients that are not finite only where there is a loss scaler."""
+        self.optimizer.prepare_grads()
+        norm = self.optimizer.get_grad_norm()
+        own = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        # the norm leaves out what tensor-parallel ranks hold twice
+        good = math.isfinite(norm) and is_finite(*own)
+        everywhere = torch.tensor(int(good), device=platform.device())
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+        if everywhere:
+            return
+        names = not_finite(self.modules, self.hf_config, lambda parameter: parameter.main_grad)
+        what = (
+            f"the gradient is not finite: {_listed(names)}"
+            if names
+            else "the squares of the gradient's values add up to more than float32 holds"
+        )
+        raise NotFiniteError(f"{what}; weights and optimizer were left as they were")
 
     def _all_parameters(self) -> list[Tensor]:
         return [parameter for module in self.modules for parameter in module.parameters()]
@@ -235,6 +266,10 @@ def _ignore(output: Tensor) -> tuple[Tensor, Tensor, dict]:
 
 
 _ONE = torch.ones((), dtype=torch.int)
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
 
 
 def _sum_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:

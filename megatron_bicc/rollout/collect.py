@@ -59,7 +59,9 @@ class GroupSampler:
     def scored(self, prompts: list[Prompt], samples: list[Sample]) -> list[Group]:
         """The groups of prompts, from their samples one group after the other.
 
-        A process may have no prompts: there is then nothing to decode or to score.
+        A process may have no prompts: there is then nothing to decode or to score. Raises RolloutError for a
+        log-prob or a reward that is not finite: whether or not anything is learned from the group, the policy
+        or the verifier is of no more use.
         """
         if not prompts:
             return []
@@ -68,6 +70,9 @@ class GroupSampler:
         asked = [prompt for prompt in prompts for _ in range(self.group_size)]
         answers = [prompt.begun_answer + text for prompt, text in zip(asked, texts, strict=True)]
         rewards = self.verifier(answers, [prompt.ground_truth for prompt in asked])
+        for i in range(len(samples)):
+            row = prompts[i // self.group_size].index + 1
+            _check(samples[i], rewards[i], f"sample {i % self.group_size} of the prompt of row {row}")
         groups = []
         for i, prompt in enumerate(prompts):
             own = slice(i * self.group_size, (i + 1) * self.group_size)
@@ -78,6 +83,17 @@ class GroupSampler:
 def _without_end(sample: Sample) -> np.ndarray:
     """int32: the sample's tokens but for the one that ended it, which need not be a special token."""
     return sample.token_ids[:-1] if sample.finish_reason == "stop" else sample.token_ids
+
+
+def _check(sample: Sample, reward: float, where: str) -> None:
+    bad = np.flatnonzero(~np.isfinite(sample.log_probs))
+    if len(bad):
+        raise RolloutError(
+            f"{where}: the engine's log-prob of token {bad[0]} is {sample.log_probs[bad[0]]}: its weights "
+            "are not finite, or the model's numbers overflow in their type"
+        )
+    if not np.isfinite(reward):
+        raise RolloutError(f"{where}: the verifier's reward is {reward}; it must be finite")
 
 
 def exchange(outcome: Outcome | RolloutError) -> list[Outcome]:

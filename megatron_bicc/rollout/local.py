@@ -15,6 +15,7 @@ from transformers import (
 
 from megatron_bicc.policy.end_tokens import end_token_ids
 from megatron_bicc.policy.hf_model import load_transformers
+from megatron_bicc.policy.hf_weights import is_finite
 from megatron_bicc.rollout.types import Request, Sample, Sampling
 
 
@@ -29,8 +30,16 @@ class LocalEngine:
         device: torch.device,
         batch_size: int,
     ) -> None:
-        """Reads the Hugging Face directory `path`. Raises ValueError if its weights cannot be read."""
+        """Reads the Hugging Face directory `path`.
+
+        Raises ValueError if its weights cannot be read, or are not finite.
+        """
         self.model = load_transformers(path, dtype).to(device)
+        bad = [name for name, parameter in self.model.named_parameters() if not is_finite(parameter.detach())]
+        if bad:
+            raise ValueError(
+                f"model.path is {path}; {bad[0]}: holds NaN or infinite values; take an intact copy"
+            )
         self.ends = end_token_ids(self.model.config, tokenizer, path)
         # a model's own generation config may warp the distribution (top_k, repetition penalty)
         self.model.generation_config = GenerationConfig()

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import is_main_replica
 from torch import Tensor
 
 from megatron_bicc import platform
+from megatron_bicc.errors import NotFiniteError
 from megatron_bicc.policy.manifest import check_file, check_manifest
 from megatron_bicc.policy.policy import Policy
 
@@ -77,7 +78,7 @@ def load_checkpoint(path: Path, policy: Policy, progress: Progress) -> None:
     """Fills the policy, its optimizer and its schedule, under any layout. Collective.
 
     progress: `read_progress` of the same checkpoint. Raises CheckpointError that names the file that is
-    damaged, and what to go on from.
+    damaged, or the tensor that is not finite, and what to go on from.
     """
     try:
         check_manifest(path)
@@ -90,6 +91,10 @@ def load_checkpoint(path: Path, policy: Policy, progress: Progress) -> None:
         for i, chunk in enumerate(policy.chunks):
             chunk.module.load_state_dict(state[f"model{i}"], strict=False)
         policy.optimizer.load_state_dict(state["optimizer"])
+    try:
+        policy.check_weights()
+    except NotFiniteError as error:
+        raise CheckpointError(f"{path}: {error}; {_remedy(path)}") from error
     policy.scheduler.load_state_dict(progress.scheduler)
 
 

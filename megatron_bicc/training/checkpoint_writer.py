@@ -21,7 +21,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_bicc import platform
+from megatron_bicc import platform, run_lock
 from megatron_bicc.errors import first_line
 from megatron_bicc.platform.gather import gathered
 from megatron_bicc.policy.manifest import describe_share, write_manifest
@@ -121,6 +121,7 @@ def _aside(final: Path) -> Path:
 def _take(aside: Path, policy: Policy, progress: Progress) -> dict[str, Any]:
     """Writes what is small at once; returns the tensors, in host memory, as torch is to write them."""
     if dist.get_rank() == 0:
+        run_lock.check()
         for leftover in aside.parent.glob(f"*{PARTIAL}"):
             shutil.rmtree(leftover)
         aside.mkdir(parents=True)
@@ -167,6 +168,7 @@ class _Later(torch_strategy.TorchDistSaveShardedStrategy):
 
 def _publish(final: Path, parts: list[dict[str, Any]], keep: int) -> None:
     """Gives a whole checkpoint its name; at every moment the newest one is whole, and `latest` names one."""
+    run_lock.check()
     write_manifest(_aside(final), parts)
     if final.exists():
         _remove(final)

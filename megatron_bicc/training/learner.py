@@ -7,6 +7,7 @@ packing, micro-batch size or parallel layout.
 Shape suffixes: G groups, R rollouts, T tokens of all responses, N response rows of a micro-batch.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from megatron_bicc.algorithms.aggregation import token_weights
 from megatron_bicc.algorithms.gradient_variance import gradient_statistics
 from megatron_bicc.algorithms.policy_loss import policy_loss
 from megatron_bicc.config import Config
+from megatron_bicc.errors import NotFiniteError
 from megatron_bicc.monitoring.timing import Stopwatch
 from megatron_bicc.packing import StepPlan, pack
 from megatron_bicc.policy.policy import Policy
@@ -136,11 +138,16 @@ class Learner:
         return PreparedStep(batch, taken, len(groups), weight_R, log_probs, adv, plans, pieces, old)
 
     def update(self, step: PreparedStep, clock: Stopwatch) -> StepResult:
-        """Takes a prepared optimiser step. Collective."""
+        """Takes a prepared optimiser step. Collective.
+
+        Raises NotFiniteError, before the policy is changed, for a loss or gradient that is not finite.
+        """
         with clock("train"):
             with self.policy.gradient_sketch(len(step.advantages.mean_G)) as sketch:
                 loss, new = self._accumulate(step)
             gradient = gradient_statistics(sum_over_all(sketch.values_GKL), step.num_groups)
+            if not math.isfinite(loss):
+                raise NotFiniteError(f"the loss is {loss}; weights and optimizer were left as they were")
             grad_norm = self.policy.update()
         tokens = len(step.batch.rollouts.tokens)
         ratios = {kind: _ratios(step.pieces, new, step.old, kind, tokens) for kind in step.plans}

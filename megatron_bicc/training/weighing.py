@@ -48,7 +48,7 @@ class Advantages:
 def advantages(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config) -> Advantages:
     """Advantages by value of the rewards; what is right, and whether a group has contrast, the verifier says.
 
-    Raises ValueError that names rollout and token where a log-prob is not finite.
+    Raises NotFiniteError that names rollout and token where a log-prob or an entropy is not finite.
     """
     _check(log_probs, rollouts.offsets_R)
     rewards_R = _rewards(rollouts, log_probs, config)
@@ -95,6 +95,7 @@ def _check(log_probs: TokenLogProbs, offsets_R: np.ndarray) -> None:
     check_log_probs(log_probs.rollout_T, offsets_R, "log-prob of the rollout engine")
     if log_probs.ref_T is not None:
         check_log_probs(log_probs.ref_T, offsets_R, "log-prob under the reference policy")
+    check_log_probs(log_probs.entropy_T, offsets_R, "entropy under the old policy")
 
 
 def _rewards(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config) -> np.ndarray:

@@ -14,8 +14,9 @@ def sync_weights(policy: Policy, engine: Engine, version: int) -> int:
     """Streams every parameter, whole and under its Hugging Face name, into the engine. Collective.
 
     Returns the bytes of the whole model. Raises ValueError naming a parameter that the engine lacks or did
-    not get.
+    not get, NotFiniteError naming one that is not finite, before anything is sent.
     """
+    policy.check_weights()
     sizes: list[int] = []
     with platform.megatron():
         tensors = hf_tensors(policy.modules, policy.hf_config)

@@ -25,6 +25,7 @@ from support.steps import CASES, TOKENIZER, make_config, to_groups
 
 from megatron_bicc import platform
 from megatron_bicc.config import Config, ParallelConfig
+from megatron_bicc.errors import NotFiniteError
 from megatron_bicc.monitoring.timing import Stopwatch
 from megatron_bicc.platform.gather import gathered
 from megatron_bicc.policy.architecture import check_layout
@@ -179,7 +180,22 @@ def run_steps(inputs: Path, name: str, model: str, settings: dict) -> list[dict]
         training = Training(inputs, model, settings)
         training.load(inputs / "saved/one")
         steps.append(training.step())
+    steps[0]["refusals"] = gathered(refusal(training.policy))
     return steps
+
+
+def refusal(policy: Policy) -> str:
+    """What the policy says to an update where the last rank's gradients of norms, which tensor-parallel ranks
+    hold twice, are NaN; nothing if its weights change all the same. Collective."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        for parameter in (p for module in policy.modules for p in module.parameters() if p.dim() == 1):
+            parameter.main_grad.fill_(torch.nan)
+    before = policy.host_copy()
+    try:
+        policy.update()
+    except NotFiniteError as error:
+        return str(error) if all(map(torch.equal, policy.host_copy(), before)) else ""
+    return ""
 
 
 def main(inputs: Path, out: str) -> None:

@@ -1,5 +1,6 @@
 """The same steps under every layout of up to four processes: loss, gradient norm, updated weights."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,18 @@ def assert_equal(step: dict, one: dict) -> None:
         difference = (step["weights"][name] - weight).abs().max()
         assert difference <= 1e-5, f"{name} differs by {difference:.1e}"
     assert not step["unequal"]
+
+
+@pytest.mark.parametrize(("processes", "layout"), ALL)
+def test_a_nan_on_one_rank_is_refused_on_all(
+    processes: int, layout: str, found: dict[tuple[int, str], dict]
+) -> None:
+    refusals = found[processes, layout][0]["refusals"]
+    assert len(refusals) == processes
+    assert set(refusals) == {refusals[0]}
+    assert re.match(
+        r"the gradient is not finite: model\.\S*norm\.weight and .* left as they were$", refusals[0]
+    )
 
 
 def experts(weights: dict) -> list[str]:

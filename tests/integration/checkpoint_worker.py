@@ -1,5 +1,6 @@
 """Run by test_checkpoint_resume.py: checkpoint_worker.py OUT KILLS; writes OUT/report.json."""
 
+import itertools
 import json
 import os
 import random
@@ -13,18 +14,19 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_bicc import platform
+from megatron_bicc import platform, train
 from megatron_bicc.cli import parse_config
 from megatron_bicc.config import Config
 from megatron_bicc.monitoring.timing import Stopwatch
 from megatron_bicc.policy.convert import export_hf
-from megatron_bicc.policy.policy import start_model_parallel
-from megatron_bicc.setup_run import read_inputs
+from megatron_bicc.policy.policy import Policy, start_model_parallel
+from megatron_bicc.setup_run import Inputs, Workers, read_inputs
 from megatron_bicc.train import main
 from megatron_bicc.training.checkpoint_writer import CheckpointWriter
 
@@ -171,6 +173,31 @@ def small_disk(file_size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
 
 
+def poison_gradient() -> None:
+    """From the third step on the gradient has a NaN."""
+    update, count = Policy.update, itertools.count(1)
+
+    def poisoned(policy: Policy) -> float:
+        if next(count) >= 3:
+            policy.modules[0].decoder.final_layernorm.weight.main_grad[0] = torch.nan
+        return update(policy)
+
+    Policy.update = poisoned
+
+
+def poison_weight() -> None:
+    """In the third step nothing is learned, and a weight becomes NaN."""
+    learn = train.learn
+
+    def poisoned(inputs: Inputs, workers: Workers, *rest: Any) -> list[dict[str, float]]:
+        if rest[-1] < 3:
+            return learn(inputs, workers, *rest)
+        workers.policy.modules[0].decoder.final_layernorm.weight.data[0] = torch.nan
+        return []
+
+    train.learn = poisoned
+
+
 def scenarios(out: Path, kills: int) -> dict:
     """Every scenario, by name."""
     found, whole = {}, out / "whole"
@@ -194,6 +221,10 @@ def scenarios(out: Path, kills: int) -> dict:
 
     moved = out / "moved.parquet"
     shutil.copy(out / "prompts.parquet", moved)
+    for name, poison in (("poisoned_gradient", poison_gradient), ("poisoned_weight", poison_weight)):
+        found[name] = run(out / name, prepare=poison)
+    found["healed"] = run(copy(out / "poisoned_gradient", "healed"), RESUME)
+
     found["harmless"] = run(copy(whole, "harmless"), RESUME, "train.steps=7", f"data.train={moved}")
     found["tp2"] = run(out / "tp2", "train.steps=3", "checkpoint.keep=3", "parallel.tensor=2", processes=2)
     dp2 = copy(out / "tp2", "dp2")

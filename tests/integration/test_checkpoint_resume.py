@@ -76,6 +76,35 @@ def test_dangerous_settings_are_refused_by_name(found: dict) -> None:
     assert "checkpoint.force=true" in line
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "poisoned_gradient",
+            "step 3: the gradient is not finite: model.norm.weight; weights and optimizer were",
+        ),
+        ("poisoned_weight", "step 3: the policy's weights are not finite: model.norm.weight"),
+    ],
+)
+def test_numbers_that_are_not_finite_end_the_run(found: dict, name: str, said: str) -> None:
+    """Nothing is made of them; the last good checkpoint stays the newest, and a run resumes from it."""
+    line = one_line(found[name])
+    assert said in line
+    assert line.endswith("checkpoint.resume=true resumes from the newest checkpoint")
+    out = found["out"] / name
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
+        "latest",
+        "step_00000001",
+        "step_00000002",
+    ]
+    assert (out / "checkpoints/latest").resolve().name == "step_00000002"
+    assert [path.name for path in (out / "exports").iterdir()] == ["step_00000002"]
+    assert not (out / "hf").exists()
+    assert [record["step"] for record in metrics(out)] == [0, 1, 2]
+    assert found["healed"]["status"] == 0, found["healed"]["err"]
+    assert metrics(found["out"] / "healed") == metrics(found["out"] / "whole")
+
+
 def test_forced_settings_and_harmless_ones_are_logged(found: dict) -> None:
     assert found["forced"]["status"] == 0, found["forced"]["err"]
     assert "changed since step 5: bicc.context_ratio: was 0.4, is 0.3" in found["forced"]["err"]

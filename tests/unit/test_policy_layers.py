@@ -147,7 +147,7 @@ def test_more_experts_a_token_than_there_are_is_one_line(
 ) -> None:
     hf_config = AutoConfig.from_pretrained(model_dirs["qwen3_moe"])
     hf_config.num_experts, hf_config.num_experts_per_tok = experts, chosen
-    message = f"num_experts_per_tok is {chosen} in config.json; it must not exceed num_experts = {experts}"
+    message = f"num_experts_per_tok is {chosen} in config.json; it must be at most num_experts = {experts}"
     with pytest.raises(ValueError, match=message):
         family_of(hf_config)
 

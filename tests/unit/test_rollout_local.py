@@ -79,6 +79,14 @@ def test_samples_follow_the_distribution() -> None:
     torch.testing.assert_close(frequency, (scores[0] / 0.5).softmax(-1), atol=0.012, rtol=0)
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_dirs["qwen3_tied"])
+    model.model.norm.weight.data[3] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model.norm.weight: holds NaN or infinite values"):
+        make_engine(tmp_path, 1)
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [((), "no new weights came for lm_head.weight"), (("surplus",), "no parameter surplus")],

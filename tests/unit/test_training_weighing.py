@@ -44,9 +44,10 @@ def test_a_reference_that_is_only_watched_moves_no_advantage() -> None:
 @pytest.mark.parametrize(
     ("field", "name"),
     [
-        ("old_T", "under the old policy"),
-        ("ref_T", "under the reference policy"),
-        ("rollout_T", "of the rollout engine"),
+        ("old_T", "log-prob under the old policy"),
+        ("ref_T", "log-prob under the reference policy"),
+        ("rollout_T", "log-prob of the rollout engine"),
+        ("entropy_T", "entropy under the old policy"),
     ],
 )
 @pytest.mark.parametrize("algorithm", ["grpo", "grpo+rcc"])
@@ -54,5 +55,5 @@ def test_a_log_prob_of_minus_infinity_is_refused_by_name(field: str, name: str, 
     fields = {"old_T": OLD_T, "ref_T": REF_T, "rollout_T": OLD_T, "entropy_T": OLD_T}
     broken_T = fields[field].copy()
     broken_T[1] = -np.inf
-    with pytest.raises(ValueError, match=f"log-prob {name} of rollout 1, token 0 is -inf"):
+    with pytest.raises(ValueError, match=f"{name} of rollout 1, token 0 is -inf"):
         advantages(ROLLOUTS, TokenLogProbs(**fields | {field: broken_T}), configuration(algorithm))
