@@ -17,6 +17,7 @@ def gradient_statistics(sketches: Tensor, num_groups: int) -> dict[str, float]:
         return {}
     parts = sketches.flatten(1).double()
     norm2 = float(parts.sum(0).square().sum())
-    variance = (num_groups * float(parts.square().sum()) - norm2) / (num_groups - 1)
+    # of equal parts it is 0, and rounding can carry the difference below that
+    variance = max((num_groups * float(parts.square().sum()) - norm2) / (num_groups - 1), 0.0)
     result = {"train/gradient_variance": variance}
     return result | {"train/gradient_noise": variance / norm2} if norm2 > 0 else result

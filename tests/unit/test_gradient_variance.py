@@ -44,6 +44,12 @@ def test_groups_without_contrast_are_parts_of_zero() -> None:
     assert found[VARIANCE] == pytest.approx(plain_variance(np.concatenate([parts, np.zeros((2, 7))])))
 
 
+def test_of_equal_parts_is_not_below_0() -> None:
+    for seed in range(20):
+        part = np.random.default_rng(seed).normal(size=(1, 9))
+        assert 0 <= gradient_statistics(torch.from_numpy(np.repeat(part, 7, axis=0)), 7)[VARIANCE] < 1e-12
+
+
 def test_is_unbiased_for_the_variance_of_the_summed_gradient() -> None:
     random = np.random.default_rng(3)
     draws = random.normal(size=(4000, 6, 3)) * [1.0, 0.2, 3.0] + [0.5, 0.0, -1.0]
