@@ -90,4 +90,7 @@ def make_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerPar
         end_wd=c.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # a resumed run takes the number of updates from its checkpoint, the schedule from its settings
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

@@ -90,7 +90,11 @@ def load_checkpoint(path: Path, policy: Policy, progress: Progress) -> None:
         state = dist_checkpointing.load(state, str(path))
         for i, chunk in enumerate(policy.chunks):
             chunk.module.load_state_dict(state[f"model{i}"], strict=False)
+        settings = [_settings(group) for group in policy.optimizer.param_groups]
         policy.optimizer.load_state_dict(state["optimizer"])
+        # it took Adam's decays and epsilon from the checkpoint, too: this run's settings count
+        for group, own in zip(policy.optimizer.param_groups, settings, strict=True):
+            group |= own
     try:
         policy.check_weights()
     except NotFiniteError as error:
@@ -107,6 +111,11 @@ def host_state(policy: Policy) -> dict[str, Any]:
         if isinstance(entry.data, Tensor) and is_main_replica(entry.replica_id):
             entry.data = entry.data.detach().to("cpu", copy=True)
     return model | {"optimizer": optimizer}
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What a parameter group of an optimizer holds beside its parameters and the count of its steps."""
+    return {name: value for name, value in group.items() if name not in ("params", "step")}
 
 
 def _model_state(policy: Policy) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from support.finished_runs import state
 from support.models import make_model
 from torch import Tensor
 
-from megatron_bicc.config import Config
+from megatron_bicc.config import Config, OptimizerConfig
 from megatron_bicc.policy.policy import Policy
 from megatron_bicc.train import progress as progress_of
 from megatron_bicc.train import restore
@@ -96,6 +96,35 @@ def test_a_checkpoint_holds_the_moment_of_its_snapshot(policy: Policy, tmp_path:
     assert all(torch.equal(saved[name], weights[name]) for name in whole)
     load_checkpoint(path, policy, read_progress(path))
     assert all(torch.equal(a, b) for a, b in zip(held(policy), then, strict=True))
+
+
+def test_optimizer_settings_of_a_resumed_run_are_its_own(policy: Policy, tmp_path: Path) -> None:
+    writer = CheckpointWriter(str(tmp_path), keep=1)
+    writer.snapshot(policy, progress(policy, 1))
+    writer.start()
+    writer.wait()
+    (path,) = checkpoints(str(tmp_path))
+    config = Config()
+    config.model.path, config.model.dtype = str(tmp_path / "hf"), "float32"
+    config.optimizer = OptimizerConfig(
+        lr=5e-3, min_lr=1e-3, schedule="linear", beta1=0.8, beta2=0.9, eps=1e-4, weight_decay=0.1
+    )
+    resumed = Policy(config)
+    given = [settings(group) for group in resumed.optimizer.param_groups]
+    load_checkpoint(path, resumed, read_progress(path))
+    assert [settings(group) for group in resumed.optimizer.param_groups] == given
+    # one of train.steps updates is done
+    assert resumed.learning_rate() == pytest.approx(1e-3 + 4e-3 * (1 - 1 / config.train.steps))
+    states = [
+        state for part in resumed.optimizer.chained_optimizers for state in part.optimizer.state.values()
+    ]
+    assert {float(state["step"]) for state in states} == {1.0}
+    assert all(torch.equal(a, b) for a, b in zip(held(resumed), held(policy), strict=True))
+
+
+def settings(group: dict) -> dict:
+    """What an optimizer is told of a group of parameters, but for the learning rate, which moves."""
+    return {name: value for name, value in group.items() if name not in ("params", "lr", "step")}
 
 
 def test_one_at_a_time(policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
