@@ -4,7 +4,9 @@ The servers belong to a process of their own (server_holder.py), which stands fo
 to them. The last test kills it. Needs `make sglang`.
 """
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,12 +103,18 @@ def attach_config(urls: list[str], **settings: float) -> Config:
 
 @contextmanager
 def attached(
-    urls: list[str], learner: Learner, directory: Path, version: int = 3, **settings: float
+    urls: list[str],
+    learner: Learner,
+    directory: Path,
+    version: int = 3,
+    model: Path = MODEL,
+    **settings: float,
 ) -> Iterator[SglangEngine]:
-    """An engine whose servers hold the learner's weights."""
+    """An engine whose servers hold the learner's weights. model: directory of its tokenizer and settings."""
     config = attach_config(urls, **settings)
+    config.model.path = str(model)
     config.output_dir = str(directory)
-    engine = SglangEngine(config, AutoTokenizer.from_pretrained(MODEL), learner)
+    engine = SglangEngine(config, AutoTokenizer.from_pretrained(model), learner)
     try:
         sync_weights(learner.policy, engine, version)
         yield engine
@@ -172,6 +180,21 @@ def test_samples(servers: Servers, learner: Learner, tmp_path: Path) -> None:
     assert_samples_are_the_policys(asked, samples, learner, sampling)
     distinct = {tuple(sample.token_ids) for sample in samples[:4]}
     assert len(distinct) > 1, "the samples of a group are all the same"
+
+
+def test_every_end_token_ends_a_sample(servers: Servers, learner: Learner, tmp_path: Path) -> None:
+    """The servers' own generation_config.json names one only."""
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    own, others = learner.policy.hf_config.eos_token_id, list(range(40, 60))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [own, *others]}))
+    with attached(servers.urls, learner, tmp_path, model=model) as engine:
+        samples = engine.generate(requests(6, 4), Sampling(temperature=2.0, max_new_tokens=24))
+    for sample in samples:
+        ended = [token in (own, *others) for token in sample.token_ids.tolist()]
+        assert not any(ended[:-1])
+        assert sample.finish_reason == ("stop" if ended[-1] else "length")
+        assert ended[-1] or len(ended) == 24
+    assert any(sample.token_ids[-1] in others for sample in samples)
 
 
 def test_what_is_not_wanted_any_more_is_aborted(servers: Servers, learner: Learner, tmp_path: Path) -> None:
