@@ -37,12 +37,18 @@ def understood(text: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _parsed(text: str) -> list[Any]:
-    from math_verify import parse
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
     # A decimal is a fraction: computer algebra would round it to a double.
     exact = re.sub(r"(?<![\w.}])(\d*)\.(\d+)(?![\d.])", _fraction, text)
-    return parse(f"\\boxed{{{exact}}}", parsing_timeout=None)
+    # Units are read before (rewards.units); it would take the h of pi r^2 h for one.
+    normalization = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last", equations=False
+    )
+    latex = LatexExtractionConfig(normalization_config=normalization)
+    return parse(f"\\boxed{{{exact}}}", [latex], parsing_timeout=None)
 
 
 def _fraction(match: re.Match[str]) -> str:

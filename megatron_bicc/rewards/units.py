@@ -3,6 +3,8 @@ r"""Quantities: a value and its unit, in words, as a sign or in \text{}."""
 import re
 from dataclasses import dataclass
 
+from megatron_bicc.rewards.numbers import read_number
+
 _SPELLINGS = {
     "%": "percent percents percentage pct",
     "degree": "degrees deg degs",
@@ -127,7 +129,8 @@ def _is_unit(word: str, written: str, before: str) -> bool:
     if written.startswith("\\text") or not word[0].isalpha():
         return True
     if len(word) == 1:
-        return bool(re.search(r"[a-zA-Z]/$", before) or word in "mghsl" and re.search(r"[\d})] $", before))
+        length = word in "mghsl" and before.endswith(" ") and read_number(before) is not None
+        return length or bool(re.search(r"[a-zA-Z]/$", before))
     if word in UNITS or word in ("sq", "square", "cubic", "cu", "per", "of", "each"):
         return True
     return len(word) > 2 and bool(re.search(r"[\s})/]$", before))

@@ -130,7 +130,9 @@ def _conditions(a: str, b: str) -> bool | None:
     """An inequality is its interval: x > 3 and (3, infinity); x < 1 or x > 2 is a union."""
     x, y = _interval(a), _interval(b)
     if x is None and y is None:
-        return None
+        condition, other = (a, b) if _RELATION.search(a) else (b, a)
+        inequality = re.search(r"[<>]|\\[lg]e(?![a-zA-Z])", condition)
+        return algebra.equal(a, b) if inequality and not _RELATION.search(other) and _is_set(other) else None
     if x and y:
         names = {name for name in (x[0], y[0]) if name}
         return len(names) < 2 and _same_union(x[1], y[1])
