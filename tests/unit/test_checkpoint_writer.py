@@ -127,6 +127,23 @@ def settings(group: dict) -> dict:
     return {name: value for name, value in group.items() if name not in ("params", "lr", "step")}
 
 
+def test_weights_that_are_not_finite_are_not_resumed_from(policy: Policy, tmp_path: Path) -> None:
+    """Such as an older version wrote them."""
+    writer = CheckpointWriter(str(tmp_path), keep=2)
+    for step in (1, 2):
+        writer.snapshot(policy, progress(policy, step))
+        writer.start()
+        writer.wait()
+        policy.modules[0].decoder.layers[0].mlp.linear_fc2.weight.data[0] = torch.nan
+        policy.optimizer.reload_model_params()
+    first, second = checkpoints(str(tmp_path))
+    load_checkpoint(first, policy, read_progress(first))
+    with pytest.raises(CheckpointError, match="not finite: model.layers.0.mlp.down_proj.weight") as raised:
+        load_checkpoint(second, policy, read_progress(second))
+    assert str(raised.value).startswith(f"{second}: ")
+    assert str(raised.value).endswith(f"delete {second} to go on from {first}")
+
+
 def test_one_at_a_time(policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = CheckpointWriter._write
 

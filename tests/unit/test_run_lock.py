@@ -90,7 +90,6 @@ def test_a_run_on_this_host_is_named_and_its_death_frees_the_directory_at_once(
         {"host": "other"},
         {"machine": "other boot"},
         {"machine": ""},
-        {"host": "other", "machine": "other boot"},
     ],
 )
 def test_elsewhere_the_count_tells(changes: dict, tmp_path: Path, locks: list[RunLock]) -> None:
