@@ -15,10 +15,11 @@ from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
 from megatron_bicc.data import Prompt, PromptSampler, load_prompts
 from megatron_bicc.errors import first_line
+from megatron_bicc.policy.hf_files import SafetensorsDirectory
 from megatron_bicc.policy.policy import Policy, start_model_parallel
 from megatron_bicc.rewards import Verifier, check_threshold, get_verifier, unscorable
 from megatron_bicc.rollout.dynamic import Collector
-from megatron_bicc.rollout.local import LocalEngine
+from megatron_bicc.rollout.local import LocalEngine, check_names
 from megatron_bicc.rollout.sglang.engine import SglangEngine
 from megatron_bicc.rollout.types import Engine
 from megatron_bicc.training.learner import Learner
@@ -89,12 +90,16 @@ def make_engine(config: Config, tokenizer: PreTrainedTokenizerBase, learner: Lea
     """The engine that rollout.engine names. Collective.
 
     It has the weights of model.path, and takes others where there is a learner for them to be proven against.
-    Raises ValueError, one line, if a rollout server does not come up or serves another model.
+    Raises ValueError, one line, if a rollout server does not come up or serves another model, or if
+    transformers' model could not take the policy's weights.
     """
     if config.rollout.engine == "sglang":
         return SglangEngine(config, tokenizer, learner)
-    dtype = getattr(torch, config.model.dtype)
-    return LocalEngine(config.model.path, tokenizer, dtype, platform.device(), config.rollout.batch_size)
+    path, dtype = config.model.path, getattr(torch, config.model.dtype)
+    engine = LocalEngine(path, tokenizer, dtype, platform.device(), config.rollout.batch_size)
+    if learner:
+        check_names(engine.model, SafetensorsDirectory(path))
+    return engine
 
 
 def _check_output_dir(config: Config) -> None:

@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_bicc.config import Config
 from megatron_bicc.planning.shards import Shard, build_shards
 from megatron_bicc.planning.synthetic import SyntheticStep, UnknownTokenizer, synthetic_step
 from megatron_bicc.policy.architecture import describe
 from megatron_bicc.policy.hf_files import INDEX, SINGLE, HfTensors, SafetensorsDirectory
+from megatron_bicc.rollout.local import check_names
 from megatron_bicc.setup_run import check_settings, read_hf_config, read_inputs, read_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -45,6 +47,9 @@ def dry_run(config: Config, world_size: int) -> DryRun:
     _check_prompts(config, tokenizer, unchecked)
     weights = _weights(path, unchecked)
     shards = build_shards(config, hf_config, world_size, weights=weights)
+    if weights is not None and config.rollout.engine == "local":
+        with torch.device("meta"):
+            check_names(AutoModelForCausalLM.from_config(hf_config), weights)
     data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
     step = synthetic_step(config, hf_config, tokenizer, data_parallel)
     return DryRun(config, hf_config, world_size, shards, step, unchecked)
