@@ -21,14 +21,14 @@ from megatron_bicc.data.today import asks_for_date, fix_date
 from megatron_bicc.errors import first_line
 from megatron_bicc.platform.gather import gathered
 from megatron_bicc.policy.end_tokens import end_token_ids
-from megatron_bicc.policy.hf_files import has_safetensors
+from megatron_bicc.policy.hf_files import SafetensorsDirectory, has_safetensors
 from megatron_bicc.policy.hf_model import checked_tensors, supported_config, warn_of_index
 from megatron_bicc.policy.policy import Policy, start_model_parallel
 from megatron_bicc.policy.rotary import positions
 from megatron_bicc.rewards import Verifier, check_threshold, compared_as_text, get_verifier, unscorable
 from megatron_bicc.rewards.styles import describe_styles, style_mismatch
 from megatron_bicc.rollout.dynamic import Collector
-from megatron_bicc.rollout.local import LocalEngine
+from megatron_bicc.rollout.local import LocalEngine, check_names
 from megatron_bicc.rollout.sglang.engine import SglangEngine
 from megatron_bicc.rollout.sglang.model_files import check_model_files, server_positions
 from megatron_bicc.rollout.types import Engine
@@ -129,12 +129,16 @@ def make_engine(config: Config, tokenizer: PreTrainedTokenizerBase, learner: Lea
     """The engine that rollout.engine names. Collective.
 
     It has the weights of model.path, and takes others where there is a learner for them to be proven against.
-    Raises ValueError, one line, if a rollout server does not come up or serves another model.
+    Raises ValueError, one line, if a rollout server does not come up or serves another model, or if
+    transformers' model could not take the policy's weights.
     """
     if config.rollout.engine == "sglang":
         return SglangEngine(config, tokenizer, learner)
-    dtype = getattr(torch, config.model.dtype)
-    return LocalEngine(config.model.path, tokenizer, dtype, platform.device(), config.rollout.batch_size)
+    path, dtype = config.model.path, getattr(torch, config.model.dtype)
+    engine = LocalEngine(path, tokenizer, dtype, platform.device(), config.rollout.batch_size)
+    if learner:
+        check_names(engine.model, SafetensorsDirectory(path))
+    return engine
 
 
 def _check_output_dir(config: Config) -> None:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_bicc import platform
 from megatron_bicc.algorithms.presets import kl_warning
@@ -12,6 +13,7 @@ from megatron_bicc.planning.shards import Shard, build_shards
 from megatron_bicc.planning.synthetic import SyntheticStep, UnknownTokenizer, synthetic_step
 from megatron_bicc.policy.architecture import describe
 from megatron_bicc.policy.hf_files import INDEX, SINGLE, HfTensors, SafetensorsDirectory, has_safetensors
+from megatron_bicc.rollout.local import check_names
 from megatron_bicc.setup_run import (
     Inputs,
     check_lengths,
@@ -62,6 +64,9 @@ def dry_run(config: Config, world_size: int) -> DryRun:
         unchecked.append("rollout servers: none is started or asked")
     weights = _weights(path, unchecked)
     shards = build_shards(config, hf_config, world_size, weights=weights)
+    if weights is not None and config.rollout.engine == "local":
+        with torch.device("meta"):
+            check_names(AutoModelForCausalLM.from_config(hf_config), weights)
     data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
     step = synthetic_step(config, hf_config, tokenizer, data_parallel)
     return DryRun(config, hf_config, world_size, shards, step, unchecked)

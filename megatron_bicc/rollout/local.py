@@ -10,13 +10,18 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from megatron_bicc.policy.end_tokens import end_token_ids
+from megatron_bicc.policy.hf_files import HfTensors
 from megatron_bicc.policy.hf_model import load_transformers
 from megatron_bicc.policy.hf_weights import is_finite
 from megatron_bicc.rollout.types import Request, Sample, Sampling
+
+FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""What transformers joins to one parameter of all experts of a layer, [experts, out, in], gate before up"""
 
 
 class LocalEngine:
@@ -59,8 +64,11 @@ class LocalEngine:
 
     @torch.no_grad()
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copies every tensor into the model. Raises ValueError for a missing or an unknown name."""
-        missing = dict(self.model.named_parameters())
+        """Copies every tensor, by its name in a Hugging Face directory, into the model.
+
+        Raises ValueError for a missing or an unknown name.
+        """
+        missing = weights_by_file_name(self.model)
         for name, tensor in tensors:
             if name not in missing:
                 raise ValueError(f"weight sync: the rollout engine's model has no parameter {name}")
@@ -101,6 +109,35 @@ class LocalEngine:
         length = int(ends[0]) + 1 if len(ends) else len(tokens)
         reason = "stop" if len(ends) else "length"
         return Sample(tokens[:length].copy(), log_probs[:length].copy(), reason, self.version)
+
+
+def weights_by_file_name(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's weights under the names that they have in a Hugging Face directory; nothing is copied."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        experts, _, kind = name.rpartition(".")
+        if not experts.endswith(".experts") or kind not in FUSED_EXPERTS:
+            found[name] = parameter
+            continue
+        parts = FUSED_EXPERTS[kind]
+        for e, expert in enumerate(parameter.detach()):
+            names = (f"{experts}.{e}.{part}.weight" for part in parts)
+            found |= zip(names, expert.chunk(len(parts)), strict=True)
+    return found
+
+
+def check_names(model: PreTrainedModel, files: HfTensors) -> None:
+    """Raises ValueError naming a weight of the model that a directory does not hold, or in another shape.
+
+    The policy's weights come by the directory's names: one that it does not hold would never come.
+    """
+    held = files.describe()
+    for name, weight in weights_by_file_name(model).items():
+        if name not in held or held[name].shape != weight.shape:
+            raise ValueError(
+                f"{files.path}: no {name} of shape {tuple(weight.shape)}, which transformers' model has; "
+                "rollout.engine=local could not take the policy's weights: choose sglang"
+            )
 
 
 class SeededSampler(LogitsProcessor):

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_bicc.rollout.local import LocalEngine, SeededSampler
+from megatron_bicc.policy.hf_files import SafetensorsDirectory
+from megatron_bicc.rollout.local import LocalEngine, SeededSampler, check_names
 from megatron_bicc.rollout.types import Request, Sampling
 
 EOS, PAD = 1, 0
@@ -98,3 +99,18 @@ def test_weights_must_all_be_known_and_all_come(
     weights = {n: p for n, p in engine.model.named_parameters() if n != "lm_head.weight"}
     with pytest.raises(ValueError, match=message):
         engine.update_weights([*weights.items(), *((n, torch.zeros(1)) for n in names)], 1)
+
+
+def test_a_model_that_could_not_take_the_policys_weights_is_refused(model_dirs: dict[str, Path]) -> None:
+    """Without reading any weight: a dry run does the same."""
+    own, other = (SafetensorsDirectory(model_dirs[name]) for name in ("qwen3_moe", "qwen2"))
+    hf_config = AutoConfig.from_pretrained(own.path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+        hf_config.moe_intermediate_size = 44
+        wider = AutoModelForCausalLM.from_config(hf_config)
+    check_names(model, own)
+    with pytest.raises(ValueError, match=r"qwen3_moe: no \S+experts.0.gate_proj.weight of shape \(44, 48\)"):
+        check_names(wider, own)
+    with pytest.raises(ValueError, match=r"qwen2: no model.layers.0.\S+ of shape"):
+        check_names(model, other)

@@ -1,0 +1,87 @@
+"""Runs of two steps in this process, on any of the small policies and with either engine."""
+
+import json
+import string
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from megatron_bicc.cli import parse_config
+from megatron_bicc.monitoring.run_log import RunLog
+from megatron_bicc.policy.policy import Policy
+from megatron_bicc.setup_run import Workers, make_engine, read_inputs
+from megatron_bicc.train import finish, run_steps
+from megatron_bicc.training.learner import Learner
+from support.finished_runs import metrics
+from support.models import VOCAB
+
+SETTINGS = (
+    "algorithm=grpo+bicc+rcc",
+    "model.dtype=float32",
+    "data.max_prompt_tokens=32",
+    *("rollout.prompts_per_step=4", "rollout.group_size=6", "rollout.max_new_tokens=16"),
+    *("train.steps=2", "train.max_sequence_tokens=256", "train.max_tokens_per_microbatch=512"),
+    # large: an engine that kept a weight of the step before would be found out
+    *("optimizer.lr=1e-2", "optimizer.eps=1e-2"),
+    "monitoring.tensorboard=false",
+)
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def save_tokenizer(directory: Path) -> None:
+    """A token a printable character, and the end, named as Qwen2's, at the id of the small policies."""
+    tokens = [string.printable[0], "<|endoftext|>", *string.printable[1:]]
+    assert len(tokens) == VOCAB
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.save_pretrained(directory)
+
+
+def odd_or_true(texts: list[str], truths: list[str]) -> np.ndarray:
+    """A verifier by which about half of a random policy's responses are right, but no empty one is."""
+    pairs = zip(texts, truths, strict=True)
+    right = [bool(text) and (truth in text or sum(map(ord, text)) % 2 == 1) for text, truth in pairs]
+    return np.array(right, np.float32)
+
+
+def save_prompts(path: Path) -> Path:
+    """A file of prompts."""
+    rows = [{"problem": f"{i}+{7 * i}=", "answer": f"={8 * i}"} for i in range(1, 13)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def train_two_steps(model: Path, out: Path, *settings: str) -> list[dict]:
+    """The metrics of a run into `out`, step 0 first. Under megatron-core's process groups for one process."""
+    where = [
+        f"model.path={model}",
+        f"output_dir={out}",
+        f"data.train={save_prompts(out.parent / 'train.jsonl')}",
+    ]
+    inputs = read_inputs(parse_config([*SETTINGS, *where, *settings]))
+    policy = Policy(inputs.config)
+    learner = Learner(inputs.config, policy, inputs.tokenizer)
+    workers = Workers(policy, learner, make_engine(inputs.config, inputs.tokenizer, learner))
+    try:
+        with RunLog(inputs.config, 0, enabled=True) as log:
+            run_steps(inputs, workers, 0, log)
+            finish(inputs, workers, log)
+    finally:
+        workers.engine.close()
+    return metrics(out)
+
+
+def assert_engine_followed(records: list[dict]) -> None:
+    """The engine sampled both steps from the policy as it was: the second from what the first made of it."""
+    assert [record["step"] for record in records] == [0, 1, 2]
+    for record in records[1:]:
+        assert record["train/grad_norm"] > 0
+        assert abs(record["kl/rollout_old"]) < 1e-6
