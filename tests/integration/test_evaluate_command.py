@@ -116,7 +116,8 @@ def test_logs_of_servers_lie_beside_the_answers(tmp_path: Path) -> None:
     """The program is no server and ends at once."""
     config = tmp_path / "training.yaml"
     config.write_text(
-        f"output_dir: {tmp_path}/training\nrollout: {{engine: sglang, sglang: {{python: 'false'}}}}\n"
+        f"output_dir: {tmp_path}/training\nrollout: {{engine: sglang, max_new_tokens: 32, "
+        "sglang: {python: 'false'}}\n"
     )
     command = [sys.executable, "-W", "ignore", "-m", "megatron_bicc.evaluate", "--model", str(MODEL)]
     command += ["--benchmark", str(HELD_OUT), "--k", "1", "--out", f"{tmp_path}/out", "--config", str(config)]

@@ -190,6 +190,7 @@ TAKEN: dict[str, Callable[[Path], object]] = {
     "frequencies": tensors(
         lambda x: x.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)})
     ),
+    "frequencies in shards": lambda path: (TAKEN["frequencies"](path), split(path)),
     "shards": split,
     "no metadata": sharded(lambda index: index.pop("metadata")),
     "stale index": both_stale,

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,11 @@ from megatron_bicc.config import Config
 from megatron_bicc.data import Prompt
 from megatron_bicc.monitoring.timing import Stopwatch
 from megatron_bicc.policy.policy import Policy
+from megatron_bicc.rollout.dynamic import Collected
 from megatron_bicc.rollout.local import LocalEngine
 from megatron_bicc.rollout.types import Group, Request, Sampling
+from megatron_bicc.setup_run import Workers
+from megatron_bicc.train import learn
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.training.mismatch import EngineMismatch, MismatchCheck
 from megatron_bicc.training.weighing import TokenLogProbs
@@ -112,12 +116,18 @@ def test_a_cache_that_drops_tokens(
     tokenizer = type("Tokenizer", (), {"eos_token_id": 1, "pad_token_id": 0})
     engine = LocalEngine(str(tmp_path), tokenizer, torch.float32, torch.device("cpu"), 8)
 
-    def look() -> None:
-        prepared = learner.prepare(sampled(engine, temperature), Stopwatch(), moves=False)
-        MismatchCheck(config, experts=False).step(1, [prepared.log_probs])
+    def step(carried: int = 0) -> None:
+        groups = sampled(engine, temperature)
+        rollouts = Collected(groups, groups, carried, leftover=0, aborted=0)
+        check = MismatchCheck(config, experts=False)
+        learn(SimpleNamespace(config=config), workers, rollouts, Stopwatch(), None, 1, check)
 
-    look()
+    workers = Workers(learner.policy, learner, engine)
+    step()
     assert not caplog.messages
     engine.model.config.sliding_window = 8
+    step(carried=1)  # sampled with earlier weights: they may differ
+    before = learner.policy.scheduler.num_steps
     with pytest.raises(EngineMismatch, match="they compute different models"):
-        look()
+        step()
+    assert learner.policy.scheduler.num_steps == before
