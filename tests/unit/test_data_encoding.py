@@ -137,7 +137,8 @@ def test_a_begun_answer_is_scored_with_its_response():
     tokenizer = make_tokenizer(None)
     messages = [USER, {"role": "assistant", "content": "\\boxed{"}]
     prompts = [Prompt(0, m, np.array([1], np.int32), "34", "", {}) for m in (messages, messages[:1])]
-    sample = Sample(np.asarray(tokenizer.encode("34}", add_special_tokens=False)), np.zeros(3), "stop", 0)
+    answer = tokenizer.encode("34}", add_special_tokens=False)
+    sample = Sample(np.asarray([*answer, tokenizer.eos_token_id]), np.zeros(len(answer) + 1), "stop", 0)
     seen: list[str] = []
 
     def verifier(texts: list[str], truths: list[str]) -> np.ndarray:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from megatron_bicc import evaluate
 from megatron_bicc.cli import parse_config
-from megatron_bicc.data.prompts import encode_messages
+from megatron_bicc.data.encoding import PromptEncoder
 from megatron_bicc.data.today import asks_for_date, fix_date
 from megatron_bicc.setup_run import Inputs, read_inputs
 
@@ -33,15 +33,16 @@ TEMPLATES = {
     "  {% if true %}{{ strftime_now('%y') }}{% endif %}": "26",
 }
 MESSAGES = [{"role": "user", "content": "1+1="}]
+QUESTION = "{{ messages[0].content }}"
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_template_sees_the_date(template: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    tokenizer.chat_template = template
+    tokenizer.chat_template = template + QUESTION
     assert asks_for_date(tokenizer)
     fix_date(tokenizer, date.fromisoformat(DAY))
-    assert tokenizer.decode(encode_messages(MESSAGES, tokenizer)) == TEMPLATES[template]
+    assert tokenizer.decode(PromptEncoder(tokenizer).encode(MESSAGES)) == TEMPLATES[template] + "1+1="
 
 
 @pytest.mark.parametrize("template", [t for t in TEMPLATES if "%H" not in t])
@@ -51,10 +52,10 @@ def test_nothing_else_of_it_changes(template: str) -> None:
         before, found = TODAY(), []
         for fixed in (False, True):
             tokenizer = AutoTokenizer.from_pretrained(TINY)
-            tokenizer.chat_template = template
+            tokenizer.chat_template = template + QUESTION
             if fixed:
                 fix_date(tokenizer, before)
-            found.append(encode_messages(MESSAGES, tokenizer).tolist())
+            found.append(PromptEncoder(tokenizer).encode(MESSAGES).tolist())
         if TODAY() == before:
             break
     assert found[0] == found[1]
@@ -63,12 +64,17 @@ def test_nothing_else_of_it_changes(template: str) -> None:
 @pytest.fixture
 def settings(tmp_path: Path) -> list[str]:
     """A run and an evaluation of a policy whose template asks for the date."""
-    model = shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    model = shutil.copytree(TINY, tmp_path / "model")
     template = model / "chat_template.jinja"
     template.write_text("{{ strftime_now('%d.%m.%Y ') }}" + template.read_text())
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
     names = {"model.path": model, "data.train": tmp_path / "prompts.jsonl", "output_dir": tmp_path / "run"}
-    return [*(f"{name}={path}" for name, path in names.items()), "rollout.prompts_per_step=1"]
+    return [
+        *(f"{name}={path}" for name, path in names.items()),
+        "rollout.prompts_per_step=1",
+        "rollout.max_new_tokens=32",
+        "data.max_prompt_tokens=64",
+    ]
 
 
 def text(inputs: Inputs) -> str:

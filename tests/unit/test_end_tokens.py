@@ -12,9 +12,10 @@ from transformers import AutoTokenizer
 from megatron_bicc.config import Config
 from megatron_bicc.data import Prompt
 from megatron_bicc.policy.end_tokens import end_token_ids
+from megatron_bicc.policy.hf_model import supported_config
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.types import Sample, Sampling
-from megatron_bicc.setup_run import read_hf_config, read_tokenizer
+from megatron_bicc.setup_run import read_tokenizer
 from megatron_bicc.training.pieces import packing_settings
 
 TINY = Path(__file__).parents[2] / "examples/tiny_policy"
@@ -33,7 +34,7 @@ def model(path: Path, **eos_token_id: Any) -> Path:
 
 
 def ends(path: Path) -> tuple[int, ...]:
-    return end_token_ids(read_hf_config(str(path)), read_tokenizer(str(path)), path)
+    return end_token_ids(supported_config(path), read_tokenizer(str(path)), path)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_every_file_counts(given: dict[str, Any], expected: tuple[int, ...], tmp
     assert ends(path) == expected
     config = Config()
     config.model.path = str(path)
-    for settings in packing_settings(config, read_hf_config(str(path)), read_tokenizer(str(path))):
+    for settings in packing_settings(config, supported_config(path), read_tokenizer(str(path))):
         assert settings.end_token_ids == expected
 
 
@@ -66,7 +67,7 @@ def test_a_token_at_which_servers_end_by_its_text(tmp_path: Path) -> None:
     path = model(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.add_tokens(["<|eom_id|>"], special_tokens=True)
-    hf_config = read_hf_config(str(path))
+    hf_config = supported_config(path)
     hf_config.vocab_size += 1
     assert end_token_ids(hf_config, tokenizer, path) == (END, len(tokenizer) - 1)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.scripted import PROMPTS, Words
-from support.steps import make_config
+from support.steps import TOKENIZER, make_config
 from torch import Tensor
 
 from megatron_bicc.errors import NotFiniteError
@@ -66,7 +66,7 @@ def test_weights_that_are_not_finite_are_not_sent(model_dirs: dict[str, Path], s
     """By name; the engine keeps what it had."""
     path = model_dirs["qwen3_tied"]
     policy = make_policy(path, "float32", 1.0)
-    engine = LocalEngine(str(path), None, torch.float32, torch.device("cpu"), 1)
+    engine = LocalEngine(str(path), TOKENIZER, torch.float32, torch.device("cpu"), 1)
     policy.modules[0].decoder.layers[1].mlp.linear_fc2.weight.data[0, 0] = INF
     with pytest.raises(NotFiniteError, match=r"not finite: model.layers.1.mlp.down_proj.weight$"):
         sync_weights(policy, engine, 1)

@@ -130,8 +130,8 @@ def test_a_bad_answer_costs_its_own_time_only_from_any_thread(
 def test_a_worker_ends_with_its_process_and_prints_nothing(end: signal.Signals):
     code = (
         "import os, time, sys; from megatron_bicc.rewards.processes import WORKER\n"
-        "WORKER.ask('same', 'x+1', '1+x'); print(WORKER._process.pid, flush=True)\n"
-        "try: time.sleep(60)\n"
+        "WORKER.ask('same', 'x+1', '1+x'); pid = WORKER._process.pid\n"
+        "try: print(pid, flush=True); time.sleep(60)\n"
         "except KeyboardInterrupt: os._exit(3)"
     )
     process = subprocess.Popen(

@@ -113,7 +113,7 @@ def test_a_cache_that_drops_tokens(
     make_model("llama3").save_pretrained(tmp_path)
     config = make_config(tmp_path, "grpo", rollout__temperature=temperature)
     learner = Learner(config, Policy(config), TOKENIZER)
-    tokenizer = type("Tokenizer", (), {"eos_token_id": 1, "pad_token_id": 0})
+    tokenizer = type("Tokenizer", (), {"eos_token_id": 1, "pad_token_id": 0, "get_added_vocab": dict})
     engine = LocalEngine(str(tmp_path), tokenizer, torch.float32, torch.device("cpu"), 8)
 
     def step(carried: int = 0) -> None:
