@@ -87,6 +87,6 @@ class OptimizerConfig:
     eps: float = 1e-8
     """Adam's epsilon."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay of all matrices, embeddings and experts included; none of norms and biases."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 is off."""

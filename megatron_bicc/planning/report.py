@@ -12,12 +12,16 @@ GB = 1e9
 
 
 def layout_name(plan: Plan) -> str:
-    """TP 8, PP 4 x 2, DP 2, recompute full."""
+    """TP 8 SP, PP 4 x 2, DP 2, recompute full."""
     p = plan.config.parallel
+    sequence = " SP" if p.sequence else ""
     chunks = f" x {p.virtual_pipeline}" if p.virtual_pipeline > 1 else ""
     expert = f", EP {p.expert}" if p.expert > 1 else ""
     recompute = plan.config.model.recompute
-    return f"TP {p.tensor}, PP {p.pipeline}{chunks}, DP {plan.data_parallel}{expert}, recompute {recompute}"
+    return (
+        f"TP {p.tensor}{sequence}, PP {p.pipeline}{chunks}, DP {plan.data_parallel}{expert}, "
+        f"recompute {recompute}"
+    )
 
 
 def as_text(plan: Plan) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from torch import Tensor
 
 from megatron_bicc import platform
@@ -78,7 +78,7 @@ def load_checkpoint(path: Path, policy: Policy, progress: Progress) -> None:
     """Fills the policy, its optimizer and its schedule, under any layout. Collective.
 
     progress: `read_progress` of the same checkpoint. Raises CheckpointError that names the file that is
-    damaged, or the tensor that is not finite, and what to go on from.
+    damaged, or the tensor that is not there or not finite, and what to go on from.
     """
     try:
         check_manifest(path)
@@ -87,6 +87,7 @@ def load_checkpoint(path: Path, policy: Policy, progress: Progress) -> None:
     with platform.megatron():
         model = _model_state(policy)
         state = model | {"optimizer": _optimizer_state(policy, model, is_loading=True)}
+        _check_tensors(state, path)
         state = dist_checkpointing.load(state, str(path))
         for i, chunk in enumerate(policy.chunks):
             chunk.module.load_state_dict(state[f"model{i}"], strict=False)
@@ -100,6 +101,18 @@ def load_checkpoint(path: Path, policy: Policy, progress: Progress) -> None:
     except NotFiniteError as error:
         raise CheckpointError(f"{path}: {error}; {_remedy(path)}") from error
     policy.scheduler.load_state_dict(progress.scheduler)
+
+
+def _check_tensors(state: dict[str, Any], path: Path) -> None:
+    """Earlier versions kept the optimizer of a policy with experts under other names, and trained the experts
+    wrongly under tensor parallel alone."""
+    held = dist_checkpointing.load_tensors_metadata(str(path))
+    for entry in nested_values(state):
+        if isinstance(entry, ShardedTensor) and entry.key not in held:
+            raise CheckpointError(
+                f"{path}: holds no tensor {entry.key}: it is of another model or of an earlier version; "
+                f"{_remedy(path)}"
+            )
 
 
 def host_state(policy: Policy) -> dict[str, Any]:

@@ -25,6 +25,7 @@ LAYOUTS = {
     "small, pipeline, virtual": (1, "bfloat16", {"pipeline": 2, "virtual_pipeline": 2}),
     "small, data": (1, "bfloat16", {}),
     "experts": (2, "bfloat16", {"expert": 2}),
+    "experts, tensor": (2, "bfloat16", {"tensor": 2, "sequence": True}),
 }
 
 

@@ -6,6 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
+
+from megatron_bicc.cli import parse_config
+from megatron_bicc.config import ParallelConfig
+from megatron_bicc.policy.architecture import transformer_config
+from megatron_bicc.validation import validate
 
 REPOSITORY = Path(__file__).parents[2]
 # several processes or many shards; a busy machine needs minutes for that
@@ -59,9 +65,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(root: Path) -> dict[str, dict]:
+def results(root: Path, model_dirs: dict[str, Path]) -> dict[str, dict]:
     """Every plan, by name."""
-    cases = {**PUBLISHED, **IMPOSSIBLE, **OTHERS}
+    experts = case("tiny", 8, [f"model.path={model_dirs['qwen3_moe']}"], "--propose", "999", gpu="H200")
+    cases = {**PUBLISHED, **IMPOSSIBLE, **OTHERS, "experts": [*experts, "parallel.sequence=true"]}
     cases = {n: [str(root / "plan.png") if a == "PICTURE" else a for a in c] for n, c in cases.items()}
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("plan_worker.py"))]
     subprocess.run([*command, json.dumps(cases), str(root)], check=True, cwd=REPOSITORY)
@@ -94,6 +101,20 @@ def test_proposals_fit_and_the_shortest_step_is_first(results: dict[str, dict], 
     assert times == sorted(times) and times[0] <= found["figures"]["plan"]["seconds"]["step"]
     assert all(other["layout"] in found["out"] for other in others)
     assert (root / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_proposals_with_experts_are_what_start_up_accepts(
+    results: dict[str, dict], model_dirs: dict[str, Path]
+) -> None:
+    assert results["experts"]["status"] == 0, results["experts"]["err"]
+    proposed = set()
+    for other in results["experts"]["figures"]["proposals"]:
+        config = parse_config(["--config", f"{CONFIGS}/tiny.yaml", f"model.path={model_dirs['qwen3_moe']}"])
+        config.parallel, config.model.recompute = ParallelConfig(**other["parallel"]), other["recompute"]
+        validate(config, 8)
+        transformer_config(AutoConfig.from_pretrained(config.model.path), config)
+        proposed.add((config.parallel.tensor, config.parallel.pipeline, config.parallel.expert))
+    assert proposed == {(t, p, e) for t in (1, 2) for p in (1, 2) for e in (1, 2, 4)}
 
 
 def test_links_are_those_of_the_command_line(results: dict[str, dict]) -> None:

@@ -11,6 +11,7 @@ from anyio.from_thread import start_blocking_portal
 from support.models import make_model
 from support.sglang_server import PYTHON, SglangServer
 from support.steps import TOKENIZER, make_config
+from support.two_steps import assert_engine_followed, train_on
 from support.weight_sync import TOKENS, hf_log_probs, served, stream
 from transformers import PreTrainedModel
 
@@ -74,3 +75,10 @@ def test_layouts_and_a_trainer_killed_in_mid_sync(
         portal.call(client.aclose)
     assert version == "20"
     assert np.abs(log_probs - hf_log_probs(model, TOKENS)).max() < 1e-4
+
+
+def test_two_steps_of_training(
+    server: SglangServer, path: Path, single_process: None, tmp_path: Path
+) -> None:
+    server.wait()
+    assert_engine_followed(train_on(server.url, path, tmp_path))

@@ -18,6 +18,7 @@ from support.faulty_proxy import FaultyProxy
 from support.models import make_model
 from support.sglang_server import PYTHON, SglangServer
 from support.steps import TOKENIZER, make_config
+from support.two_steps import assert_engine_followed, train_on
 from support.weight_sync import TOKENS, greedy, hf_log_probs, move, served, stream, tamper
 from transformers import PreTrainedModel
 
@@ -316,6 +317,12 @@ def test_a_restarted_server_needs_the_files(
     assert not one.files.root.exists()
     with pytest.raises(WeightSyncError, match="weight_sync.keep_files=true would have kept them"):
         portal.call(one.restore, clients[1])
+
+
+def test_two_steps_of_training(
+    servers: list[SglangServer], path: Path, single_process: None, tmp_path: Path
+) -> None:
+    assert_engine_followed(train_on(servers[0].url, path, tmp_path))
 
 
 def dying(learner: Learner, die: Callable[[], None]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,7 +1,9 @@
 """Runs of two steps in this process, on any of the small policies and with either engine."""
 
 import json
+import shutil
 import string
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,28 +47,28 @@ def save_tokenizer(directory: Path) -> None:
     fast.save_pretrained(directory)
 
 
-def odd_or_true(texts: list[str], truths: list[str]) -> np.ndarray:
-    """A verifier by which about half of a random policy's responses are right, but no empty one is."""
-    pairs = zip(texts, truths, strict=True)
-    right = [bool(text) and (truth in text or sum(map(ord, text)) % 2 == 1) for text, truth in pairs]
-    return np.array(right, np.float32)
+def odd(texts: list[str], truths: list[str]) -> np.ndarray:
+    """A verifier by which about half of a random policy's responses are right."""
+    return np.array([sum(map(ord, text)) % 2 for text in texts], np.float32)
 
 
 def save_prompts(path: Path) -> Path:
     """A file of prompts."""
-    rows = [{"problem": f"{i}+{7 * i}=", "answer": f"={8 * i}"} for i in range(1, 13)]
+    rows = [{"problem": f"{i}+{7 * i}=", "answer": str(8 * i)} for i in range(1, 13)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def train_two_steps(model: Path, out: Path, *settings: str) -> list[dict]:
-    """The metrics of a run into `out`, step 0 first. Under megatron-core's process groups for one process."""
-    where = [
-        f"model.path={model}",
-        f"output_dir={out}",
-        f"data.train={save_prompts(out.parent / 'train.jsonl')}",
-    ]
-    inputs = read_inputs(parse_config([*SETTINGS, *where, *settings]))
+def train_two_steps(model: Path, root: Path, *settings: str) -> list[dict]:
+    """The metrics of a run, step 0 first. It reads root/model, a copy with a tokenizer, and writes root/run.
+
+    megatron-core's process groups for one process must have been made.
+    """
+    shutil.copytree(model, root / "model")
+    save_tokenizer(root / "model")
+    prompts = save_prompts(root / "train.jsonl")
+    where = [f"model.path={root}/model", f"output_dir={root}/run", f"data.train={prompts}"]
+    inputs = replace(read_inputs(parse_config([*SETTINGS, *where, *settings])), verifier=odd)
     policy = Policy(inputs.config)
     learner = Learner(inputs.config, policy, inputs.tokenizer)
     workers = Workers(policy, learner, make_engine(inputs.config, inputs.tokenizer, learner))
@@ -76,7 +78,13 @@ def train_two_steps(model: Path, out: Path, *settings: str) -> list[dict]:
             finish(inputs, workers, log)
     finally:
         workers.engine.close()
-    return metrics(out)
+    return metrics(root / "run")
+
+
+def train_on(server: str, model: Path, root: Path) -> list[dict]:
+    """`train_two_steps` with rollouts of the SGLang server at this URL."""
+    engine = ("rollout.engine=sglang", "rollout.launch=attach", f"rollout.sglang.servers={server}")
+    return train_two_steps(model, root, *engine)
 
 
 def assert_engine_followed(records: list[dict]) -> None:

@@ -326,3 +326,18 @@ def test_contexts_of_another_length_are_refused(policy: Policy, tmp_path: Path) 
     run[0].config.train.max_sequence_tokens = 256
     with pytest.raises(ValueError, match="train.max_sequence_tokens: was 4096, is 256; set them back"):
         check_resume(saved, run[0].config, run[0].prompt_digests, first_process=True)
+
+
+def test_a_checkpoint_of_other_tensors_is_one_line(
+    policy: Policy, model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    """As is one of an earlier version of a policy with experts."""
+    writer = CheckpointWriter(str(tmp_path), keep=2)
+    writer.snapshot(policy, progress(policy, 1))
+    writer.start()
+    writer.wait()
+    (path,) = checkpoints(str(tmp_path))
+    config = Config()
+    config.model.path, config.model.dtype = str(model_dirs["qwen3_moe"]), "float32"
+    with pytest.raises(CheckpointError, match=f"{path}: holds no tensor .*; delete {path} to start again"):
+        load_checkpoint(path, Policy(config), read_progress(path))
