@@ -198,6 +198,14 @@ def refusal(policy: Policy) -> str:
     return ""
 
 
+def leave_model_parallel() -> None:
+    """Ends megatron-core's process groups, which it only forgets: each keeps threads of its own."""
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
 def main(inputs: Path, out: str) -> None:
     """Every layout, one after another; process groups are made again where they differ."""
     platform.start_distributed()
@@ -205,7 +213,7 @@ def main(inputs: Path, out: str) -> None:
     for name, (model, settings) in layouts(dist.get_world_size()).items():
         parallel = configure(inputs / model, settings).parallel
         if parallel != groups_of:
-            parallel_state.destroy_model_parallel()
+            leave_model_parallel()
             start_model_parallel(configure(inputs / model, settings))
             groups_of = parallel
         found[name] = run_steps(inputs, name, model, settings)
