@@ -64,13 +64,17 @@ CASE = "bicc_rcc_mixed_conditioned"
 
 
 def layouts(processes: int) -> dict[str, tuple[str, dict]]:
-    """Name: (model, settings by dotted name), such that those of equal process groups are neighbours."""
-    dense = {
-        f"{name}-{recompute}": ("dense", settings | {"model.recompute": recompute})
-        for name, settings in DENSE[processes].items()
-        for recompute in RECOMPUTE
-    }
-    return dense | {name: ("moe", settings) for name, settings in expert_layouts(processes).items()}
+    """Name: (model, settings by dotted name), such that those of equal process groups are neighbours.
+
+    Up to two processes the dense model has every layout with every kind of recompute; else they take turns.
+    """
+    found = {}
+    for i, (name, settings) in enumerate(DENSE[processes].items()):
+        for recompute in RECOMPUTE if processes <= 2 else (RECOMPUTE[i % 3],):
+            found[f"{name}-{recompute}"] = ("dense", settings | {"model.recompute": recompute})
+    for i, (name, settings) in enumerate(expert_layouts(processes).items()):
+        found[name] = ("moe", settings | {"model.recompute": RECOMPUTE[i % 3]})
+    return found
 
 
 def expert_layouts(processes: int) -> dict[str, dict]:
@@ -94,12 +98,12 @@ def expert_layouts(processes: int) -> dict[str, dict]:
 
 
 def configure(path: Path, settings: dict) -> Config:
-    """The case's configuration under a layout; micro-batches are small, so that there are several."""
+    """The case's configuration under a layout; micro-batches are small, so that there are several, or two."""
     algorithm, choices = CASES[CASE]
     config = make_config(path, algorithm, **choices)
     # a large eps: else Adam's first update is the sign of the gradient, and rounding flips that of a tiny one
     config.optimizer.lr, config.optimizer.eps, config.optimizer.clip_grad = 1e-2, 1e-2, 1.0
-    config.train.max_tokens_per_microbatch = 100
+    config.train.max_tokens_per_microbatch = 200 if path.name == "moe" else 100
     for name, value in settings.items():
         section, field = name.split(".")
         setattr(getattr(config, section), field, value)
