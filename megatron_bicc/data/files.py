@@ -14,6 +14,7 @@ from megatron_bicc.errors import first_line
 Row = dict[str, Any]
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """A half of a UTF-16 pair, escaped in JSON"""
+MOST_DIGITS = 4300
 
 
 class JsonFloat(float):
@@ -93,20 +94,29 @@ def _parse_line(path: Path, number: int, line: bytes) -> Row:
     try:
         # a byte order mark may stand at the start of a file
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        row = json.loads(text, parse_float=JsonFloat, object_pairs_hook=_object)
+        row = json.loads(text, parse_float=JsonFloat, parse_int=_integer, object_pairs_hook=_object)
         if SURROGATE.search(line):
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeError as error:
         raise ValueError(f"{path}, row {number}: not UTF-8 ({error}); write the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
             f"{path}, row {number}: not valid JSON ({error}); write one object a line"
         ) from error
+    except ValueError as error:  # of what is valid JSON, but cannot be taken
+        raise ValueError(f"{path}, row {number}: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(
             f"{path}, row {number}: a {type(row).__name__}, not a JSON object; write one object a line"
         )
     return row
+
+
+def _integer(text: str) -> int:
+    """A whole number of JSON; raises ValueError for one of more digits than Python reads."""
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"a whole number of {len(text)} digits; write it as a text")
+    return int(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

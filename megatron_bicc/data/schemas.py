@@ -8,6 +8,8 @@ Benchmarks as published on Hugging Face:
     {Problem, Answer}    AIME 2024 (Maxwell-Jia/AIME_2024)
 """
 
+import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -22,6 +24,7 @@ ASKS_NOTHING = ("system", "developer", "tool", "function")
 """Roles that ask no question and may be empty"""
 NOT_READ = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """What messages of other systems hold beside their content, and templates may write"""
+ROLE = re.compile(r"[A-Za-z][\w-]*")
 MOST_ZEROS = 1000
 """Of a number that is written with an exponent"""
 
@@ -118,8 +121,12 @@ def _messages(prompt: Any, column: str) -> list[Message]:
         raise ValueError(
             f'"{column}" must be a text or a list of messages with the texts "role" and "content"'
         )
+    # some templates write the role into the prompt as it is
+    for role in (m["role"] for m in given):
+        if not ROLE.fullmatch(role):
+            raise ValueError(f'"{column}": a message has the role {role[:60]!r}; write one word')
     messages = [{"role": m["role"], "content": _content(m, column)} for m in given]
-    silent = [m["role"] for m in messages if m["role"] not in ASKS_NOTHING and not m["content"].strip()]
+    silent = [m["role"] for m in messages if m["role"] not in ASKS_NOTHING and _is_blank(m["content"])]
     if silent or not any(map(_asks, messages)):
         reason = f"the message of role {silent[0]!r} has no text" if silent else "no message of role 'user'"
         raise ValueError(f'empty prompt in "{column}": {reason}; remove the row or write the question')
@@ -128,6 +135,11 @@ def _messages(prompt: Any, column: str) -> list[Message]:
 
 def _asks(message: Message) -> bool:
     return message["role"] not in (*ASKS_NOTHING, "assistant")
+
+
+def _is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: white space, zero-width and control characters."""
+    return all(c.isspace() or unicodedata.category(c) in ("Cf", "Cc") for c in text)
 
 
 def _is_message(message: Any) -> bool:

@@ -124,6 +124,15 @@ def test_the_limit_itself_is_not_overlong(tmp_path, tokenizer):
         ({"text": "1+1?", "label": "2"}, "unknown schema, columns found: label, text"),
         (PLAIN | {"prompt": "  "}, "empty prompt"),
         (PLAIN | {"prompt": []}, "empty prompt"),
+        (PLAIN | {"prompt": "\u200b\ufeff"}, "empty prompt"),
+        (
+            PLAIN | {"prompt": [{"role": "user|>1+1?<|assistant", "content": "2"}]},
+            r"has the role 'user\|>1\+1\?<\|assistant'; write one word",
+        ),
+        (
+            f'{{"prompt": "1+1?", "answer": {"1" * 5000}}}\n',
+            "a whole number of 5000 digits; write it as a text",
+        ),
         (PLAIN | {"prompt": None}, "list of messages"),
         (PLAIN | {"prompt": [{"role": "user"}]}, "list of messages"),
         (PLAIN | {"prompt": "x" * 90}, "over data.max_prompt_tokens=100"),
