@@ -110,7 +110,7 @@ def run_steps(inputs: Inputs, workers: Workers, first_step: int, log: RunLog) ->
     writer = CheckpointWriter(config.output_dir, config.checkpoint.keep)
     mismatch = MismatchCheck(config, bool(workers.policy.megatron_config.num_moe_experts))
     sync_weights(workers.policy, workers.engine, first_step)
-    watch = ZeroRewardWatch(config.reward.answer, first_step, enabled=dist.get_rank() == 0)
+    watch = ZeroRewardWatch(config.reward.answer, enabled=dist.get_rank() == 0)
     if first_step == 0:
         log.step(0, held_out(inputs, workers))
 
@@ -119,6 +119,7 @@ def run_steps(inputs: Inputs, workers: Workers, first_step: int, log: RunLog) ->
         with clock("step"), ending_well(step, writer):
             with clock("rollout"):
                 rollouts = roll_out(inputs, workers, step)
+            learning_rate = workers.policy.learning_rate()
             with released_memory(inputs, workers):
                 updates = learn(inputs, workers, rollouts, clock, log, step, mismatch)
             with clock("sync"):
@@ -126,7 +127,7 @@ def run_steps(inputs: Inputs, workers: Workers, first_step: int, log: RunLog) ->
             if why := watch.see(rollouts.sampled):
                 _log.warning(why)
             metrics = rollout_metrics(rollouts, config) | mean_metrics(updates)
-            metrics["train/lr"] = workers.policy.learning_rate()
+            metrics["train/lr"] = learning_rate
             metrics |= workers.engine.counts()
             metrics["sync/gb"] = num_bytes / 1e9
             if is_due(step, config.evaluation.every, config):

@@ -137,7 +137,7 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             ),
             _one("Loss", "Not comparable between algorithms.", "train/loss", smooth=True),
             _one("Entropy", "Of the policy at response tokens, in nats.", "train/entropy", smooth=True),
-            _one("Learning rate", "After the step.", "train/lr", zero=True),
+            _one("Learning rate", "Of the step's first update.", "train/lr", zero=True),
             Panel(
                 "KL a token",
                 "k3 estimates.",

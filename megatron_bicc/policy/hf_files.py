@@ -158,7 +158,8 @@ def open_tensors(path: str | Path, allow_pickle: bool) -> HfTensors:
         return PickleDirectory(path)
     if pickled:
         raise ValueError(
-            f"{path}: holds pickled tensors only; --allow-pickle reads them, if you trust their origin"
+            f"{path}: holds pickled tensors only; if you trust their origin, convert them by "
+            "tools/convert_hf_checkpoint.py import --allow-pickle and export"
         )
     raise ValueError(f"{path}: there is no {SINGLE} and no {INDEX} in it")
 

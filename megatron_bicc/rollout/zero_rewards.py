@@ -3,34 +3,47 @@
 from megatron_bicc.rewards.extraction import STYLES, Style, final_answer
 from megatron_bicc.rollout.types import Group
 
-FIRST_STEPS = 3
-"""Steps after which it is said"""
+STEPS = 3
+"""Steps in a row without a reward after which it is said"""
 
 
 class ZeroRewardWatch:
-    """Looks at the first steps of a run. A resumed run is past them."""
+    """Looks for steps in a row in which every reward is 0, from this process's first step on."""
 
-    def __init__(self, style: Style, first_step: int, enabled: bool) -> None:
-        """style: reward.answer; first_step: steps that are finished; enabled: on one process."""
-        self._style = style
-        self._groups: list[Group] | None = [] if enabled and first_step == 0 else None
-        self._steps = 0
+    def __init__(self, style: Style, enabled: bool) -> None:
+        """style: reward.answer; enabled: on one process."""
+        self._style, self._enabled = style, enabled
+        self._zero: list[list[Group]] = []
+        self._had_rewards = False
 
     def see(self, groups: list[Group]) -> str | None:
-        """Takes a step's groups; gives the reason, in one line and once, if the first steps got only 0."""
-        if self._groups is None:
+        """Takes a step's groups; gives the likely reason, in one line and once per such row."""
+        if not self._enabled:
             return None
-        self._groups += groups
-        self._steps += 1
-        why = why_all_zero(self._groups, self._style)
-        if why is None or self._steps == FIRST_STEPS:
-            self._groups = None
-        return f"after {FIRST_STEPS} steps {why}" if why and self._groups is None else None
+        if _has_reward(groups):
+            self._zero, self._had_rewards = [], True
+            return None
+        if len(self._zero) == STEPS:  # it has been said
+            return None
+        self._zero.append(groups)
+        if len(self._zero) < STEPS:
+            return None
+        why = f"in the last {STEPS} steps {why_all_zero(sum(self._zero, []), self._style)}"
+        if self._had_rewards:
+            why += (
+                "; there were rewards before: if the policy has collapsed, resume from an earlier checkpoint "
+                "with a lower optimizer.lr"
+            )
+        return why
+
+
+def _has_reward(groups: list[Group]) -> bool:
+    return any(group.rewards.any() for group in groups)
 
 
 def why_all_zero(groups: list[Group], style: Style) -> str | None:
     """The likely reason, in one line; None if a reward is not 0 or there is none."""
-    if not groups or any(group.rewards.any() for group in groups):
+    if not groups or _has_reward(groups):
         return None
     texts = [text for group in groups for text in group.texts]
     cut = sum(sample.finish_reason == "length" for group in groups for sample in group.samples)

@@ -140,20 +140,19 @@ def test_no_reason_where_a_reward_is_not_zero():
     assert why_all_zero([], "auto") is None
 
 
-def test_all_zero_rewards_are_explained_once_after_the_first_steps():
+def test_steps_without_a_reward_are_explained_once_a_row():
     zero, right = [make_group(["34"])], [make_group(["34"], reward=1)]
 
-    def said(watch: ZeroRewardWatch, steps: list[list[Group]]) -> list[bool]:
-        return [watch.see(groups) is not None for groups in steps]
+    def said(watch: ZeroRewardWatch, steps: list[list[Group]]) -> dict[int, str]:
+        found = {i: watch.see(groups) for i, groups in enumerate(steps, 1)}
+        return {i: why for i, why in found.items() if why}
 
-    assert said(ZeroRewardWatch("auto", 0, enabled=True), [zero] * 6) == [
-        False,
-        False,
-        True,
-        False,
-        False,
-        False,
-    ]
-    assert said(ZeroRewardWatch("auto", 0, enabled=True), [zero, right, *[zero] * 4]) == [False] * 6
-    assert said(ZeroRewardWatch("auto", 3, enabled=True), [zero] * 4) == [False] * 4
-    assert said(ZeroRewardWatch("auto", 0, enabled=False), [zero] * 4) == [False] * 4
+    first = said(ZeroRewardWatch("auto", enabled=True), [zero] * 6)
+    assert first.keys() == {3}
+    assert first[3].startswith("in the last 3 steps all 3 rewards are 0: ")
+    assert "collapsed" not in first[3]
+    assert not said(ZeroRewardWatch("auto", enabled=True), [zero, zero, right, zero, zero, right])
+    later = said(ZeroRewardWatch("auto", enabled=True), [right, *[zero] * 4, right, *[zero] * 3])
+    assert later.keys() == {4, 9}
+    assert all("there were rewards before: if the policy has collapsed" in why for why in later.values())
+    assert not said(ZeroRewardWatch("auto", enabled=False), [zero] * 4)
