@@ -189,9 +189,11 @@ def poison_weight() -> None:
     """In the third step nothing is learned, and a weight becomes NaN."""
     learn = train.learn
 
-    def poisoned(inputs: Inputs, workers: Workers, *rest: Any) -> list[dict[str, float]]:
-        if rest[-1] < 3:
-            return learn(inputs, workers, *rest)
+    def poisoned(
+        inputs: Inputs, workers: Workers, rollouts: Any, clock: Any, log: Any, step: int, mismatch: Any
+    ) -> list[dict[str, float]]:
+        if step < 3:
+            return learn(inputs, workers, rollouts, clock, log, step, mismatch)
         workers.policy.modules[0].decoder.final_layernorm.weight.data[0] = torch.nan
         return []
 
