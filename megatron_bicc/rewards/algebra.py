@@ -17,12 +17,15 @@ _TOKEN = re.compile(
         \\(?:vec|d?dot|(?:wide)?(?:hat|tilde)|bar|overline|underline|over(?:right|left)arrow)
         (?:\s*\{\s*\\?[a-zA-Z]+(?:_(?:\{\w*\}|\w))?\s*\}|\s+\\?[a-zA-Z])(?:_(?:\{\w*\}|\w))?'*
       | (?:\\[a-zA-Z]+|[a-zA-Z])(?:_(?:\{\w*\}|\w))?'+
-      | [a-zA-Z]\^\{\s*-\s*1\s*\}(?=\s*\())
+      | [a-zA-Z]\^\{\s*-\s*1\s*\}(?=\s*\()
+      | [a-zA-Z]\^\{\s*\(\s*\w+\s*\)\s*\})
+    | (?P<greek>\\(?i:gamma|delta|theta|lambda|xi|pi|sigma|upsilon|phi|psi|omega))
+        (?![a-zA-Z])
     | \\[a-zA-Z]+
     | (?P<letter>[a-zA-Z])(?P<below>_(?:\{\w*\}|\w))?""",
     re.VERBOSE,
 )
-r"""A symbol with a mark (\vec a, y', f^{-1}(x)), a command, or a letter and its subscript"""
+r"""A symbol with a mark (\vec a, y', f^{-1}(x), f^{(2)}), a command, or a letter and its subscript"""
 DIGITS = 400
 """Digits to which values are compared; math-verify itself compares 15, and calls 10^-20 and 10^-21 equal."""
 
@@ -48,11 +51,13 @@ def _distinct(a: str, b: str) -> tuple[str, str]:
     """
     letters = {m["letter"] for text in (a, b) for m in _TOKEN.finditer(text) if m["letter"]}
     below = {c for text in (a, b) for m in _TOKEN.finditer(text) for c in m["below"] or "" if c.isalpha()}
-    upper = {c for c in letters | below if c.isupper() and c.lower() in letters | below}
+    greek = {m["greek"] for text in (a, b) for m in _TOKEN.finditer(text) if m["greek"]}
+    upper = {s for names in (letters | below, greek) for s in names if s != s.lower() and s.lower() in names}
     names: dict[str, str] = {}
 
     def renamed(match: re.Match[str]) -> str:
-        if not match["marked"] and not (match["letter"] and upper & set(match[0])):
+        symbols = {match["greek"]} if match["greek"] else set(match[0]) if match["letter"] else set()
+        if not match["marked"] and not upper & symbols:
             return match[0]
         key = re.sub(r"[\s{}]", "", match[0])
         return names.setdefault(key, f"z_{{{9001 + len(names)}}}") + " "

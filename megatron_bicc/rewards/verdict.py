@@ -28,8 +28,10 @@ _PRODUCTS = ("abc", "mn", "pq", "rst", "uv", "xyz")
 """Letters of which two alone are a product: xy, but not no, up, HT or AB"""
 _SHORT_WORDS = {"no", "up", "on", "in", "us", "ok", "he", "me", "we", "it", "so", "pm", "am"}
 """Words of two letters whose case does not matter"""
+_CROSS = re.compile(r"(?<![\w\\}^])([a-zA-Z])\s*\\times\s*([a-zA-Z])(?![\w^({])")
+"""A product of two letters whose order matters if they are sets or vectors"""
 _UNREAD = re.compile(
-    r"""\.\.|\?|!!|--|\\cross|(?<![\w.])0[xX][\da-fA-F]|[\d)}\]]\s*'
+    r"""\.\.|\?|!!|--|\\(?:cross|equiv|cong|sim|propto)(?![a-zA-Z])|(?<![\w.])0[xX][\da-fA-F]|[\d)}\]]\s*'
     |(?<!\\sqrt)\[\s*(?:\\?[a-zA-Z]+|-?\d*\.\d+)\s*\]|\\\{\s*\\?[a-zA-Z]+\s*\\\}""",
     re.VERBOSE,
 )
@@ -79,6 +81,9 @@ def reading(truth: str) -> Reading | None:
 def _same(a: str, b: str) -> bool:
     if a == b:
         return bool(a)
+    crossed = [set(_CROSS.findall(text)) for text in (a, b)]
+    if any(p != q and (q, p) in crossed[1] for p, q in crossed[0]):
+        return False
     if _UNREAD.search(a) or _UNREAD.search(b):
         return re.sub(r"[\s{}]", "", a) == re.sub(r"[\s{}]", "", b)
     for rule in RULES:
@@ -230,7 +235,8 @@ def _lists(a: str, b: str) -> bool | None:
         return False
     if len(items_a) == 1 and (open_a or close_a or open_b or close_b):
         fractional = "{" in (open_a, open_b) and open_a != open_b and "." in items_a[0] + items_b[0]
-        return not fractional and _same(items_a[0], items_b[0])
+        nested = open_a == open_b == "{" and items_a[0].startswith("\\{") != items_b[0].startswith("\\{")
+        return not fractional and not nested and _same(items_a[0], items_b[0])
     if brackets in ({"{}"}, {""}, {"{}", ""}):
         return _unordered(items_a, items_b)
     if len(brackets) == 2 and not brackets <= {"()", "", "<>", "column"} and brackets != {"row", ""}:
@@ -451,6 +457,8 @@ def _is_words(text: str) -> bool:
     plain = unwrap_text(text)
     if len(plain) == 2 and plain.isalpha():
         return not _is_product(plain)
+    if re.fullmatch(r"[A-Z](?: [A-Z])+", plain):
+        return True
     return bool(_WORD.search(plain)) and not re.search(r"[\d\\^_=<>+*/|{}\[\],;:%$]", plain)
 
 
