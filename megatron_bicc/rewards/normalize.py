@@ -262,7 +262,7 @@ def _words(text: str) -> str:
     )
     text = re.sub(r"^(?:minus|negative)\s+(?=[\d.\\$])", "-", text, flags=re.I)
     text = re.sub(r"^(\d+)\s*(?:\^\s*\{?\s*)?(?:st|nd|rd|th)\s*\}?$", r"\1", text)  # 1st, 5^{th}
-    text = re.sub(r"(?<= degrees )\s*\\?([CF])$", lambda m: _TEMPERATURES[m[1]], text)
+    text = re.sub(r"(?<= degrees )\s*(?:\\text\{\s*)?\\?([CF])\s*\}?$", lambda m: _TEMPERATURES[m[1]], text)
     text = re.sub(
         r"^(\d+) and (?:a|one)[ -]half(?![a-zA-Z])", lambda m: f"\\frac{{{2 * int(m[1]) + 1}}}{{2}}", text
     )

@@ -44,8 +44,8 @@ class Worker:
             first = self.killed == 1
         if first:
             _log.warning(
-                "an answer or its ground truth took over %g s of processor time, or too much memory, to read and "
-                "compare, and scores 0: %s (later ones are not logged)",
+                "an answer or its truth took over %g s of processor time, or too much memory, to compare, "
+                "and scores 0: %s (later ones are not logged)",
                 CPU_SECONDS,
                 " against ".join(f"{argument:.60}" for argument in arguments),
             )

@@ -218,7 +218,7 @@ def test_verdicts(kind: str):
 
 
 def test_a_truth_that_takes_too_long_to_evaluate_is_unscorable():
-    """It is refused at start-up by file and row; an answer that is letter for letter the same is no excuse."""
+    """It is refused at start-up by file and row, although it is the same text as the answer."""
     assert unscorable("math", ["2x+1", "9^{9^{9^9}}", "2^{1000}"], 0.5) == [1]
 
 
