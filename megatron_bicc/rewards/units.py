@@ -156,7 +156,7 @@ def read_compound(text: str) -> list[Quantity] | None:
 
 
 def _is_unit(word: str, written: str, before: str, described: bool) -> bool:
-    """A sign, a known unit, a plural or, where a unit follows (`described`), any word of three letters.
+    """A sign, a known unit, a plural or, beside a unit (`described`), `of` or `per`, any word of three letters.
 
     An unknown word that is no plural is no unit: 5 dozen, 5 squared and 5 below are not 5. Of single letters
     few are units: 5 m, not 5x.
@@ -169,6 +169,7 @@ def _is_unit(word: str, written: str, before: str, described: bool) -> bool:
     if word in UNITS or word in ("sq", "square", "cubic", "cu", "per", "of", "each"):
         return True
     plural = word.endswith("s") and not word.endswith("ss") or before.strip() == "1"
+    described = described or bool(re.search(r"(?<![a-zA-Z])(?:of|per|/)\s*$", before))
     return len(word) > 2 and (plural or described) and bool(re.search(r"[\s})/]$", before))
 
 
