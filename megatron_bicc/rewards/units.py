@@ -83,7 +83,8 @@ _NO_UNIT = {
     *("sixes", "seven", "sevens", "eight", "eights", "nine", "nines", "ten", "tens", "dozen", "dozens"),
     *("score", "scores", "gross", "half", "halves", "third", "thirds"),
     *("quarter", "quarters", "twice", "double", "doubles", "triple", "triples", "squared", "cubed"),
-    *("hundreds", "thousands", "millions", "billions", "trillions", "twenties", "thirties", "half-dozen"),
+    *("hundreds", "thousands", "millions", "billions", "trillions", "twenties", "thirties"),
+    *("out", "from", "by", "as", "at", "since", "because", "while", "every", "any", "none"),
     *("negative", "almost", "nearly", "factorial", "factorials", "percentile"),
 }
 """Words after a value that say more about it than a unit does, or that are a number themselves"""
@@ -120,7 +121,7 @@ def read_quantity(text: str) -> Quantity | None:
     while tail := _TAIL.search(rest):
         word = re.sub(r"\\text\{\s*(\w)\s*\}|\\", r"\1", tail["word"]).lower().replace(".", "")
         before = rest[: tail.start()]
-        if word in _NO_UNIT or _ORDINAL.fullmatch(word):
+        if any(part in _NO_UNIT or _ORDINAL.fullmatch(part) for part in word.split("-")):
             return None
         if not _is_unit(word, tail["word"], before, bool(words)):
             break
@@ -156,7 +157,7 @@ def read_compound(text: str) -> list[Quantity] | None:
 
 
 def _is_unit(word: str, written: str, before: str, described: bool) -> bool:
-    """A sign, a known unit, a plural or, beside a unit (`described`), `of` or `per`, any word of three letters.
+    """A sign, a known unit, a plural or, beside a unit (`described`), `of` or `per`, any word of 3 letters.
 
     An unknown word that is no plural is no unit: 5 dozen, 5 squared and 5 below are not 5. Of single letters
     few are units: 5 m, not 5x.
