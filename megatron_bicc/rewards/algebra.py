@@ -11,6 +11,21 @@ from typing import Any
 
 from megatron_bicc.rewards.numbers import DOUBLE_DIGITS, read_number, rounds_to
 
+_TOKEN = re.compile(
+    r"""\\(?:text|begin|end|mathbb|operatorname)\s*\{[^{}]*\}
+    | (?P<marked>
+        \\(?:vec|d?dot|(?:wide)?(?:hat|tilde)|bar|overline|underline|over(?:right|left)arrow)
+        (?:\s*\{\s*\\?[a-zA-Z]+(?:_(?:\{\w*\}|\w))?\s*\}|\s+\\?[a-zA-Z])(?:_(?:\{\w*\}|\w))?'*
+      | (?:\\[a-zA-Z]+|[a-zA-Z])(?:_(?:\{\w*\}|\w))?'+
+      | [a-zA-Z]\^\{\s*-\s*1\s*\}(?=\s*\()
+      | [a-zA-Z]\^\{\s*\(\s*\w+\s*\)\s*\})
+    | (?P<greek>\\(?i:gamma|delta|theta|lambda|xi|pi|sigma|upsilon|phi|psi|omega))
+        (?![a-zA-Z])
+    | \\[a-zA-Z]+
+    | (?P<letter>[a-zA-Z])(?P<below>_(?:\{\w*\}|\w))?""",
+    re.VERBOSE,
+)
+r"""A symbol with a mark (\vec a, y', f^{-1}(x), f^{(2)}), a command, or a letter and its subscript"""
 DIGITS = 400
 """Digits to which values are compared; math-verify itself compares 15, and calls 10^-20 and 10^-21 equal."""
 
@@ -19,6 +34,7 @@ def equal(a: str, b: str) -> bool:
     """Whether two answers, as rewards.normalize spells them, are mathematically the same."""
     from math_verify import verify
 
+    a, b = _distinct(a, b)
     x, y = _parsed(a), _parsed(b)
     if _is_rounding(a, y) or _is_rounding(b, x):
         return True
@@ -28,11 +44,34 @@ def equal(a: str, b: str) -> bool:
     return verify(y, x, **sets) or verify(x, y, **sets)
 
 
-def understood(text: str) -> bool:
-    """Whether an answer reads as mathematics."""
-    from sympy import Basic, MatrixBase
+def _distinct(a: str, b: str) -> tuple[str, str]:
+    r"""The two with a name of its own for each symbol that math-verify would take for another.
 
-    return any(isinstance(each, Basic | MatrixBase) for each in _parsed(text))
+    It reads X as x, and ignores accents, primes and the difference between f^{-1}(x) and 1/f(x).
+    """
+    letters = {m["letter"] for text in (a, b) for m in _TOKEN.finditer(text) if m["letter"]}
+    below = {c for text in (a, b) for m in _TOKEN.finditer(text) for c in m["below"] or "" if c.isalpha()}
+    greek = {m["greek"] for text in (a, b) for m in _TOKEN.finditer(text) if m["greek"]}
+    upper = {s for names in (letters | below, greek) for s in names if s != s.lower() and s.lower() in names}
+    names: dict[str, str] = {}
+
+    def renamed(match: re.Match[str]) -> str:
+        symbols = {match["greek"]} if match["greek"] else set(match[0]) if match["letter"] else set()
+        if not match["marked"] and not upper & symbols:
+            return match[0]
+        key = re.sub(r"[\s{}]", "", match[0])
+        return names.setdefault(key, f"z_{{{9001 + len(names)}}}") + " "
+
+    return _TOKEN.sub(renamed, a), _TOKEN.sub(renamed, b)
+
+
+def understood(text: str) -> bool:
+    """Whether an answer reads as mathematics; takes the time of its evaluation, as a comparison does."""
+    from sympy import Basic, Integer, MatrixBase
+
+    parsed = _parsed(text)
+    _differ(parsed, [Integer(0)])
+    return any(isinstance(each, Basic | MatrixBase) for each in parsed)
 
 
 @lru_cache(maxsize=4096)

@@ -81,6 +81,8 @@ _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n
 ATOM = r"(?:\{[^{}]*\}|\\[a-zA-Z]+|[0-9a-zA-Z])"
 """What a command such as \frac takes where no braces nest: a group, a command or one character"""
 
+_LETTER = rf"(?:\\(?:{'|'.join(_LETTERS.values())})(?![a-zA-Z])|[a-zA-Z])"
+
 _SYNONYMS = {
     "dne": "does not exist",
     "undef": "undefined",
@@ -96,8 +98,20 @@ _SYNONYMS = {
     "\\{\\}": "\\emptyset",
     "infinity": "\\infty",
     "negative infinity": "-\\infty",
+    "no solution": "\\emptyset",
+    "no solutions": "\\emptyset",
 }
 """Whole answers with another spelling"""
+_SYNONYMS |= {
+    word: str(value)
+    for value, word in enumerate(
+        [
+            *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+            *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
+            *("nineteen", "twenty"),
+        ]
+    )
+}
 
 _PHRASES = [
     (r"(?:no (?:less|fewer)|not (?:less|fewer)) than", r"\\ge "),
@@ -112,6 +126,7 @@ _PHRASES = [
 ]
 """Relations in words before a number, the longer first"""
 
+_TEMPERATURES = {"C": "celsius", "F": "fahrenheit"}
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
@@ -145,6 +160,7 @@ def _characters(text: str) -> str:
     text = re.sub(r"√\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"√\s*(\d+(?:\.\d+)?|[a-zA-Zπ])", r"\\sqrt{\1}", text)
     text = re.sub(r"∛\s*\(?(\d+|[a-zA-Z])\)?", r"\\sqrt[3]{\1}", text)
+    text = re.sub(r"(?<=\d)\s*[–—]\s*(?=\d)", "--", text)  # a range, not a difference
     text = "".join(_SYMBOLS.get(c, c) for c in text)
     return "".join(c if c.isascii() else _compatible(c) for c in text)
 
@@ -184,9 +200,10 @@ _WRAPPERS = [
 
 
 def _unwrapped(text: str) -> str:
-    text = text.strip()
+    text = re.sub(r"\\(?:text)?color\s*\{[^{}]*\}", "", text)
+    text = re.sub(r"(?:(?<!\\)\\(?:[,;:!> ]|q?quad|$)|~|\s)+$", "", text).strip()
     text = re.sub(r"^\*+\s*|\s*\*+$", "", text)
-    text = re.sub(r"(?:\.|,|;|:)+$", "", text) if not re.search(r"\d\.{2,}$", text) else text
+    text = re.sub(r"(?:\.|,|;|:)+$", "", text) if not text.endswith("..") else text
     for wrapper in _WRAPPERS:
         if whole := wrapper.fullmatch(text):
             return whole[1].strip()
@@ -209,9 +226,11 @@ def _latex(text: str) -> str:
         r"\\text{",
         text,
     )
-    text = re.sub(
-        r"\\(?:mathbf|boldsymbol|mathit|mathsf|bm|vec|overrightarrow|hat)\s*\{([^{}]*)\}", r"\1", text
-    )
+    vector = r"\\(?:mathbf|boldsymbol|bm|vec|overrightarrow|hat)\s*(?:\{[^{}]*\}|\\?[a-zA-Z]+)"
+    text = re.sub(rf"({vector})\s*\\times\s*(?={vector})", r"\1\\cross ", text)
+    text = re.sub(r"\\(?:mathbf|boldsymbol|mathit|mathsf|bm)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\(?:mathbf|boldsymbol|bm)\s+(?=[a-zA-Z])", "", text)
+    text = re.sub(r"\\hat\s*(?:\{\s*([ijk])\s*\}|\s([ijk])(?![a-zA-Z]))", r"\1\2", text)  # unit vectors
     text = re.sub(r"\\(?:lt|gt)(?![a-zA-Z])", lambda m: {"\\lt": "<", "\\gt": ">"}[m[0]], text)
     text = re.sub(r"\\(?:leq|leqslant|leqq)(?![a-zA-Z])|<=", r"\\le ", text)
     text = re.sub(r"\\(?:geq|geqslant|geqq)(?![a-zA-Z])|>=", r"\\ge ", text)
@@ -222,6 +241,7 @@ def _latex(text: str) -> str:
         r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree(?![a-zA-Z])|\{\\circ\}", " degrees ", text
     )
     text = re.sub(r"\\(?:ldots|dots|cdots|dotsc)(?![a-zA-Z])", "...", text)
+    text = re.sub(r"(?<=_)\{\s*([a-zA-Z])\s*=\s*", r"{\1=", text)  # the index of a sum
     text = re.sub(r"\\backslash|\\smallsetminus", r"\\setminus", text)
     text = text.replace("\\%", "%").replace("\\#", "#").replace("\\&", "&").replace("\\_", "_")
     text = re.sub(r"\\(?:mid|vert|lvert|rvert)(?![a-zA-Z])", "|", text)
@@ -240,6 +260,12 @@ def _words(text: str) -> str:
         text,
         flags=re.I,
     )
+    text = re.sub(r"^(?:minus|negative)\s+(?=[\d.\\$])", "-", text, flags=re.I)
+    text = re.sub(r"^(\d+)\s*(?:\^\s*\{?\s*)?(?:st|nd|rd|th)\s*\}?$", r"\1", text)  # 1st, 5^{th}
+    text = re.sub(r"(?<= degrees )\s*(?:\\text\{\s*)?\\?([CF])\s*\}?$", lambda m: _TEMPERATURES[m[1]], text)
+    text = re.sub(
+        r"^(\d+) and (?:a|one)[ -]half(?![a-zA-Z])", lambda m: f"\\frac{{{2 * int(m[1]) + 1}}}{{2}}", text
+    )
     for words, relation in _PHRASES:
         text = re.sub(rf"(?<![a-zA-Z])(?:{words})\s*(?=[-+\d\\.$])", relation, text, flags=re.I)
     return text
@@ -256,7 +282,9 @@ def _plain_mathematics(text: str) -> str:
     text = re.sub(r"(?<![a-zA-Z\\])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<![a-zA-Z\\])sqrt\s*\{", r"\\sqrt{", text)
     text = re.sub(r"(?<![a-zA-Z\\])sqrt\s*(\d+)", r"\\sqrt{\1}", text)
-    text = re.sub(r"\\sqrt\s*(\d)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\sqrt\s*(\[\d+\])?\s*(\d)", lambda m: f"\\sqrt{m[1] or ''}{{{m[2]}}}", text)
+    text = re.sub(r"\\sqrt(\[\d*[13579]\])\{\s*-\s*(\d+)\s*\}", r"(-\\sqrt\1{\2})", text)  # the real root
+    text = re.sub(r"(?<=\d)\s*x\s*(?=10\s*\^)", r"\\times ", text)  # 5x10^3
     text = text.replace("**", "^").replace("*", "\\cdot ")
     text = re.sub(r"(?<![a-zA-Z\\])(sin|cos|tan|log|ln|pi|infinity)(?![a-zA-Z])(?=.)", _command, text)
     text = re.sub(r"(?<![a-zA-Z\\])pi$", r"\\pi", text)
@@ -287,7 +315,7 @@ def _repeating(text: str) -> str:
     text = re.sub(number + r"\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?(?!\d)", _fraction_of_dotted, text)
     text = re.sub(number + r"\((\d+)\)()(?!\d)", _fraction_of_repeating, text)
     text = re.sub(number + r"\s*\.{2,}$", _fraction_of_dots, text)
-    return re.sub(r"\s*\.{2,}$", "", text)
+    return text
 
 
 def _fraction_of_repeating(match: re.Match[str]) -> str:
@@ -308,7 +336,7 @@ def _fraction_of_dots(match: re.Match[str]) -> str:
         repeated = digits[-period:]
         if len(digits) >= times * period and digits.endswith(repeated * times):
             return _repeating_fraction(sign, whole, digits, repeated)
-    return match[0].rstrip(". ")
+    return match[0]
 
 
 def _repeating_fraction(sign: str, whole: str, fixed: str, repeated: str) -> str:
@@ -320,6 +348,9 @@ def _mixed(text: str) -> str:
     """Mixed numbers as one fraction: 1 1/4, 1\\frac14, 1 and 1/4."""
     text = re.sub(r"\\(frac|binom)\s*(\d)\s*(\d)(?!\d)", r"\\\1{\2}{\3}", text)
     text = re.sub(rf"\\frac\s*(\d)\s*(?={ATOM})", r"\\frac{\1}", text)
+    text = re.sub(rf"\\(frac|binom)(?![a-zA-Z])\s*({_LETTER})\s*(?={ATOM})", r"\\\1{\2}", text)
+    group = r"\{(?:[^{}]|\{[^{}]*\})*\}"
+    text = re.sub(rf"\\(frac|binom)\s*({group})\s*({_LETTER}|\d(?!\d))", r"\\\1\2{\3}", text)
     text = re.sub(
         r"(?<![\w.^_}/,])(\d+)\s*(?:\s+and\s+|\s*)\\frac\s*\{(\d+)\}\s*\{(\d+)\}(?![\w^])",
         _one_fraction,
@@ -350,7 +381,8 @@ def _scales(text: str) -> str:
 
 def _ends(text: str) -> str:
     """A point or comma at the end away, also one before a unit's end: `180,`, `34 apples.`"""
-    return re.sub(r"\s*[.,;:?]+$", "", text.strip()) or text
+    text = text.strip()
+    return text if text.endswith("..") else re.sub(r"\s*[.,;:]+$", "", text) or text
 
 
 _RULES: list[Callable[[str], str]] = [

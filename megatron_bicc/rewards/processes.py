@@ -44,10 +44,10 @@ class Worker:
             first = self.killed == 1
         if first:
             _log.warning(
-                "an answer took over %g s of processor time, or too much memory, to compare and scores 0: "
-                "%.60r (later ones are not logged)",
+                "an answer or its truth took over %g s of processor time, or too much memory, to compare, "
+                "and scores 0: %s (later ones are not logged)",
                 CPU_SECONDS,
-                arguments[0],
+                " against ".join(f"{argument:.60}" for argument in arguments),
             )
         raise OutOfTimeError
 

@@ -45,6 +45,24 @@ _SPELLINGS = {
     "am": "",
     "pm": "",
     "people": "persons person",
+    "acre": "acres",
+    "ton": "tons tonne tonnes",
+    "pint": "pints",
+    "tablespoon": "tablespoons tbsp",
+    "teaspoon": "teaspoons tsp",
+    "kelvin": "kelvins",
+    "celsius": "",
+    "fahrenheit": "",
+    "newton": "newtons",
+    "joule": "joules",
+    "watt": "watts",
+    "volt": "volts",
+    "ohm": "ohms",
+    "ampere": "amperes amps amp",
+    "hertz": "hz",
+    "mole": "moles mol",
+    "penny": "pennies pence",
+    **dict.fromkeys(("men", "women", "children", "mice", "fish", "sheep", "dice", "geese", "teeth"), ""),
 }
 UNITS = {name: unit for unit, names in _SPELLINGS.items() for name in [unit, *names.split()]}
 """Unit by spelling"""
@@ -58,8 +76,22 @@ _NO_UNIT = {
     *("and", "or", "is", "isn't", "not", "no", "never", "but", "if", "for", "to", "than", "more", "less"),
     *("least", "most", "otherwise", "where", "when", "with", "wrong", "false", "incorrect", "mod", "base"),
     *("times", "plus", "minus", "sin", "cos", "tan", "log", "frac", "sqrt", "pi"),
+    *("was", "has", "does", "equals", "exceeds", "divides", "remains", "becomes", "gives", "means", "fails"),
+    *("thus", "perhaps", "always", "sometimes", "besides", "unless", "versus", "vs", "across", "yes", "this"),
+    *("its", "fewer", "extra", "above", "below", "under", "over", "before", "after", "past", "ago", "until"),
+    *("zero", "one", "ones", "two", "twos", "three", "threes", "four", "fours", "five", "fives", "six"),
+    *("sixes", "seven", "sevens", "eight", "eights", "nine", "nines", "ten", "tens", "dozen", "dozens"),
+    *("score", "scores", "gross", "half", "halves", "third", "thirds"),
+    *("quarter", "quarters", "twice", "double", "doubles", "triple", "triples", "squared", "cubed"),
+    *("hundreds", "thousands", "millions", "billions", "trillions", "twenties", "thirties"),
+    *("out", "from", "by", "as", "at", "since", "because", "while", "every", "any", "none"),
+    *("negative", "almost", "nearly", "factorial", "factorials", "percentile"),
 }
-"""Words after a value that say more about it than a unit does"""
+"""Words after a value that say more about it than a unit does, or that are a number themselves"""
+_ORDINAL = re.compile(
+    r"(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie|hundred|thousand|[a-z]+illion)ths?"
+)
+"""The names of fractions: 5 hundredths"""
 _POWER = r"\s*\^\s*\{?\s*(?P<power>[2-9])\s*\}?"
 _TAIL = re.compile(
     rf"(?P<word>%|\$|\\\$|[€£¥₹¢]|\\text\{{\s*[a-zA-Z]\s*\}}|(?<![a-zA-Z\\])[a-zA-Z][a-zA-Z.'-]*)(?:{_POWER})?\s*$"
@@ -89,9 +121,9 @@ def read_quantity(text: str) -> Quantity | None:
     while tail := _TAIL.search(rest):
         word = re.sub(r"\\text\{\s*(\w)\s*\}|\\", r"\1", tail["word"]).lower().replace(".", "")
         before = rest[: tail.start()]
-        if word in _NO_UNIT:
+        if any(part in _NO_UNIT or _ORDINAL.fullmatch(part) for part in word.split("-")):
             return None
-        if not _is_unit(word, tail["word"], before):
+        if not _is_unit(word, tail["word"], before, bool(words)):
             break
         words.append(UNITS.get(word, _singular(word)) + (f"^{tail['power']}" if tail["power"] else ""))
         rest = before.rstrip()
@@ -124,8 +156,12 @@ def read_compound(text: str) -> list[Quantity] | None:
     return [Quantity(value, str(name)) for value, name in known]
 
 
-def _is_unit(word: str, written: str, before: str) -> bool:
-    """A sign, a known unit, or a word of three letters; of single letters few: 5 m, not 5x."""
+def _is_unit(word: str, written: str, before: str, described: bool) -> bool:
+    """A sign, a known unit, a plural or, beside a unit (`described`), `of` or `per`, any word of 3 letters.
+
+    An unknown word that is no plural is no unit: 5 dozen, 5 squared and 5 below are not 5. Of single letters
+    few are units: 5 m, not 5x.
+    """
     if written.startswith("\\text") or not word[0].isalpha():
         return True
     if len(word) == 1:
@@ -133,7 +169,9 @@ def _is_unit(word: str, written: str, before: str) -> bool:
         return length or bool(re.search(r"[a-zA-Z]/$", before))
     if word in UNITS or word in ("sq", "square", "cubic", "cu", "per", "of", "each"):
         return True
-    return len(word) > 2 and bool(re.search(r"[\s})/]$", before))
+    plural = word.endswith("s") and not word.endswith("ss") or before.strip() == "1"
+    described = described or bool(re.search(r"(?<![a-zA-Z])(?:of|per|/)\s*$", before))
+    return len(word) > 2 and (plural or described) and bool(re.search(r"[\s})/]$", before))
 
 
 def _singular(word: str) -> str:

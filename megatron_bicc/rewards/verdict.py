@@ -17,13 +17,25 @@ from megatron_bicc.rewards.units import Quantity, read_compound, read_quantity
 Reading = Literal["number", "mathematics", "text"]
 
 _RELATION = re.compile(
-    r"(\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|\\approx(?![a-zA-Z])|\\in(?![a-zA-Z])|[<>=])"
+    r"(\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|\\approx(?![a-zA-Z])|\\in(?![a-zA-Z])|[<>]|(?<!_\{[a-zA-Z])=)"
 )
 _FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
 _NAME = r"(?:\\?[a-zA-Z]+(?:_\{?\w+\}?)?(?:\s*\([^()]*\))?'*|\\text\{[^{}]*\})"
 """A variable, a function at a point, or what a word stands for"""
 _CLOCK = re.compile(r"(\d{1,2})\s*:\s*([0-5]\d)")
 _WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
+_PRODUCTS = ("abc", "mn", "pq", "rst", "uv", "xyz")
+"""Letters of which two alone are a product: xy, but not no, up, HT or AB"""
+_SHORT_WORDS = {"no", "up", "on", "in", "us", "ok", "he", "me", "we", "it", "so", "pm", "am"}
+"""Words of two letters whose case does not matter"""
+_CROSS = re.compile(r"(?<![\w\\}^])([a-zA-Z])\s*\\times\s*([a-zA-Z])(?![\w^({])")
+"""A product of two letters whose order matters if they are sets or vectors"""
+_UNREAD = re.compile(
+    r"""\.\.|\?|!!|--|\\(?:cross|equiv|cong|sim|propto)(?![a-zA-Z])|(?<![\w.])0[xX][\da-fA-F]|[\d)}\]]\s*'
+    |(?<!\\sqrt)\[\s*(?:\\?[a-zA-Z]+|-?\d*\.\d+)\s*\]|\\\{\s*\\?[a-zA-Z]+\s*\\\}""",
+    re.VERBOSE,
+)
+r"""Notations that computer algebra ignores or reads as another: 1,2,...; 3!!; vectors a \times b; 5'; [x]"""
 
 
 def same(answer: str, truth: str) -> bool:
@@ -69,6 +81,11 @@ def reading(truth: str) -> Reading | None:
 def _same(a: str, b: str) -> bool:
     if a == b:
         return bool(a)
+    crossed = [set(_CROSS.findall(text)) for text in (a, b)]
+    if any(p != q and (q, p) in crossed[1] for p, q in crossed[0]):
+        return False
+    if _UNREAD.search(a) or _UNREAD.search(b):
+        return re.sub(r"[\s{}]", "", a) == re.sub(r"[\s{}]", "", b)
     for rule in RULES:
         verdict = rule(a, b)
         if verdict is not None:
@@ -90,7 +107,8 @@ def _words(a: str, b: str) -> bool | None:
     """Words are no products of letters: compared as text. Beside mathematics, letters may be a product."""
     words = [_is_words(text) for text in (a, b)]
     if all(words):
-        return _spelled(a) == _spelled(b)
+        x, y = _spelled(a), _spelled(b)
+        return x == y if len(x) > 2 or x in _SHORT_WORDS else unwrap_text(a) == unwrap_text(b)
     if not any(words):
         return None
     word, other = (a, b) if words[0] else (b, a)
@@ -121,6 +139,9 @@ def _same_choice(a: str, b: str) -> bool | None:
 def _choice(text: str) -> tuple[str, str] | None:
     """Letter and text of a choice; a letter alone is one too."""
     match = re.fullmatch(r"\(?([A-Z])\)[.:]?\s*(.*)|([A-Z])[.:]\s+(.+)|([A-Z])", text)
+    more = r"\([A-Z]\)|^[A-Z]\)?$|^(?:[,;/&]|(?:and|or|but|not)(?![a-zA-Z]))"
+    if match and re.search(more, match[2] or match[4] or ""):
+        return None  # two options are no choice
     if not match or (match[2] or "").startswith(("^", "_", "+", "-", "=", "\\cup", "\\cap")):
         return None
     return match[1] or match[3] or match[5], match[2] or match[4] or ""
@@ -208,23 +229,19 @@ def _lists(a: str, b: str) -> bool | None:
     brackets = {open_a + close_a, open_b + close_b}
     if len(items_a) != len(items_b):
         return False
+    inequality = r"[<>]|\\[lg]e(?![a-zA-Z])"
+    disjunctions = [bool(re.search(r"(?<![a-zA-Z])or(?![a-zA-Z])", text)) for text in (a, b)]
+    if disjunctions[0] != disjunctions[1] and any(re.search(inequality, i) for i in items_a + items_b):
+        return False
     if len(items_a) == 1 and (open_a or close_a or open_b or close_b):
-        return _same(items_a[0], items_b[0])
+        fractional = "{" in (open_a, open_b) and open_a != open_b and "." in items_a[0] + items_b[0]
+        nested = open_a == open_b == "{" and items_a[0].startswith("\\{") != items_b[0].startswith("\\{")
+        return not fractional and not nested and _same(items_a[0], items_b[0])
     if brackets in ({"{}"}, {""}, {"{}", ""}):
         return _unordered(items_a, items_b)
-    if brackets == {"(]", "()"} or brackets == {"[)", "()"} or brackets == {"[]", "()"}:
-        if not _same_but_for_infinity((open_a, items_a, close_a), (open_b, items_b, close_b)):
-            return False
-    elif len(brackets) == 2 and not brackets <= {"()", "", "<>", "column"} and brackets != {"row", ""}:
+    if len(brackets) == 2 and not brackets <= {"()", "", "<>", "column"} and brackets != {"row", ""}:
         return False
     return all(_same(p, q) for p, q in zip(items_a, items_b, strict=True))
-
-
-def _same_but_for_infinity(a: tuple[str, list[str], str], b: tuple[str, list[str], str]) -> bool:
-    """An end at infinity is open however it is written."""
-    if len(a[1]) != 2:
-        return False
-    return (a[0] == b[0] or "infty" in a[1][0]) and (a[2] == b[2] or "infty" in a[1][1])
 
 
 def _listed(text: str) -> tuple[str, list[str], str] | None:
@@ -241,6 +258,8 @@ def _listed(text: str) -> tuple[str, list[str], str] | None:
         signs = {"\\{": "{", "\\}": "}", "\\langle": "<", "\\rangle": ">"}
         begin, end = signs.get(bracketed[1], bracketed[1]), signs.get(bracketed[3], bracketed[3])
         items = _split(bracketed[2], words=begin == "{")
+        if begin == "{":
+            items = list(dict.fromkeys(items))  # an element counts once
         if begin + end == "[]" and len(items) == 2 and _same(items[0], items[1]):
             items = items[:1]
         if len(items) > 1 or begin + end in ("{}", "()"):
@@ -308,6 +327,8 @@ def _equations(a: str, b: str) -> bool | None:
             _FLIPPED.get(r, "") for r in y[1::2]
         )
         return None if known else False
+    if not _consistent(x) or not _consistent(y):
+        return False
     first, second = _assigned(x), _assigned(y)
     if len(x) > 1 and len(y) > 1:
         if first and second and first[0] and second[0]:
@@ -319,6 +340,17 @@ def _equations(a: str, b: str) -> bool | None:
         return None
     assigned = first if len(x) > 1 else second
     return _same(assigned[1], b if len(x) > 1 else a) if assigned else False
+
+
+def _consistent(sides: list[str]) -> bool:
+    """Whether the sides of an equation that are numbers are all the same: not 2 + 2 = 5."""
+    if "\\approx" in sides[1::2]:
+        return True
+    variable = r"\\(?!(?:frac|sqrt|pi|times|cdot|div|binom|sin|cos|tan|log|ln)(?![a-zA-Z]))[a-zA-Z]"
+    values = [
+        s.strip() for s in sides[::2] if s.strip() and not _has_letters(s) and not re.search(variable, s)
+    ]
+    return all(_same(values[0], value) for value in values[1:])
 
 
 def _assigned(sides: list[str]) -> tuple[str, str] | None:
@@ -418,9 +450,20 @@ RULES: list[Callable[[str, str], bool | None]] = [
 
 
 def _is_words(text: str) -> bool:
-    """Letters that are no product: a word of three letters or more, and no digit or sign of mathematics."""
+    """Letters that are no product: a word of three letters or more, and no digit or sign of mathematics.
+
+    Two letters alone are one too, unless they are names of variables that go together (_PRODUCTS).
+    """
     plain = unwrap_text(text)
+    if len(plain) == 2 and plain.isalpha():
+        return not _is_product(plain)
+    if re.fullmatch(r"[A-Z](?: [A-Z])+", plain):
+        return True
     return bool(_WORD.search(plain)) and not re.search(r"[\d\\^_=<>+*/|{}\[\],;:%$]", plain)
+
+
+def _is_product(text: str) -> bool:
+    return len(text) == 2 and any(set(text) <= set(letters) for letters in _PRODUCTS)
 
 
 def _spelled(text: str) -> str:

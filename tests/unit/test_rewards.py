@@ -217,6 +217,11 @@ def test_verdicts(kind: str):
     assert len(wrong) <= 0.02 * 2 * len(pairs), wrong
 
 
+def test_a_truth_that_takes_too_long_to_evaluate_is_unscorable():
+    """It is refused at start-up by file and row, although it is the same text as the answer."""
+    assert unscorable("math", ["2x+1", "9^{9^{9^9}}", "2^{1000}"], 0.5) == [1]
+
+
 def test_there_are_enough_pairs():
     assert len(VERDICTS) >= 300
     assert len({(pair["answer"], pair["truth"]) for pair in VERDICTS}) == len(VERDICTS)
