@@ -281,7 +281,7 @@ def _prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase, inst
             f"reward.verifier={reward.verifier} does not even accept the ground truth itself, "
             f"{truths[i][:60]!r}; correct it or remove the row"
         )
-    if int(os.environ.get("RANK", "0")) == 0:
+    if platform.is_first():
         _report_truths(config, path, prompts)
     return prompts
 
