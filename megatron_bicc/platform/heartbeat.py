@@ -30,8 +30,12 @@ class Heartbeat:
         self._hosts, self._prefix = _meet(local_rank)
         self._rank = dist.get_rank()
         self._ended = threading.Event()
-        if self._rank in self._hosts and len(self._hosts) > 1:
-            self._start()
+        if len(self._hosts) > 1:
+            if self._rank in self._hosts:
+                self._start()
+            # a count that is not there yet would be waited for: a host that is lost before its first beat
+            # would be taken for a store that does not answer
+            dist.barrier()
 
     def stop(self) -> None:
         """Watches no longer. To be called once no process waits for another any more."""
@@ -41,6 +45,7 @@ class Heartbeat:
         self._address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         timeout = timedelta(seconds=self._silence)
         self._store = dist.TCPStore(*self._address, is_master=False, timeout=timeout)
+        self._store.set(self._key(self._rank), "0")
         self._counts = {rank: b"" for rank in self._hosts if rank != self._rank}
         self._answered = time.monotonic()
         self._heard = dict.fromkeys(self._counts, self._answered)
