@@ -63,9 +63,8 @@ class GroupSampler:
         log-prob or a reward that is not finite: whether or not anything is learned from the group, the policy
         or the verifier is of no more use.
         """
-        if not prompts:
+        if not prompts:  # transformers would decode no samples at all as one sample without tokens
             return []
-        # transformers decodes no samples at all as one sample without tokens
         texts = self.tokenizer.batch_decode([_without_end(s) for s in samples], skip_special_tokens=True)
         asked = [prompt for prompt in prompts for _ in range(self.group_size)]
         answers = [prompt.begun_answer + text for prompt, text in zip(asked, texts, strict=True)]

@@ -80,6 +80,16 @@ def progress(policy: Policy, step: int) -> Progress:
     return Progress(step, {}, policy.scheduler.state_dict(), {}, {})
 
 
+def checkpoint_of(policy: Policy, directory: Path) -> Path:
+    """The only checkpoint in a run's directory, of the policy after a step."""
+    writer = CheckpointWriter(str(directory), keep=1)
+    writer.snapshot(policy, progress(policy, 1))
+    writer.start()
+    writer.wait()
+    (path,) = checkpoints(str(directory))
+    return path
+
+
 def test_a_checkpoint_holds_the_moment_of_its_snapshot(policy: Policy, tmp_path: Path) -> None:
     writer = CheckpointWriter(str(tmp_path), keep=2)
     writer.snapshot(policy, progress(policy, 1))
@@ -99,11 +109,7 @@ def test_a_checkpoint_holds_the_moment_of_its_snapshot(policy: Policy, tmp_path:
 
 
 def test_optimizer_settings_of_a_resumed_run_are_its_own(policy: Policy, tmp_path: Path) -> None:
-    writer = CheckpointWriter(str(tmp_path), keep=1)
-    writer.snapshot(policy, progress(policy, 1))
-    writer.start()
-    writer.wait()
-    (path,) = checkpoints(str(tmp_path))
+    path = checkpoint_of(policy, tmp_path)
     config = Config()
     config.model.path, config.model.dtype = str(tmp_path / "hf"), "float32"
     config.optimizer = OptimizerConfig(
@@ -332,11 +338,7 @@ def test_a_checkpoint_of_other_tensors_is_one_line(
     policy: Policy, model_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
     """As is one of an earlier version of a policy with experts."""
-    writer = CheckpointWriter(str(tmp_path), keep=2)
-    writer.snapshot(policy, progress(policy, 1))
-    writer.start()
-    writer.wait()
-    (path,) = checkpoints(str(tmp_path))
+    path = checkpoint_of(policy, tmp_path)
     config = Config()
     config.model.path, config.model.dtype = str(model_dirs["qwen3_moe"]), "float32"
     with pytest.raises(CheckpointError, match=f"{path}: holds no tensor .*; delete {path} to start again"):
