@@ -148,9 +148,9 @@ class Policy:
     @contextmanager
     def gradient_sketch(self, num_groups: int) -> Iterator[GradientSketch]:
         """What backward passes inside it add to the output layer's gradient, by group."""
-        shard, device = self.modules[-1].vocab_shard(), platform.device()
+        shard = self.modules[-1].vocab_shard()
         dtype = self.megatron_config.params_dtype
-        sketch = GradientSketch(num_groups, self.directions, shard, dtype, device)
+        sketch = GradientSketch(num_groups, self.directions, shard, dtype, platform.device())
         self.modules[-1].sketch = sketch
         try:
             yield sketch

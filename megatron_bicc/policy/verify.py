@@ -119,16 +119,16 @@ def cached_logits(model: PreTrainedModel, prompt_T: Tensor) -> Tensor:
 
 def _causal(tokens_T: Tensor) -> PackedBatch:
     """One causal sequence without responses."""
-    device, length = platform.device(), len(tokens_T)
+    where, length = platform.device(), len(tokens_T)
     whole, nothing = np.array([0, length], np.int32), np.zeros(2, np.int32)
-    none = torch.zeros(0, dtype=torch.int64, device=device)
+    none = torch.zeros(0, dtype=torch.int64, device=where)
     return PackedBatch(
         qkv_format="sbhd",
-        tokens_T=tokens_T.to(device),
-        positions_T=torch.arange(length, device=device),
+        tokens_T=tokens_T.to(where),
+        positions_T=torch.arange(length, device=where),
         labels_N=none,
         response_N=none,
         response_rows=slice(length, length),
-        causal=Segments.of_themselves(whole, device),
-        cross=Segments.across(nothing, whole, device),
+        causal=Segments.of_themselves(whole, where),
+        cross=Segments.across(nothing, whole, where),
     )

@@ -58,10 +58,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def make_inputs(rows: int, vocab: int, hidden: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns rows and output layer (bf16 on a GPU), and labels."""
-    device = platform.device()
+    where = platform.device()
     dtype = torch.bfloat16 if platform.has_cuda() else torch.float32
-    random = torch.Generator(device).manual_seed(0)
-    make = {"generator": random, "device": device}
+    random = torch.Generator(where).manual_seed(0)
+    make = {"generator": random, "device": where}
     states = torch.randn(rows, hidden, **make).to(dtype).requires_grad_()
     weight = (torch.randn(vocab, hidden, **make) / hidden**0.5).to(dtype).requires_grad_()
     return states, weight, torch.randint(0, vocab, (rows,), **make)
