@@ -17,6 +17,7 @@ import yaml
 
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
+from megatron_bicc.errors import UserError
 from megatron_bicc.validation import validate
 
 __all__ = ["abort", "parse_config", "settings", "speak_once", "validate"]
@@ -92,7 +93,7 @@ def parse_config(argv: list[str], program: str = PROGRAM) -> Config:
             speak_once(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), sys.stdout)
             raise SystemExit(0)
         return config
-    except ValueError as error:
+    except UserError as error:
         abort(str(error), program)
 
 
@@ -170,7 +171,7 @@ def _convert(flags: list[str], assignments: list[Assignment]) -> jsonargparse.Na
     except argparse.ArgumentError:
         wrong = next(a for a in assignments if not _fits(parser, a))
         expected = settings()[wrong.name].expected
-        raise ValueError(f"{wrong.origin}: {wrong.name} is {wrong.text!r}; it must be {expected}") from None
+        raise UserError(f"{wrong.origin}: {wrong.name} is {wrong.text!r}; it must be {expected}") from None
 
 
 def _fits(parser: jsonargparse.ArgumentParser, assignment: Assignment) -> bool:
@@ -196,7 +197,7 @@ def _read_arguments(argv: list[str]) -> tuple[list[str], list[Assignment]]:
         if not equals:
             value = next(tokens, "--") if token.startswith("--") else "--"
             if value.startswith("--"):
-                raise ValueError(f"{COMMAND_LINE}: {name} has no value; write {name}=value")
+                raise UserError(f"{COMMAND_LINE}: {name} has no value; write {name}=value")
         assignments.append(Assignment(name, value, COMMAND_LINE))
     return flags, assignments
 
@@ -216,17 +217,17 @@ def _read_yaml(path: str) -> list[Assignment]:
             root = yaml.compose(stream, Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ValueError(f"--config {path}: cannot read it: {reason}") from None
+        raise UserError(f"--config {path}: cannot read it: {reason}") from None
     except RecursionError:
-        raise ValueError(f"{path}: nested too deeply to be settings") from None
+        raise UserError(f"{path}: nested too deeply to be settings") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"{path}: holds no settings; write 'section:' and 'name: value' lines")
+        raise UserError(f"{path}: holds no settings; write 'section:' and 'name: value' lines")
     return list(_leaves(root, "", path))
 
 
@@ -235,7 +236,7 @@ def _leaves(mapping: yaml.MappingNode, prefix: str, path: str) -> Iterator[Assig
     for key, value in mapping.value:
         name, origin = f"{prefix}{key.value}", f"{path} line {key.start_mark.line + 1}"
         if name in seen:
-            raise ValueError(f"{origin}: {name} is given twice; remove one")
+            raise UserError(f"{origin}: {name} is given twice; remove one")
         seen.add(name)
         if isinstance(value, yaml.MappingNode) and name not in settings():
             yield from _leaves(value, f"{name}.", path)
@@ -246,11 +247,11 @@ def _leaves(mapping: yaml.MappingNode, prefix: str, path: str) -> Iterator[Assig
 def _scalar(name: str, node: yaml.Node, origin: str) -> str:
     _check_name(name, origin)
     if not isinstance(node, yaml.ScalarNode):
-        raise ValueError(f"{origin}: {name} takes one value: {settings()[name].expected}")
+        raise UserError(f"{origin}: {name} takes one value: {settings()[name].expected}")
     if not _is_null(node):
         return node.value
     if "null" not in settings()[name].choices:
-        raise ValueError(f"{origin}: {name} is empty; it must be {settings()[name].expected}")
+        raise UserError(f"{origin}: {name} is empty; it must be {settings()[name].expected}")
     return "null"
 
 
@@ -263,16 +264,16 @@ def _is_section(name: str) -> bool:
 
 
 def _check_name(name: str, origin: str) -> None:
-    """Raises ValueError, with the nearest name, unless name is a setting."""
+    """Raises UserError, with the nearest name, unless name is a setting."""
     if name in settings():
         return
     if _is_section(name):
-        raise ValueError(f"{origin}: {name} is a section; set {name}.<name>, see --help")
+        raise UserError(f"{origin}: {name} is a section; set {name}.<name>, see --help")
     if name.split(".")[-1] in CUTS:
-        raise ValueError(
+        raise UserError(
             f"{origin}: there is no setting {name}: the policy gradient needs samples of the whole "
             "distribution, of which log-probs are taken; rollout.temperature is all that shapes it"
         )
     in_other_sections = [known for known in settings() if known.split(".")[-1] == name.split(".")[-1]]
     nearest = difflib.get_close_matches(name, in_other_sections or settings(), n=1, cutoff=0.0)[0]
-    raise ValueError(f"{origin}: unknown setting {name}; the nearest is {nearest}")
+    raise UserError(f"{origin}: unknown setting {name}; the nearest is {nearest}")

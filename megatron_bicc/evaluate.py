@@ -4,6 +4,7 @@ python -m megatron_bicc.evaluate --model DIR --benchmark FILE [--benchmark FILE 
 """
 
 from megatron_bicc import launcher
+from megatron_bicc.errors import UserError
 
 if __name__ == "__main__":
     launcher.end_with_launcher()  # before the imports below, which take seconds
@@ -21,19 +22,16 @@ import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_bicc import platform, run_lock
+from megatron_bicc import device, run_lock
 from megatron_bicc.cli import abort, parse_config, settings
 from megatron_bicc.config import Config
-from megatron_bicc.data import Prompt, digest
-from megatron_bicc.evaluation import Evaluation, ask, summarize
-from megatron_bicc.evaluation.answers import AnswerFile, Answers
-from megatron_bicc.evaluation.benchmarks import names_of, run_benchmark
-from megatron_bicc.evaluation.results import write_results
-from megatron_bicc.policy.hf_model import warn_of_index
-from megatron_bicc.rewards import Verifier, check_threshold, get_verifier
+from megatron_bicc.data.prompts import Prompt, digest
+from megatron_bicc.evaluation.benchmarks import ask, names_of, run_benchmark
+from megatron_bicc.evaluation.results import AnswerFile, Answers, Evaluation, summarize, write_results
+from megatron_bicc.rewards.registry import Verifier, check_threshold, get_verifier
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.types import Engine, RolloutError, Sampling
-from megatron_bicc.setup_run import (
+from megatron_bicc.startup import (
     check_policy,
     engine_positions,
     heldout_prompts,
@@ -43,6 +41,7 @@ from megatron_bicc.setup_run import (
     with_date,
 )
 from megatron_bicc.validation import validate_evaluation
+from megatron_bicc.weights.hf_files import warn_of_index
 
 PROGRAM = "python -m megatron_bicc.evaluate"
 DECISIVE = (
@@ -97,10 +96,10 @@ def main(argv: list[str]) -> None:
     config = parse_config([*overrides, *given], PROGRAM)
     try:
         inputs = read_inputs(config, options.benchmark)
-        platform.start_distributed()
+        device.start_distributed()
         hold_output_dir(config)
         evaluations = evaluate_benchmarks(inputs)
-    except (ValueError, RolloutError) as error:
+    except (UserError, RolloutError) as error:
         abort(str(error), PROGRAM)
     except KeyboardInterrupt:
         abort("stopped; the same command goes on", PROGRAM)
@@ -109,11 +108,11 @@ def main(argv: list[str]) -> None:
         print(write_results(out, decisive(inputs.config), evaluations), end="")
         print(f"\nfigures  {out / 'results.json'}")
         print(f"answers  {', '.join(str(out / f'{name}.jsonl') for name in evaluations)}")
-    platform.end_distributed()
+    device.end_distributed()
 
 
 def read_inputs(config: Config, paths: list[str]) -> Inputs:
-    """Reads and checks every setting and file. Raises ValueError, one line, for the first mistake."""
+    """Reads and checks every setting and file. Raises UserError, one line, for the first mistake."""
     validate_evaluation(config, paths)
     check_threshold(config.reward.verifier, config.reward.threshold)
     named = names_of(paths)
@@ -137,13 +136,13 @@ def _kept_date(config: Config, named: dict[str, str]) -> str:
 def _check_lengths(
     config: Config, hf_config: PretrainedConfig, paths: dict[str, str], prompts: dict[str, list[Prompt]]
 ) -> None:
-    """Raises ValueError where an answer can be longer than the model, or its server, has positions for."""
+    """Raises UserError where an answer can be longer than the model, or its server, has positions for."""
     response, most = config.rollout.max_new_tokens, engine_positions(config, hf_config)
     for name, own in prompts.items():
         longest = max(own, key=lambda prompt: len(prompt.token_ids))
         tokens = len(longest.token_ids)
         if tokens + response > most:
-            raise ValueError(
+            raise UserError(
                 f"{paths[name]}, row {longest.index + 1}: the prompt's {tokens} tokens + "
                 f"rollout.max_new_tokens = {response} make {tokens + response}; {config.model.path} has "
                 f"{most} positions (max_position_embeddings in config.json, --context-length of a server): "
@@ -154,7 +153,7 @@ def _check_lengths(
 def evaluate_benchmarks(inputs: Inputs) -> dict[str, Evaluation]:
     """The figures of every benchmark by its name; answers are kept in output_dir, NAME.jsonl. Collective.
 
-    Raises ValueError, one line, where that holds answers of other settings, before anything is generated,
+    Raises UserError, one line, where that holds answers of other settings, before anything is generated,
     RolloutError when no rollout server does its work.
     """
     config = inputs.config
@@ -203,7 +202,7 @@ def _answer_file(inputs: Inputs, name: str) -> AnswerFile:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out is {out}; no such directory can be made: {error.strerror}") from error
+        raise UserError(f"--out is {out}; no such directory can be made: {error.strerror}") from error
     file = AnswerFile(out / f"{name}.jsonl", settings)
     if dist.get_rank() == 0:
         file.load()

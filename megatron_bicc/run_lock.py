@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_bicc.errors import UserError
 from megatron_bicc.processes import process
 
 FILE = "run.lock"
@@ -81,7 +82,7 @@ class RunLock:
         self._released = threading.Event()
 
     def acquire(self) -> None:
-        """Returns with the lock. Raises ValueError naming host and process if another run has it.
+        """Returns with the lock. Raises UserError naming host and process if another run has it.
 
         OSError if no file can be written there.
         """
@@ -94,7 +95,7 @@ class RunLock:
         threading.Thread(target=self._beat, name="run lock", daemon=True).start()
 
     def refuse_if_alive(self) -> None:
-        """Raises ValueError as `acquire` does, but only for what this host knows at once. Writes nothing."""
+        """Raises UserError as `acquire` does, but only for what this host knows at once. Writes nothing."""
         with contextlib.suppress(OSError):
             held = self._read()
             holder = _holder(held) if held else None
@@ -161,7 +162,7 @@ class RunLock:
         self._file = None
 
     def _is_left(self, held: bytes) -> bool:
-        """Whether the run of a lock has ended; not if the lock has gone. Raises ValueError if it is alive."""
+        """Whether the run of a lock has ended; not if the lock has gone. Raises UserError if it is alive."""
         holder = _holder(held)
         alive = self._is_alive(holder) if holder else None
         if alive is None:
@@ -195,7 +196,7 @@ class RunLock:
         return bool(self._own.machine) and (holder.host, holder.machine) == machine
 
     def _stands_still(self, held: bytes, holder: Holder | None) -> bool:
-        """Whether a lock's count does, for long enough. Raises ValueError if it moves."""
+        """Whether a lock's count does, for long enough. Raises UserError if it moves."""
         logger.warning(
             "%s is of %s; waiting %g seconds to see whether that one is alive",
             self._path,
@@ -224,8 +225,8 @@ class RunLock:
         time.sleep(SETTLE_S if holder and self._is_here(holder) else self._beat_s)
         return self._own.token.encode() in (self._read() or b"")
 
-    def _in_use(self, holder: Holder | None) -> ValueError:
-        return ValueError(
+    def _in_use(self, holder: Holder | None) -> UserError:
+        return UserError(
             f"output directory {self.directory} is in use by {holder or 'another run'}: "
             "wait until that one has ended, end it, or choose another directory"
         )
@@ -265,7 +266,7 @@ _lock: RunLock | None = None
 def hold(directory: str) -> None:
     """Takes the lock of a directory for this process, to its end.
 
-    Raises ValueError, one line, if another run has it or nothing can be written there.
+    Raises UserError, one line, if another run has it or nothing can be written there.
     """
     global _lock
     if _holds(directory):
@@ -275,7 +276,7 @@ def hold(directory: str) -> None:
         lock.directory.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as error:
-        raise ValueError(f"output directory {directory} cannot be written: {error.strerror}") from error
+        raise UserError(f"output directory {directory} cannot be written: {error.strerror}") from error
     if _lock:
         _lock.release()
     _lock = lock
@@ -284,7 +285,7 @@ def hold(directory: str) -> None:
 
 
 def refuse_if_alive(directory: str) -> None:
-    """Raises ValueError, one line, if another run of this host has the directory. Writes nothing."""
+    """Raises UserError, one line, if another run of this host has the directory. Writes nothing."""
     if not _holds(directory):
         RunLock(Path(directory)).refuse_if_alive()
 

@@ -17,34 +17,39 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_bicc import platform
-from megatron_bicc.cli import abort, parse_config, speak_once
-from megatron_bicc.config import Config
-from megatron_bicc.errors import NotFiniteError
-from megatron_bicc.evaluation import evaluate
-from megatron_bicc.monitoring.run_log import RunLog
-from megatron_bicc.monitoring.timing import Stopwatch
-from megatron_bicc.rollout.collect import GroupSampler
-from megatron_bicc.rollout.dynamic import Collected
-from megatron_bicc.rollout.types import RolloutError, Sampling
-from megatron_bicc.rollout.zero_rewards import ZeroRewardWatch
-from megatron_bicc.setup_run import Inputs, Workers, read_inputs, start_workers
-from megatron_bicc.training.checkpoint import (
+from megatron_bicc import device
+from megatron_bicc.checkpoint.checkpoint import (
     CheckpointError,
+    CheckpointWriter,
     Progress,
     check_writable,
     checkpoints,
     load_checkpoint,
 )
-from megatron_bicc.training.checkpoint_writer import CheckpointWriter
-from megatron_bicc.training.export import export, export_step, forget_exports
-from megatron_bicc.training.metrics import evaluation_metrics, mean_metrics, rollout_metrics, update_metrics
-from megatron_bicc.training.mismatch import EngineMismatch, MismatchCheck
-from megatron_bicc.training.report_groups import report_groups
-from megatron_bicc.training.report_layout import report_layout
-from megatron_bicc.training.resume import contents, resume_point
-from megatron_bicc.weight_sync import sync_weights
-from megatron_bicc.weight_sync.errors import WeightSyncError
+from megatron_bicc.checkpoint.export import export, export_step, forget_exports
+from megatron_bicc.checkpoint.resume import contents, resume_point
+from megatron_bicc.cli import abort, parse_config, speak_once
+from megatron_bicc.config import Config
+from megatron_bicc.errors import NotFiniteError, UserError
+from megatron_bicc.evaluation.benchmarks import evaluate
+from megatron_bicc.metrics import Stopwatch
+from megatron_bicc.rollout.collect import GroupSampler, ZeroRewardWatch
+from megatron_bicc.rollout.sampling import Collected
+from megatron_bicc.rollout.types import RolloutError, Sampling
+from megatron_bicc.run_log import RunLog
+from megatron_bicc.startup import Inputs, Workers, read_inputs, start_workers
+from megatron_bicc.training.step_metrics import (
+    EngineMismatch,
+    MismatchCheck,
+    evaluation_metrics,
+    mean_metrics,
+    report_groups,
+    report_layout,
+    rollout_metrics,
+    update_metrics,
+)
+from megatron_bicc.weights.sync import sync_weights
+from megatron_bicc.weights.transport import WeightSyncError
 
 _log = logging.getLogger(__name__)
 
@@ -57,9 +62,9 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         abort(f"stopped; checkpoint.resume=true goes on from the newest checkpoint in {config.output_dir}")
     except RuntimeError as error:
-        if not platform.is_connection_loss(error):
+        if not device.is_connection_loss(error):
             raise
-        abort(f"{platform.lost_connection(error)}; checkpoint.resume=true goes on", everywhere=True)
+        abort(f"{device.lost_connection(error)}; checkpoint.resume=true goes on", everywhere=True)
 
 
 def run(config: Config) -> None:
@@ -71,7 +76,7 @@ def run(config: Config) -> None:
         inputs = read_inputs(config)
         workers = start_workers(inputs)
         first_step = restore(inputs, workers)
-    except ValueError as error:
+    except UserError as error:
         abort(str(error))
     try:
         train(inputs, workers, first_step)
@@ -85,15 +90,15 @@ def run(config: Config) -> None:
         )
     except (RolloutError, WeightSyncError) as error:
         abort(f"{error}; checkpoint.resume=true goes on from the newest checkpoint")
-    platform.end_distributed()
+    device.end_distributed()
 
 
 def print_dry_run(config: Config) -> None:
-    """Everything but the run. Raises ValueError, one line."""
+    """Everything but the run. Raises UserError, one line."""
     # Imported late: a run has no use for it.
     from megatron_bicc.planning.dry_run import dry_run, summary
 
-    speak_once(summary(dry_run(config, platform.world_size())) + "\n", sys.stdout)
+    speak_once(summary(dry_run(config, device.world_size())) + "\n", sys.stdout)
 
 
 def train(inputs: Inputs, workers: Workers, first_step: int) -> None:

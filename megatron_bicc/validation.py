@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config, ParallelConfig, flatten
-from megatron_bicc.rollout.sglang.settings import check_servers
+from megatron_bicc.errors import UserError
+from megatron_bicc.sglang.checks import check_servers
 
 POSITIVE_COUNTS = (
     "train.steps",
@@ -63,7 +64,7 @@ DECAYS = ("optimizer.beta1", "optimizer.beta2")
 
 
 def validate(config: Config, world_size: int) -> None:
-    """Raises ValueError, one line that names setting, value and remedy, for the first mistake found.
+    """Raises UserError, one line that names setting, value and remedy, for the first mistake found.
 
     world_size: number of processes of the run. Files are looked for, not read, and so are optional packages.
     A dry run does without data.train.
@@ -77,7 +78,7 @@ def validate(config: Config, world_size: int) -> None:
     check_servers(config.rollout)
     if config.monitoring.wandb_project:
         # Imported late: it brings the drawing library along.
-        from megatron_bicc.monitoring.writer import import_wandb
+        from megatron_bicc.metrics import import_wandb
 
         import_wandb(config.monitoring.wandb_project)
 
@@ -95,9 +96,9 @@ def _check_ranges(values: dict[str, Any]) -> None:
     """values: every setting by its dotted name."""
     for name, value in values.items():
         if isinstance(value, str) and "\0" in value:
-            raise ValueError(f"{name} is {value!r}; it must not hold a NUL character")
+            raise UserError(f"{name} is {value!r}; it must not hold a NUL character")
     if values["data.date"] and not _is_date(values["data.date"]):
-        raise ValueError(
+        raise UserError(
             f"data.date is {values['data.date']!r}; write a date as YYYY-MM-DD, or leave it empty"
         )
     finite = {name: not isinstance(value, float) or math.isfinite(value) for name, value in values.items()}
@@ -130,25 +131,25 @@ def _is_date(text: str) -> bool:
 def _require(values: dict[str, Any], holds: dict[str, bool], remedy: str) -> None:
     for name, good in holds.items():
         if not good:
-            raise ValueError(f"{name} is {values[name]}; {remedy}")
+            raise UserError(f"{name} is {values[name]}; {remedy}")
 
 
 def check_processes(layout: ParallelConfig, world_size: int) -> None:
-    """Raises ValueError for a layout that no policy can have over so many processes."""
+    """Raises UserError for a layout that no policy can have over so many processes."""
     if layout.context != 1:
-        raise ValueError(
+        raise UserError(
             f"parallel.context is {layout.context}; context parallel is not supported, set it to 1"
         )
     if layout.sequence and layout.tensor == 1:
-        raise ValueError("parallel.sequence is true; it needs parallel.tensor of at least 2, which is 1")
+        raise UserError("parallel.sequence is true; it needs parallel.tensor of at least 2, which is 1")
     if layout.virtual_pipeline > 1 and layout.pipeline == 1:
-        raise ValueError(
+        raise UserError(
             f"parallel.virtual_pipeline is {layout.virtual_pipeline}; "
             "it needs parallel.pipeline of at least 2, which is 1"
         )
     for first, size in (("tensor", layout.tensor), ("expert", layout.expert)):
         if world_size % (size * layout.pipeline):
-            raise ValueError(
+            raise UserError(
                 f"parallel.{first} is {size} and parallel.pipeline is {layout.pipeline}; their product "
                 f"{size * layout.pipeline} must divide the number of processes, {world_size}"
             )
@@ -157,17 +158,17 @@ def check_processes(layout: ParallelConfig, world_size: int) -> None:
 def _check_batches(config: Config) -> None:
     prompts, updates = config.rollout.prompts_per_step, config.train.updates_per_step
     if prompts % updates:
-        raise ValueError(
+        raise UserError(
             f"train.updates_per_step is {updates}; it must divide rollout.prompts_per_step = {prompts}"
         )
     most = config.rollout.max_prompts_per_step
     if config.rollout.dynamic_sampling and most < prompts:
-        raise ValueError(
+        raise UserError(
             f"rollout.max_prompts_per_step is {most}; "
             f"it must be at least rollout.prompts_per_step = {prompts}"
         )
     if config.optimizer.min_lr > config.optimizer.lr:
-        raise ValueError(
+        raise UserError(
             f"optimizer.min_lr is {config.optimizer.min_lr}; "
             f"it must not exceed optimizer.lr = {config.optimizer.lr}"
         )
@@ -177,12 +178,12 @@ def _check_budget(config: Config) -> None:
     prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
     sequence, microbatch = config.train.max_sequence_tokens, config.train.max_tokens_per_microbatch
     if sequence < prompt + response:
-        raise ValueError(
+        raise UserError(
             f"train.max_sequence_tokens is {sequence}; it must be at least data.max_prompt_tokens + "
             f"rollout.max_new_tokens = {prompt} + {response} = {prompt + response}"
         )
     if microbatch < sequence:
-        raise ValueError(
+        raise UserError(
             f"train.max_tokens_per_microbatch is {microbatch}; it must hold the longest sequence, "
             f"train.max_sequence_tokens = {sequence} (of it data.max_prompt_tokens = {prompt} and "
             f"rollout.max_new_tokens = {response})"
@@ -195,33 +196,31 @@ def _check_files(config: Config) -> None:
         ("data.train", config.data.train, "the file of training prompts"),
     ):
         if not path and not (config.dry_run and name == "data.train"):
-            raise ValueError(f"{name} is not set; set it to {content}")
+            raise UserError(f"{name} is not set; set it to {content}")
     _check_model(config)
     if config.data.train:
         _check_file("data.train", config.data.train)
     if config.evaluation.data:
         _check_file("evaluation.data", config.evaluation.data)
     if config.monitoring.compare and not (Path(config.monitoring.compare) / "metrics.jsonl").is_file():
-        raise ValueError(
-            f"monitoring.compare is {config.monitoring.compare}; there is no metrics.jsonl in it"
-        )
+        raise UserError(f"monitoring.compare is {config.monitoring.compare}; there is no metrics.jsonl in it")
 
 
 def _check_model(config: Config) -> None:
     model = Path(config.model.path)
     if (model / "metadata.json").is_file() and not (model / "config.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"model.path is {model}; it is a Megatron checkpoint, but a run starts from a Hugging Face "
             "directory: make one of it by tools/convert_hf_checkpoint.py export"
         )
     if not (model / "config.json").is_file():
-        raise ValueError(f"model.path is {config.model.path}; there is no Hugging Face config.json in it")
+        raise UserError(f"model.path is {config.model.path}; there is no Hugging Face config.json in it")
 
 
 def _check_file(name: str, path: str) -> None:
     if Path(path).is_dir():
-        raise ValueError(f"{name} is {path}; it is a directory, give one .parquet or .jsonl file")
+        raise UserError(f"{name} is {path}; it is a directory, give one .parquet or .jsonl file")
     if not Path(path).is_file():
-        raise ValueError(f"{name} is {path}; there is no such file")
+        raise UserError(f"{name} is {path}; there is no such file")
     if not os.access(path, os.R_OK):
-        raise ValueError(f"{name} is {path}; the file cannot be read, check its permissions")
+        raise UserError(f"{name} is {path}; the file cannot be read, check its permissions")

@@ -1,17 +1,13 @@
 """Fixtures that tests of several rooms share."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from support.models import save_models
 
-from megatron_bicc import platform
+from megatron_bicc import device
 from megatron_bicc.config import Config
-from megatron_bicc.policy.policy import start_model_parallel
+from megatron_bicc.model.policy import start_model_parallel
 
 
 @pytest.fixture(scope="session")
@@ -23,5 +19,5 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def single_process() -> None:
     """megatron-core's process groups for one process."""
-    platform.start_distributed()
+    device.start_distributed()
     start_model_parallel(Config())

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_bicc.algorithms.rcc import rcc_baseline
+from megatron_bicc.algorithms.advantages import rcc_baseline
 
 ARMS, GROUP_SIZE, CHUNK = 12, 8, 5_000
 BASELINES = ("zero", "mean", "first_order", "exact", "optimal")

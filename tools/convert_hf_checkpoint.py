@@ -15,18 +15,19 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_bicc import platform
+from megatron_bicc import device
+from megatron_bicc.checkpoint.convert import export_hf, import_hf
+from megatron_bicc.checkpoint.verify import largest_difference
 from megatron_bicc.config import Config, ParallelConfig
-from megatron_bicc.policy.architecture import check_layout
-from megatron_bicc.policy.convert import export_hf, import_hf
-from megatron_bicc.policy.hf_model import supported_config
-from megatron_bicc.policy.policy import start_model_parallel
-from megatron_bicc.policy.verify import largest_difference
+from megatron_bicc.errors import UserError
+from megatron_bicc.model.families import check_layout
+from megatron_bicc.model.policy import start_model_parallel
+from megatron_bicc.weights.hf_files import supported_config
 
 
 def main(argv: list[str]) -> int:
     """`run` inside megatron-core's process groups."""
-    platform.start_distributed()
+    device.start_distributed()
     start_model_parallel(Config())
     try:
         return run(argv)
@@ -39,7 +40,7 @@ def run(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except ValueError as error:
+    except UserError as error:
         print(f"convert_hf_checkpoint: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -13,15 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.cli import parse_config
+from megatron_bicc.errors import UserError
 from megatron_bicc.planning.dry_run import tokenizer_or_estimate
-from megatron_bicc.planning.gpus import GPUS, Cluster
 from megatron_bicc.planning.layouts import propose
-from megatron_bicc.planning.plan import Plan, make_plan
-from megatron_bicc.planning.report import as_json, as_text, draw, proposals
+from megatron_bicc.planning.memory import GPUS, Cluster
+from megatron_bicc.planning.plan import Plan, as_json, as_text, draw, make_plan, proposals
 from megatron_bicc.planning.synthetic import synthetic_step
-from megatron_bicc.policy.hf_model import supported_config
-from megatron_bicc.setup_run import check_lengths
+from megatron_bicc.startup import check_lengths
 from megatron_bicc.validation import validate
+from megatron_bicc.weights.hf_files import supported_config
 
 BYTES_A_GBIT = 1e9 / 8
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     try:
         plan, others = _plans(arguments)
-    except ValueError as error:
+    except UserError as error:
         print(f"plan: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(as_text(plan))
@@ -39,7 +39,11 @@ def main(argv: list[str]) -> int:
         print(f"\nlayouts that fit, the {len(others)} best:\n{proposals(others)}")
     try:
         _write(arguments, plan, others)
-    except (OSError, ValueError) as error:  # a picture's format that nobody can draw is a ValueError
+    except (
+        OSError,
+        UserError,
+        ValueError,
+    ) as error:  # a picture's format that nobody can draw is a ValueError
         print(f"plan: error: cannot be written: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0 if plan.fits else 1
@@ -64,7 +68,7 @@ def _positive(text: str) -> float:
     """A finite number above 0."""
     try:
         value = float(text)
-    except ValueError:
+    except UserError:
         value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no number above 0")

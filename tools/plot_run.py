@@ -3,8 +3,9 @@
 import argparse
 import sys
 
-from megatron_bicc.monitoring.charts import save_png
-from megatron_bicc.monitoring.runs import read_run
+from megatron_bicc.errors import UserError
+from megatron_bicc.report.charts import save_png
+from megatron_bicc.report.runs import read_run
 
 
 def main(argv: list[str]) -> None:
@@ -17,7 +18,7 @@ def main(argv: list[str]) -> None:
         parser.error(f"{arguments.output} is not named .png; the last argument is the picture")
     try:
         save_png([read_run(run) for run in arguments.runs], arguments.output)
-    except (ValueError, OSError) as error:
+    except (UserError, ValueError, OSError) as error:
         print(f"tools/plot_run.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

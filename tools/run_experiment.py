@@ -14,6 +14,8 @@ from experiment.arms import jobs
 from experiment.page import collect_figures, write_page
 from experiment.runner import REPOSITORY, Runner
 
+from megatron_bicc.errors import UserError
+
 
 def main(argv: list[str]) -> None:
     """Runs, collects, reports; a failure is one line on stderr and exit status 2."""
@@ -35,7 +37,7 @@ def main(argv: list[str]) -> None:
             collect_figures(options.out.resolve(), options.docs / "results")
         if not options.only_runs:
             print(write_page(options.docs))
-    except (ValueError, RuntimeError) as error:
+    except (UserError, ValueError, RuntimeError) as error:
         print(f"tools/run_experiment.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

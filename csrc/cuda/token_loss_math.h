@@ -16,7 +16,7 @@ enum class KlEstimator { kK1, kK2, kK3 };
 
 struct LossSettings {
   Objective objective;
-  float low;   // edges of the log ratio (algorithms/clipping.py), -inf and inf for none
+  float low;   // edges of the log ratio (algorithms/policy_loss.py), -inf and inf for none
   float high;
   float dual;
   float tis_cap;  // 0: no weight for the engine mismatch

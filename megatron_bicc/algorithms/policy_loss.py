@@ -1,4 +1,18 @@
-"""The policy loss of a micro-batch: ratio and clip by objective, KL, entropy bonus, engine-mismatch weight.
+"""The edges of the clip interval, in the logarithm of the ratio.
+
+KL towards the reference policy, estimated from the log-probs of the sampled tokens.
+
+What counts in training is the gradient, not the value (arXiv 2506.09477, 2510.01555). For samples of pi:
+
+    in the loss     k1  E grad = 0: noise
+                    k2  E grad = grad KL(pi || pi_ref) of the token, given those before it
+                    k3  E grad = grad KL(pi_ref || pi) of the token: the other direction
+    in the reward   k1  E grad = -grad KL(pi || pi_ref) of the whole response
+                    k2, k3  neither
+
+Shape suffixes: T tokens of all responses, R rollouts.
+
+The policy loss of a micro-batch: ratio and clip by objective, KL, entropy bonus, engine-mismatch weight.
 
 With x = log pi_theta - log pi_old of a token and A its advantage, the clipped objectives differ only in
 where the mean over the response stands:
@@ -12,13 +26,77 @@ clip is one-sided, as min(rho A, clip(rho) A) is: from above for A > 0, from bel
 Shape suffix: T response rows of the micro-batch.
 """
 
+import math
 from dataclasses import dataclass, fields
+from typing import Literal
 
+import numpy as np
 import torch
 
-from megatron_bicc.algorithms.clipping import ClipBounds, clip_bounds
-from megatron_bicc.algorithms.kl import kl_penalty
+from megatron_bicc.algorithms.segments import check_log_probs, segment_sums
 from megatron_bicc.config import LossConfig
+
+
+@dataclass(frozen=True)
+class ClipBounds:
+    """Edges of the log ratio; the ratio at an edge is not clipped."""
+
+    low: float
+    """Below it a token of negative advantage is clipped; -inf: never."""
+    high: float
+    """Above it a token of positive advantage is clipped."""
+    dual: float
+    """Above it a token of negative advantage is clipped by the dual clip; inf: never."""
+
+
+def clip_bounds(loss: LossConfig) -> ClipBounds:
+    """Edges that a resolved LossConfig means; ValueError if it still holds a None."""
+    for name in ("objective", "clip_low", "clip_high", "dual_clip"):
+        if getattr(loss, name) is None:
+            raise ValueError(f"loss.{name} is not set; fill it in with algorithms.presets.resolve")
+    dual = math.log(loss.dual_clip) if loss.dual_clip else math.inf
+    if loss.objective == "geometric":
+        return ClipBounds(-loss.clip_low, loss.clip_high, dual)
+    low = math.log1p(-loss.clip_low) if loss.clip_low < 1.0 else -math.inf
+    return ClipBounds(low, math.log1p(loss.clip_high), dual)
+
+
+Estimator = Literal["k1", "k2", "k3"]
+
+
+def kl_penalty(logp: torch.Tensor, ref_logp: torch.Tensor, estimator: Estimator) -> torch.Tensor:
+    """Per-token estimate of KL(pi || pi_ref) from samples of pi, same shape as logp, differentiable in it.
+
+    With d = log pi_ref - log pi: "k1" -d and "k3" exp(d) - 1 - d, whose values are unbiased, and "k2"
+    d^2 / 2, whose gradient is. John Schulman, "Approximating KL Divergence", 2020.
+    """
+    d = ref_logp - logp
+    if estimator == "k1":
+        return -d
+    if estimator == "k2":
+        return 0.5 * d.square()
+    if estimator == "k3":
+        return torch.expm1(d) - d
+    raise ValueError(f"loss.kl_estimator is {estimator}; fill it in with algorithms.presets.resolve")
+
+
+def kl_in_reward(
+    rewards_R: np.ndarray,
+    old_logp_T: np.ndarray,
+    ref_logp_T: np.ndarray,
+    offsets_R: np.ndarray,
+    coefficient: float,
+    estimator: Estimator,
+) -> np.ndarray:
+    """float64 [R]: reward minus coefficient times the summed token KL of old against reference.
+
+    Raises ValueError that names rollout and token where a log-prob is not finite.
+    """
+    check_log_probs(old_logp_T, offsets_R, "log-prob under the old policy")
+    check_log_probs(ref_logp_T, offsets_R, "log-prob under the reference policy")
+    old, ref = (torch.from_numpy(np.asarray(logp, dtype=np.float64)) for logp in (old_logp_T, ref_logp_T))
+    penalty_R = segment_sums(kl_penalty(old, ref, estimator).numpy(), offsets_R)
+    return np.asarray(rewards_R, dtype=np.float64) - coefficient * penalty_R
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Literal, TypeVar
 
 from megatron_bicc.config import Config, LossConfig, RewardConfig, RolloutConfig
+from megatron_bicc.errors import UserError
 
 BICC_DUAL_CLIP = 3.0
 Section = TypeVar("Section", LossConfig, RolloutConfig, RewardConfig)
@@ -49,14 +50,14 @@ PRESETS = MappingProxyType(
 def parse_algorithm(name: str) -> tuple[str, bool, bool]:
     """(preset, bicc, rcc) of an algorithm's name such as "dapo+bicc"; "bicc" is "grpo+bicc+rcc".
 
-    Raises ValueError with the nearest known name.
+    Raises UserError with the nearest known name.
     """
     base, *additions = ALIASES.get(name, name).split("+")
     known = base in PRESETS and set(additions) <= {"bicc", "rcc"} and len(set(additions)) == len(additions)
     if not known:
         names = [*ALIASES, *("".join(parts) for parts in product(PRESETS, ("", "+bicc"), ("", "+rcc")))]
         nearest = max(names, key=lambda known_name: SequenceMatcher(None, name, known_name).ratio())
-        raise ValueError(
+        raise UserError(
             f"algorithm: unknown name '{name}'; the nearest is '{nearest}' "
             f"(one of {', '.join(PRESETS)}, with +bicc, +rcc or both; or bicc)"
         )
@@ -66,7 +67,7 @@ def parse_algorithm(name: str) -> tuple[str, bool, bool]:
 def resolve(config: Config) -> Config:
     """A copy of config in which every None comes from the preset, and loss.kl_estimator from loss.kl_in.
 
-    Explicit values win. Where BICC ends up enabled, a dual clip that nobody set is 3. Raises ValueError for
+    Explicit values win. Where BICC ends up enabled, a dual clip that nobody set is 3. Raises UserError for
     an unknown algorithm and for a loss setting out of its range.
     """
     base, bicc, rcc = parse_algorithm(config.algorithm)
@@ -109,16 +110,16 @@ def _filled(section: Section, preset: Preset) -> Section:
 def _check_ranges(loss: LossConfig) -> None:
     for name in ("clip_low", "clip_high", "kl_coefficient", "entropy_coefficient", "tis_cap"):
         if not getattr(loss, name) >= 0:
-            raise ValueError(f"loss.{name} is {getattr(loss, name)}; it must be at least 0")
+            raise UserError(f"loss.{name} is {getattr(loss, name)}; it must be at least 0")
     if loss.kl_coefficient and (loss.kl_in, loss.kl_estimator) == ("loss", "k1"):
-        raise ValueError(
+        raise UserError(
             "loss.kl_estimator is k1 with loss.kl_in=loss; its expected gradient is 0, whatever the "
             "reference: use k2, or loss.kl_in=reward"
         )
     if loss.objective != "geometric" and loss.clip_low > 1:
-        raise ValueError(
+        raise UserError(
             f"loss.clip_low is {loss.clip_low}; it must be within 0 and 1: "
             "ratios are clipped at 1 - clip_low, and none is below 0"
         )
     if loss.dual_clip != 0 and not loss.dual_clip > 1:
-        raise ValueError(f"loss.dual_clip is {loss.dual_clip}; it must be greater than 1, or 0 for off")
+        raise UserError(f"loss.dual_clip is {loss.dual_clip}; it must be greater than 1, or 0 for off")

@@ -1,4 +1,6 @@
-"""What a step's ratios, confidences and groups looked like: numbers for the metrics, from flat arrays.
+"""How much a step's gradient would change with other prompts and rollouts, from its groups' parts.
+
+What a step's ratios, confidences and groups looked like: numbers for the metrics, from flat arrays.
 
 A number over nothing (a side without tokens, say) is left out of the dictionary, so no value is ever NaN.
 
@@ -8,8 +10,9 @@ Shape suffixes: T tokens of all responses, R rollouts, G groups. Offsets hold on
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
-from megatron_bicc.algorithms.clipping import clip_bounds
+from megatron_bicc.algorithms.policy_loss import clip_bounds
 from megatron_bicc.algorithms.segments import (
     check_log_probs,
     check_offsets,
@@ -18,6 +21,27 @@ from megatron_bicc.algorithms.segments import (
     spread,
 )
 from megatron_bicc.config import LossConfig
+
+
+def gradient_statistics(sketches: Tensor, num_groups: int) -> dict[str, float]:
+    """Variance over groups of a gradient that is the sum of its groups' parts. Keys:
+
+    train/gradient_variance   M / (M - 1) sum_g |g - mean g|^2 with M = num_groups: an unbiased estimate of
+                              the trace of the covariance of the summed gradient, groups being independent
+    train/gradient_noise      that over the squared norm of the summed gradient; free of any scale
+
+    `sketches` are the parts g [G, ...], or what keeps their inner products; M - G groups have a part of 0.
+    Nothing of fewer than two groups; no noise where the gradient is 0.
+    """
+    if num_groups < 2:
+        return {}
+    parts = sketches.flatten(1).double()
+    norm2 = float(parts.sum(0).square().sum())
+    # of equal parts it is 0, and rounding can carry the difference below that
+    variance = max((num_groups * float(parts.square().sum()) - norm2) / (num_groups - 1), 0.0)
+    result = {"train/gradient_variance": variance}
+    return result | {"train/gradient_noise": variance / norm2} if norm2 > 0 else result
+
 
 QUANTILES = (("q01", 0.01), ("q50", 0.5), ("q99", 0.99))
 

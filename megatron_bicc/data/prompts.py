@@ -1,4 +1,7 @@
-"""Prompts of a data file as token ids, every fault found before training starts."""
+"""Prompts of a data file as token ids, every fault found before training starts.
+
+The order in which prompts are learned from.
+"""
 
 import hashlib
 import json
@@ -11,8 +14,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_bicc.data.encoding import PromptEncoder
-from megatron_bicc.data.files import read_rows
-from megatron_bicc.data.schemas import Message, read_question
+from megatron_bicc.data.rows import Message, read_question, read_rows
+from megatron_bicc.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +56,7 @@ def load_prompts(
     A tokenizer without a chat template gets the contents joined by newlines. control_tokens: as in
     data.encoding.PromptEncoder.
 
-    Raises ValueError, in one line with file and row (from 1): unreadable file, malformed row, unknown
+    Raises UserError, in one line with file and row (from 1): unreadable file, malformed row, unknown
     schema, empty or (unless dropped) overlong prompt, one that is not whole in its tokens, no ground truth,
     no prompt left.
     """
@@ -74,14 +77,14 @@ def load_prompts(
                 _refuse_overlong(len(encoded[key]), max_prompt_tokens, overlong)
                 dropped += 1
                 continue
-        except ValueError as error:
-            raise ValueError(f"{path}, row {number}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{path}, row {number}: {error}") from error
         prompts.append(Prompt(number - 1, token_ids=encoded[key], **vars(question)))
     if dropped:
         logger.warning("%s: dropped %d of %d prompts over %d tokens", path, dropped, rows, max_prompt_tokens)
     if not prompts:
         reason = f"all {rows} prompts are over {max_prompt_tokens} tokens" if rows else "the file has no rows"
-        raise ValueError(f"{path}: no prompts: {reason}")
+        raise UserError(f"{path}: no prompts: {reason}")
     return prompts
 
 
@@ -96,7 +99,56 @@ def digest(prompts: list[Prompt]) -> str:
 
 def _refuse_overlong(length: int, limit: int, overlong: Literal["error", "drop"]) -> None:
     if overlong == "error":
-        raise ValueError(
+        raise UserError(
             f"the prompt has {length} tokens, over data.max_prompt_tokens={limit}; "
             "raise it, or set data.overlong_prompts=drop"
         )
+
+
+class PromptSampler:
+    """Shuffled epochs over prompts; a draw may cross from one epoch into the next.
+
+    The order depends on `seed` alone, and `state_dict` is all that it takes to go on where a run ended.
+    """
+
+    def __init__(self, num_prompts: int, prompts_per_step: int, seed: int):
+        """Raises UserError if a step would take more prompts than there are."""
+        if not 0 < prompts_per_step <= num_prompts:
+            raise UserError(
+                f"rollout.prompts_per_step={prompts_per_step} must be within 1 and the number of prompts "
+                f"in data.train, {num_prompts}"
+            )
+        self._num_prompts = num_prompts
+        self._seed = seed
+        self._drawn = 0
+
+    def draw(self, count: int) -> list[int]:
+        """Indices of the next `count` prompts."""
+        indices = self.peek(count)
+        self._drawn += count
+        return indices
+
+    def peek(self, count: int) -> list[int]:
+        """Indices of the next `count` prompts, without drawing them."""
+        draws = range(self._drawn, self._drawn + count)
+        epochs = {n // self._num_prompts for n in draws}
+        orders = {epoch: self._order(epoch) for epoch in epochs}
+        return [int(orders[n // self._num_prompts][n % self._num_prompts]) for n in draws]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """int64 [num_prompts]: a permutation."""
+        return np.random.default_rng([self._seed, epoch]).permutation(self._num_prompts)
+
+    def state_dict(self) -> dict[str, int]:
+        """What load_state_dict needs."""
+        return {"drawn": self._drawn, "num_prompts": self._num_prompts, "seed": self._seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the last draw of a state; raises ValueError if it is of other data or another seed."""
+        for name, now in (("num_prompts", self._num_prompts), ("seed", self._seed)):
+            if state[name] != now:
+                raise UserError(
+                    f"the checkpoint's prompt order has {name}={state[name]}, this run {now}; "
+                    "resume with the same data.train and seed"
+                )
+        self._drawn = state["drawn"]

@@ -1,4 +1,7 @@
-"""A benchmark file from the first prompt to its figures, so that a killed evaluation goes on."""
+"""A benchmark file from the first prompt to its figures, so that a killed evaluation goes on.
+
+Accuracy on held-out prompts and benchmark files, sampled: the same in training and on its own.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +10,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_bicc import run_lock
-from megatron_bicc.data import Prompt
-from megatron_bicc.evaluation.answers import AnswerFile, Answers
+from megatron_bicc.data.prompts import Prompt
+from megatron_bicc.errors import UserError
+from megatron_bicc.evaluation.results import AnswerFile, Answers, Evaluation, answers_of, summarize
+from megatron_bicc.rollout.collect import GroupSampler
 
 
 def run_benchmark(
@@ -53,15 +58,25 @@ def _from_first(value: dict[int, Answers]) -> dict[int, Answers]:
 def names_of(paths: list[str]) -> dict[str, str]:
     """Path by name: the file's stem, with the folder's name before it where files have one stem.
 
-    Raises ValueError for two files that would still be called the same.
+    Raises UserError for two files that would still be called the same.
     """
     stems = [Path(path).stem for path in paths]
     named: dict[str, str] = {}
     for path, stem in zip(paths, stems, strict=True):
         name = stem if stems.count(stem) == 1 else f"{Path(path).resolve().parent.name}_{stem}"
         if name in named:
-            raise ValueError(
+            raise UserError(
                 f"--benchmark {path}: {named[name]} would be called {name} too; rename one of them"
             )
         named[name] = path
     return named
+
+
+def ask(prompts: list[Prompt], sampler: GroupSampler, seed: int) -> list[Answers]:
+    """The sampler's answers to every prompt, scored; the same seeds at every call. Collective."""
+    return [answers_of(group) for group in sampler.collect(prompts, (seed, "evaluation"))]
+
+
+def evaluate(prompts: list[Prompt], sampler: GroupSampler, seed: int, threshold: float) -> Evaluation:
+    """avg@k and pass@k from the sampler's k answers to every prompt. Collective."""
+    return summarize(ask(prompts, sampler, seed), threshold)

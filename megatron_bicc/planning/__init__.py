@@ -1,1 +1,0 @@
-"""What a run will be made of and cost, before there is a machine to run it on."""

@@ -6,15 +6,16 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from megatron_bicc import platform
+from megatron_bicc import device
 from megatron_bicc.algorithms.presets import kl_warning
+from megatron_bicc.checkpoint.checkpoint import check_writable, checkpoints
+from megatron_bicc.checkpoint.resume import resume_point
 from megatron_bicc.config import Config
+from megatron_bicc.model.families import describe
 from megatron_bicc.planning.shards import Shard, build_shards
 from megatron_bicc.planning.synthetic import SyntheticStep, UnknownTokenizer, synthetic_step
-from megatron_bicc.policy.architecture import describe
-from megatron_bicc.policy.hf_files import INDEX, SINGLE, HfTensors, SafetensorsDirectory, has_safetensors
 from megatron_bicc.rollout.local import check_names
-from megatron_bicc.setup_run import (
+from megatron_bicc.startup import (
     Inputs,
     check_lengths,
     check_policy,
@@ -24,8 +25,7 @@ from megatron_bicc.setup_run import (
     read_tokenizer,
     warn_of_model,
 )
-from megatron_bicc.training.checkpoint import check_writable, checkpoints
-from megatron_bicc.training.resume import resume_point
+from megatron_bicc.weights.hf_files import INDEX, SINGLE, HfTensors, SafetensorsDirectory, has_safetensors
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -49,7 +49,7 @@ class DryRun:
 
 
 def dry_run(config: Config, world_size: int) -> DryRun:
-    """Checks a run of `world_size` processes without starting any. Raises ValueError, one line."""
+    """Checks a run of `world_size` processes without starting any. Raises UserError, one line."""
     unchecked: list[str] = []
     config = check_settings(config)
     path = Path(config.model.path)
@@ -73,7 +73,7 @@ def dry_run(config: Config, world_size: int) -> DryRun:
 
 
 def tokenizer_or_estimate(path: str) -> PreTrainedTokenizerBase | UnknownTokenizer:
-    """The model's tokenizer, or an estimate where its directory holds none. Raises ValueError, one line."""
+    """The model's tokenizer, or an estimate where its directory holds none. Raises UserError, one line."""
     if any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
         return read_tokenizer(path)
     return UnknownTokenizer()
@@ -101,7 +101,7 @@ def _check_resume(inputs: Inputs, unchecked: list[str]) -> None:
     config = inputs.config
     if (Path(config.output_dir) / "checkpoints").exists():  # if not, nothing is made on paper
         check_writable(config.output_dir)
-    found = resume_point(config, inputs.prompt_digests, inputs.collector, platform.is_first())
+    found = resume_point(config, inputs.prompt_digests, inputs.collector, device.is_first())
     if found:
         unchecked.append(f"checkpoint: weights and optimizer in {found.path}")
 

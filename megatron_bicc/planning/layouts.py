@@ -7,12 +7,12 @@ from itertools import product
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_bicc.config import Config, ParallelConfig
-from megatron_bicc.planning.architecture import Sizes
-from megatron_bicc.planning.gpus import Cluster
+from megatron_bicc.errors import UserError
+from megatron_bicc.model.families import check_layout
+from megatron_bicc.planning.memory import Cluster, Sizes
 from megatron_bicc.planning.plan import Plan, make_plan
 from megatron_bicc.planning.shards import Shard, build_shards
 from megatron_bicc.planning.synthetic import SyntheticStep, UnknownTokenizer, synthetic_step
-from megatron_bicc.policy.architecture import check_layout
 from megatron_bicc.validation import check_processes
 
 MAX_PIPELINE = 16
@@ -74,7 +74,7 @@ def _is_possible(hf_config: PretrainedConfig, parallel: ParallelConfig, world_si
     try:
         check_processes(parallel, world_size)
         check_layout(hf_config, parallel)
-    except ValueError:
+    except UserError:
         return False
     return True
 

@@ -1,13 +1,195 @@
-"""Memory of the fullest rank at its fullest moment, and what a rollout server beside it may take."""
+"""What GPUs and the links between them can do.
+
+The sizes of a policy that memory and work depend on.
+
+Bytes that the forward pass of a micro-batch keeps for its backward pass, on one rank.
+
+Counted term by term over what the layers save; tests compare with the storages of a real forward pass.
+Names of sizes follow `Sizes`; all are of one rank where tensor parallel cuts them.
+
+Memory of the fullest rank at its fullest moment, and what a rollout server beside it may take.
+"""
 
 from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PretrainedConfig
 
 from megatron_bicc.config import Config
-from megatron_bicc.planning.activations import saved_bytes
-from megatron_bicc.planning.architecture import Sizes
-from megatron_bicc.planning.gpus import Cluster
+from megatron_bicc.model.families import family_of, head_dim
+from megatron_bicc.model.log_probs import CHUNK_ELEMENTS
 from megatron_bicc.planning.shards import Shard
-from megatron_bicc.policy.log_probs import CHUNK_ELEMENTS
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU. Rates are peaks, of one direction where there are two."""
+
+    name: str
+    memory_bytes: float
+    """That CUDA reports"""
+    bf16_flops: float
+    """Dense, a second"""
+    memory_bandwidth: float
+    """Bytes a second"""
+    nvlink: float
+    """Bytes a second to the other GPUs of its host"""
+
+
+GIB = 2**30
+# Memory: the total capacity in torch's out-of-memory messages. Rates: NVIDIA's data sheets of A100 80GB SXM
+# (2021), H100 SXM (2023), H200 SXM (2024), DGX B200 (2024; a GPU is 1/8); sparse figures are halved, and
+# NVLink's totals, which count both directions, too.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("A100", 79.15 * GIB, 312e12, 2.039e12, 300e9),
+        Gpu("H100", 79.10 * GIB, 989e12, 3.35e12, 450e9),
+        Gpu("H200", 139.80 * GIB, 989e12, 4.8e12, 450e9),
+        Gpu("B200", 178.35 * GIB, 2250e12, 8.0e12, 900e9),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machines of a plan, and what of their peaks a run is supposed to reach."""
+
+    gpu: Gpu
+    gpus_per_host: int = 8
+    network: float = 50e9
+    """Bytes a second of a GPU to another host: 400 Gb/s"""
+    sync_link: float = 50e9
+    """Bytes a second from the trainer to the rollout servers, all ranks together"""
+    compute_efficiency: float = 0.40
+    """Share of bf16_flops that matrix products reach; NVIDIA reports 0.4 to 0.5 for dense training on H100"""
+    link_efficiency: float = 0.8
+    """Share of a link's peak that collectives reach"""
+    decode_efficiency: float = 0.6
+    """Share of the memory bandwidth that generation reaches"""
+    reserve_bytes: float = 4e9
+    """CUDA's context, NCCL's buffers, and what the allocator cannot use"""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A policy's dimensions."""
+
+    layers: int
+    hidden: int
+    heads: int
+    groups: int
+    """Key-value heads"""
+    head_dim: int
+    ffn: int
+    """Of the MLP, or of one expert"""
+    experts: int
+    """0 for a dense model"""
+    experts_a_token: int
+    vocabulary: int
+    qk_norm: bool
+    tied: bool
+
+    @classmethod
+    def of(cls, hf_config: PretrainedConfig) -> "Sizes":
+        """From a supported Hugging Face configuration. Raises UserError for another."""
+        family = family_of(hf_config)
+        return cls(
+            layers=hf_config.num_hidden_layers,
+            hidden=hf_config.hidden_size,
+            heads=hf_config.num_attention_heads,
+            groups=hf_config.num_key_value_heads,
+            head_dim=head_dim(hf_config),
+            ffn=hf_config.moe_intermediate_size if family.experts else hf_config.intermediate_size,
+            experts=hf_config.num_experts if family.experts else 0,
+            experts_a_token=hf_config.num_experts_per_tok if family.experts else 0,
+            vocabulary=hf_config.vocab_size,
+            qk_norm=family.qk_norm,
+            tied=hf_config.tie_word_embeddings,
+        )
+
+    @property
+    def products_a_layer(self) -> int:
+        """Weights that a token is multiplied with in a layer, of its own experts alone."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
+        mlps = self.experts_a_token or 1
+        return attention + 3 * self.hidden * self.ffn * mlps + self.hidden * self.experts
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all matrices; norms and biases are left out."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
+        mlp = 3 * self.hidden * self.ffn * (self.experts or 1) + self.hidden * self.experts
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return self.layers * (attention + mlp) + embeddings
+
+    @property
+    def kv_bytes_a_token(self) -> int:
+        """Keys and values of a token in bf16, all layers."""
+        return 2 * 2 * self.layers * self.groups * self.head_dim
+
+
+Norms = Literal["fused", "composite"]
+"""fused: CUDA's norm keeps its input; composite: torch's on a CPU keeps two fp32 tensors of that size."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes kept for a micro-batch of so many rows."""
+
+    layer: int
+    """By a layer, until its backward pass, under model.recompute"""
+    layer_whole: int
+    """By a layer whose forward pass was just computed again: the same without recompute"""
+    first_stage: int
+    """Beside the layers, on the first pipeline stage"""
+    last_stage: int
+    """Beside the layers and without logits, on the last"""
+
+
+def saved_bytes(sizes: Sizes, config: Config, rows: int, response_rows: int, norms: Norms = "fused") -> Saved:
+    """What a micro-batch keeps. Experts are supposed to be evenly loaded."""
+    element = 4 if config.model.dtype == "float32" else 2
+    shares = config.parallel.tensor if config.parallel.sequence else 1
+    own_rows = rows // shares
+    norm = _norm(sizes.hidden, element, norms)
+    attention = _attention(sizes, config, element, norms)
+    layer_input = own_rows * element * sizes.hidden
+    whole = (
+        own_rows * 2 * (norm + element * sizes.hidden) + rows * attention + _mlp(sizes, config, rows, element)
+    )
+    lse = rows * 4 * sizes.heads // config.parallel.tensor
+    layer = {"none": whole, "selective": whole - lse, "full": layer_input}[config.model.recompute]
+    last = own_rows * norm + rows * element * sizes.hidden + response_rows * (8 + 3 * 4)
+    return Saved(layer, whole, first_stage=8 * rows, last_stage=last)
+
+
+def _norm(size: int, element: int, norms: Norms) -> int:
+    """A norm's input and its statistic, a row."""
+    return (8 if norms == "composite" else element) * size + 4
+
+
+def _attention(sizes: Sizes, config: Config, element: int, norms: Norms) -> int:
+    """A row's queries, keys and values before and after the rotary embedding, its cosines and sines, the
+    output, which is also the next product's input, and the log-sum-exp."""
+    heads, groups = sizes.heads // config.parallel.tensor, sizes.groups // config.parallel.tensor
+    mixed = (heads + 2 * groups) * sizes.head_dim
+    rotated = (heads + groups) * sizes.head_dim
+    out = heads * sizes.head_dim
+    kept = element * (mixed + rotated + out + 4 * sizes.head_dim) + 4 * heads
+    if sizes.qk_norm:
+        kept += (heads + groups) * _norm(sizes.head_dim, element, norms)
+    return kept
+
+
+def _mlp(sizes: Sizes, config: Config, rows: int, element: int) -> int:
+    """Gate and up in one tensor, silu's result, up's copy, their product: five widths. With experts, that and
+    the expert's input and output for every row that is routed here."""
+    if not sizes.experts:
+        return rows * element * 5 * sizes.ffn // config.parallel.tensor
+    routed = rows // (config.parallel.tensor if config.parallel.sequence else 1) * sizes.experts_a_token
+    return routed * element * (5 * sizes.ffn + 2 * sizes.hidden)
+
 
 LOGITS_COPIES = 3
 """fp32 tensors of a chunk of logits that live at once in VocabParallelLogProbs"""

@@ -1,13 +1,16 @@
-"""A configuration on a cluster: whether it fits, and the time of a step under stated assumptions."""
+"""A configuration on a cluster: whether it fits, and the time of a step under stated assumptions.
 
-from dataclasses import dataclass
+A plan as text, as JSON, and as a picture.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from transformers import PretrainedConfig
 
 from megatron_bicc.config import Config
-from megatron_bicc.planning.architecture import Sizes
-from megatron_bicc.planning.gpus import Cluster
-from megatron_bicc.planning.memory import KvSpace, Memory, kv_space, memory_of
+from megatron_bicc.planning.memory import Cluster, KvSpace, Memory, Sizes, kv_space, memory_of
 from megatron_bicc.planning.shards import Shard, build_shards
 from megatron_bicc.planning.synthetic import SyntheticStep
 from megatron_bicc.planning.work import Traffic, step_flops, traffic_of, work_of
@@ -170,3 +173,138 @@ def _rollout(
     read += batch * mean / 2 * sizes.kv_bytes_a_token
     bandwidth = server_gpus * cluster.gpu.memory_bandwidth * cluster.decode_efficiency
     return step.longest_response * read / bandwidth
+
+
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "reserve", "activations", "logits")
+GB = 1e9
+
+
+def layout_name(plan: Plan) -> str:
+    """TP 8 SP, PP 4 x 2, DP 2, recompute full."""
+    p = plan.config.parallel
+    sequence = " SP" if p.sequence else ""
+    chunks = f" x {p.virtual_pipeline}" if p.virtual_pipeline > 1 else ""
+    expert = f", EP {p.expert}" if p.expert > 1 else ""
+    recompute = plan.config.model.recompute
+    return (
+        f"TP {p.tensor}{sequence}, PP {p.pipeline}{chunks}, DP {plan.data_parallel}{expert}, "
+        f"recompute {recompute}"
+    )
+
+
+def as_text(plan: Plan) -> str:
+    """Everything about one plan, with its assumptions."""
+    seconds, traffic, kv = plan.seconds, plan.traffic, plan.kv
+    gpu = plan.cluster.gpu
+    lines = [
+        f"{plan.world_size} x {gpu.name}: {layout_name(plan)}: "
+        f"{'fits' if plan.fits else 'DOES NOT FIT'} in {gpu.memory_bytes / GB:.1f} GB",
+        "",
+        "memory of a rank, GB    " + "".join(f"stage {m.pipeline_rank:<8}" for m in plan.ranks),
+    ]
+    for part in (*MEMORY_PARTS, "peak", "sync_bucket"):
+        values = "".join(f"{getattr(m, part) / GB:<14.2f}" for m in plan.ranks)
+        lines.append(f"  {part.replace('_', ' '):<22}{values}")
+    lines += [
+        f"  left for colocated SGLang: {kv.bytes / GB:.1f} GB a GPU beside its weights of "
+        f"{kv.server_weights / GB:.1f} GB: {kv.tokens:,} tokens a server",
+        "",
+        f"micro-batches an update  {plan.micro_batches}, pipeline idle {plan.bubble:.1%}",
+        f"rows trained             {plan.tokens.packed:,} instead of {plan.tokens.one_row_a_response:,}: "
+        f"{plan.tokens.saved:,} saved by shared prefixes",
+        f"FLOPs a replica          {plan.flops:.3e}",
+        f"GB that a rank sends     tensor {traffic.tensor / GB:,.1f}, pipeline {traffic.pipeline / GB:,.1f}, "
+        f"expert {traffic.expert / GB:,.1f}, data {traffic.data / GB:,.1f}",
+        f"weight sync              {traffic.sync / GB:,.1f} GB, {seconds.sync:.1f} s",
+        "",
+        f"step                     {seconds.step:.0f} s: rollout {seconds.rollout:.0f}, compute "
+        f"{seconds.compute:.0f}, tensor traffic {seconds.tensor_traffic:.0f}, pipeline traffic "
+        f"{seconds.pipeline_traffic:.1f}, expert traffic {seconds.expert_traffic:.1f}, data traffic "
+        f"{seconds.data_traffic:.1f}, sync {seconds.sync:.1f}",
+        "",
+        *(f"assumed: {line}" for line in assumptions(plan)),
+    ]
+    return "\n".join(lines)
+
+
+def assumptions(plan: Plan) -> list[str]:
+    """What the figures rest on and nobody has measured."""
+    c, s = plan.cluster, plan.config.synthetic
+    return [
+        f"matrix products reach {c.compute_efficiency:.0%} of {c.gpu.bf16_flops / 1e12:.0f} TFLOP/s; "
+        f"links {c.link_efficiency:.0%} of NVLink's {c.gpu.nvlink / GB:.0f} GB/s and of "
+        f"{c.network / GB:.1f} GB/s a GPU between hosts; nothing overlaps",
+        f"generation reads weights and keys at {c.decode_efficiency:.0%} of "
+        f"{c.gpu.memory_bandwidth / 1e12:.2f} TB/s, on as many GPUs as train, until the longest "
+        "response ends",
+        f"weights go to the servers at {c.sync_link / GB:.1f} GB/s",
+        f"{c.reserve_bytes / GB:.0f} GB a GPU for CUDA, NCCL and fragmentation",
+        "micro-batches are full and all of their rows are responses; CUDA's fused norms",
+        f"lengths are log-normal, pass rate {s.pass_rate}: see the section synthetic of the settings",
+    ]
+
+
+def proposals(plans: list[Plan]) -> str:
+    """A line a layout."""
+    lines = [f"{'s a step':>9} {'peak GB':>8} {'idle':>6}  layout"]
+    for plan in plans:
+        lines.append(
+            f"{plan.seconds.step:9.0f} {plan.fullest.peak / GB:8.1f} {plan.bubble:6.1%}  {layout_name(plan)}"
+        )
+    return "\n".join(lines)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Every figure; bytes, seconds and counts."""
+    return {
+        "layout": layout_name(plan),
+        "world_size": plan.world_size,
+        "fits": plan.fits,
+        "parallel": asdict(plan.config.parallel),
+        "recompute": plan.config.model.recompute,
+        "data_parallel": plan.data_parallel,
+        "parameters": plan.parameters,
+        "cluster": asdict(plan.cluster),
+        "memory": [asdict(memory) | {"peak": memory.peak} for memory in plan.ranks],
+        "kv_space": asdict(plan.kv),
+        "micro_batches": plan.micro_batches,
+        "bubble": plan.bubble,
+        "flops": plan.flops,
+        "traffic": asdict(plan.traffic),
+        "tokens": asdict(plan.tokens) | {"saved": plan.tokens.saved},
+        "seconds": asdict(plan.seconds) | {"step": plan.seconds.step},
+        "assumptions": assumptions(plan),
+    }
+
+
+def draw(plans: list[Plan], path: Path) -> None:
+    """Memory of the fullest rank and time of a step of each plan, as stacked bars, the first at the top."""
+    # Imported late: the drawing library takes seconds.
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(13, 1.6 + 0.45 * len(plans)), sharey=True, layout="constrained"
+    )
+    names = [layout_name(plan) for plan in plans]
+    _stack(left, names, [{part: _of(plan.fullest, part) / GB for part in MEMORY_PARTS} for plan in plans])
+    _stack(right, names, [{k.replace("_", " "): v for k, v in vars(plan.seconds).items()} for plan in plans])
+    gpu = plans[0].cluster.gpu
+    left.axvline(gpu.memory_bytes / GB, color="black", linestyle="--")
+    left.set_title(f"GB on the fullest of {plans[0].world_size} {gpu.name} (dashed: all it has)")
+    right.set_title("seconds a step")
+    left.invert_yaxis()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _of(memory: Memory, part: str) -> int:
+    return getattr(memory, part)
+
+
+def _stack(axes: Any, names: list[str], parts: list[dict[str, float]]) -> None:
+    start = [0.0] * len(parts)
+    for part in parts[0]:
+        values = [bar[part] for bar in parts]
+        axes.barh(names, values, left=start, label=part)
+        start = [a + b for a, b in zip(start, values, strict=True)]
+    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.08))

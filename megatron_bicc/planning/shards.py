@@ -1,25 +1,47 @@
-"""Every rank's part of the policy, built by the classes that a run uses, on the meta device."""
+"""One rank of a job of any size in this process alone: no other processes, no data, nothing computed.
+
+Every rank's part of the policy, built by the classes that a run uses, on the meta device.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PretrainedConfig
 
 from megatron_bicc.config import Config, ParallelConfig
-from megatron_bicc.platform.fake import fake_rank
-from megatron_bicc.policy.architecture import family_of, transformer_config
-from megatron_bicc.policy.hf_files import HfTensors
-from megatron_bicc.policy.hf_weights import fill_parameters
-from megatron_bicc.policy.model import PolicyModel
-from megatron_bicc.policy.optimizer import make_optimizer
-from megatron_bicc.policy.policy import build_modules, data_parallel, start_model_parallel
+from megatron_bicc.device_cpu import CudaOnCpu
+from megatron_bicc.errors import UserError
+from megatron_bicc.model.build import PolicyModel
+from megatron_bicc.model.families import family_of, transformer_config
+from megatron_bicc.model.optimizer import make_optimizer
+from megatron_bicc.model.policy import build_modules, data_parallel, start_model_parallel
+from megatron_bicc.weights.hf_files import HfTensors
+from megatron_bicc.weights.hf_weights import fill_parameters
+
+
+@contextmanager
+def fake_rank(rank: int, world_size: int) -> Iterator[None]:
+    """Inside it this process is a rank of a job of `world_size`, and new tensors have shapes but no data.
+
+    Collective calls return at once and move nothing. The process may belong to no other job. Whoever makes
+    megatron-core's groups inside it ends them inside it.
+    """
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        with CudaOnCpu("meta"), torch.device("meta"):
+            yield
+    finally:
+        dist.destroy_process_group()
+
 
 ADAM_BYTES = 8
 """Bytes of Adam's two fp32 moments for a parameter of this rank's share."""
@@ -65,7 +87,7 @@ def build_shards(
     """The shards of `ranks`, or of every distinct rank.
 
     weights: where given, every parameter is looked for in it, and must have the right shape.
-    Raises ValueError naming what does not fit: layout, architecture, tensor.
+    Raises UserError naming what does not fit: layout, architecture, tensor.
     """
     megatron_config = transformer_config(hf_config, config)
     if ranks is None:
@@ -86,9 +108,9 @@ class HeadersOnly:
         return self._tensors
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the meta device. Raises ValueError if it is missing."""
+        """One tensor on the meta device. Raises UserError if it is missing."""
         if name not in self._tensors:
-            raise ValueError(f"{self.path}: tensor {name} is missing")
+            raise UserError(f"{self.path}: tensor {name} is missing")
         return self._tensors[name]
 
 

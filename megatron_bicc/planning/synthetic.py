@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from megatron_bicc.algorithms.advantages import has_contrast
+from megatron_bicc.algorithms.advantages import has_contrast, regularises
 from megatron_bicc.config import Config
-from megatron_bicc.packing import StepPlan, pack
+from megatron_bicc.errors import UserError
+from megatron_bicc.packing.pack import pack
+from megatron_bicc.packing.plan import StepPlan
 from megatron_bicc.packing.types import RolloutBatch
-from megatron_bicc.training.pieces import packing_settings
-from megatron_bicc.training.weighing import regularises
+from megatron_bicc.training.batch import packing_settings
 
 CHARACTERS_A_TOKEN = 4
 
@@ -65,13 +66,13 @@ def synthetic_step(
 ) -> SyntheticStep:
     """Draws a step by `config.synthetic` and the run's seed, and packs it as the learner does.
 
-    Raises ValueError for a packing that the run could not do, or where there is nothing to learn.
+    Raises UserError for a packing that the run could not do, or where there is nothing to learn.
     """
     rollouts = draw_rollouts(config, np.random.default_rng(config.seed))
     contrast_G = has_contrast(rollouts.rewards_R, rollouts.group_offsets_G, config.reward.threshold)
     taken_G = np.ones_like(contrast_G) if regularises(config) else contrast_G
     if not taken_G.any():
-        raise ValueError(
+        raise UserError(
             f"synthetic.pass_rate is {config.synthetic.pass_rate}; no group has right and wrong rollouts: "
             "choose one nearer to 0.5"
         )

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_bicc.algorithms.advantages import needs_reference
 from megatron_bicc.config import Config
-from megatron_bicc.packing import StepPlan
+from megatron_bicc.packing.plan import StepPlan
 from megatron_bicc.packing.types import MicroBatch
-from megatron_bicc.planning.architecture import Sizes
+from megatron_bicc.planning.memory import Sizes
 from megatron_bicc.planning.shards import Shard
 from megatron_bicc.planning.synthetic import SyntheticStep
-from megatron_bicc.training.weighing import needs_reference
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from megatron_bicc.rewards.numbers import DOUBLE_DIGITS, read_number, rounds_to
+from megatron_bicc.rewards.quantities import DOUBLE_DIGITS, read_number, rounds_to
 
 _TOKEN = re.compile(
     r"""\\(?:text|begin|end|mathbb|operatorname)\s*\{[^{}]*\}

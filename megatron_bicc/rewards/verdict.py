@@ -11,8 +11,7 @@ from typing import Literal
 
 from megatron_bicc.rewards import algebra
 from megatron_bicc.rewards.normalize import normalize, unwrap_text
-from megatron_bicc.rewards.numbers import equal, read_number
-from megatron_bicc.rewards.units import Quantity, read_compound, read_quantity
+from megatron_bicc.rewards.quantities import Quantity, equal, read_compound, read_number, read_quantity
 
 Reading = Literal["number", "mathematics", "text"]
 

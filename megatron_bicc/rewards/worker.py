@@ -15,7 +15,7 @@ import signal
 import sys
 from contextlib import suppress
 
-from megatron_bicc.rewards.processes import CPU_SECONDS, KILLED
+from megatron_bicc.rewards.worker_pool import CPU_SECONDS, KILLED
 
 MEMORY_BYTES = 4 << 30
 """Address space of the process"""

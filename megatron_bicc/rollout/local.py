@@ -14,11 +14,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from megatron_bicc.policy.end_tokens import end_token_ids
-from megatron_bicc.policy.hf_files import HfTensors
-from megatron_bicc.policy.hf_model import load_transformers
-from megatron_bicc.policy.hf_weights import is_finite
+from megatron_bicc.data.encoding import end_token_ids
+from megatron_bicc.errors import UserError
 from megatron_bicc.rollout.types import Request, Sample, Sampling
+from megatron_bicc.weights.hf_files import HfTensors, load_transformers
+from megatron_bicc.weights.hf_weights import is_finite
 
 FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """What transformers joins to one parameter of all experts of a layer, [experts, out, in], gate before up"""
@@ -37,12 +37,12 @@ class LocalEngine:
     ) -> None:
         """Reads the Hugging Face directory `path`.
 
-        Raises ValueError if its weights cannot be read, or are not finite.
+        Raises UserError if its weights cannot be read, or are not finite.
         """
         self.model = load_transformers(path, dtype).to(device)
         bad = [name for name, parameter in self.model.named_parameters() if not is_finite(parameter.detach())]
         if bad:
-            raise ValueError(
+            raise UserError(
                 f"model.path is {path}; {bad[0]}: holds NaN or infinite values; take an intact copy"
             )
         self.ends = end_token_ids(self.model.config, tokenizer, path)
@@ -66,15 +66,15 @@ class LocalEngine:
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copies every tensor, by its name in a Hugging Face directory, into the model.
 
-        Raises ValueError for a missing or an unknown name.
+        Raises UserError for a missing or an unknown name.
         """
         missing = weights_by_file_name(self.model)
         for name, tensor in tensors:
             if name not in missing:
-                raise ValueError(f"weight sync: the rollout engine's model has no parameter {name}")
+                raise UserError(f"weight sync: the rollout engine's model has no parameter {name}")
             missing.pop(name).copy_(tensor)
         if missing:
-            raise ValueError(f"weight sync: no new weights came for {', '.join(sorted(missing))}")
+            raise UserError(f"weight sync: no new weights came for {', '.join(sorted(missing))}")
         self.version = version
 
     def memory_released(self) -> AbstractContextManager[None]:
@@ -127,14 +127,14 @@ def weights_by_file_name(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def check_names(model: PreTrainedModel, files: HfTensors) -> None:
-    """Raises ValueError naming a weight of the model that a directory does not hold, or in another shape.
+    """Raises UserError naming a weight of the model that a directory does not hold, or in another shape.
 
     The policy's weights come by the directory's names: one that it does not hold would never come.
     """
     held = files.describe()
     for name, weight in weights_by_file_name(model).items():
         if name not in held or held[name].shape != weight.shape:
-            raise ValueError(
+            raise UserError(
                 f"{files.path}: no {name} of shape {tuple(weight.shape)}, which transformers' model has; "
                 "rollout.engine=local could not take the policy's weights: choose sglang"
             )

@@ -8,7 +8,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-from megatron_bicc.data import Prompt
+from megatron_bicc.data.prompts import Prompt
 
 
 class RolloutError(Exception):

@@ -16,26 +16,35 @@ from megatron.core import parallel_state
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_bicc import platform
-from megatron_bicc.algorithms.advantages import has_contrast
-from megatron_bicc.algorithms.aggregation import token_weights
-from megatron_bicc.algorithms.gradient_variance import gradient_statistics
-from megatron_bicc.algorithms.policy_loss import policy_loss
-from megatron_bicc.config import Config
-from megatron_bicc.errors import NotFiniteError
-from megatron_bicc.monitoring.timing import Stopwatch
-from megatron_bicc.packing import StepPlan, pack
-from megatron_bicc.policy.policy import Policy
-from megatron_bicc.rollout.types import Group
-from megatron_bicc.training.batch import StepBatch, step_batch
-from megatron_bicc.training.exchange import gather_tokens, sum_over_all, sum_scalar
-from megatron_bicc.training.pieces import Piece, loss_rows, packing_settings, pieces_of
-from megatron_bicc.training.weighing import (
+from megatron_bicc import device
+from megatron_bicc.algorithms.advantages import (
     Advantages,
     TokenLogProbs,
     advantages,
+    has_contrast,
     needs_reference,
     regularises,
+    token_weights,
+)
+from megatron_bicc.algorithms.policy_loss import policy_loss
+from megatron_bicc.algorithms.statistics import gradient_statistics
+from megatron_bicc.config import Config
+from megatron_bicc.errors import NotFiniteError
+from megatron_bicc.metrics import Stopwatch
+from megatron_bicc.model.policy import Policy
+from megatron_bicc.packing.pack import pack
+from megatron_bicc.packing.plan import StepPlan
+from megatron_bicc.rollout.types import Group
+from megatron_bicc.training.batch import (
+    Piece,
+    StepBatch,
+    gather_tokens,
+    loss_rows,
+    packing_settings,
+    pieces_of,
+    step_batch,
+    sum_over_all,
+    sum_scalar,
 )
 
 
@@ -205,7 +214,7 @@ class Learner:
         if self.config.bicc.denominator == "plain":
             given_context = []
         old = {
-            i: torch.from_numpy(log_probs.old_T[piece.batch.gather]).to(platform.device())
+            i: torch.from_numpy(log_probs.old_T[piece.batch.gather]).to(device.device())
             for i, piece in enumerate(pieces)
             if i not in given_context
         }

@@ -10,11 +10,11 @@ import pytest
 import torch
 from support.token_loss import ESTIMATORS, OBJECTIVES, loss_config, loss_in_torch, loss_inputs
 
-from megatron_bicc.algorithms.clipping import clip_bounds
-from megatron_bicc.algorithms.kl import kl_penalty
+from megatron_bicc.algorithms.policy_loss import clip_bounds, kl_penalty
 from megatron_bicc.algorithms.statistics import clip_masks
 from megatron_bicc.config import LossConfig
-from megatron_bicc.packing import PackingSettings, RolloutBatch, pack
+from megatron_bicc.packing.pack import pack
+from megatron_bicc.packing.types import PackingSettings, RolloutBatch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,7 +44,7 @@ def random_batch(groups: int, longest: int) -> RolloutBatch:
 @pytest.mark.parametrize("keep", ["head", "both_ends"])
 @pytest.mark.parametrize("groups, longest", [(1, 3), (50, 700)])
 def test_fill_equals_the_cpu_to_the_bit(keep, groups, longest):
-    from megatron_bicc.packing.device import fill_on_device
+    from megatron_bicc.packing.pack_cuda import fill_on_device
 
     batch = random_batch(groups, longest)
     settings = PackingSettings(

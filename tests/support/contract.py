@@ -9,17 +9,16 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
+from megatron_bicc.algorithms.advantages import TokenLogProbs
 from megatron_bicc.algorithms.presets import PRESETS
 from megatron_bicc.config import Config
-from megatron_bicc.monitoring.timing import Stopwatch
-from megatron_bicc.packing import pack
-from megatron_bicc.policy.hf_weights import load_weights
-from megatron_bicc.policy.policy import Policy
+from megatron_bicc.metrics import Stopwatch
+from megatron_bicc.model.policy import Policy
+from megatron_bicc.packing.pack import pack
 from megatron_bicc.rollout.types import Group
-from megatron_bicc.training.batch import StepBatch, step_batch
+from megatron_bicc.training.batch import Piece, StepBatch, packing_settings, step_batch
 from megatron_bicc.training.learner import Learner
-from megatron_bicc.training.pieces import Piece, packing_settings
-from megatron_bicc.training.weighing import TokenLogProbs
+from megatron_bicc.weights.hf_weights import load_weights
 from support.models import make_model
 from support.steps import TOKENIZER, hf_gradients, make_config, make_examples, perturb, to_groups
 

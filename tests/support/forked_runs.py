@@ -53,7 +53,7 @@ class ForkedRuns:
 def serve() -> None:
     """The worker's life. In a forked child it returns when the run has ended."""
     from megatron_bicc.cli import parse_config
-    from megatron_bicc.setup_run import read_inputs
+    from megatron_bicc.startup import read_inputs
     from megatron_bicc.train import main
 
     # what every run would load anew

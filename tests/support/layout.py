@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
+from megatron_bicc.model.batch import PackedBatch
 from megatron_bicc.packing.types import MicroBatch
-from megatron_bicc.policy.packed import PackedBatch
 
 
 def causal_batch(tokens: torch.Tensor) -> PackedBatch:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-from megatron_bicc.rollout.sglang.client import ServerClient
+from megatron_bicc.sglang.client import ServerClient
 from support.proxy import Proxy
 
 

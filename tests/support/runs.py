@@ -3,8 +3,7 @@
 import re
 from pathlib import Path
 
-from megatron_bicc.monitoring import MetricsWriter, write_groups
-from megatron_bicc.monitoring.writer import write_layout, write_settings
+from megatron_bicc.metrics import MetricsWriter, write_groups, write_layout, write_settings
 
 REPOSITORY = Path(__file__).parents[2]
 

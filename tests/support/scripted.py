@@ -7,9 +7,9 @@ import numpy as np
 
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
-from megatron_bicc.data import Prompt, PromptSampler
+from megatron_bicc.data.prompts import Prompt, PromptSampler
 from megatron_bicc.rollout.collect import GroupSampler
-from megatron_bicc.rollout.dynamic import Collected, Collector
+from megatron_bicc.rollout.sampling import Collected, Collector
 from megatron_bicc.rollout.types import Group, Request, RolloutError, Sample, Sampling, StreamingEngine
 
 PROMPTS = [Prompt(i, [], np.array([i + 2], np.int32), "1", "", {}) for i in range(60)]

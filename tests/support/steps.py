@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
-from megatron_bicc.data import Prompt
-from megatron_bicc.policy.hf_weights import hf_tensors
-from megatron_bicc.policy.policy import Policy
+from megatron_bicc.data.prompts import Prompt
+from megatron_bicc.model.policy import Policy
 from megatron_bicc.rollout.types import Group, Sample
+from megatron_bicc.weights.hf_weights import hf_tensors
 from support.hf_reference import ANSWER, EOS, RIGHT, WRONG, Example, response_logp
 
 HEADERS = {"wrong": WRONG, "right": RIGHT, "answer": ANSWER}

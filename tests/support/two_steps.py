@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from megatron_bicc.cli import parse_config
-from megatron_bicc.monitoring.run_log import RunLog
-from megatron_bicc.policy.policy import Policy
-from megatron_bicc.setup_run import Workers, make_engine, read_inputs
+from megatron_bicc.model.policy import Policy
+from megatron_bicc.run_log import RunLog
+from megatron_bicc.startup import Workers, make_engine, read_inputs
 from megatron_bicc.train import finish, run_steps
 from megatron_bicc.training.learner import Learner
 from support.finished_runs import metrics

@@ -8,12 +8,11 @@ import torch
 from anyio.from_thread import BlockingPortal
 from transformers import PreTrainedModel
 
-from megatron_bicc import platform
-from megatron_bicc.policy.hf_weights import hf_tensors
-from megatron_bicc.rollout.sglang.client import ServerClient
+from megatron_bicc import device
+from megatron_bicc.sglang.client import ServerClient
 from megatron_bicc.training.learner import Learner
-from megatron_bicc.weight_sync.buckets import Bucket
-from megatron_bicc.weight_sync.tensor import PATH, encode, request_body
+from megatron_bicc.weights.hf_weights import hf_tensors
+from megatron_bicc.weights.transport import TENSOR_PATH, Bucket, encode_bucket, request_body
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(2, 90, 40)]
 
@@ -28,7 +27,7 @@ def move(learner: Learner, seed: int) -> None:
 
 def stream(learner: Learner) -> Iterator[tuple[str, torch.Tensor]]:
     """The policy's tensors. Collective."""
-    with platform.megatron():
+    with device.megatron():
         yield from hf_tensors(learner.policy.modules, learner.policy.hf_config)
 
 
@@ -59,6 +58,8 @@ def greedy(portal: BlockingPortal, client: ServerClient, tokens: list[int]) -> t
 def tamper(portal: BlockingPortal, client: ServerClient, name: str, shape: list[int]) -> Any:
     """Zeros into one of a server's parameters, behind our back; its answer."""
     portal.call(client.post, "/begin_weight_update", {"selector": "all"})
-    answer = portal.call(client.post, PATH, request_body(encode(Bucket([(name, torch.zeros(shape))])), 1))
+    answer = portal.call(
+        client.post, TENSOR_PATH, request_body(encode_bucket(Bucket([(name, torch.zeros(shape))])), 1)
+    )
     portal.call(client.post, "/end_weight_update", {})
     return answer

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_bicc import platform
+from megatron_bicc import device
 from megatron_bicc.config import Config
-from megatron_bicc.policy.policy import start_model_parallel
+from megatron_bicc.model.policy import start_model_parallel
 
 M_MMAP_THRESHOLD = -3
 """Of the C library's malloc.h"""
@@ -25,7 +25,7 @@ M_MMAP_THRESHOLD = -3
 @contextlib.contextmanager
 def one_process() -> Iterator[None]:
     """megatron-core's process groups for one process."""
-    platform.start_distributed()
+    device.start_distributed()
     start_model_parallel(Config())
     try:
         yield
@@ -51,7 +51,7 @@ def median_ms(repeats: int, calls: dict[str, Callable[[], Any]]) -> dict[str, fl
 
 def now() -> float:
     """Returns seconds: of the processor on a CPU; of the clock on a GPU, once its work is done."""
-    if not platform.has_cuda():
+    if not device.has_cuda():
         return time.process_time()
     torch.cuda.synchronize()
     return time.perf_counter()
@@ -75,7 +75,7 @@ def _peak_mb(call: Callable[..., Callable[[], Any]], arguments: tuple) -> float:
 
 def peak_beyond(call: Callable[[], Any]) -> int:
     """Returns the bytes that a call takes at its peak beyond what there was before; of the GPU's, if any."""
-    if platform.has_cuda():
+    if device.has_cuda():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
@@ -101,6 +101,6 @@ def _resident_kb(key: str) -> int:
 
 def machine() -> str:
     """Returns what the figures were measured on."""
-    if platform.has_cuda():
+    if device.has_cuda():
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads"

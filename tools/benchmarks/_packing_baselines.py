@@ -5,7 +5,7 @@ import bisect
 import numpy as np
 import torch
 
-from megatron_bicc.packing import PackingSettings, RolloutBatch
+from megatron_bicc.packing.types import PackingSettings, RolloutBatch
 
 Tensors = list[torch.Tensor]
 

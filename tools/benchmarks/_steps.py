@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from megatron_bicc import platform
+from megatron_bicc import device
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
-from megatron_bicc.data import Prompt
-from megatron_bicc.policy.policy import Policy
+from megatron_bicc.data.prompts import Prompt
+from megatron_bicc.model.policy import Policy
 from megatron_bicc.rollout.types import Group, Sample
 from megatron_bicc.training.learner import Learner
 
@@ -30,7 +30,7 @@ def make_learner(
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     model = random_model(hidden, layers, vocab_size or len(tokenizer))
     config = Config(algorithm=algorithm)
-    config.model.dtype = "bfloat16" if platform.has_cuda() else "float32"
+    config.model.dtype = "bfloat16" if device.has_cuda() else "float32"
     config.train.max_sequence_tokens = max_sequence_tokens
     config.train.max_tokens_per_microbatch = 4 * max_sequence_tokens
     with TemporaryDirectory() as path:

@@ -16,12 +16,12 @@ import numpy as np
 from benchmarks._measure import machine, median_ms, one_process, peak_mb
 from transformers import Qwen3Config
 
-from megatron_bicc import platform
+from megatron_bicc import device
 from megatron_bicc.config import Config
+from megatron_bicc.model.batch import PackedBatch
+from megatron_bicc.model.build import PolicyModel
+from megatron_bicc.model.families import transformer_config
 from megatron_bicc.packing.types import MicroBatch
-from megatron_bicc.policy.architecture import transformer_config
-from megatron_bicc.policy.model import PolicyModel
-from megatron_bicc.policy.packed import PackedBatch
 
 PROMPT, CONTEXT = 50, 1600
 LOG_STD = 0.8
@@ -155,18 +155,18 @@ def make_layers(layers: int, hidden: int) -> PolicyModel:
         architectures=["Qwen3ForCausalLM"],
     )
     config = Config()
-    config.model.dtype = "bfloat16" if platform.has_cuda() else "float32"
-    with platform.megatron():
+    config.model.dtype = "bfloat16" if device.has_cuda() else "float32"
+    with device.megatron():
         model = PolicyModel(transformer_config(hf_config, config), hf_config, temperature=1.0)
-    return model.to(platform.device(), model.config.params_dtype)
+    return model.to(device.device(), model.config.params_dtype)
 
 
 def run_layers(model: PolicyModel, segments: list[Segment]) -> Callable[[], None]:
     """Returns a call of forward and backward over the segments, packed prefix-major in one micro-batch."""
-    packed = PackedBatch.make(lay_out(segments), platform.device())
+    packed = PackedBatch.make(lay_out(segments), device.device())
 
     def call() -> None:
-        with platform.megatron():
+        with device.megatron():
             model.run(packed)[0].sum().backward()
         model.zero_grad(set_to_none=True)
 

@@ -15,9 +15,8 @@ import numpy as np
 from benchmarks._measure import machine, one_process
 from benchmarks._steps import make_groups, make_learner
 
-from megatron_bicc.monitoring.timing import Stopwatch
-from megatron_bicc.training.checkpoint import Progress
-from megatron_bicc.training.checkpoint_writer import CheckpointWriter
+from megatron_bicc.checkpoint.checkpoint import CheckpointWriter, Progress
+from megatron_bicc.metrics import Stopwatch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from benchmarks._measure import machine, median_ms, one_process, peak_mb
 from torch import Tensor
 
-from megatron_bicc import platform
-from megatron_bicc.policy.log_probs import VocabParallelLogProbs, VocabShard
+from megatron_bicc import device
+from megatron_bicc.model.log_probs import VocabParallelLogProbs, VocabShard
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,8 +58,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def make_inputs(rows: int, vocab: int, hidden: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns rows and output layer (bf16 on a GPU), and labels."""
-    where = platform.device()
-    dtype = torch.bfloat16 if platform.has_cuda() else torch.float32
+    where = device.device()
+    dtype = torch.bfloat16 if device.has_cuda() else torch.float32
     random = torch.Generator(where).manual_seed(0)
     make = {"generator": random, "device": where}
     states = torch.randn(rows, hidden, **make).to(dtype).requires_grad_()

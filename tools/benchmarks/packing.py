@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from benchmarks._packing_baselines import memcpy, pair_rows, torch_cat_loop
 
-from megatron_bicc.packing import PackingSettings, RolloutBatch, StepPlan, pack
+from megatron_bicc.packing.pack import pack
+from megatron_bicc.packing.plan import StepPlan
+from megatron_bicc.packing.types import PackingSettings, RolloutBatch
 
 PROMPTS, GROUP_SIZE, RANKS = 256, 8, 8
 MAIN_LENGTH = 800

@@ -8,11 +8,11 @@ from benchmarks._steps import TOKENIZER, make_groups
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer
 
-from megatron_bicc import platform
+from megatron_bicc import device
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
-from megatron_bicc.monitoring.timing import Stopwatch
-from megatron_bicc.policy.policy import Policy
+from megatron_bicc.metrics import Stopwatch
+from megatron_bicc.model.policy import Policy
 from megatron_bicc.training.learner import Learner
 
 TOP = 5
@@ -30,17 +30,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     config = Config(algorithm="bicc")
     config.model.path = str(TOKENIZER)
-    config.model.dtype = "bfloat16" if platform.has_cuda() else "float32"
+    config.model.dtype = "bfloat16" if device.has_cuda() else "float32"
     config.train.max_sequence_tokens, config.train.max_tokens_per_microbatch = 256, 4096
     config = resolve(config)
     with one_process():
         learner = Learner(config, Policy(config), AutoTokenizer.from_pretrained(TOKENIZER))
         groups = make_groups(16, 24, 60, learner.policy.hf_config.vocab_size)
         learner.step(groups, Stopwatch())
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * platform.has_cuda()
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * device.has_cuda()
         with profile(activities=activities) as profiler:
             learner.step(groups, Stopwatch())
-    attribute = "self_device_time_total" if platform.has_cuda() else "self_cpu_time_total"
+    attribute = "self_device_time_total" if device.has_cuda() else "self_cpu_time_total"
     times_us = {event: getattr(event, attribute) for event in profiler.key_averages()}
     total = sum(times_us.values())
     top = [

@@ -10,8 +10,8 @@ import numpy as np
 from benchmarks._measure import machine, now, one_process
 from benchmarks._steps import make_groups, make_learner
 
-from megatron_bicc.monitoring.timing import Stopwatch
-from megatron_bicc.policy.gradient_sketch import GradientSketch
+from megatron_bicc.metrics import Stopwatch
+from megatron_bicc.model.gradient_sketch import GradientSketch
 from megatron_bicc.training import learner as learner_module
 
 

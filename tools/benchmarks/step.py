@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks._measure import machine, median_ms, one_process, peak_mb
 from benchmarks._steps import GROUP_SIZE, PROMPT, make_groups, make_learner
 
-from megatron_bicc.monitoring.timing import Stopwatch
+from megatron_bicc.metrics import Stopwatch
 from megatron_bicc.training.learner import StepResult
 
 ALGORITHMS = {"grpo": "grpo", "bicc": "grpo+bicc"}

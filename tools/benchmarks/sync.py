@@ -25,17 +25,17 @@ from benchmarks._measure import machine, one_process, peak_beyond, return_freed_
 from benchmarks._steps import TOKENIZER, random_model
 from transformers import AutoTokenizer
 
-from megatron_bicc import platform
+from megatron_bicc import device
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
-from megatron_bicc.policy.hf_weights import hf_tensors
-from megatron_bicc.policy.policy import Policy
-from megatron_bicc.rollout.sglang.check import until_well
-from megatron_bicc.rollout.sglang.client import ServerClient
-from megatron_bicc.rollout.sglang.launch import SpawnedServer
+from megatron_bicc.model.policy import Policy
+from megatron_bicc.sglang.checks import until_well
+from megatron_bicc.sglang.client import ServerClient
+from megatron_bicc.sglang.process import SpawnedServer
 from megatron_bicc.training.learner import Learner
-from megatron_bicc.weight_sync.checksums import Checksums
-from megatron_bicc.weight_sync.servers import WeightSync
+from megatron_bicc.weights.hf_weights import hf_tensors
+from megatron_bicc.weights.sync import WeightSync
+from megatron_bicc.weights.verify import Checksums
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +112,7 @@ def _config(directory: Path, a: argparse.Namespace) -> Config:
     """Of a random policy, in fp32 on a CPU, bf16 on a GPU."""
     config = Config(output_dir=str(directory / "run"))
     config.model.path = str(directory / "model")
-    config.model.dtype = "bfloat16" if platform.has_cuda() else "float32"
+    config.model.dtype = "bfloat16" if device.has_cuda() else "float32"
     config.weight_sync.bucket_mb, config.weight_sync.keep_files = a.bucket_mb, False
     config.rollout.sglang.server_args = "--max-total-tokens 4096"
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
@@ -122,7 +122,7 @@ def _config(directory: Path, a: argparse.Namespace) -> Config:
 
 
 def _stream(learner: Learner) -> Iterator[tuple[str, torch.Tensor]]:
-    with platform.megatron():
+    with device.megatron():
         yield from hf_tensors(learner.policy.modules, learner.policy.hf_config)
 
 

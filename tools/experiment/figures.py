@@ -9,7 +9,7 @@ import numpy as np
 
 from experiment.arms import MAIN, VARIANTS, Job
 from experiment.runner import is_finished
-from megatron_bicc.monitoring.runs import read_run
+from megatron_bicc.report.runs import read_run
 
 METRICS = {
     "pass_at_1": "eval/pass_at_1",

@@ -13,7 +13,7 @@ from experiment.arms import HALFWAY, MAIN, VARIANTS, Arm, Job
 from experiment.figures import Curve
 from experiment.paired import Paired, interval, paired
 from experiment.runner import DONE, REPOSITORY, is_finished
-from megatron_bicc import platform
+from megatron_bicc import device
 
 RAW, ORIGIN, PROBES, DISCUSSION = "runs.csv", "origin.json", "probes.json", "discussion.md"
 READERS = ("grpo", "bicc", "bicc, conditioned", "bicc+rcc, weight 0.5")
@@ -48,9 +48,9 @@ def _probed(out: Path) -> dict[str, Any]:
     kept = out / PROBES
     if kept.exists() and json.loads(kept.read_text())["policies"] == policies:
         return json.loads(kept.read_text())
-    platform.start_distributed()
+    device.start_distributed()
     probed = {"policies": policies, "reading": _readings(out), "estimators": _estimators(out)}
-    platform.end_distributed()
+    device.end_distributed()
     kept.write_text(json.dumps(probed) + "\n")
     return probed
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from megatron_bicc.errors import UserError
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -52,10 +54,10 @@ def interval(values: list[float]) -> Interval:
 
 
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> Paired:
-    """Ours minus theirs, by seed. Raises ValueError where they share fewer than two seeds."""
+    """Ours minus theirs, by seed. Raises UserError where they share fewer than two seeds."""
     seeds = sorted(ours.keys() & theirs.keys())
     if len(seeds) < 2:
-        raise ValueError(f"{len(seeds)} seeds in common; a paired test needs at least two")
+        raise UserError(f"{len(seeds)} seeds in common; a paired test needs at least two")
     difference = np.array([ours[seed] - theirs[seed] for seed in seeds])
     if not difference.any():
         return Paired(Interval(0.0, 0.0), 1.0, 1.0, len(seeds))

@@ -16,13 +16,13 @@ from torch.nn.utils import parameters_to_vector
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from megatron_bicc import platform
+from megatron_bicc import device
+from megatron_bicc.algorithms.advantages import DeltaKind, RccForm, rcc_baseline, sequence_delta
 from megatron_bicc.algorithms.policy_loss import LossRows, policy_loss
 from megatron_bicc.algorithms.presets import resolve
-from megatron_bicc.algorithms.rcc import DeltaKind, RccForm, rcc_baseline, sequence_delta
 from megatron_bicc.config import BiccConfig, Config
-from megatron_bicc.data import load_prompts
-from megatron_bicc.rewards import get_verifier
+from megatron_bicc.data.prompts import load_prompts
+from megatron_bicc.rewards.registry import get_verifier
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.local import LocalEngine
 from megatron_bicc.rollout.types import Group, Sampling
@@ -57,7 +57,7 @@ def draw_groups(policy: Path, data: Path, seed: int) -> tuple[list[Texts], Heade
     """Rollouts of the first PROMPTS prompts of a file by a Hugging Face policy, temperature 1. Collective."""
     tokenizer = AutoTokenizer.from_pretrained(policy)
     prompts = load_prompts(data, tokenizer, MAX_PROMPT)[:PROMPTS]
-    engine = LocalEngine(str(policy), tokenizer, torch.float32, platform.device(), batch_size=256)
+    engine = LocalEngine(str(policy), tokenizer, torch.float32, device.device(), batch_size=256)
     sampler = GroupSampler(engine, get_verifier("math"), tokenizer, Sampling(1.0, MAX_NEW), GROUP_SIZE)
     drawn = sampler.collect(prompts, (seed, "probe"))
     return [texts for group in drawn if (texts := _texts(group)) is not None], _headers(tokenizer)

@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiment.arms import Job
+from megatron_bicc.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DONE = "finished.json"
@@ -48,7 +49,7 @@ class Runner:
         if not is_finished(self.out, job):
             return False
         if json.loads(path.read_text())["settings"] != list(job.settings()):
-            raise ValueError(f"{path.parent}: made with other settings; delete it, or choose another --out")
+            raise UserError(f"{path.parent}: made with other settings; delete it, or choose another --out")
         return True
 
     def _run(self, job: Job) -> None:

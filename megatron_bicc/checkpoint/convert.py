@@ -1,0 +1,194 @@
+"""Conversion between a Hugging Face directory and megatron-core's distributed checkpoint.
+
+CHECKPOINT/hf/ keeps what a checkpoint has no place for: configuration, tokenizer, and which file held which
+tensor. With it an import followed by an export gives back every tensor and every byte of these files.
+"""
+
+import json
+import shutil
+from collections.abc import Container, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PretrainedConfig
+
+from megatron_bicc import device
+from megatron_bicc.checkpoint.megatron_files import MegatronCheckpoint, Piece, describe, write_checkpoint
+from megatron_bicc.checkpoint.verify import check_if_listed, describe_share, write_manifest
+from megatron_bicc.collective import gathered
+from megatron_bicc.errors import UserError
+from megatron_bicc.files import check_disk, check_target, written_aside
+from megatron_bicc.weights.hf_files import (
+    EMBEDDING,
+    INDEX,
+    OUTPUT,
+    SINGLE,
+    HfTensors,
+    checked_tensors,
+    copy_side_files,
+    index_of,
+    supported_config,
+    warn_of_index,
+    weight_map,
+    write_file,
+    write_index,
+)
+
+HF = "hf"
+
+
+def import_hf(source: Path, target: Path, allow_pickle: bool) -> None:
+    """Hugging Face directory -> distributed checkpoint, which loads under any layout. Collective.
+
+    Holds about three parameters in memory, however large the model. Raises UserError, one line, for an
+    architecture that is not supported, tensors that do not fit config.json, a damaged file or a full disk.
+    """
+    check_target(target)
+    hf_config = supported_config(source)
+    tensors, found = checked_tensors(source, hf_config, allow_pickle)
+    warn_of_index(source)
+    pieces, objects = describe(hf_config)
+    _check_types(source, pieces, found)
+    check_disk(target, sum(tensor.nbytes for tensor in found.values()))
+    own = pieces[dist.get_rank() :: dist.get_world_size()]
+    with written_aside(target) as partial, _bar(f"import {source}", own, found) as bar:
+
+        def read(piece: Piece) -> Tensor:
+            parameter = piece.to_megatron([tensors.read(name) for name in piece.hf_names], hf_config)
+            bar.update(parameter.nbytes)
+            return parameter
+
+        if dist.get_rank() == 0:
+            (partial / HF).mkdir()
+            copy_side_files(source, partial / HF)
+            _keep_index(source, partial / HF, _safetensors_names(tensors), found)
+        write_checkpoint(partial, [(p, found[p.hf_names[0]].dtype) for p in own], objects, read)
+        _list_files(partial)
+
+
+def export_hf(source: Path, target: Path, side_files: Path | None) -> None:
+    """Distributed checkpoint -> Hugging Face directory. Collective; each process writes some of its files.
+
+    side_files: directory of configuration and tokenizer; None: the checkpoint's own hf/. Holds one of the
+    written files in memory, and the largest tensor. Raises UserError, one line, for a checkpoint that does
+    not fit its configuration or its manifest, a damaged file or a full disk.
+    """
+    check_target(target)
+    if side_files is None and source.is_dir() and not (source / HF).is_dir():
+        raise UserError(
+            f"{source}: there is no {HF}/ in it with configuration and tokenizer; "
+            "to a run's checkpoint give the model's directory by --hf"
+        )
+    beside = side_files or source / HF
+    hf_config = supported_config(beside)
+    check_if_listed(source)
+    pieces, _ = describe(hf_config)
+    checkpoint = MegatronCheckpoint(source)
+    checkpoint.check(pieces)
+    # larger types first keep every tensor of a file aligned
+    pieces.sort(key=lambda piece: -checkpoint.dtype(piece).itemsize)
+    tensors = _exported(checkpoint, pieces, hf_config)
+    file_of = weight_map(index) if (index := index_of(beside)) else _split(tensors, hf_config)
+    if OUTPUT not in file_of:
+        tensors.pop(OUTPUT, None)
+    _check_index(beside, file_of, tensors)
+    check_disk(target, sum(tensor.nbytes for tensor in tensors.values()))
+    files = sorted(set(file_of.values()))
+    with written_aside(target) as partial:
+        own = files[dist.get_rank() :: dist.get_world_size()]
+        for file in tqdm(own, f"export {source}", unit="file", disable=device.quiet()):
+            names = {name: tensor for name, tensor in tensors.items() if file_of[name] == file}
+            write_file(partial / file, names, _read_file(checkpoint, pieces, names, hf_config))
+        if dist.get_rank() == 0:
+            copy_side_files(beside, partial)
+            if files != [SINGLE]:
+                _keep_index(beside, partial, file_of, tensors)
+
+
+def _list_files(directory: Path) -> None:
+    """Writes the manifest. Collective."""
+    dist.barrier()  # every process's files are there
+    parts = gathered(describe_share(directory))
+    if dist.get_rank() == 0:
+        write_manifest(directory, parts)
+
+
+def _check_types(source: Path, pieces: list[Piece], found: dict[str, Tensor]) -> None:
+    """Raises UserError for tensors that a checkpoint keeps in one, but are of several types."""
+    first: dict[str, str] = {}
+    for piece in pieces:
+        for name in piece.hf_names:
+            other = first.setdefault(piece.key, name)
+            if found[name].dtype != found[other].dtype:
+                raise UserError(
+                    f"{source}: tensor {name} is {found[name].dtype} and {other} is {found[other].dtype}; "
+                    "megatron-core keeps both in one tensor, convert one of them"
+                )
+
+
+def _hf_places(piece: Piece, hf_config: PretrainedConfig) -> list[tuple[int, str]]:
+    """(position in `piece.to_hf`, tensor name); a tied embedding can be stored as the output layer too."""
+    places = list(enumerate(piece.hf_names))
+    tied = hf_config.tie_word_embeddings and piece.hf_names == (EMBEDDING,)
+    return [*places, (0, OUTPUT)] if tied else places
+
+
+def _exported(
+    checkpoint: MegatronCheckpoint, pieces: list[Piece], hf_config: PretrainedConfig
+) -> dict[str, Tensor]:
+    """Every Hugging Face tensor of the policy, as meta tensors of the checkpoint's types."""
+    return {
+        name: torch.empty(piece.hf_shapes(hf_config)[i], dtype=checkpoint.dtype(piece), device="meta")
+        for piece in pieces
+        for i, name in _hf_places(piece, hf_config)
+    }
+
+
+def _split(tensors: dict[str, Tensor], hf_config: PretrainedConfig) -> dict[str, str]:
+    """Which file holds which tensor, as transformers would have it."""
+    tensors = {n: x for n, x in tensors.items() if n != OUTPUT or not hf_config.tie_word_embeddings}
+    return dict(split_torch_state_dict_into_shards(tensors, max_shard_size="5GB").tensor_to_filename)
+
+
+def _check_index(beside: Path, file_of: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    for name in sorted(file_of.keys() ^ tensors.keys()):
+        raise UserError(f"{beside / INDEX}: tensor {name} is not in both the index and the policy")
+
+
+def _read_file(
+    checkpoint: MegatronCheckpoint, pieces: list[Piece], names: Container[str], hf_config: PretrainedConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one file, in the order of `pieces`."""
+    for piece in pieces:
+        places = [(i, name) for i, name in _hf_places(piece, hf_config) if name in names]
+        if places:
+            tensors = piece.to_hf(checkpoint.read(piece), hf_config)
+            yield from ((name, tensors[i]) for i, name in places)
+
+
+def _keep_index(source: Path, target: Path, file_of: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    """The source's own index where it says just this, in full; else one made anew."""
+    index = index_of(source)
+    written = json.loads(index.read_text()) if index else {}
+    # transformers fails on one without metadata
+    if written.get("weight_map") == file_of and isinstance(written.get("metadata"), dict):
+        shutil.copyfile(index, target / INDEX)
+    else:
+        write_index(target, file_of, tensors)
+
+
+def _safetensors_names(tensors: HfTensors) -> dict[str, str]:
+    """file_of, as an export names the files, which are safetensors."""
+    return {
+        name: file.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+        for name, file in tensors.file_of.items()
+    }
+
+
+def _bar(title: str, pieces: list[Piece], found: dict[str, Tensor]) -> tqdm:
+    total = sum(found[name].nbytes for piece in pieces for name in piece.hf_names)
+    return tqdm(desc=title, total=total, unit="B", unit_scale=True, disable=device.quiet())

@@ -1,0 +1,261 @@
+"""The parameters of a whole policy, and where a distributed checkpoint keeps them.
+
+What a checkpoint holds for a policy is asked from megatron-core itself, of a policy built without memory.
+
+A policy's weights in megatron-core's distributed checkpoint format, read and written piece by piece.
+
+The format does not know layouts: each tensor of it is whole, and whoever loads it takes its own part.
+"""
+
+import errno
+import io
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
+from megatron.core.dist_checkpointing.serialization import get_default_save_common_strategy
+from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
+    CachedMetadataFileSystemReader,
+)
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from transformers import PretrainedConfig
+
+from megatron_bicc import device
+from megatron_bicc.config import Config
+from megatron_bicc.errors import UserError, first_line
+from megatron_bicc.model.build import PolicyModel
+from megatron_bicc.model.families import transformer_config
+from megatron_bicc.weights.hf_mapping import Rule, cut, from_whole, join, rule_for, to_whole
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter of the whole policy, and its place in a tensor of the checkpoint."""
+
+    rule: Rule
+    key: str
+    """Name of the checkpoint's tensor, which holds this parameter of every layer"""
+    offset: tuple[int, ...]
+    """Where the parameter starts in that tensor"""
+    global_shape: tuple[int, ...]
+    shape: torch.Size
+    """The parameter's own shape; its missing leading dimensions are of size 1"""
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        return self.rule.hf_names(0)
+
+    def to_megatron(self, tensors: list[Tensor], hf_config: PretrainedConfig) -> Tensor:
+        """Hugging Face tensors -> the parameter."""
+        return cut(self.rule.kind, to_whole(self.rule.kind, tensors, hf_config, 1), 0, 1, self.shape)
+
+    def to_hf(self, parameter: Tensor, hf_config: PretrainedConfig) -> list[Tensor]:
+        """The parameter -> Hugging Face tensors, in the order of `hf_names`."""
+        return from_whole(self.rule.kind, join(self.rule.kind, [parameter], hf_config), hf_config)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The parameter's shape with all of the checkpoint's dimensions."""
+        return (1,) * (len(self.global_shape) - len(self.shape)) + tuple(self.shape)
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        """Its place in the checkpoint's tensor, in torch's words."""
+        return ChunkStorageMetadata(torch.Size(self.offset), torch.Size(self.sizes))
+
+    def hf_shapes(self, hf_config: PretrainedConfig) -> list[torch.Size]:
+        """Shapes of the Hugging Face tensors."""
+        return [x.shape for x in self.to_hf(torch.empty(self.shape, device="meta"), hf_config)]
+
+
+def describe(hf_config: PretrainedConfig) -> tuple[list[Piece], list[ShardedObject]]:
+    """What a checkpoint of this policy holds: its parameters, and megatron-core's own objects.
+
+    megatron-core's process groups must have been made, without model parallel. Raises UserError for an
+    architecture that is not supported.
+    """
+    with device.megatron(), torch.device("meta"):
+        model = PolicyModel(transformer_config(hf_config, Config()), hf_config, temperature=1.0)
+        state = model.sharded_state_dict()
+    parameters = dict(model.named_parameters())
+    pieces = [_piece(name, state[name], parameters[name].shape) for name in parameters if name in state]
+    return pieces, [entry for entry in state.values() if isinstance(entry, ShardedObject)]
+
+
+def _piece(name: str, entry: ShardedTensor | ShardedTensorFactory, shape: torch.Size) -> Piece:
+    # a gated linear's two halves are cut apart, one after the other: together they are the parameter
+    first = entry.build()[0] if isinstance(entry, ShardedTensorFactory) else entry
+    return Piece(rule_for(name, 0), first.key, tuple(first.global_offset), tuple(first.global_shape), shape)
+
+
+FORMAT = CheckpointingConfig("torch_dist", 1)
+
+
+def write_checkpoint(
+    directory: Path,
+    pieces: Iterable[tuple[Piece, torch.dtype]],
+    objects: list[ShardedObject],
+    read: Callable[[Piece], Tensor],
+) -> None:
+    """Writes a checkpoint, holding one parameter at a time in memory. Collective.
+
+    pieces: those that this process writes, with their types; every process has its own. `read` makes a
+    parameter, which is freed when the next one is asked for. Without process groups it works alone.
+    """
+    writer = dcp.FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0, overwrite=True)
+    try:
+        dcp.save({}, storage_writer=writer, planner=_StreamPlanner(list(pieces), objects, read))
+    except CheckpointException as error:
+        if isinstance(cause(error), RuntimeError):
+            # the system's own error is lost inside torch
+            raise OSError(errno.EIO, f"{first_line(cause(error))}; is the disk full?") from error
+        raise cause(error) from error
+    if dist.get_rank() == 0:
+        get_default_save_common_strategy().save_common({}, str(directory))
+        save_config(FORMAT, str(directory))
+
+
+class _StreamPlanner(dcp.DefaultSavePlanner):
+    """Plans a save from descriptions, and makes each tensor only when it is written."""
+
+    def __init__(
+        self,
+        pieces: list[tuple[Piece, torch.dtype]],
+        objects: list[ShardedObject],
+        read: Callable[[Piece], Tensor],
+    ) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._pieces = {MetadataIndex(p.key, p.offset): (p, dtype) for p, dtype in pieces}
+        self._objects = {MetadataIndex(o.unique_key): o for o in objects if dist.get_rank() == 0}
+        self._read = read
+        self._written: Tensor | None = None
+
+    def create_local_plan(self) -> SavePlan:
+        items = [WriteItem(index, WriteItemType.BYTE_IO) for index in self._objects]
+        items += [_write_item(index, *entry) for index, entry in self._pieces.items()]
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            stream = io.BytesIO()
+            torch.save([self._objects[write_item.index].data], stream)
+            return stream
+        if self._written is not None:
+            # torch's writer keeps what it has written until it closes the file
+            self._written.untyped_storage().resize_(0)
+        piece, _ = self._pieces[write_item.index]
+        self._written = _own(self._read(piece))
+        return self._written.view(piece.sizes)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor in storage of its own: what was read can be a part of a file."""
+    storage = tensor.untyped_storage()
+    owned = storage.resizable() and storage.nbytes() == tensor.nbytes and tensor.is_contiguous()
+    return tensor if owned else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _write_item(index: MetadataIndex, piece: Piece, dtype: torch.dtype) -> WriteItem:
+    data = TensorWriteData(piece.chunk, TensorProperties(dtype=dtype), torch.Size(piece.global_shape))
+    return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+
+
+class MegatronCheckpoint:
+    """Reads parameters out of a distributed checkpoint, one that was imported or one of a training run."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError if it is not a readable distributed checkpoint."""
+        self.path, self._reader = path, CachedMetadataFileSystemReader(str(path))
+        try:
+            self._tensors = dist_checkpointing.load_tensors_metadata(str(path))
+        except Exception as error:  # megatron-core raises many kinds
+            raise UserError(f"{path}: not a distributed checkpoint: {first_line(cause(error))}") from error
+
+    def check(self, pieces: list[Piece]) -> None:
+        """Raises UserError that names the first tensor that is missing or of another shape."""
+        for piece in pieces:
+            if piece.key not in self._tensors:
+                raise UserError(f"{self.path}: tensor {piece.key} is missing")
+            found, wanted = self._tensors[piece.key].global_shape, piece.global_shape
+            # rows of a vocabulary may be padded for tensor parallel
+            padded = piece.rule.kind == "vocab" and found[0] >= wanted[0] and found[1:] == wanted[1:]
+            if found != wanted and not padded:
+                raise UserError(
+                    f"{self.path}: tensor {piece.key} has shape {found}; config.json asks for {wanted}"
+                )
+
+    def dtype(self, piece: Piece) -> torch.dtype:
+        """Type of the parameter."""
+        return self._tensors[piece.key].dtype
+
+    def read(self, piece: Piece) -> Tensor:
+        """A whole parameter, on the CPU; not collective. Raises UserError if the checkpoint is damaged."""
+        parameter = torch.empty(piece.shape, dtype=self.dtype(piece))
+        try:
+            with warnings.catch_warnings(action="ignore"):  # that no_dist is meant
+                dcp.load(
+                    {}, storage_reader=self._reader, planner=_PiecePlanner(piece, parameter), no_dist=True
+                )
+        except (Exception, CheckpointException) as error:  # torch raises many kinds
+            reason = first_line(cause(error))
+            raise UserError(f"{self.path}: {piece.key} cannot be read: {reason}") from error
+        return parameter
+
+
+class _PiecePlanner(dcp.DefaultLoadPlanner):
+    """Plans a load of one parameter, from whatever shards a checkpoint cut it into."""
+
+    def __init__(self, piece: Piece, parameter: Tensor) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._piece, self._target = piece, parameter.view(piece.sizes)
+
+    def create_local_plan(self) -> LoadPlan:
+        stored = self.metadata.state_dict_metadata[self._piece.key]
+        return LoadPlan(create_read_items_for_chunk_list(self._piece.key, stored, [self._piece.chunk]))
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        bounds = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        return self._target[tuple(slice(start, start + length) for start, length in bounds)]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing: the reader has written into the parameter."""
+
+
+def load_chunks(chunks: list[PolicyModel], path: Path) -> None:
+    """Fills this rank's parameters under any layout. Collective.
+
+    Raises UserError if the checkpoint does not fit or is damaged.
+    """
+    with device.megatron():
+        state = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+        try:
+            loaded = dist_checkpointing.load(state, str(path))
+        except (Exception, CheckpointException) as error:  # megatron-core and torch raise many kinds
+            raise UserError(f"{path}: cannot be loaded: {first_line(cause(error))}") from error
+        for i, chunk in enumerate(chunks):
+            chunk.load_state_dict(loaded[f"model{i}"], strict=False)
+
+
+def cause(error: BaseException) -> BaseException:
+    """What failed on one of the processes, where torch wraps it."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error

@@ -1,0 +1,88 @@
+"""Whether all processes run the same program, on the same settings and files.
+
+Hosts drift apart: one was not updated, one reads an older copy of the data. Their collectives would still fit
+together, and the run would quietly be another one.
+"""
+
+import hashlib
+import platform
+import secrets
+import socket
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_bicc.checkpoint.resume import contents
+from megatron_bicc.collective import gathered
+from megatron_bicc.config import Config, flatten
+from megatron_bicc.errors import UserError
+
+PACKAGE = Path(__file__).parent
+LIBRARIES = ("torch", "megatron-core", "transformers", "numpy")
+
+
+def check_agreement(config: Config, prompt_digests: dict[str, str]) -> None:
+    """Collective. Raises UserError naming the first setting, source file, library or input that differs.
+
+    prompt_digests: setup_run.Inputs.
+    """
+    _check_same(_facts(config, prompt_digests))
+    _check_shared(Path(config.output_dir))
+
+
+def _facts(config: Config, prompt_digests: dict[str, str]) -> dict[str, str]:
+    """What has to be the same everywhere, by its name."""
+    facts = {f"setting {name}": repr(value) for name, value in flatten(asdict(config)).items()}
+    for file in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.glob("_C.*")]):
+        facts[f"code megatron_bicc/{file.relative_to(PACKAGE)}"] = _sha256(file)
+    facts |= {f"library {name}": version(name) for name in LIBRARIES}
+    facts["library python"] = platform.python_version()
+    found = contents(config) | prompt_digests
+    return facts | {f"content of {name}": digest[:12] for name, digest in found.items()}
+
+
+def _check_same(facts: dict[str, str]) -> None:
+    digest = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
+    digests = gathered(digest)
+    odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    if not odd:
+        return
+    everyone = gathered((socket.gethostname(), facts))
+    (here, first), (there, other) = everyone[0], everyone[odd[0]]
+    names = [name for name in sorted(first | other) if first.get(name) != other.get(name)]
+    listed = "; ".join(f"{n}: {first.get(n, 'none')} against {other.get(n, 'none')}" for n in names[:5])
+    more = f"; and {len(names) - 5} more" if len(names) > 5 else ""
+    raise UserError(
+        f"process 0 on host {here} ({digests[0][:12]}) and process {odd[0]} on host {there} "
+        f"({digests[odd[0]][:12]}) do not run the same: {listed}{more}; give all hosts the same code, "
+        "settings and files"
+    )
+
+
+def _check_shared(output_dir: Path) -> None:
+    """Rank 0 writes a file that every process must see: checkpoints need one file system."""
+    name: list[str | None] = [f".shared_{secrets.token_hex(4)}"]
+    dist.broadcast_object_list(name)
+    probe = output_dir / str(name[0])
+    if dist.get_rank() == 0:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        except OSError as error:
+            raise UserError(f"output_dir: {output_dir} cannot be written: {error.strerror}") from error
+    dist.barrier()
+    seen = gathered((probe.exists(), socket.gethostname()))
+    if dist.get_rank() == 0:
+        probe.unlink()
+    for rank, (found, host) in enumerate(seen):
+        if not found:
+            raise UserError(
+                f"output_dir is {output_dir}; process {rank} on host {host} does not see what process 0 on "
+                f"host {seen[0][1]} writes there: it must be on a file system that all hosts share"
+            )
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]

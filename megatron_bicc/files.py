@@ -1,0 +1,121 @@
+"""Files of one JSON object a line that survive a process killed in the middle of a line.
+
+A directory that is written aside, and has its name only when it is whole.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_bicc.errors import UserError
+
+
+def append_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Adds the records and returns once they are on disk; an unfinished last line is cut off first.
+
+    Raises UserError for a number that JSON does not have (NaN, infinity).
+    """
+    text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    _repair(path)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Every record; an unfinished last line is left out.
+
+    Raises UserError that names the file and the line of anything else that is not a JSON object.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it: {error.strerror}") from None
+    records = [_parse(line, f"{path} line {i}") for i, line in enumerate(lines[:-1], 1) if line.strip()]
+    return records + ([json.loads(lines[-1])] if _is_object(lines[-1]) else [])
+
+
+def keep_jsonl(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Drops the other records; the file is either the old one or the new one, whenever the process dies."""
+    if not path.exists():
+        return
+    draft = path.with_name(path.name + ".new")
+    draft.unlink(missing_ok=True)
+    append_jsonl(draft, filter(wanted, read_jsonl(path)))
+    os.replace(draft, path)
+
+
+def _repair(path: Path) -> None:
+    content = path.read_bytes() if path.exists() else b""
+    complete, _, rest = content.rpartition(b"\n")
+    if not rest:
+        return
+    with path.open("r+b") as stream:
+        if _is_object(rest):
+            stream.seek(0, os.SEEK_END)
+            stream.write(b"\n")
+        else:
+            stream.truncate(len(content) - len(rest))
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    if not _is_object(line):
+        raise UserError(f"{where}: not a JSON object; remove the line")
+    return json.loads(line)
+
+
+def check_disk(target: Path, needed: int) -> None:
+    """Raises UserError if there is less space than `needed` bytes where `target` is to be."""
+    place = next(parent for parent in target.absolute().parents if os.path.exists(parent))
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(f"{target}: needs {needed:,} bytes, but {place} has {free:,} bytes free")
+
+
+def check_target(target: Path) -> None:
+    """Raises UserError if no directory can be made under this name, or something has it."""
+    if not target.name or "\0" in str(target):
+        raise UserError(f"{str(target)!r}: cannot be the name of a new directory; choose another")
+    if os.path.lexists(target):
+        raise UserError(f"{target}: already exists; choose another directory or delete it")
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """An empty directory beside `target` that takes its name once the block has ended well. Collective.
+
+    It is removed if the block fails. Raises UserError if `target` exists or cannot be made.
+    """
+    check_target(target)
+    partial = target.with_name(target.name + ".partial")
+    dist.barrier()
+    try:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        yield partial
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            where = f": {error.filename}" if error.filename else ""
+            raise UserError(f"{target}: cannot be written: {error.strerror or error}{where}") from error
+        raise
+    dist.barrier()
+    if dist.get_rank() == 0:
+        partial.rename(target)
+    dist.barrier()

@@ -1,0 +1,63 @@
+"""Variable-length attention by torch's flash kernels for CUDA: fp16 and bf16, on Ampere or newer.
+
+Shape suffixes as in varlen_call.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_bicc.model.segments import VarlenCall
+
+_aten = torch.ops.aten
+DROPOUT = 0.0
+
+
+def forward(call: VarlenCall) -> tuple[Tensor, Tensor]:
+    """(output [Q, H, D], log-sum-exp [H, Q])"""
+    s = call.segments
+    out, lse, *_ = _aten._flash_attention_forward(
+        call.q_QHD,
+        call.k_KGD,
+        call.v_KGD,
+        s.cu_q,
+        s.cu_k,
+        s.max_q,
+        s.max_k,
+        DROPOUT,
+        s.causal,
+        False,
+        scale=call.scale,
+    )
+    if s.keyless_rows is not None:
+        out[s.keyless_rows] = 0.0
+        lse[:, s.keyless_rows] = float("-inf")
+    return out, lse
+
+
+def backward(
+    call: VarlenCall, grad_QHD: Tensor, out_QHD: Tensor, lse_HQ: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) given the output and log-sum-exp of the whole softmax."""
+    s = call.segments
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=grad_QHD.device)
+    unused = torch.empty(0, device=grad_QHD.device)
+    dq, dk, dv = _aten._flash_attention_backward(
+        grad_QHD,
+        call.q_QHD,
+        call.k_KGD,
+        call.v_KGD,
+        out_QHD,
+        lse_HQ,
+        s.cu_q,
+        s.cu_k,
+        s.max_q,
+        s.max_k,
+        DROPOUT,
+        s.causal,
+        no_dropout,
+        unused,
+        scale=call.scale,
+    )
+    if s.keyless_rows is not None:
+        dq[s.keyless_rows] = 0.0
+    return dq, dk, dv

@@ -1,0 +1,260 @@
+"""What a run came to, in numbers and in sentences for a person.
+
+report.html: one or several runs on one page that needs no network.
+"""
+
+import base64
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from megatron_bicc.errors import UserError
+from megatron_bicc.report import charts
+from megatron_bicc.report.charts import Drawing
+from megatron_bicc.report.groups import BANDS, browser_groups, printable, step_layouts
+from megatron_bicc.report.panels import SECTIONS, other_panels
+from megatron_bicc.report.runs import Run, read_groups, read_layouts, read_run
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A number of a run, in words."""
+
+    label: str
+    value: str
+    remark: str = ""
+
+
+def facts(run: Run) -> list[Fact]:
+    """The numbers at the top of the page; one that was not recorded is left out."""
+    found = []
+    if scores := run.values("eval/pass_at_1"):
+        error = run.values("eval/pass_at_1_stderr")
+        spread = f"± {error[-1]:.3f}, " if error else ""
+        remark = f"{spread}from {scores[0]:.3f}, best {max(scores):.3f}"
+        found.append(Fact("held-out pass@1", f"{scores[-1]:.3f}", remark))
+    if rewards := run.values("reward/mean"):
+        found.append(Fact("mean reward", f"{rewards[-1]:.3f}", f"from {rewards[0]:.3f}"))
+    packed, rows = sum(run.values("tokens/packed")), sum(run.values("tokens/rows"))
+    if packed and rows:
+        remark = f"{packed:,.0f} instead of {rows:,.0f}"
+        found.append(Fact("tokens trained", f"{rows / packed:.2f}× fewer", remark))
+    if seconds := run.values("time/step_s"):
+        remark = f"{len(seconds)} steps, {sum(seconds) / len(seconds):.1f} s each"
+        found.append(Fact("time", duration(sum(seconds)), remark))
+    return found
+
+
+def fact_table(runs: Sequence[Run]) -> list[list[str]]:
+    """The same of several runs: a header of their names, then a row a number."""
+    found = [{fact.label: fact for fact in facts(run)} for run in runs]
+    labels = dict.fromkeys(label for each in found for label in each)
+    rows = [[label, *(_cell(each.get(label)) for each in found)] for label in labels]
+    return [["", *(run.name for run in runs)], *rows]
+
+
+def sentences(runs: Sequence[Run]) -> list[str]:
+    """What happened, what to look at, and how the runs compare on held-out prompts."""
+    said = []
+    for run in runs:
+        said += [_story(run), *_warnings(run)]
+    said += [_comparison(runs[0], other) for other in runs[1:]]
+    return [sentence for sentence in said if sentence]
+
+
+def differing_settings(runs: Sequence[Run]) -> list[list[str]]:
+    """The settings in which the runs that recorded theirs are not all alike, a header of run names first.
+
+    Empty where they are alike.
+    """
+    recorded = [run.settings for run in runs if run.settings]
+    names = dict.fromkeys(name for settings in recorded for name in settings)
+    rows = [
+        [name, *(_value(run, name) for run in runs)]
+        for name in names
+        if name != "output_dir" and len({repr(settings.get(name)) for settings in recorded}) > 1
+    ]
+    return [["setting", *(run.name for run in runs)], *rows] if rows else []
+
+
+def duration(seconds: float) -> str:
+    """Hours and minutes, minutes and seconds, or seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _cell(fact: Fact | None) -> str:
+    return f"{fact.value} ({fact.remark})" if fact else "–"
+
+
+def _value(run: Run, name: str) -> str:
+    if not run.settings:
+        return "not recorded"
+    value = run.settings.get(name)
+    return "–" if value is None else str(value)
+
+
+def _story(run: Run) -> str:
+    steps = max((record["step"] for record in run.records), default=0)
+    if not steps:
+        return f"{run.name}: no step finished yet."
+    with_what = f" with algorithm {run.settings['algorithm']}" if "algorithm" in run.settings else ""
+    trained = f"{run.name} trained {steps} step{'s' if steps > 1 else ''}{with_what}"
+    scores = run.values("eval/pass_at_1")
+    if len(scores) < 2:
+        return f"{trained}; held-out pass@1 was not evaluated twice, so there is no before and after."
+    verb = "rose" if scores[-1] > scores[0] else "fell" if scores[-1] < scores[0] else "stayed"
+    ends = f"at {scores[0]:.3f}" if verb == "stayed" else f"from {scores[0]:.3f} to {scores[-1]:.3f}"
+    return f"{trained}; held-out pass@1 {verb} {ends}."
+
+
+def _warnings(run: Run) -> list[str]:
+    last = {key: run.values(key)[-1:] or [math.nan] for key in ("contrast/share", "rollout/truncated")}
+    warnings = []
+    if last["contrast/share"][0] < 0.25:
+        warnings.append(
+            f"{run.name}: only {last['contrast/share'][0]:.0%} of the last step's groups had both right and "
+            "wrong rollouts; the others taught nothing."
+        )
+    if last["rollout/truncated"][0] > 0.1:
+        warnings.append(
+            f"{run.name}: {last['rollout/truncated'][0]:.0%} of the last step's responses were cut at "
+            "rollout.max_new_tokens."
+        )
+    broken = {key: r["step"] for r in reversed(run.records) for key, value in r.items() if value is None}
+    warnings += [f"{run.name}: {key} was not finite at step {step}." for key, step in broken.items()]
+    return warnings
+
+
+def _comparison(first: Run, other: Run) -> str:
+    """pass@1 at the last step that both evaluated, against the standard errors of the two."""
+    ours, theirs = (dict(zip(*run.series("eval/pass_at_1"), strict=True)) for run in (first, other))
+    common = [
+        s for s in ours if s > 0 and s in theirs and math.isfinite(ours[s]) and math.isfinite(theirs[s])
+    ]
+    if not common:
+        return f"{first.name} and {other.name} were not evaluated at a common step after the first."
+    step = max(common)
+    gap = ours[step] - theirs[step]
+    errors = [dict(zip(*r.series("eval/pass_at_1_stderr"), strict=True)).get(step) for r in (first, other)]
+    where = f"at step {step}, the last that both evaluated"
+    if gap == 0:
+        return f"{first.name} and {other.name} had the same held-out pass@1 {where}."
+    ahead, behind = (first, other) if gap > 0 else (other, first)
+    said = f"{ahead.name} was ahead of {behind.name} by {abs(gap):.3f} in held-out pass@1 {where}"
+    if any(error is None or math.isnan(error) for error in errors):
+        return f"{said}."
+    error = math.hypot(*errors)
+    verdict = "more" if abs(gap) > 2 * error else "not more"
+    return (
+        f"{said}; that is {verdict} than twice the standard error of the difference, {error:.3f}, "
+        "which knows of the evaluation's samples only, not of other seeds."
+    )
+
+
+REPORT_FILE = "report.html"
+# (class, meaning, top, height) of the parts of a bar
+LAYOUT_KEY = [
+    *(
+        (f"{part} {band}", f"{band} side's {part}", *BANDS[band])
+        for band in ("right", "wrong")
+        for part in ("prefix", "responses")
+    ),
+    ("prefix both", "prefix of both sides", *BANDS["both"]),
+    ("padding", "padding", *BANDS["both"]),
+]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Charts under one heading."""
+
+    title: str
+    drawings: list[Drawing]
+
+
+def write_report(run_dirs: Sequence[str | Path], path: str | Path | None = None) -> Path:
+    """Writes the page of the runs, the first one's story first, and returns its path.
+
+    path: by default report.html in the first run's directory, which is replaced.
+    Raises UserError that names the file: one of a run's is missing or broken, or the page cannot be written.
+    """
+    runs = _distinct([read_run(run_dir) for run_dir in run_dirs])
+    page = _render(
+        runs=runs,
+        title=" against ".join(run.name for run in runs),
+        sentences=sentences(runs),
+        facts=facts(runs[0]) if len(runs) == 1 else [],
+        fact_table=fact_table(runs),
+        settings=differing_settings(runs),
+        sections=_sections(runs),
+        layout_key=LAYOUT_KEY,
+        layouts=[
+            each
+            for run, run_dir in zip(runs, run_dirs, strict=True)
+            for each in step_layouts(run, read_layouts(run_dir))
+        ],
+        browser=browser_groups([read_groups(run_dir) for run_dir in run_dirs])
+        | {"runs": [printable(run.name) for run in runs]},
+    )
+    path = Path(path or Path(run_dirs[0]) / REPORT_FILE)
+    draft = path.with_suffix(".new")
+    try:
+        draft.write_text(page, encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write it: {error.strerror}") from None
+    return path
+
+
+def _distinct(runs: list[Run]) -> list[Run]:
+    """The runs, those numbered whose directories are called alike."""
+    names = [run.name for run in runs]
+    return [
+        replace(run, name=f"{run.name} ({i})") if names.count(run.name) > 1 else run
+        for i, run in enumerate(runs, 1)
+    ]
+
+
+def _sections(runs: Sequence[Run]) -> list[Section]:
+    """The charts that find something to draw."""
+    drawn = {title: [charts.draw_panel(panel, runs) for panel in panels] for title, panels in SECTIONS}
+    drawn["Groups and responses"].insert(1, charts.draw_histogram(runs))
+    drawn["Tokens and time"].append(charts.draw_stages(runs))
+    drawn["Other metrics"] = [charts.draw_panel(panel, runs) for panel in other_panels(runs)]
+    sections = [Section(title, list(filter(None, drawings))) for title, drawings in drawn.items()]
+    return [section for section in sections if section.drawings]
+
+
+def _render(**values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("megatron_bicc.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
+    )
+    style, script = _own_text("report.css"), _own_text("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    template = environment.get_template("report.html.j2")
+    return template.render(style=Markup(style), script=Markup(script), script_sha256=digest, **values)
+
+
+def _own_text(name: str) -> str:
+    return resources.files("megatron_bicc.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _finalize(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value

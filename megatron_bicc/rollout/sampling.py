@@ -1,0 +1,152 @@
+"""The groups of a step. With dynamic sampling (DAPO, arXiv 2503.14476): prompts until enough have contrast.
+
+An engine that streams is asked for more prompts while others are answered (rollout/streaming_sampler.py).
+Any other is asked in rounds; what a round asks for follows from the rounds before it alone, so every process
+asks for the same, and a run that is resumed asks for what it would have asked for.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_bicc.config import Config
+from megatron_bicc.data.prompts import Prompt, PromptSampler
+from megatron_bicc.rollout.collect import GroupSampler, why_all_zero
+from megatron_bicc.rollout.streaming_sampler import Search, likely_prompts, search
+from megatron_bicc.rollout.types import Group, RolloutError, Sample, StreamingEngine
+
+
+class NoContrastError(RolloutError):
+    """Too few prompts that the policy answers now right and now wrong, in one line."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The rollouts of a step."""
+
+    groups: list[Group]
+    """To learn from: as many as rollout.prompts_per_step"""
+    sampled: list[Group]
+    """All that were sampled in this step, whether learned from or not"""
+    carried: int
+    """Groups among those to learn from that an earlier step sampled"""
+    leftover: int
+    """Groups with contrast that were not needed: kept for the next step, or dropped"""
+    aborted: int
+    """Groups that were asked for and given up unfinished"""
+
+
+class Collector:
+    """Draws prompts and has them sampled; holds the position in the data and the groups left over."""
+
+    def __init__(self, config: Config, prompts: list[Prompt], sampler: PromptSampler) -> None:
+        """`config` is resolved (algorithms.presets.resolve)."""
+        self.config, self.prompts, self.sampler = config, prompts, sampler
+        self.leftover: list[Group] = []
+
+    def step(self, step: int, sampler: GroupSampler) -> Collected:
+        """The groups of a step. Raises NoContrastError at the cap on prompts. Collective."""
+        wanted, carried = self.config.rollout.prompts_per_step, self.leftover
+        if not self.config.rollout.dynamic_sampling:
+            sampled = sampler.collect(self._draw(wanted), (self.config.seed, step))
+            return Collected(sampled, sampled, carried=0, leftover=0, aborted=0)
+        streams = isinstance(sampler.engine, StreamingEngine)
+        find = self._while_others_run if streams else self._in_rounds
+        sampled, aborted = find(step, wanted - len(carried), sampler)
+        groups = carried + [group for group in sampled if self._has_contrast(group)]
+        if len(groups) < wanted:
+            raise NoContrastError(self._too_few(len(groups) - len(carried), wanted - len(carried), sampled))
+        groups, over = groups[:wanted], groups[wanted:]
+        self.leftover = over if self.config.rollout.leftover == "keep" else []
+        return Collected(groups, sampled, len(carried), len(over), aborted)
+
+    def _in_rounds(self, step: int, wanted: int, sampler: GroupSampler) -> tuple[list[Group], int]:
+        """Groups of as many prompts as it takes for `wanted` to have contrast; and 0, as none is aborted."""
+        rollout, sampled, found, number = self.config.rollout, [], 0, 0
+        # a round no larger than a step leaves less than a step over
+        while count := min(
+            likely_prompts(wanted, len(sampled), found),
+            rollout.prompts_per_step,
+            rollout.max_prompts_per_step - len(sampled),
+        ):
+            # without the round's number a prompt that comes again would be answered the same again
+            sampled += sampler.collect(self._draw(count), (self.config.seed, step, number))
+            found = sum(self._has_contrast(group) for group in sampled)
+            number += 1
+        return sampled, 0
+
+    def _while_others_run(self, step: int, wanted: int, sampler: GroupSampler) -> tuple[list[Group], int]:
+        """The same, and the number of groups aborted."""
+        rollout = self.config.rollout
+        plan = Search(
+            prompts=[self.prompts[i] for i in self.sampler.peek(rollout.max_prompts_per_step)],
+            wanted=wanted,
+            at_once=rollout.prompts_per_step,
+            seed=(self.config.seed, step),
+            finish=rollout.leftover == "keep",
+        )
+        found = search(plan, sampler, self._has_contrast)
+        self.sampler.draw(found.asked)
+        return found.groups, found.asked - len(found.groups)
+
+    def _too_few(self, found: int, wanted: int, sampled: list[Group]) -> str:
+        right = sum(int(self._correct(group).all()) for group in sampled)
+        wrong = len(sampled) - found - right
+        kind, remedy = ("hard", "easier") if wrong >= right else ("easy", "harder")
+        cause = why_all_zero(sampled, self.config.reward.answer) or (
+            f"too {kind} for this policy; train on {remedy} prompts, raise rollout.group_size or "
+            "rollout.max_prompts_per_step, or set rollout.dynamic_sampling=false"
+        )
+        return (
+            f"rollout.max_prompts_per_step is {self.config.rollout.max_prompts_per_step}; of so many prompts "
+            f"{found} have right and wrong rollouts, {wanted} are needed; {wrong} are all wrong and {right} "
+            f"all right: {cause}"
+        )
+
+    def _draw(self, count: int) -> list[Prompt]:
+        return [self.prompts[i] for i in self.sampler.draw(count)]
+
+    def _correct(self, group: Group) -> np.ndarray:
+        return group.rewards > self.config.reward.threshold
+
+    def _has_contrast(self, group: Group) -> bool:
+        return 0 < self._correct(group).sum() < len(group.rewards)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What load_state_dict needs, as JSON."""
+        rows = {prompt.index: i for i, prompt in enumerate(self.prompts)}
+        leftover = [_to_json(group, rows[group.prompt.index]) for group in self.leftover]
+        return self.sampler.state_dict() | {"leftover": leftover}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on after the last step of a state; raises ValueError if it is of other data or seed."""
+        self.sampler.load_state_dict(state)
+        self.leftover = [_from_json(group, self.prompts) for group in state["leftover"]]
+
+
+def _to_json(group: Group, prompt: int) -> dict[str, Any]:
+    samples = [
+        {
+            "token_ids": s.token_ids.tolist(),
+            "log_probs": s.log_probs.tolist(),
+            "finish_reason": s.finish_reason,
+            "weight_version": s.weight_version,
+        }
+        for s in group.samples
+    ]
+    return {"prompt": prompt, "samples": samples, "texts": group.texts, "rewards": group.rewards.tolist()}
+
+
+def _from_json(state: dict[str, Any], prompts: list[Prompt]) -> Group:
+    samples = [
+        Sample(
+            np.array(s["token_ids"], np.int32),
+            np.array(s["log_probs"], np.float32),
+            s["finish_reason"],
+            s["weight_version"],
+        )
+        for s in state["samples"]
+    ]
+    rewards = np.array(state["rewards"], np.float32)
+    return Group(prompts[state["prompt"]], samples, state["texts"], rewards)

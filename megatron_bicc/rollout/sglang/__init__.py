@@ -1,1 +1,0 @@
-"""Rollouts by SGLang servers, over HTTP."""

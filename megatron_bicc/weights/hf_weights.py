@@ -1,0 +1,235 @@
+"""Weights between Hugging Face safetensors and the policy's shards."""
+
+import collections
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import PretrainedConfig
+
+from megatron_bicc import run_lock
+from megatron_bicc.collective import gathered
+from megatron_bicc.errors import UserError
+from megatron_bicc.model.build import PolicyModel
+from megatron_bicc.weights.hf_files import HfTensors, SafetensorsDirectory, copy_side_files, write_model
+from megatron_bicc.weights.hf_mapping import Rule, cut, from_whole, join, rule_for, to_whole
+
+
+def _parameters(chunk: PolicyModel, tied_output: bool = False) -> Iterator[tuple[Rule, Parameter]]:
+    """The chunk's parameters and their rules.
+
+    tied_output: with a tied output layer's copy on a later stage, which is left out by default.
+    """
+    layers = chunk.decoder.layers
+    first_layer = layers[0].layer_number - 1 if len(layers) else 0
+    for name, parameter in chunk.named_parameters():
+        is_copy = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
+        if is_copy and not tied_output:
+            continue
+        yield rule_for(name, first_layer), parameter
+
+
+def load_weights(chunks: list[PolicyModel], hf_config: PretrainedConfig, path: str) -> None:
+    """Fills every parameter of this rank from a Hugging Face directory. Collective.
+
+    Raises UserError on every rank, naming the tensor that is missing on some rank, has the wrong shape, or
+    holds values that are not finite.
+    """
+    error = None
+    try:
+        fill_parameters(chunks, hf_config, SafetensorsDirectory(path))
+    except UserError as raised:
+        error = str(raised)
+    errors = gathered(error)
+    if any(errors):
+        raise UserError(next(filter(None, errors)))
+
+
+def fill_parameters(chunks: list[PolicyModel], hf_config: PretrainedConfig, source: HfTensors) -> None:
+    """Fills every parameter of this rank from `source`; raises as `load_weights` does, but on this rank."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    first_expert = _first_expert(hf_config, parallel_state.get_expert_model_parallel_rank())
+    for chunk in chunks:
+        for rule, parameter in _parameters(chunk):
+            tensors = {name: source.read(name) for name in rule.hf_names(first_expert)}
+            shard = (rank, size) if rule.expert is None else (0, 1)
+            try:
+                whole = to_whole(rule.kind, list(tensors.values()), hf_config, size)
+                part = cut(rule.kind, whole, *shard, parameter.shape)
+            except RuntimeError as error:
+                shapes = [tuple(x.shape) for x in tensors.values()]
+                raise UserError(
+                    f"{source.path}: {', '.join(tensors)}: shape {shapes} does not fit config.json"
+                ) from error
+            if not is_finite(part):
+                bad = ", ".join(name for name, x in tensors.items() if not is_finite(x))
+                raise UserError(f"{source.path}: {bad}: holds NaN or infinite values; take an intact copy")
+            parameter.data.copy_(part)
+        _load_tied_output(chunk, hf_config, source, rank, size)
+
+
+def is_finite(*tensors: Tensor) -> bool:
+    """Whether all are, in one pass and without a copy: a NaN is the smallest and the largest of all.
+
+    Meta tensors are, and empty ones.
+    """
+    extremes = [torch.stack(torch.aminmax(x)).float() for x in tensors if x.numel() and not x.is_meta]
+    return not extremes or bool(torch.cat(extremes).isfinite().all())
+
+
+@torch.no_grad()
+def not_finite(
+    chunks: list[PolicyModel], hf_config: PretrainedConfig, of: Callable[[Parameter], Tensor]
+) -> list[str]:
+    """Hugging Face names of the tensors that hold NaN or infinite values on any rank: in `of(parameter)`,
+    which is a parameter or its gradient. Collective.
+    """
+    tensors = [of(parameter) for chunk in chunks for parameter in chunk.parameters()]
+    good = torch.tensor(int(is_finite(*tensors)), device=tensors[0].device)
+    dist.all_reduce(good, dist.ReduceOp.MIN)
+    if good:
+        return []
+    first_expert = _first_expert(hf_config, parallel_state.get_expert_model_parallel_rank())
+    own = [
+        name
+        for chunk in chunks
+        for rule, parameter in _parameters(chunk, tied_output=True)
+        if not is_finite(of(parameter))
+        for name in rule.hf_names(first_expert)
+    ]
+    return list(dict.fromkeys(name for names in gathered(own) for name in names))
+
+
+def _first_expert(hf_config: PretrainedConfig, expert_rank: int) -> int:
+    """The whole model's number of the first expert of an expert-parallel rank; 0 without experts."""
+    size = parallel_state.get_expert_model_parallel_world_size()
+    return expert_rank * (getattr(hf_config, "num_experts", 0) // size)
+
+
+def _load_tied_output(
+    chunk: PolicyModel, hf_config: PretrainedConfig, source: HfTensors, rank: int, size: int
+) -> None:
+    """A later stage's copy of the tied embedding."""
+    if chunk.share_embeddings_and_output_weights and chunk.post_process and not chunk.pre_process:
+        weight = chunk.output_layer.weight
+        whole = to_whole("vocab", [source.read("model.embed_tokens.weight")], hf_config, size)
+        weight.data.copy_(cut("vocab", whole, rank, size, weight.shape))
+
+
+@torch.no_grad()
+def hf_tensors(chunks: list[PolicyModel], hf_config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
+    """Every Hugging Face tensor of the policy, whole, on every rank, one at a time. Collective.
+
+    The experts of a layer come by number, whatever rank holds them.
+
+    All ranks of the tensor-, expert- and pipeline-parallel groups must exhaust it together.
+    """
+    pp_group = parallel_state.get_pipeline_model_parallel_group()
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    ep_group = parallel_state.get_expert_model_parallel_group()
+    own = [parameter for chunk in chunks for _, parameter in _parameters(chunk)]
+    for stage, table in enumerate(_tables(chunks)):
+        for owner, i in _in_order(table, ep_group.size()):
+            rule, shape, dtype = table[i]
+            here = owner in (None, ep_group.rank())
+            mine = here and stage == pp_group.rank()
+            part = own[i].data.contiguous() if mine else torch.empty(shape, dtype=dtype, device=own[0].device)
+            if here:
+                dist.broadcast(part, group=pp_group, group_src=stage)
+            if owner is None:
+                yield from _to_hf(rule, _gather(part, tp_group), 0, hf_config)
+            else:
+                dist.broadcast(part, group=ep_group, group_src=owner)
+                yield from _to_hf(rule, [part], _first_expert(hf_config, owner), hf_config)
+
+
+def describe_hf(chunks: list[PolicyModel], hf_config: PretrainedConfig) -> dict[str, Tensor]:
+    """Shape and dtype of all that `hf_tensors` yields, in its order, as meta tensors. Collective."""
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    expert = parallel_state.get_expert_model_parallel_world_size()
+    found: dict[str, Tensor] = {}
+    for table in _tables(chunks):
+        for owner, i in _in_order(table, expert):
+            rule, shape, dtype = table[i]
+            parts = [torch.empty(shape, dtype=dtype, device="meta")] * (tensor if owner is None else 1)
+            found |= _to_hf(rule, parts, _first_expert(hf_config, owner or 0), hf_config)
+    return found
+
+
+Table = list[tuple[Rule, torch.Size, torch.dtype]]
+"""A pipeline stage's parameters"""
+
+
+def _tables(chunks: list[PolicyModel]) -> list[Table]:
+    """Every pipeline stage's parameters. Collective."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    own = [
+        (rule, parameter.shape, parameter.dtype) for chunk in chunks for rule, parameter in _parameters(chunk)
+    ]
+    return gathered(own, group)
+
+
+def _in_order(table: Table, expert_parallel: int) -> Iterator[tuple[int | None, int]]:
+    """(expert-parallel rank that holds it, index in the table): a layer's experts by the model's numbers.
+
+    The rank is None for a parameter that is no expert's.
+    """
+    for is_expert, run in groupby(range(len(table)), key=lambda i: table[i][0].expert is not None):
+        indices = list(run)
+        for owner in range(expert_parallel) if is_expert else [None]:
+            yield from ((owner, i) for i in indices)
+
+
+def _gather(part: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    dist.all_gather(parts, part, group=group)
+    return parts
+
+
+def _to_hf(
+    rule: Rule, parts: list[Tensor], first_expert: int, hf_config: PretrainedConfig
+) -> Iterator[tuple[str, Tensor]]:
+    whole = join(rule.kind, parts, hf_config)
+    return zip(rule.hf_names(first_expert), from_whole(rule.kind, whole, hf_config), strict=True)
+
+
+def save_hf(
+    chunks: list[PolicyModel],
+    hf_config: PretrainedConfig,
+    source: Path,
+    target: Path,
+    is_writer: bool,
+    largest_file: int = 5_000_000_000,
+) -> None:
+    """Writes a Hugging Face directory: the policy's weights beside `source`'s configuration and tokenizer.
+
+    Collective; one process has `is_writer`, and holds one tensor at a time. Files of at most `largest_file`
+    bytes, unless one tensor is larger. Written aside and renamed, so `target` is whole or absent. Raises
+    ValueError, on the writer, if it cannot be written.
+    """
+    described, stream = describe_hf(chunks, hf_config), hf_tensors(chunks, hf_config)
+    if not is_writer:
+        collections.deque(stream, maxlen=0)
+        return
+    partial, old = (target.with_name(target.name + suffix) for suffix in (".partial", ".old.partial"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        partial.mkdir(parents=True)
+        copy_side_files(source, partial)
+        write_model(partial, described, ((name, tensor.cpu()) for name, tensor in stream), largest_file)
+        run_lock.check()
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error

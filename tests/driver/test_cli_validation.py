@@ -1,0 +1,119 @@
+"""Settings that are well typed but make no sense together."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_bicc.cli import parse_config, validate
+from megatron_bicc.errors import UserError
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> list[str]:
+    """Overrides that make a valid run of existing files."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    return [f"model.path={tmp_path}/model", f"data.train={tmp_path}/train.jsonl"]
+
+
+def message(overrides: list[str], world_size: int = 8) -> str:
+    with pytest.raises(UserError) as error:
+        validate(parse_config(overrides), world_size)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+        ["parallel.tensor=2", "parallel.expert=4", "parallel.pipeline=2"],
+        ["train.max_sequence_tokens=3072", "train.max_tokens_per_microbatch=3072"],
+        ["rollout.prompts_per_step=30", "train.updates_per_step=15"],
+        ["loss.objective=geometric", "loss.clip_low=1.5", "parallel.silence_seconds=0"],
+        ["algorithm=cispo", "parallel.silence_seconds=5", "weight_sync.bucket_mb=1"],
+        ["bicc.weight=0", "bicc.context_ratio=1", "rollout.group_size=2", "checkpoint.every=0"],
+    ],
+)
+def test_sound_settings_pass(good: list[str], overrides: list[str]):
+    validate(parse_config(good + overrides), world_size=8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["output_dir=a\0b"], ["output_dir is 'a\\x00b'", "NUL"]),
+        (["weight_sync.path=a\0b"], ["weight_sync.path is 'a\\x00b'", "NUL"]),
+        (["rollout.group_size=1"], ["rollout.group_size is 1", "at least 2"]),
+        (["bicc.weight=1.1"], ["bicc.weight is 1.1", "within 0 and 1"]),
+        (["bicc.context_ratio=-0.1"], ["bicc.context_ratio is -0.1", "within 0 and 1"]),
+        (["rollout.temperature=0"], ["rollout.temperature is 0", "greater than 0"]),
+        (["evaluation.temperature=-1"], ["evaluation.temperature is -1", "greater than 0"]),
+        (["optimizer.lr=.nan"], ["optimizer.lr is nan", "finite"]),
+        (["optimizer.beta2=1"], ["optimizer.beta2 is 1", "less than 1"]),
+        (["optimizer.min_lr=1e-3"], ["optimizer.min_lr is 0.001", "optimizer.lr = 1e-06"]),
+        (["train.steps=0"], ["train.steps is 0", "at least 1"]),
+        (["train.updates_per_step=0"], ["train.updates_per_step is 0", "at least 1"]),
+        (["rollout.prompts_per_step=0"], ["rollout.prompts_per_step is 0", "at least 1"]),
+        (["rollout.batch_size=0"], ["rollout.batch_size is 0", "at least 1"]),
+        (["checkpoint.every=-1"], ["checkpoint.every is -1", "at least 0"]),
+        (["export.every=-1"], ["export.every is -1", "at least 0"]),
+        (["export.keep=0"], ["export.keep is 0", "at least 1"]),
+        (["synthetic.response_tokens=0"], ["synthetic.response_tokens is 0", "at least 1"]),
+        (["synthetic.pass_rate=2"], ["synthetic.pass_rate is 2", "within 0 and 1"]),
+        (["train.updates_per_step=3"], ["train.updates_per_step is 3", "rollout.prompts_per_step = 32"]),
+        (["parallel.tensor=3"], ["parallel.tensor is 3", "number of processes, 8"]),
+        (["parallel.tensor=4", "parallel.pipeline=4"], ["parallel.pipeline is 4", "16", "processes, 8"]),
+        (["parallel.expert=3"], ["parallel.expert is 3", "number of processes, 8"]),
+        (["parallel.context=2"], ["parallel.context is 2", "not supported"]),
+        (["parallel.sequence=true"], ["parallel.sequence is true", "parallel.tensor"]),
+        (["parallel.virtual_pipeline=2"], ["parallel.virtual_pipeline is 2", "parallel.pipeline"]),
+        (
+            ["train.max_sequence_tokens=3071"],
+            ["train.max_sequence_tokens is 3071", "data.max_prompt_tokens", "rollout.max_new_tokens", "3072"],
+        ),
+        (
+            ["train.max_tokens_per_microbatch=4095"],
+            ["train.max_tokens_per_microbatch is 4095", "train.max_sequence_tokens = 4096"],
+        ),
+        (["algorithm=bic"], ["algorithm", "'bic'", "'bicc'"]),
+        (["loss.clip_low=1.5"], ["loss.clip_low is 1.5", "within 0 and 1"]),
+        (
+            ["parallel.silence_seconds=0.001"],
+            ["parallel.silence_seconds is 0.001", "at least 5", "0 for off"],
+        ),
+        (["weight_sync.bucket_mb=1e-9"], ["weight_sync.bucket_mb is 1e-09", "at least 1"]),
+        (["loss.dual_clip=0.5"], ["loss.dual_clip is 0.5"]),
+        (["model.path="], ["model.path is not set"]),
+        (["data.train="], ["data.train is not set"]),
+        (["model.path=/nowhere"], ["model.path is /nowhere", "config.json"]),
+        (["data.train=/nowhere.parquet"], ["data.train is /nowhere.parquet", "no such file"]),
+        (["evaluation.data=/nowhere.parquet"], ["evaluation.data is /nowhere.parquet", "no such file"]),
+        (["monitoring.compare=/nowhere"], ["monitoring.compare is /nowhere", "metrics.jsonl"]),
+    ],
+)
+def test_unsound_settings_are_named(good: list[str], overrides: list[str], parts: list[str]):
+    line = message(good + overrides)
+    assert all(part in line for part in parts), line
+
+
+def test_a_megatron_checkpoint_is_no_model(good: list[str], tmp_path: Path):
+    (tmp_path / "imported").mkdir()
+    (tmp_path / "imported" / "metadata.json").write_text("{}")
+    line = message([*good, f"model.path={tmp_path}/imported"])
+    assert f"model.path is {tmp_path}/imported; it is a Megatron checkpoint" in line
+    assert "tools/convert_hf_checkpoint.py export" in line
+
+
+def test_missing_wandb_is_named(good: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "pip install wandb" in message([*good, "monitoring.wandb_project=mine"])
+
+
+def test_unreadable_file_is_named(good: list[str], monkeypatch: pytest.MonkeyPatch):
+    # Permission bits do not stop a superuser, so the answer of the system is set instead.
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "cannot be read" in message(good)

@@ -1,0 +1,89 @@
+"""Bytes of weights, gradients and optimizer of real policies, measured rank by rank, and as planned.
+
+torchrun --nproc-per-node 2 state_worker.py TINY SMALL EXPERTS out.json
+"""
+
+import json
+import sys
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from transformers import AutoConfig
+
+from megatron_bicc import device
+from megatron_bicc.collective import gathered
+from megatron_bicc.config import Config
+from megatron_bicc.model.policy import Policy, start_model_parallel
+from megatron_bicc.planning.shards import build_shards
+
+LAYOUTS = {
+    "tiny, tensor": (0, "float32", {"tensor": 2}),
+    "tiny, data": (0, "float32", {}),
+    "small, tensor, sequence": (1, "bfloat16", {"tensor": 2, "sequence": True}),
+    "small, pipeline, virtual": (1, "bfloat16", {"pipeline": 2, "virtual_pipeline": 2}),
+    "small, data": (1, "bfloat16", {}),
+    "experts": (2, "bfloat16", {"expert": 2}),
+    "experts, tensor": (2, "bfloat16", {"tensor": 2, "sequence": True}),
+}
+
+
+def configure(path: str, dtype: str, layout: dict) -> Config:
+    config = Config()
+    config.model.path, config.model.dtype = path, dtype
+    for name, value in layout.items():
+        setattr(config.parallel, name, value)
+    return config
+
+
+def measure(policy: Policy) -> dict[str, int]:
+    """Bytes in megatron-core's own buffers, and in the tensors that torch's optimizer steps on."""
+    buffers = [b for chunk in policy.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
+    moments = main = 0
+    for part in policy.optimizer.chained_optimizers:
+        main += sum(p.nbytes for group in part.shard_fp32_from_float16_groups for p in group)
+        states = part.optimizer.state.values()
+        moments += sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))
+    return {
+        "parameters": sum(p.numel() for module in policy.modules for p in module.parameters()),
+        "weight_bytes": sum(b.param_data.nbytes for b in buffers),
+        "gradient_bytes": sum(b.grad_data.nbytes for b in buffers),
+        "optimizer_bytes": main + moments,
+    }
+
+
+def measure_all(paths: list[str]) -> dict[str, list[dict[str, int]]]:
+    """Every layout's figures, one a rank; after an update, so that every tensor is there."""
+    found = {}
+    for name, (model, dtype, layout) in LAYOUTS.items():
+        config = configure(paths[model], dtype, layout)
+        start_model_parallel(config)
+        policy = Policy(config)
+        policy.zero_gradients()
+        policy.update()
+        found[name] = gathered(measure(policy))
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def plan_all(paths: list[str], world_size: int) -> dict[str, list[dict[str, int]]]:
+    """The same figures without other processes."""
+    found = {}
+    for name, (model, dtype, layout) in LAYOUTS.items():
+        config = configure(paths[model], dtype, layout)
+        hf_config = AutoConfig.from_pretrained(config.model.path)
+        shards = build_shards(config, hf_config, world_size, ranks=range(world_size))
+        found[name] = [asdict(shard) for shard in shards]
+    return found
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    device.start_distributed()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    measured = measure_all(sys.argv[1:4])
+    dist.destroy_process_group()
+    if rank == 0:
+        with open(sys.argv[4], "w") as file:
+            json.dump({"measured": measured, "planned": plan_all(sys.argv[1:4], size)}, file)

@@ -1,0 +1,34 @@
+"""The dry run's shards and the plan's memory against real policies on two processes: equal to the byte."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from planning.state_worker import LAYOUTS
+from support.models import make_model
+
+WORKER = Path(__file__).with_name("state_worker.py")
+# several processes or many shards; a busy machine needs minutes for that
+pytestmark = pytest.mark.timeout(900)
+TINY_POLICY = Path(__file__).parents[2] / "examples/tiny_policy"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, model_dirs: dict[str, Path]) -> dict:
+    """What state_worker.py writes."""
+    root = tmp_path_factory.mktemp("state")
+    make_model("qwen3_untied", layers=4).save_pretrained(root / "small")
+    directories = [str(TINY_POLICY), str(root / "small"), str(model_dirs["qwen3_moe"])]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(WORKER), *directories, str(root / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((root / "out.json").read_text())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_planned_bytes_equal_measured_bytes(found: dict, layout: str) -> None:
+    measured, planned = found["measured"][layout], found["planned"][layout]
+    assert [{name: shard[name] for name in measured[0]} for shard in planned] == measured

@@ -1,0 +1,201 @@
+"""Memory, traffic and seconds of a plan against arithmetic written out here, on sizes that fit on paper.
+
+The policy: 8 layers, hidden 64, 8 heads and 4 groups of 8, MLP 96, vocabulary 1000, bf16; on 32 ranks: tensor
+2 with sequence parallel, pipeline 4 of 2 chunks, data 4.
+"""
+
+from dataclasses import replace
+
+import pytest
+from transformers import LlamaConfig
+
+from megatron_bicc.algorithms.presets import resolve
+from megatron_bicc.config import Config
+from megatron_bicc.planning import layouts
+from megatron_bicc.planning.memory import Cluster, Gpu, Memory, Sizes, kv_space, memory_of, saved_bytes
+from megatron_bicc.planning.plan import Plan, make_plan
+from megatron_bicc.planning.shards import Shard
+from megatron_bicc.planning.synthetic import SyntheticStep, UnknownTokenizer, synthetic_step
+from megatron_bicc.planning.work import Rows, Work, forward_flops, step_flops, traffic_of
+
+HF_CONFIG = LlamaConfig(
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+    architectures=["LlamaForCausalLM"],
+)
+SIZES = Sizes.of(HF_CONFIG)
+MATRICES_A_LAYER = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96
+PARAMETERS = 8 * MATRICES_A_LAYER + 2 * 1000 * 64
+CLUSTER = Cluster(
+    Gpu("toy", memory_bytes=10e6, bf16_flops=1e9, memory_bandwidth=1e6, nvlink=1e6),
+    gpus_per_host=8,
+    network=1e5,
+    sync_link=2e5,
+    reserve_bytes=1e6,
+)
+WORK = Work(forward=Rows(4, 1000, 600, 5000), train=Rows(6, 3000, 2000, 9000))
+WORLD_SIZE = 32
+
+
+@pytest.fixture
+def config() -> Config:
+    config = Config(algorithm="grpo")
+    p = config.parallel
+    p.tensor, p.sequence, p.pipeline, p.virtual_pipeline = 2, True, 4, 2
+    config.model.recompute, config.weight_sync.bucket_mb = "full", 1
+    config.rollout.prompts_per_step, config.rollout.max_new_tokens = 64, 60
+    config.data.max_prompt_tokens = 20
+    config.train.max_sequence_tokens = config.train.max_tokens_per_microbatch = 128
+    return resolve(config)
+
+
+def shard(pipeline_rank: int) -> Shard:
+    return Shard(8 * pipeline_rank, pipeline_rank, 0, (1, 5), 30_000, 60_000, 120_000, 50_000)
+
+
+@pytest.fixture
+def step(config: Config) -> SyntheticStep:
+    return synthetic_step(config, HF_CONFIG, UnknownTokenizer(), data_parallel=4)
+
+
+@pytest.fixture
+def plan(config: Config, step: SyntheticStep) -> Plan:
+    shards = [shard(0), shard(3)]
+    return make_plan(config, HF_CONFIG, WORLD_SIZE, step, CLUSTER, server_gpus=4, shards=shards)
+
+
+def test_saved_bytes_term_by_term(config: Config) -> None:
+    """The loss keeps an int64 and three fp32 numbers of a response's row, and selective recompute all but
+    the log-sum-exp of 4 heads: too little for the comparison with a forward pass to see."""
+    many, few = (saved_bytes(SIZES, config, 128, n) for n in (100, 40))
+    assert many.last_stage - few.last_stage == 60 * (8 + 3 * 4)
+    config.model.recompute = "selective"
+    selective = saved_bytes(SIZES, config, 128, 100)
+    assert selective.layer_whole - selective.layer == 128 * 4 * 4
+
+
+def test_experts_keep_what_is_routed_to_them(config: Config) -> None:
+    """Three experts a token of width 16: of 64 rows on this rank, gate and up, silu's result, up's copy, the
+    product, and the expert's input and output."""
+    dense = replace(SIZES, ffn=0)
+    routed = replace(SIZES, ffn=16, experts=8, experts_a_token=3)
+    found = [saved_bytes(sizes, config, 128, 128).layer_whole for sizes in (dense, routed)]
+    assert found[1] - found[0] == 64 * 3 * 2 * (5 * 16 + 2 * 64)
+
+
+def test_memory_of_the_first_and_the_last_stage(config: Config) -> None:
+    saved = saved_bytes(SIZES, config, 128, 128)
+    assert saved.layer == 64 * 2 * 64  # under full recompute a layer keeps its input
+    first, last = (memory_of(shard(stage), SIZES, config, 64, CLUSTER) for stage in (0, 3))
+    # 11 and 5 of a stage's two chunks are in flight; one layer is being computed again
+    assert first.activations == int(5.5 * (2 * saved.layer + saved.first_stage)) + saved.layer_whole
+    assert last.activations == int(2.5 * (2 * saved.layer + saved.last_stage)) + saved.layer_whole
+    assert first.logits == 0
+    assert last.logits == 3 * 4 * 128 * 500 + 500 * 64 * (4 + 2)
+    assert first.sync_bucket == 2**20 + 2 * 64 * 1000
+    assert (first.weights, first.gradients, first.optimizer) == (60_000, 120_000, 50_000)
+    assert first.state == 60_000 + 120_000 + 50_000 + 1_000_000
+    assert first.peak == first.state + first.sync_bucket
+
+
+def test_peak_is_training_or_sending(config: Config) -> None:
+    memory = Memory(0, 1, 2, 3, activations=50, logits=7, sync_bucket=40, reserve=10)
+    assert memory.peak == 16 + 57
+    assert replace(memory, sync_bucket=60).peak == 16 + 60
+
+
+def test_room_for_keys_and_values() -> None:
+    fullest = Memory(0, 60_000, 120_000, 50_000, 0, 0, 0, 1_000_000)
+    kv = kv_space(fullest, SIZES, CLUSTER, server_gpus=4)
+    assert kv.server_weights == 2 * PARAMETERS // 4
+    assert kv.bytes == 10_000_000 - 1_230_000 - kv.server_weights
+    assert kv.tokens == 4 * kv.bytes // (2 * 2 * 8 * 4 * 8)
+    assert kv_space(replace(fullest, weights=10**8), SIZES, CLUSTER, server_gpus=4).tokens == 0
+
+
+def test_flops_of_a_step(config: Config) -> None:
+    forward, train = (forward_flops(SIZES, rows) for rows in (WORK.forward, WORK.train))
+    assert step_flops(SIZES, config, WORK) == forward + 4 * train
+    config.model.recompute = "none"
+    assert step_flops(SIZES, config, WORK) == forward + 3 * train
+
+
+def test_traffic(config: Config) -> None:
+    """A stage has two layers; a row of the residual stream has 128 bytes."""
+    found = traffic_of(SIZES, config, WORK, shard(0), data_parallel=4, updates=2)
+    # four collectives a layer forward; six backward, and forward again; a rank sends half of each
+    assert found.tensor == 2 * 128 * (4 * 1000 + (4 + 6 + 4) * 3000) // 2
+    # once a chunk, by each rank its half of the rows: forward, and the gradients back
+    assert found.pipeline == 2 * 128 * (1000 + 2 * 3000) // 2
+    # gradients scattered and weights gathered at each update
+    assert found.data == 2 * (120_000 + 60_000) * 3 // 4
+    assert found.expert == 0
+    assert found.sync == 2 * PARAMETERS
+    config.parallel.sequence, config.model.recompute, config.parallel.pipeline = False, "none", 1
+    found = traffic_of(SIZES, config, WORK, shard(0), data_parallel=1, updates=2)
+    assert found.tensor == 8 * 128 * (4 * 1000 + (4 + 4) * 3000) // 2
+    assert (found.pipeline, found.data) == (0, 0)
+
+
+def test_traffic_of_experts(config: Config) -> None:
+    """Three experts a token on two ranks: half of the routed rows go out and come back, per layer."""
+    config.parallel.expert = 2
+    sizes = replace(SIZES, experts=8, experts_a_token=3)
+    found = traffic_of(sizes, config, WORK, shard(0), data_parallel=4, updates=1)
+    assert found.expert == 2 * 2 * 128 * (3 * (1000 + 2 * 3000) // 2) // 2
+
+
+def test_seconds_of_a_step(plan: Plan, step: SyntheticStep) -> None:
+    seconds, traffic = plan.seconds, plan.traffic
+    (update,) = step.updates
+    assert plan.micro_batches == len(update.trained[False].ranks[0])
+    idle = 3 / 2  # stages beyond the first, by chunks
+    assert plan.bubble == pytest.approx(idle / (plan.micro_batches + idle))
+    busy = plan.flops / (2 * 4 * 1e9 * 0.4)
+    assert seconds.compute == pytest.approx(busy * (plan.micro_batches + idle) / plan.micro_batches)
+    assert seconds.tensor_traffic == pytest.approx(traffic.tensor / (1e6 * 0.8))
+    assert seconds.pipeline_traffic == pytest.approx(traffic.pipeline / (1e5 * 0.8))
+    assert seconds.data_traffic == pytest.approx(traffic.data / (1e5 * 0.8))
+    assert seconds.sync == pytest.approx(2 * PARAMETERS / 2e5)
+    # 8 servers of 4 GPUs share 64 x 8 rollouts, and read their weights and half of the keys for each token
+    weights = 2 * (8 * MATRICES_A_LAYER + 1000 * 64)
+    keys = 64 * step.response_tokens / 512 / 2 * (2 * 2 * 8 * 4 * 8)
+    rate = 4 * 1e6 * 0.6
+    assert seconds.rollout == pytest.approx(step.longest_response * (weights + keys) / rate)
+    assert seconds.step == pytest.approx(sum(vars(seconds).values()))
+
+
+def test_tokens_and_fit(plan: Plan, step: SyntheticStep) -> None:
+    stats = step.updates[0].trained[False].stats
+    assert plan.parameters == PARAMETERS and plan.data_parallel == 4
+    assert plan.tokens.saved == stats["tokens_rows"] - stats["tokens_packed"] > 0
+    assert plan.fullest.peak == max(rank.peak for rank in plan.ranks)
+    assert plan.fits
+    small = replace(CLUSTER, gpu=replace(CLUSTER.gpu, memory_bytes=plan.fullest.peak - 1))
+    assert not replace(plan, cluster=small).fits
+
+
+def test_only_layouts_that_fit_are_proposed(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With shards of a given size, so that no process group is needed."""
+    monkeypatch.setattr(layouts, "build_shards", lambda *_, **__: [shard(0), shard(3)])
+    small = replace(CLUSTER, gpu=replace(CLUSTER.gpu, memory_bytes=3.2e6))
+    common = (config, HF_CONFIG, WORLD_SIZE)
+    every, fitting = (
+        layouts.propose(*common, cluster, 4, UnknownTokenizer()) for cluster in (CLUSTER, small)
+    )
+    assert 0 < len(fitting) < len(every)
+    assert all(plan.fullest.peak <= 3.2e6 for plan in fitting)
+    seconds = [plan.seconds.step for plan in every]
+    assert seconds == sorted(seconds)
+    assert {plan.config.model.recompute for plan in every} == {"none", "selective", "full"}
+    # four key-value heads are not cut eight ways; more stages than layers are none
+    assert {plan.config.parallel.tensor for plan in every} <= {1, 2, 4}
+    assert {plan.config.parallel.pipeline for plan in every} <= {1, 2, 4, 8}
+    for plan in every:
+        p = plan.config.parallel
+        assert p.sequence == (p.tensor > 1) and p.virtual_pipeline <= max(1, 8 // p.pipeline)

@@ -1,0 +1,117 @@
+"""The local engine: samples that their seed fixes, log-probs that a forward pass confirms."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_bicc.errors import UserError
+from megatron_bicc.rollout.local import LocalEngine, SeededSampler, check_names
+from megatron_bicc.rollout.types import Request, Sampling
+from megatron_bicc.weights.hf_files import SafetensorsDirectory
+
+EOS, PAD = 1, 0
+TOKENIZER = SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD, get_added_vocab=dict)
+"""Test double: the engine asks a tokenizer for these only."""
+
+
+def make_engine(path: Path, batch_size: int) -> LocalEngine:
+    return LocalEngine(str(path), TOKENIZER, torch.float32, torch.device("cpu"), batch_size)
+
+
+def make_requests(count: int) -> list[Request]:
+    rng = np.random.default_rng(0)
+    return [Request(rng.integers(2, 100, size=rng.integers(2, 9)).astype(np.int32), i) for i in range(count)]
+
+
+def test_log_probs_are_those_of_a_forward_pass(model_dirs: dict[str, Path]) -> None:
+    requests, temperature = make_requests(9), 1.7
+    samples = make_engine(model_dirs["qwen3_tied"], 4).generate(requests, Sampling(temperature, 12))
+    model = AutoModelForCausalLM.from_pretrained(model_dirs["qwen3_tied"], dtype=torch.float32)
+    for request, sample in zip(requests, samples, strict=True):
+        row = torch.tensor([*request.token_ids, *sample.token_ids])
+        with torch.no_grad():
+            logits = model(row[None]).logits[0, len(request.token_ids) - 1 : -1]
+        log_p = (logits / temperature).log_softmax(-1)
+        expected = log_p.gather(-1, torch.tensor(sample.token_ids, dtype=torch.long)[:, None])[:, 0]
+        np.testing.assert_allclose(sample.log_probs, expected.numpy(), atol=1e-4)
+        stopped = sample.token_ids[-1] == EOS
+        assert sample.finish_reason == ("stop" if stopped else "length")
+        assert len(sample.token_ids) == 12 or stopped
+        assert EOS not in sample.token_ids[:-1]
+
+
+def test_every_end_token_ends_a_sample(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    """Up to its end a sample is what it is without the further ends."""
+    path = shutil.copytree(model_dirs["qwen3_tied"], tmp_path / "model")
+    others = list(range(40, 60))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, *others]}))
+    requests = make_requests(9)
+    samples = make_engine(path, 4).generate(requests, Sampling(1.7, 12))
+    whole = make_engine(model_dirs["qwen3_tied"], 4).generate(requests, Sampling(1.7, 12))
+    for sample, long in zip(samples, whole, strict=True):
+        tokens = long.token_ids.tolist()
+        end = next((i for i, token in enumerate(tokens) if token in (EOS, *others)), None)
+        assert sample.token_ids.tolist() == (tokens if end is None else tokens[: end + 1])
+        assert sample.finish_reason == ("length" if end is None else "stop")
+    assert sum(sample.token_ids[-1] in others for sample in samples) > 4
+
+
+def test_a_sample_depends_on_its_seed_not_on_its_batch(model_dirs: dict[str, Path]) -> None:
+    requests = make_requests(7)
+    together = make_engine(model_dirs["qwen3_tied"], 7).generate(requests, Sampling(1.0, 8))
+    engine = make_engine(model_dirs["qwen3_tied"], 1)
+    for request, sample in zip(requests, together, strict=True):
+        alone = engine.generate([request], Sampling(1.0, 8))[0]
+        np.testing.assert_array_equal(alone.token_ids, sample.token_ids)
+    other = engine.generate([Request(requests[0].token_ids, 99)], Sampling(1.0, 8))[0]
+    assert not np.array_equal(other.token_ids, together[0].token_ids)
+
+
+def test_samples_follow_the_distribution() -> None:
+    scores = torch.tensor([[1.0, 0.0, -1.0, 0.5]])
+    sampler = SeededSampler(list(range(20_000)), temperature=0.5)
+    chosen = sampler(torch.zeros(20_000, 1), scores.expand(20_000, 4)).argmax(-1)
+    frequency = torch.bincount(chosen, minlength=4) / 20_000
+    torch.testing.assert_close(frequency, (scores[0] / 0.5).softmax(-1), atol=0.012, rtol=0)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_dirs["qwen3_tied"])
+    model.model.norm.weight.data[3] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model.norm.weight: holds NaN or infinite values"):
+        make_engine(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [((), "no new weights came for lm_head.weight"), (("surplus",), "no parameter surplus")],
+)
+def test_weights_must_all_be_known_and_all_come(
+    names: tuple[str, ...], message: str, model_dirs: dict[str, Path]
+) -> None:
+    engine = make_engine(model_dirs["qwen3_untied"], 1)
+    weights = {n: p for n, p in engine.model.named_parameters() if n != "lm_head.weight"}
+    with pytest.raises(UserError, match=message):
+        engine.update_weights([*weights.items(), *((n, torch.zeros(1)) for n in names)], 1)
+
+
+def test_a_model_that_could_not_take_the_policys_weights_is_refused(model_dirs: dict[str, Path]) -> None:
+    """Without reading any weight: a dry run does the same."""
+    own, other = (SafetensorsDirectory(model_dirs[name]) for name in ("qwen3_moe", "qwen2"))
+    hf_config = AutoConfig.from_pretrained(own.path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+        hf_config.moe_intermediate_size = 44
+        wider = AutoModelForCausalLM.from_config(hf_config)
+    check_names(model, own)
+    with pytest.raises(UserError, match=r"qwen3_moe: no \S+experts.0.gate_proj.weight of shape \(44, 48\)"):
+        check_names(wider, own)
+    with pytest.raises(UserError, match=r"qwen2: no model.layers.0.\S+ of shape"):
+        check_names(model, other)

@@ -1,0 +1,236 @@
+"""Run by torchrun: optimiser steps under every layout of its number of processes.
+
+torchrun --nproc-per-node 2 step_worker.py INPUTS OUT
+
+INPUTS holds, for each model of LAYOUTS, the directories MODEL (the reference policy) and MODEL_moved (the
+policy in training) and the file MODEL.pt (the groups); INPUTS/saved/one is a run's directory, with a
+checkpoint of one process after a step of the model with experts. Rank 0 writes {layout: what run_steps
+returns} to OUT.
+"""
+
+import hashlib
+import sys
+from collections import defaultdict
+from itertools import product
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.models import make_model
+from support.steps import CASES, TOKENIZER, make_config, to_groups
+
+from megatron_bicc import device
+from megatron_bicc.checkpoint.checkpoint import (
+    CheckpointWriter,
+    Progress,
+    checkpoints,
+    load_checkpoint,
+    read_progress,
+)
+from megatron_bicc.collective import gathered
+from megatron_bicc.config import Config, ParallelConfig
+from megatron_bicc.errors import NotFiniteError, UserError
+from megatron_bicc.metrics import Stopwatch
+from megatron_bicc.model.families import check_layout
+from megatron_bicc.model.policy import Policy, start_model_parallel
+from megatron_bicc.training.learner import Learner
+from megatron_bicc.validation import check_processes
+from megatron_bicc.weights.hf_mapping import rule_for
+from megatron_bicc.weights.hf_weights import hf_tensors, load_weights
+
+TP2, SP2 = {"parallel.tensor": 2}, {"parallel.tensor": 2, "parallel.sequence": True}
+PP2, VPP2 = {"parallel.pipeline": 2}, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}
+DENSE = {
+    1: {"one": {}},
+    2: {"dp2": {}, "tp2": TP2, "tp2_sp": SP2, "pp2": PP2, "vpp2": VPP2},
+    4: {
+        "dp4": {},
+        "tp2_dp2": TP2,
+        "tp2_sp_dp2": SP2,
+        "pp2_dp2": PP2,
+        "vpp2_dp2": VPP2,
+        "tp2_pp2": TP2 | PP2,
+        "tp2_sp_pp2": SP2 | PP2,
+        "tp2_vpp2": TP2 | VPP2,
+        "tp2_sp_vpp2": SP2 | VPP2,
+    },
+}
+MODELS = {"dense": "qwen3_tied", "moe": "qwen3_moe"}
+SECTIONS = ("tensor", "sequence", "pipeline", "virtual_pipeline", "expert")
+RESHARDED = ("tp2_sp", "ep2", "tp2_sp_pp2_ep2")
+"""Layouts with experts between which and one process a checkpoint is handed"""
+RECOMPUTE = ("none", "selective", "full")
+CASE = "bicc_rcc_mixed_conditioned"
+"""Both packings, the reference policy, and a pass for the conditioned denominator"""
+
+
+def layouts(processes: int) -> dict[str, tuple[str, dict]]:
+    """Name: (model, settings by dotted name), such that those of equal process groups are neighbours.
+
+    Up to two processes the dense model has every layout with every kind of recompute; else they take turns.
+    """
+    found = {}
+    for i, (name, settings) in enumerate(DENSE[processes].items()):
+        for recompute in RECOMPUTE if processes <= 2 else (RECOMPUTE[i % 3],):
+            found[f"{name}-{recompute}"] = ("dense", settings | {"model.recompute": recompute})
+    for i, (name, settings) in enumerate(expert_layouts(processes).items()):
+        found[name] = ("moe", settings | {"model.recompute": RECOMPUTE[i % 3]})
+    return found
+
+
+def expert_layouts(processes: int) -> dict[str, dict]:
+    """Every layout of the model with experts that a run's start-up accepts, by name."""
+    hf_config = make_model(MODELS["moe"], layers=4).config
+    hf_config.architectures = ["Qwen3MoeForCausalLM"]  # as in its directory's config.json
+    found = {}
+    for sizes in product((1, 2, 4), (False, True), (1, 2, 4), (1, 2), (1, 2, 4)):
+        parallel = ParallelConfig(**dict(zip(SECTIONS, sizes, strict=True)))
+        try:
+            check_processes(parallel, processes)
+            check_layout(hf_config, parallel)
+        except UserError:
+            continue
+        settings = {f"parallel.{section}": size for section, size in zip(SECTIONS, sizes, strict=True)}
+        tensor, _, pipeline, chunks, expert = sizes
+        parts = {"tp{}_sp": tensor, "pp{}": pipeline, "vpp{}": chunks, "ep{}": expert}
+        name = "_".join(part.format(size) for part, size in parts.items() if size > 1)
+        found[name or "moe"] = settings
+    return found
+
+
+def configure(path: Path, settings: dict) -> Config:
+    """The case's configuration under a layout; micro-batches are small, so that there are several, or two."""
+    algorithm, choices = CASES[CASE]
+    config = make_config(path, algorithm, **choices)
+    # a large eps: else Adam's first update is the sign of the gradient, and rounding flips that of a tiny one
+    config.optimizer.lr, config.optimizer.eps, config.optimizer.clip_grad = 1e-2, 1e-2, 1.0
+    config.train.max_tokens_per_microbatch = 200 if path.name == "moe" else 100
+    for name, value in settings.items():
+        section, field = name.split(".")
+        setattr(getattr(config, section), field, value)
+    return config
+
+
+class Training:
+    """A policy in training, of one of the models under a layout."""
+
+    def __init__(self, inputs: Path, model: str, settings: dict) -> None:
+        config = configure(inputs / model, settings)
+        self.policy = Policy(config)
+        self.learner = Learner(config, self.policy, TOKENIZER)
+        load_weights(self.policy.modules, self.policy.hf_config, str(inputs / f"{model}_moved"))
+        self.policy.optimizer.reload_model_params()
+        self.groups = to_groups(torch.load(inputs / f"{model}.pt", weights_only=False))
+
+    def step(self) -> dict:
+        """Loss, gradient norm, updated weights, which of their copies differ between processes, and the
+        response rows of each rank's micro-batches. Collective."""
+        result = self.learner.step(self.groups, Stopwatch())
+        weights = hf_tensors(self.policy.modules, self.policy.hf_config)
+        ranks = [rank for plan in result.plans.values() for rank in plan.ranks]
+        return {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "gradient": result.gradient,
+            "weights": {name: tensor.clone() for name, tensor in weights},
+            "unequal": unequal_copies(self.policy),
+            "response_rows": [[batch.num_response_rows for batch in rank] for rank in ranks],
+        }
+
+    def save(self, run: Path) -> None:
+        """A checkpoint of the policy in the run's directory. Collective."""
+        writer = CheckpointWriter(str(run), keep=1)
+        writer.snapshot(self.policy, Progress(1, {}, self.policy.scheduler.state_dict(), {}, {}))
+        writer.start()
+        writer.wait()
+
+    def load(self, run: Path) -> None:
+        """The checkpoint that `save` left. Collective."""
+        (checkpoint,) = checkpoints(str(run))
+        load_checkpoint(checkpoint, self.policy, read_progress(checkpoint))
+
+
+def unequal_copies(policy: Policy) -> list[str]:
+    """Weights of which two processes hold copies that are not equal to the bit. Collective."""
+    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+    experts = getattr(policy.hf_config, "num_experts", 0)
+    expert_rank = parallel_state.get_expert_model_parallel_rank()
+    first_expert = expert_rank * (experts // parallel_state.get_expert_model_parallel_world_size())
+    own = {}
+    for module in policy.modules:
+        first_layer = module.decoder.layers[0].layer_number - 1
+        for name, parameter in module.named_parameters():
+            tied = name == "output_layer.weight" and module.share_embeddings_and_output_weights
+            rule = rule_for("embedding.word_embeddings.weight" if tied else name, first_layer)
+            is_cut = rule.expert is None and rule.kind != "replicated"
+            place = (rule.hf_names(first_expert), tensor_rank if is_cut else None)
+            own[place] = hashlib.sha256(parameter.detach().numpy().tobytes()).hexdigest()
+    copies = defaultdict(set)
+    for weights in gathered(own):
+        for place, digest in weights.items():
+            copies[place].add(digest)
+    return sorted(names[0] for (names, _), digests in copies.items() if len(digests) > 1)
+
+
+def run_steps(inputs: Path, name: str, model: str, settings: dict) -> list[dict]:
+    """The layout's first step; with experts the second, too; of RESHARDED another second one, after a
+    checkpoint of one process. These leave a checkpoint of their own after the first step."""
+    training = Training(inputs, model, settings)
+    steps = [training.step()]
+    if model == "moe":
+        if name in ("one", *RESHARDED):
+            training.save(inputs / "saved" / name)
+        steps.append(training.step())
+    if name in RESHARDED:
+        training = Training(inputs, model, settings)
+        training.load(inputs / "saved/one")
+        steps.append(training.step())
+    steps[0]["refusals"] = gathered(refusal(training.policy))
+    return steps
+
+
+def refusal(policy: Policy) -> str:
+    """What the policy says to an update where the last rank's gradients of norms, which tensor-parallel ranks
+    hold twice, are NaN; nothing if its weights change all the same. Collective."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        for parameter in (p for module in policy.modules for p in module.parameters() if p.dim() == 1):
+            parameter.main_grad.fill_(torch.nan)
+    before = policy.host_copy()
+    try:
+        policy.update()
+    except NotFiniteError as error:
+        return str(error) if all(map(torch.equal, policy.host_copy(), before)) else ""
+    return ""
+
+
+def leave_model_parallel() -> None:
+    """Ends megatron-core's process groups, which it only forgets: each keeps threads of its own."""
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
+def main(inputs: Path, out: str) -> None:
+    """Every layout, one after another; process groups are made again where they differ."""
+    device.start_distributed()
+    found, groups_of = {}, None
+    for name, (model, settings) in layouts(dist.get_world_size()).items():
+        parallel = configure(inputs / model, settings).parallel
+        if parallel != groups_of:
+            leave_model_parallel()
+            start_model_parallel(configure(inputs / model, settings))
+            groups_of = parallel
+        found[name] = run_steps(inputs, name, model, settings)
+    if dist.get_rank() == 0:
+        torch.save(found, out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,256 @@
+"""Weights on their way to SGLang servers: what needs no server."""
+
+import base64
+import hashlib
+import json
+import math
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from megatron_bicc.data.prompts import Prompt
+from megatron_bicc.errors import UserError
+from megatron_bicc.rollout.types import Group, Sample
+from megatron_bicc.weights.transport import (
+    Bucket,
+    WeightFiles,
+    buckets,
+    checked,
+    encode_bucket,
+    expected_shapes,
+    request_body,
+)
+from megatron_bicc.weights.verify import Checksums, Probe, unequal, wrong
+
+REPOSITORY = Path(__file__).parents[2]
+EXPECTED = {"a.weight": (2, 3), "b.weight": (4,), "b.bias": (4,)}
+
+
+def stream(**changes: torch.Tensor | None) -> list[tuple[str, torch.Tensor]]:
+    """EXPECTED's tensors, some replaced or (None) left out; `__` stands for the dot."""
+    tensors = {name: torch.rand(shape) for name, shape in EXPECTED.items()}
+    tensors |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    return [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+
+
+def test_buckets_hold_the_stream_in_order_and_no_more_than_their_size() -> None:
+    sizes = [10, 90, 30, 40, 31, 500, 1, 99, 100]
+    tensors = [(str(i), torch.full((n,), i, dtype=torch.uint8)) for i, n in enumerate(sizes)]
+    found = [(bucket.nbytes, [(n, t.clone()) for n, t in bucket.tensors]) for bucket in buckets(tensors, 100)]
+    assert [size for size, _ in found] == [100, 70, 31, 500, 100, 100]
+    assert [name for _, part in found for name, _ in part] == [name for name, _ in tensors]
+    assert all((t == int(name)).all() for _, part in found for name, t in part)
+
+
+def test_a_bucket_keeps_no_storage_but_its_own() -> None:
+    """Also, it is emptied when the next one is made."""
+    whole = torch.arange(1000)
+    (bucket,) = buckets([("row", whole[:10]), ("column", whole.view(10, 100)[:, 3])], 10**6)
+    assert [t.untyped_storage().nbytes() for _, t in bucket.tensors] == [80, 80]
+    assert bucket.tensors[1][1].tolist() == list(range(3, 1000, 100))
+    cut = buckets(stream(), 1)
+    first = next(cut)
+    assert first.tensors
+    next(cut)
+    assert not first.tensors
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"c__weight": torch.rand(1)}, "c.weight is no parameter of the servers' model"),
+        ({"a__weight": torch.rand(3, 2)}, r"a.weight has shape \(3, 2\), but \(2, 3\)"),
+        ({"a__weight": None, "b__bias": None}, "no new weights came for a.weight, b.bias"),
+    ],
+)
+def test_wrong_streams_are_refused_by_name(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        list(checked(stream(**changes), EXPECTED))
+
+
+def test_a_tensor_that_comes_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="a.weight came twice"):
+        list(checked(stream() + stream()[:1], EXPECTED))
+
+
+def test_a_wrong_tensor_is_refused_before_its_bucket_is_sent() -> None:
+    sent: list[str] = []
+    with pytest.raises(UserError, match="b.bias has shape"):
+        for bucket in buckets(checked(stream(b__bias=torch.rand(5)), EXPECTED), 24):
+            sent += [name for name, _ in bucket.tensors]
+    assert sent == ["a.weight"]
+
+
+def test_expected_shapes_are_the_parameters(model_dirs: dict[str, Path]) -> None:
+    for path in model_dirs.values():
+        config = AutoConfig.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path)
+        found = expected_shapes(str(path), config)
+        if "moe" in path.name:  # transformers keeps the experts in one parameter
+            assert "model.layers.1.mlp.experts.3.down_proj.weight" in found
+            continue
+        assert found == {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 3])
+def test_request_unpickles_to_the_bucket(tensor_parallel: int) -> None:
+    sizes = [*range(7), 100_000]
+    bucket = Bucket([(f"t{n}", torch.rand(n)) for n in sizes] + [("half", torch.rand(5).bfloat16())])
+    body = json.loads(b"".join(request_body(encode_bucket(bucket), tensor_parallel)))
+    assert len(body["serialized_named_tensors"]) == tensor_parallel
+    for text in body["serialized_named_tensors"]:
+        found = pickle.loads(base64.b64decode(text, validate=True))
+        assert [name for name, _ in found] == [name for name, _ in bucket.tensors]
+        assert all(torch.equal(t, b) for (_, t), (_, b) in zip(found, bucket.tensors, strict=True))
+
+
+def test_files_are_a_hugging_face_directory(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    source = model_dirs["qwen3_tied"]
+    tensors = load_file(source / "model.safetensors")
+    files = WeightFiles(tmp_path / "weights", source)
+    for version in (1, 2):
+        files.start()
+        for bucket in buckets(((n, t + version) for n, t in tensors.items()), 10_000):
+            files.write(bucket)
+        assert files.complete is None
+        path = files.finish(version)
+    assert [p.name for p in (tmp_path / "weights").iterdir()] == ["version_2"]
+    assert len(list(path.glob("*.safetensors"))) > 2
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert all(torch.equal(p, tensors[name] + 2) for name, p in model.named_parameters())
+    files.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_file_stays_when_the_process_is_killed(tmp_path: Path) -> None:
+    program = (
+        "import os; from pathlib import Path; from megatron_bicc.weights.transport import WeightFiles\n"
+        f"WeightFiles(Path({str(tmp_path / 'weights')!r}), Path('examples/tiny_policy')).start()\n"
+        "print(os.listdir(os.sys.argv[1] + '/weights'), flush=True); os.kill(os.getpid(), 9)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == -9 and done.stdout == "['partial']\n", done.stderr
+    end = time.monotonic() + 30
+    while (tmp_path / "weights").exists():
+        assert time.monotonic() < end, "the files are still there"
+        time.sleep(0.1)
+
+
+def as_served(tensors: dict, config: PretrainedConfig, size: int, rank: int) -> dict[str, torch.Tensor]:
+    """The parameters of an SGLang server's tensor-parallel rank, written out one by one."""
+
+    def rows(weight: torch.Tensor, height: int) -> torch.Tensor:
+        padded = torch.zeros(height, *weight.shape[1:], dtype=weight.dtype)
+        padded[: len(weight)] = weight
+        return padded.reshape(size, -1, *weight.shape[1:])[rank]
+
+    def columns(weight: torch.Tensor, width: int) -> torch.Tensor:
+        return rows(weight.T, width).T
+
+    kv_heads = max(config.num_key_value_heads, size)  # both powers of two
+    heads = kv_heads * config.num_attention_heads // config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    inner = getattr(config, "moe_intermediate_size", config.intermediate_size)
+    inner = math.ceil(inner / 32 / size) * 32 * size
+    found = {"model.embed_tokens.weight": rows(tensors["model.embed_tokens.weight"], 128)}
+    found["model.norm.weight"] = tensors["model.norm.weight"]
+    if "lm_head.weight" in tensors:
+        found["lm_head.weight"] = rows(tensors["lm_head.weight"], 128)
+    for i in range(config.num_hidden_layers):
+        layer, attention = f"model.layers.{i}.", f"model.layers.{i}.self_attn."
+        for name in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
+            if f"{layer}{name}.weight" in tensors:
+                found[f"{layer}{name}.weight"] = tensors[f"{layer}{name}.weight"]
+        for kind in ("weight", "bias"):
+            if f"{attention}q_proj.{kind}" in tensors:
+                q, k, v = (tensors[f"{attention}{x}_proj.{kind}"] for x in "qkv")
+                found[f"{attention}qkv_proj.{kind}"] = torch.cat(
+                    [rows(q, heads * head_dim), *(rows(x, kv_heads * head_dim) for x in (k, v))]
+                )
+        found[f"{attention}o_proj.weight"] = columns(tensors[f"{attention}o_proj.weight"], heads * head_dim)
+        mlp = f"{layer}mlp."
+        if f"{mlp}gate.weight" in tensors:
+            found[f"{mlp}gate.weight"] = tensors[f"{mlp}gate.weight"]
+            each = [f"{mlp}experts.{e}." for e in range(config.num_experts)]
+            gate_up = [[rows(tensors[f"{e}{x}_proj.weight"], inner) for x in ("gate", "up")] for e in each]
+            found[f"{mlp}experts.w13_weight"] = torch.stack([torch.cat(pair) for pair in gate_up])
+            down = [columns(tensors[f"{e}down_proj.weight"], inner) for e in each]
+            found[f"{mlp}experts.w2_weight"] = torch.stack(down)
+        else:
+            gate_up = [rows(tensors[f"{mlp}{x}_proj.weight"], inner) for x in ("gate", "up")]
+            found[f"{mlp}gate_up_proj.weight"] = torch.cat(gate_up)
+            found[f"{mlp}down_proj.weight"] = columns(tensors[f"{mlp}down_proj.weight"], inner)
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("family", ["qwen3_tied", "qwen2", "llama3", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checksums_are_those_of_the_servers_parameters(
+    family: str, size: int, dtype: torch.dtype, model_dirs: dict[str, Path]
+) -> None:
+    """tests/weights/test_weight_sync_servers.py compares them with those that a server tells."""
+    config = AutoConfig.from_pretrained(model_dirs[family])
+    tensors = load_file(model_dirs[family] / "model.safetensors")
+    checksums = Checksums(config, size, dtype)
+    for name in sorted(tensors, key=in_stream_order):
+        checksums.add(name, tensors[name])
+    for rank in range(size):
+        served = as_served(tensors, config, size, rank)
+        raw = {name: t.to(dtype).contiguous().view(torch.uint8).numpy() for name, t in served.items()}
+        expected = {name: hashlib.sha256(data.tobytes()).hexdigest()[:16] for name, data in raw.items()}
+        assert checksums.of_rank(rank) == expected
+
+
+def in_stream_order(name: str) -> tuple[str, int, int]:
+    """Experts by number; gate before up, q before k before v."""
+    *modules, kind, _ = name.split(".")
+    module, _, expert = ".".join(modules).partition(".experts.")
+    parts = ["gate_proj", "up_proj", "q_proj", "k_proj", "v_proj"]
+    return module, int(expert or 0), parts.index(kind) if kind in parts else 9
+
+
+def test_parameters_that_only_one_side_has_are_unequal() -> None:
+    assert unequal({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "9", "d": "4"}) == {"b", "c", "d"}
+
+
+OURS = np.linspace(-3, -1, 9, dtype=np.float32)
+EVEN, ONE = np.ones(9, np.float32), np.eye(9, dtype=np.float32)[4]
+
+
+def probe(number: int, differences: np.ndarray, dtype: torch.dtype) -> Probe:
+    """Two samples, of 4 and 5 tokens, whose log-probs are OURS + number and that much more."""
+    samples = [Sample(np.arange(len(x)), x, "length", 0) for x in np.split(OURS + number + differences, [4])]
+    return Probe(
+        str(number), Group(Prompt(0, [], np.arange(3), "", "", {}), samples, [], np.zeros(2)), dtype, []
+    )
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "differences", "agree"),
+    [
+        ("float32", "float32", 5e-5 * EVEN, True),
+        ("float32", "float32", 2e-4 * ONE, False),
+        ("float32", "float32", np.where(ONE, np.nan, 0), False),
+        ("bfloat16", "bfloat16", 0.03 * EVEN + 3 * ONE, True),
+        ("bfloat16", "bfloat16", -0.1 * EVEN, False),
+        ("bfloat16", "bfloat16", np.where(ONE, np.nan, 0), False),
+        ("float32", "bfloat16", 0.03 * EVEN, True),
+        ("bfloat16", "float32", 0.03 * EVEN, True),
+    ],
+)
+def test_probes_agree_or_are_named(ours: str, theirs: str, differences: np.ndarray, agree: bool) -> None:
+    """The second of three; the others agree."""
+    dtype = getattr(torch, theirs)
+    probes = [probe(i, differences if i == 1 else 0 * EVEN, dtype) for i in range(3)]
+    found = wrong(probes, lambda groups: np.concatenate([OURS + i for i in range(3)]), getattr(torch, ours))
+    assert [one.url for one in found] == ([] if agree else ["1"])

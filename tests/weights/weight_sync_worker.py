@@ -1,0 +1,119 @@
+"""Run by torchrun: two processes that sync to one server from several layouts; then the first is killed.
+
+torchrun --nproc-per-node 2 weight_sync_worker.py MODEL OUT URL
+
+OUT/finished then holds the names of the layouts that were proven.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from megatron.core import parallel_state
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.steps import TOKENIZER, make_config
+from support.weight_sync import stream
+
+from megatron_bicc import device
+from megatron_bicc.model.policy import Policy, start_model_parallel
+from megatron_bicc.sglang.checks import until_well
+from megatron_bicc.sglang.client import ServerClient
+from megatron_bicc.training.learner import Learner
+from megatron_bicc.weights import verify as proof
+from megatron_bicc.weights.sync import WeightSync
+from megatron_bicc.weights.transport import WeightSyncError
+
+LAYOUTS = {
+    "dp2": ("disk", {}),
+    "pp2": ("distributed", {"pipeline": 2}),
+    "ep2": ("distributed", {"expert": 2}),
+    "tp2": ("tensor", {"tensor": 2, "sequence": True}),
+    "tp2 ep2": ("tensor", {"tensor": 2, "sequence": True, "expert": 2}),
+}
+"""Name: (weight_sync.method, settings of parallel)"""
+
+
+def refused(sync: WeightSync, clients: list[ServerClient], learner: Learner) -> str:
+    """What every process says when the first one cannot write its files."""
+    root = sync.files.root
+    root.parent.mkdir(parents=True, exist_ok=True)
+    sync.files.remove()
+    root.write_text("no directory")
+    try:
+        sync.push(clients, stream(learner), 3)
+    except WeightSyncError as error:
+        return str(error)
+    finally:
+        root.unlink()
+    return ""
+
+
+def start(layout: dict[str, int], method: str, arguments: list[str]) -> Learner:
+    """The policy, cut by a layout."""
+    model, out, _ = arguments
+    config = make_config(Path(model), "grpo")
+    config.output_dir = out
+    config.weight_sync.method, config.weight_sync.bucket_mb = method, 0.03
+    for name, size in layout.items():
+        setattr(config.parallel, name, size)
+    parallel_state.destroy_model_parallel()
+    start_model_parallel(config)
+    return Learner(config, Policy(config), TOKENIZER)
+
+
+def check(
+    name: str, number: int, arguments: list[str], clients: list[ServerClient], loop: BlockingPortal
+) -> None:
+    """Proven by checksums and by log-probs; and an error of one process is every process's."""
+    method, layout = LAYOUTS[name]
+    learner = start(layout, method, arguments)
+    for module in learner.policy.modules:
+        for parameter in module.parameters():
+            parameter.data *= 1 + number / 10
+    sync = WeightSync(learner.config, learner, loop.call)
+    assert sync.push(clients, stream(learner), 1) == {}
+    assert not sync.proof.doubts
+    known, proof.are_known = proof.are_known, lambda info: False
+    assert sync.push(clients, stream(learner), 2) == {}
+    assert bool(sync.proof.doubts) == bool(clients)
+    proof.are_known = known
+    assert "rank_0" in refused(sync, clients, learner)
+    sync.close()
+
+
+def die(arguments: list[str], clients: list[ServerClient], loop: BlockingPortal) -> None:
+    """kill -9 of the first process in the middle of a sync."""
+    learner = start({"pipeline": 2}, "tensor", arguments)
+
+    def dying() -> Iterator[tuple[str, torch.Tensor]]:
+        for i, item in enumerate(stream(learner)):
+            if i == 8 and clients:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield item
+
+    WeightSync(learner.config, learner, loop.call).push(clients, dying(), 5)
+
+
+def main(arguments: list[str]) -> None:
+    """All layouts, then the end."""
+    device.start_distributed()
+    with start_blocking_portal() as loop:
+        clients = [ServerClient(arguments[2])] if dist.get_rank() == 0 else []
+        for client in clients:
+            loop.call(until_well, client, 600, lambda: None)
+        for number, name in enumerate(LAYOUTS, 1):
+            check(name, number, arguments, clients, loop)
+        if clients:
+            Path(arguments[1], "finished").write_text(", ".join(LAYOUTS))
+        die(arguments, clients, loop)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
