@@ -78,8 +78,10 @@ class LossConfig:
 
     advantage: Literal["normalized", "centered"] | None = None
     """(r - b) / std of the group, or r - b."""
-    objective: Literal["token", "sequence", "geometric", "aspo", "cispo"] | None = None
-    """Ratio and clip: see docs/algorithms.md."""
+    objective: str | None = None
+    """token, sequence, geometric, aspo or cispo (docs/algorithms.md); or an import path."""
+    baseline: str = "mean"
+    """Baseline of a group's rewards: mean, or an import path; rcc.enabled corrects the mean."""
     clip_low: float | None = None
     """Lower clip distance: the ratio is clipped at 1 - clip_low (geometric: log ratio at -clip_low)."""
     clip_high: float | None = None
@@ -122,6 +124,8 @@ class DataConfig:
     """Longest prompt, in tokens, chat template included."""
     overlong_prompts: Literal["error", "drop"] = "error"
     """What to do with a longer prompt."""
+    filter: str = ""
+    """Import path of a function that says which training prompts to keep; empty: all."""
     instruction: str = ""
     """Text put after every training question, such as how to mark the final answer."""
     control_tokens: Literal["refuse", "text", "keep"] = "refuse"
@@ -222,8 +226,8 @@ class SglangConfig:
 class RolloutConfig:
     """Generation of the rollouts that the policy learns from."""
 
-    engine: Literal["local", "sglang"] = "local"
-    """local: transformers' generate, in the training processes. sglang: SGLang servers."""
+    engine: str = "local"
+    """local: transformers' generate, in the training processes; sglang: SGLang servers; or an import path."""
     launch: Literal["spawn", "attach"] = "spawn"
     """sglang: servers that the run starts and ends, or those of rollout.sglang.servers."""
     colocate: bool = False

@@ -95,6 +95,52 @@ def check_target(target: Path) -> None:
 
 
 @contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; on a normal exit what is there is synced and renamed to `path`.
+
+    So `path` is the old file or the whole new one, whenever the process is killed. After an error `path` is
+    as it was, and the draft is removed.
+    """
+    draft = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield draft
+        _sync(draft)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """An empty directory beside `target`, renamed to it on a normal exit; removed after an error. One rank.
+
+    Raises UserError if `target` exists or cannot be made; an OSError of the block becomes one.
+    """
+    check_target(target)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(target)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            where = f": {error.filename}" if error.filename else ""
+            raise UserError(f"{target}: cannot be written: {error.strerror or error}{where}") from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
     """An empty directory beside `target` that takes its name once the block has ended well. Collective.
 

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config, ParallelConfig, flatten
 from megatron_bicc.errors import UserError
+from megatron_bicc.plugins import is_import_path
 from megatron_bicc.sglang.checks import check_servers
 
 POSITIVE_COUNTS = (
@@ -60,6 +61,11 @@ POSITIVE = (
     "optimizer.eps",
 )
 SHARES = ("bicc.weight", "bicc.context_ratio", "reward.overlong_share", "synthetic.pass_rate")
+NAMED = {
+    "rollout.engine": ("local", "sglang"),
+    "loss.objective": ("token", "sequence", "geometric", "aspo", "cispo"),
+    "loss.baseline": ("mean",),
+}
 DECAYS = ("optimizer.beta1", "optimizer.beta2")
 
 
@@ -71,6 +77,7 @@ def validate(config: Config, world_size: int) -> None:
     """
     config = resolve(config)
     _check_ranges(flatten(asdict(config)))
+    _check_names(flatten(asdict(config)))
     check_processes(config.parallel, world_size)
     _check_batches(config)
     _check_budget(config)
@@ -119,6 +126,15 @@ def _check_ranges(values: dict[str, Any]) -> None:
     _require(values, heard, "it must be at least 5, as hosts are heard of every 2 seconds, or 0 for off")
     group_size = {"rollout.group_size": values["rollout.group_size"] >= 2}
     _require(values, group_size, "it must be at least 2: rollouts learn from the others of their group")
+
+
+def _check_names(values: dict[str, Any]) -> None:
+    """What is a row of a table, or an import path."""
+    for name, known in NAMED.items():
+        if values[name] not in known and not is_import_path(values[name]):
+            raise UserError(
+                f"{name} is {values[name]!r}; it must be {', '.join(known)} or an import path, module:name"
+            )
 
 
 def _is_date(text: str) -> bool:
