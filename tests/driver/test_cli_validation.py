@@ -33,8 +33,8 @@ def message(overrides: list[str], world_size: int = 8) -> str:
         ["parallel.tensor=2", "parallel.expert=4", "parallel.pipeline=2"],
         ["train.max_sequence_tokens=3072", "train.max_tokens_per_microbatch=3072"],
         ["rollout.prompts_per_step=30", "train.updates_per_step=15"],
-        ["loss.objective=geometric", "loss.clip_low=1.5", "parallel.silence_seconds=0"],
-        ["algorithm=cispo", "parallel.silence_seconds=5", "weight_sync.bucket_mb=1"],
+        ["loss.objective=geometric", "loss.clip_low=1.5", "parallel.heartbeat_timeout_s=0"],
+        ["algorithm=cispo", "parallel.heartbeat_timeout_s=5", "weight_sync.bucket_mb=1"],
         ["bicc.weight=0", "bicc.context_ratio=1", "rollout.group_size=2", "checkpoint.every=0"],
     ],
 )
@@ -82,8 +82,8 @@ def test_sound_settings_pass(good: list[str], overrides: list[str]):
         (["algorithm=bic"], ["algorithm", "'bic'", "'bicc'"]),
         (["loss.clip_low=1.5"], ["loss.clip_low is 1.5", "within 0 and 1"]),
         (
-            ["parallel.silence_seconds=0.001"],
-            ["parallel.silence_seconds is 0.001", "at least 5", "0 for off"],
+            ["parallel.heartbeat_timeout_s=0.001"],
+            ["parallel.heartbeat_timeout_s is 0.001", "at least 5", "0 for off"],
         ),
         (["weight_sync.bucket_mb=1e-9"], ["weight_sync.bucket_mb is 1e-09", "at least 1"]),
         (["loss.dual_clip=0.5"], ["loss.dual_clip is 0.5"]),
@@ -92,7 +92,7 @@ def test_sound_settings_pass(good: list[str], overrides: list[str]):
         (["model.path=/nowhere"], ["model.path is /nowhere", "config.json"]),
         (["data.train=/nowhere.parquet"], ["data.train is /nowhere.parquet", "no such file"]),
         (["evaluation.data=/nowhere.parquet"], ["evaluation.data is /nowhere.parquet", "no such file"]),
-        (["monitoring.compare=/nowhere"], ["monitoring.compare is /nowhere", "metrics.jsonl"]),
+        (["monitoring.compare_run=/nowhere"], ["monitoring.compare_run is /nowhere", "metrics.jsonl"]),
     ],
 )
 def test_unsound_settings_are_named(good: list[str], overrides: list[str], parts: list[str]):
