@@ -1,150 +1,81 @@
-"""The command line: a YAML file and `section.name=value` overrides become a Config."""
+"""Command line: turns YAML files and `section.name=value` overrides into a Config.
+
+jsonargparse parses the values, with the types of config.py. This module adds the file and line of a mistake
+and the nearest name. It reads YAML as nodes, since jsonargparse's own reader drops the line numbers
+and turns text such as 2025-01-31 or `on` into a date or a boolean before the setting's type is known.
+"""
 
 import argparse
-import difflib
 import functools
-import json
-import os
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any
 
-import docstring_parser
 import jsonargparse
 import yaml
 
-from megatron_bicc.algorithms.presets import resolve
-from megatron_bicc.config import Config
-from megatron_bicc.errors import UserError
-from megatron_bicc.validation import validate
+from megatron_bicc.algorithms.presets import parse_algorithm, resolve
+from megatron_bicc.config import RENAMED, Config, did_you_mean, settings
+from megatron_bicc.errors import PROGRAM, UserError, abort, print_rank0
 
-__all__ = ["abort", "parse_config", "settings", "speak_once", "validate"]
-
-PROGRAM = "python -m megatron_bicc.train"
 FLAGS = ("-h", "--help", "--print-config")
-DRY_RUN = ("--dry-run", "--dry_run")
 COMMAND_LINE = "command line"
-CUTS = ("top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
-"""Settings of other systems that there are none of here."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One leaf of Config."""
-
-    type: Any
-    default: Any
-    help: str
-
-    @property
-    def choices(self) -> list[str]:
-        """Every value that the type spells out; empty for a number or text."""
-        parts = [self.type] if get_origin(self.type) in (None, Literal) else get_args(self.type)
-        spelled = {bool: ["true", "false"], type(None): ["null"]}
-        return [choice for part in parts for choice in spelled.get(part, get_args(part))]
-
-    @property
-    def expected(self) -> str:
-        """What the setting takes, in words."""
-        words = {int: "a whole number", float: "a number", str: "text"}
-        return " or ".join([*(words[kind] for kind in self._free_types), *self.choices])
-
-    @property
-    def metavar(self) -> str:
-        """What the setting takes, for --help."""
-        return "|".join([*(kind.__name__ for kind in self._free_types), *self.choices])
-
-    @property
-    def _free_types(self) -> list[type]:
-        return [kind for kind in (int, float, str) if kind in (self.type, *get_args(self.type))]
+TRUNCATED_SAMPLING = (
+    "top_p",
+    "top_k",
+    "min_p",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+)
+"""Settings of other systems that this one does not have on purpose."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """The text of a setting's value, and where it stands."""
+    """A setting's value as text, and where it was given."""
 
     name: str
     text: str
     origin: str
 
-    @property
-    def option(self) -> str:
-        return f"--{self.name}={self.text}"
-
 
 def parse_config(argv: list[str], program: str = PROGRAM) -> Config:
-    """The settings of a run: defaults, then each `--config FILE`, then the overrides.
+    """Returns a run's settings: defaults, then each `--config FILE` in order, then the overrides.
 
     An override is `section.name=value`, `--section.name=value` or `--section.name value`; `--dry-run` is
     short for `dry_run=true`. `--help` and `--print-config` (the YAML that would run, presets filled in) exit
-    with status 0. A mistake is one line on stderr and exit status 2. Values are checked for their type only;
-    `validate` does the rest.
+    with status 0. A mistake is one line on stderr and exit status 2. Each value is checked by its own field;
+    validation.validate checks what involves several settings, files or processes.
     """
     try:
         flags, overrides = _read_arguments(argv)
-        files = [a.text for a in overrides if a.name == "config"]
-        assignments = [a for file in files for a in _read_yaml(file)]
-        assignments += [a for a in overrides if a.name != "config"]
-        config = _build(Config, _convert(flags, assignments))
+        given = [leaf for a in overrides if a.name == "config" for leaf in _read_yaml(a.text)]
+        given += [a for a in overrides if a.name != "config"]
+        config = _build(Config, _parse(flags, given))
         if "--print-config" in flags:
             resolved = asdict(resolve(config))
-            speak_once(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), sys.stdout)
+            print_rank0(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), sys.stdout)
             raise SystemExit(0)
         return config
     except UserError as error:
         abort(str(error), program)
 
 
-def abort(message: str, program: str = PROGRAM, everywhere: bool = False) -> NoReturn:
-    """Ends the process with one line on stderr and exit status 2.
-
-    everywhere: every process of the job has a line of its own to say, not only the first.
-    """
-    line = f"{program}: error: {' '.join(message.split())}\n"
-    if everywhere:
-        print(line, end="", file=sys.stderr, flush=True)
-    else:
-        speak_once(line, sys.stderr)
-    raise SystemExit(2)
-
-
-def speak_once(text: str, stream: Any) -> None:
-    """Of the processes of a torchrun only rank 0 speaks; the others give it the time to do so first, as
-    torchrun kills all processes once one has failed."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(text, end="", file=stream, flush=True)
-    else:
-        time.sleep(2)
-
-
-@functools.cache
-def settings() -> dict[str, Setting]:
-    """Every setting of Config by its dotted name."""
-    return dict(_walk(Config, ""))
-
-
-def _walk(cls: type, prefix: str) -> Iterator[tuple[str, Setting]]:
-    helps = {param.arg_name: param.description for param in docstring_parser.parse_from_object(cls).params}
-    for field in fields(cls):
-        if is_dataclass(field.type):
-            yield from _walk(field.type, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, Setting(field.type, field.default, helps[field.name])
-
-
-def _build(cls: type, values: jsonargparse.Namespace) -> Any:
-    nested = {f.name: _build(f.type, values[f.name]) for f in fields(cls) if is_dataclass(f.type)}
-    return cls(**{f.name: values[f.name] for f in fields(cls)} | nested)
+def _build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
+    nested = {
+        f.name: _build(f.type, values, f"{prefix}{f.name}.") for f in fields(cls) if is_dataclass(f.type)
+    }
+    own = {f.name: values[prefix + f.name] for f in fields(cls) if prefix + f.name in values}
+    return cls(**own | nested)
 
 
 def _parser() -> jsonargparse.ArgumentParser:
-    formatter = functools.partial(argparse.HelpFormatter, max_help_position=30, width=110)
     parser = jsonargparse.ArgumentParser(
         prog=PROGRAM,
         usage="%(prog)s --config FILE [section.name=value ...]",
-        formatter_class=formatter,
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=30, width=110),
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -158,72 +89,69 @@ def _parser() -> jsonargparse.ArgumentParser:
             type=setting.type,
             default=setting.default,
             metavar=setting.metavar,
-            help=f"{setting.help} [{json.dumps(setting.default)}]".replace("%", "%%"),
+            help=setting.usage.replace("%", "%%"),
         )
     return parser
 
 
-def _convert(flags: list[str], assignments: list[Assignment]) -> jsonargparse.Namespace:
-    """The typed values; raises ValueError for the first assignment that does not fit its setting."""
+def _parse(flags: list[str], given: list[Assignment]) -> dict[str, Any]:
+    """Returns the given values by setting. Raises UserError for the first one that its field refuses."""
     parser = _parser()
-    try:
-        return parser.parse_args([*flags, *(a.option for a in assignments)])
-    except argparse.ArgumentError:
-        wrong = next(a for a in assignments if not _fits(parser, a))
-        expected = settings()[wrong.name].expected
-        raise UserError(f"{wrong.origin}: {wrong.name} is {wrong.text!r}; it must be {expected}") from None
-
-
-def _fits(parser: jsonargparse.ArgumentParser, assignment: Assignment) -> bool:
-    try:
-        parser.parse_args([assignment.option])
-    except argparse.ArgumentError:
-        return False
-    return True
+    parser.parse_args(flags)
+    values: dict[str, Any] = {}
+    for name, text, origin in ((a.name, a.text, a.origin) for a in given):
+        setting = settings()[name]
+        try:
+            values[name] = parser.parse_args([f"--{name}={text}"], defaults=False)[name]
+            setting.check(values[name])
+            if name == "algorithm":
+                parse_algorithm(text)
+        except argparse.ArgumentError as error:  # of another type
+            hint = did_you_mean(text, setting.choices)
+            raise UserError(f"{origin}: {name} is {text!r}; it must be {setting.expected}{hint}") from error
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from error
+    return values
 
 
 def _read_arguments(argv: list[str]) -> tuple[list[str], list[Assignment]]:
-    """The flags, and everything that has a value."""
+    """Returns the flags, and everything that has a value."""
     flags: list[str] = []
-    assignments: list[Assignment] = []
-    tokens = iter(_with_dry_run(argv))
-    for token in tokens:
+    given: list[Assignment] = []
+    tokens = list(reversed(argv))
+    while tokens:
+        token = tokens.pop()
+        name, equals, text = token.removeprefix("--").partition("=")
         if token in FLAGS:
             flags.append(token)
             continue
-        name, equals, value = token.removeprefix("--").partition("=")
-        if name != "config":
+        if name == "dry-run" or token == "--dry_run":
+            name, text = "dry_run", text or (tokens.pop() if tokens[-1:] in (["true"], ["false"]) else "true")
+        elif name != "config":
             _check_name(name, COMMAND_LINE)
-        if not equals:
-            value = next(tokens, "--") if token.startswith("--") else "--"
-            if value.startswith("--"):
+        if not equals and name != "dry_run":
+            text = tokens.pop() if token.startswith("--") and tokens else "--"
+            if text.startswith("--"):
                 raise UserError(f"{COMMAND_LINE}: {name} has no value; write {name}=value")
-        assignments.append(Assignment(name, value, COMMAND_LINE))
-    return flags, assignments
-
-
-def _with_dry_run(argv: list[str]) -> list[str]:
-    """With the value that --dry-run alone stands for."""
-    return [
-        "--dry_run=true" if token in DRY_RUN and value not in ("true", "false") else token
-        for token, value in zip(argv, [*argv[1:], ""], strict=False)
-    ]
+        given.append(Assignment(name, text, COMMAND_LINE))
+    return flags, given
 
 
 def _read_yaml(path: str) -> list[Assignment]:
-    """The settings in a file; raises ValueError that names the file and, where there is one, the line."""
+    """Returns the settings in a file. Raises UserError that names the file and, if it can, the line."""
     try:
         with open(path, encoding="utf-8") as stream:
             root = yaml.compose(stream, Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"--config {path}: cannot read it: {reason}") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply to be settings") from None
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot read it: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path}: cannot read it: it is not UTF-8 text") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: nested too deeply to be settings") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
@@ -233,30 +161,22 @@ def _read_yaml(path: str) -> list[Assignment]:
 
 def _leaves(mapping: yaml.MappingNode, prefix: str, path: str) -> Iterator[Assignment]:
     seen: set[str] = set()
-    for key, value in mapping.value:
+    for key, node in mapping.value:
         name, origin = f"{prefix}{key.value}", f"{path} line {key.start_mark.line + 1}"
         if name in seen:
             raise UserError(f"{origin}: {name} is given twice; remove one")
         seen.add(name)
-        if isinstance(value, yaml.MappingNode) and name not in settings():
-            yield from _leaves(value, f"{name}.", path)
-        elif not (_is_null(value) and _is_section(name)):
-            yield Assignment(name, _scalar(name, value, origin), origin)
-
-
-def _scalar(name: str, node: yaml.Node, origin: str) -> str:
-    _check_name(name, origin)
-    if not isinstance(node, yaml.ScalarNode):
-        raise UserError(f"{origin}: {name} takes one value: {settings()[name].expected}")
-    if not _is_null(node):
-        return node.value
-    if "null" not in settings()[name].choices:
-        raise UserError(f"{origin}: {name} is empty; it must be {settings()[name].expected}")
-    return "null"
-
-
-def _is_null(node: yaml.Node) -> bool:
-    return node.tag == "tag:yaml.org,2002:null"
+        is_null = node.tag == "tag:yaml.org,2002:null"
+        if isinstance(node, yaml.MappingNode) and name not in settings():
+            yield from _leaves(node, f"{name}.", path)
+        elif not (is_null and _is_section(name)):
+            _check_name(name, origin)
+            expected = settings()[name].expected
+            if not isinstance(node, yaml.ScalarNode):
+                raise UserError(f"{origin}: {name} takes one value: {expected}")
+            if is_null and "null" not in settings()[name].choices:
+                raise UserError(f"{origin}: {name} is empty; it must be {expected}")
+            yield Assignment(name, "null" if is_null else node.value, origin)
 
 
 def _is_section(name: str) -> bool:
@@ -267,13 +187,16 @@ def _check_name(name: str, origin: str) -> None:
     """Raises UserError, with the nearest name, unless name is a setting."""
     if name in settings():
         return
+    if name in RENAMED:
+        raise UserError(f"{origin}: {name} is now called {RENAMED[name]}; rename it")
     if _is_section(name):
         raise UserError(f"{origin}: {name} is a section; set {name}.<name>, see --help")
-    if name.split(".")[-1] in CUTS:
+    last = name.split(".")[-1]
+    if last in TRUNCATED_SAMPLING:
         raise UserError(
             f"{origin}: there is no setting {name}: the policy gradient needs samples of the whole "
-            "distribution, of which log-probs are taken; rollout.temperature is all that shapes it"
+            "distribution that log-probs are taken of; only rollout.temperature shapes it"
         )
-    in_other_sections = [known for known in settings() if known.split(".")[-1] == name.split(".")[-1]]
-    nearest = difflib.get_close_matches(name, in_other_sections or settings(), n=1, cutoff=0.0)[0]
-    raise UserError(f"{origin}: unknown setting {name}; the nearest is {nearest}")
+    in_other_sections = [known for known in settings() if known.split(".")[-1] == last]
+    hint = did_you_mean(name, in_other_sections or settings(), cutoff=0.0)
+    raise UserError(f"{origin}: unknown setting {name}{hint}")

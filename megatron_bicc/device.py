@@ -83,11 +83,11 @@ def quiet() -> bool | None:
     return None if dist.get_rank() == 0 else True
 
 
-def watch_hosts(silence_seconds: float) -> None:
+def watch_hosts(heartbeat_timeout_s: float) -> None:
     """From now on a host that is silent for so long ends this process with one line; 0: never. Collective."""
     global _heartbeat
-    if silence_seconds and "RANK" in os.environ:
-        _heartbeat = Heartbeat(silence_seconds, local_rank())
+    if heartbeat_timeout_s and "RANK" in os.environ:
+        _heartbeat = Heartbeat(heartbeat_timeout_s, local_rank())
 
 
 def end_distributed() -> None:

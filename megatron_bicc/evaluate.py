@@ -4,7 +4,7 @@ python -m megatron_bicc.evaluate --model DIR --benchmark FILE [--benchmark FILE 
 """
 
 from megatron_bicc import launcher
-from megatron_bicc.errors import UserError
+from megatron_bicc.errors import UserError, abort
 
 if __name__ == "__main__":
     launcher.end_with_launcher()  # before the imports below, which take seconds
@@ -13,7 +13,7 @@ import argparse
 import logging
 import sys
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,8 +23,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_bicc import device, run_lock
-from megatron_bicc.cli import abort, parse_config, settings
-from megatron_bicc.config import Config
+from megatron_bicc.cli import parse_config
+from megatron_bicc.config import Config, flatten, settings
 from megatron_bicc.data.prompts import Prompt, digest
 from megatron_bicc.evaluation.benchmarks import ask, names_of, run_benchmark
 from megatron_bicc.evaluation.results import AnswerFile, Answers, Evaluation, summarize, write_results
@@ -44,25 +44,6 @@ from megatron_bicc.validation import validate_evaluation
 from megatron_bicc.weights.hf_files import warn_of_index
 
 PROGRAM = "python -m megatron_bicc.evaluate"
-DECISIVE = (
-    "model.dtype",
-    "data.max_prompt_tokens",
-    "data.overlong_prompts",
-    "data.date",
-    "data.control_tokens",
-    "rollout.engine",
-    "rollout.max_new_tokens",
-    "rollout.batch_size",
-    "reward.verifier",
-    "reward.answer",
-    "reward.threshold",
-    "evaluation.instruction",
-    "evaluation.prompts",
-    "evaluation.samples",
-    "evaluation.temperature",
-    "seed",
-)
-"""Settings that decide the figures"""
 NO_SETTINGS = {
     "evaluation.samples": "--k",
     "model.path": "--model",
@@ -175,15 +156,10 @@ def _answers(inputs: Inputs, files: dict[str, AnswerFile], engine: Engine) -> di
 
 def decisive(config: Config) -> dict[str, Any]:
     """What, beside the files, decides the figures."""
-    values = {name: _value(config, name) for name in DECISIVE}
+    values = {
+        name: value for name, value in flatten(asdict(config)).items() if settings()[name].rule.decides_score
+    }
     return values | {"model": _files(config.model.path), "processes": dist.get_world_size()}
-
-
-def _value(config: Config, name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _files(directory: str) -> dict[str, list[int]]:
@@ -219,9 +195,9 @@ class _Parser(argparse.ArgumentParser):
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """This command's own options, and the settings."""
     lines = [
-        f"  {name}  {settings()[name].help} [{settings()[name].default!r}]"
-        for name in DECISIVE
-        if name != "evaluation.samples"
+        f"  {name}  {setting.usage}"
+        for name, setting in settings().items()
+        if setting.rule.decides_score and name not in NO_SETTINGS
     ]
     parser = _Parser(
         prog=PROGRAM,

@@ -24,9 +24,9 @@ EXIT_STATUS = 3
 class Heartbeat:
     """Watches the other hosts of the job from two threads: one talks to the store, one looks at the clock."""
 
-    def __init__(self, silence_seconds: float, local_rank: int) -> None:
-        """Collective. silence_seconds: how long another host may be silent. Only first processes watch."""
-        self._silence = silence_seconds
+    def __init__(self, timeout_s: float, local_rank: int) -> None:
+        """Collective. timeout_s: parallel.heartbeat_timeout_s, above 0. Only first processes watch."""
+        self._silence = timeout_s
         self._hosts, self._prefix = _meet(local_rank)
         self._rank = dist.get_rank()
         self._ended = threading.Event()
@@ -79,7 +79,7 @@ class Heartbeat:
         """The main thread may be inside a collective that never returns, so nothing softer would end it."""
         line = (
             f"megatron_bicc: error: process {self._rank} on host {self._hosts[self._rank]}: {what} for "
-            f"{self._silence:g} seconds (parallel.silence_seconds): the host or the link to it is down; "
+            f"{self._silence:g} seconds (parallel.heartbeat_timeout_s): the host or the link to it is down; "
             "checkpoint.resume=true goes on from the newest checkpoint"
         )
         print(f"\n{line}", file=sys.stderr, flush=True)  # not behind the progress bar

@@ -77,7 +77,7 @@ class RunLog:
         self._writer.close()
         self._bar.close()
         output_dir, monitoring = Path(self._config.output_dir), self._config.monitoring
-        report = write_report([output_dir, *filter(None, [monitoring.compare])])
+        report = write_report([output_dir, *filter(None, [monitoring.compare_run])])
         print(f"report        {report}")
         print(f"metrics       {output_dir / METRICS_FILE}")
         if monitoring.tensorboard:

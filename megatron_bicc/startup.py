@@ -113,7 +113,7 @@ def start_workers(inputs: Inputs) -> Workers:
     warning = kl_warning(config.loss)
     if warning and device.is_first():
         logger.warning(warning)
-    device.watch_hosts(config.parallel.silence_seconds)
+    device.watch_hosts(config.parallel.heartbeat_timeout_s)
     start_model_parallel(config)
     policy = Policy(config)
     warn_of_model(config, policy.hf_config)

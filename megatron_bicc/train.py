@@ -28,9 +28,9 @@ from megatron_bicc.checkpoint.checkpoint import (
 )
 from megatron_bicc.checkpoint.export import export, export_step, forget_exports
 from megatron_bicc.checkpoint.resume import contents, resume_point
-from megatron_bicc.cli import abort, parse_config, speak_once
+from megatron_bicc.cli import parse_config
 from megatron_bicc.config import Config
-from megatron_bicc.errors import NotFiniteError, UserError
+from megatron_bicc.errors import NotFiniteError, UserError, abort, print_rank0
 from megatron_bicc.evaluation.benchmarks import evaluate
 from megatron_bicc.metrics import Stopwatch
 from megatron_bicc.rollout.collect import GroupSampler, ZeroRewardWatch
@@ -98,7 +98,7 @@ def print_dry_run(config: Config) -> None:
     # Imported late: a run has no use for it.
     from megatron_bicc.planning.dry_run import dry_run, summary
 
-    speak_once(summary(dry_run(config, device.world_size())) + "\n", sys.stdout)
+    print_rank0(summary(dry_run(config, device.world_size())) + "\n", sys.stdout)
 
 
 def train(inputs: Inputs, workers: Workers, first_step: int) -> None:

@@ -27,7 +27,6 @@ Shape suffixes: G groups, R rollouts, T tokens of all responses.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -40,11 +39,8 @@ from megatron_bicc.algorithms.segments import (
     segment_sums,
     spread,
 )
-from megatron_bicc.config import Config, RewardConfig
+from megatron_bicc.config import Advantage, Aggregation, Config, DeltaKind, RccForm, RewardConfig
 from megatron_bicc.packing.types import RolloutBatch
-
-DeltaKind = Literal["token_mean", "sequence_sum"]
-RccForm = Literal["first_order", "exact"]
 
 
 @dataclass(frozen=True)
@@ -106,15 +102,12 @@ def _self_normalised(rewards_R: np.ndarray, delta_R: np.ndarray, group_offsets_G
 def overlong_penalty(lengths_R: np.ndarray, longest: int, reward: RewardConfig) -> np.ndarray:
     """float64 [R]: what is taken off the reward of a response of so many tokens.
 
-    Nothing up to (1 - overlong_share) longest tokens, then growing linearly up to overlong_penalty at
+    Nothing up to (1 - overlong_buffer) longest tokens, then growing linearly up to overlong_penalty at
     `longest`, where a response is truncated. The paper: longest 20480, a share of 0.2 (its cache of 4096
     tokens), a penalty of 1. `reward` must be resolved (presets.resolve).
     """
-    cache = reward.overlong_share * longest
+    cache = reward.overlong_buffer * longest
     return reward.overlong_penalty * np.clip((np.asarray(lengths_R) - (longest - cache)) / cache, 0.0, 1.0)
-
-
-Aggregation = Literal["sequence_mean", "constant", "token_mean"]
 
 
 def token_weights(lengths_R: np.ndarray, kind: Aggregation, constant_length: int) -> np.ndarray:
@@ -143,8 +136,6 @@ def token_weights(lengths_R: np.ndarray, kind: Aggregation, constant_length: int
         )
     return np.full(count, 1.0 / (max(count, 1) * constant_length))
 
-
-Advantage = Literal["normalized", "centered"]
 
 ROUNDING = 1e-6
 """Rewards whose std is at most this share of the largest of them, or of the verifier's, are the same but for

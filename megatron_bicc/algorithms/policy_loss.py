@@ -28,13 +28,12 @@ Shape suffix: T response rows of the micro-batch.
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
 
 import numpy as np
 import torch
 
 from megatron_bicc.algorithms.segments import check_log_probs, segment_sums
-from megatron_bicc.config import LossConfig
+from megatron_bicc.config import KlEstimator, LossConfig
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,7 @@ def clip_bounds(loss: LossConfig) -> ClipBounds:
     return ClipBounds(low, math.log1p(loss.clip_high), dual)
 
 
-Estimator = Literal["k1", "k2", "k3"]
-
-
-def kl_penalty(logp: torch.Tensor, ref_logp: torch.Tensor, estimator: Estimator) -> torch.Tensor:
+def kl_penalty(logp: torch.Tensor, ref_logp: torch.Tensor, estimator: KlEstimator) -> torch.Tensor:
     """Per-token estimate of KL(pi || pi_ref) from samples of pi, same shape as logp, differentiable in it.
 
     With d = log pi_ref - log pi: "k1" -d and "k3" exp(d) - 1 - d, whose values are unbiased, and "k2"
@@ -86,7 +82,7 @@ def kl_in_reward(
     ref_logp_T: np.ndarray,
     offsets_R: np.ndarray,
     coefficient: float,
-    estimator: Estimator,
+    estimator: KlEstimator,
 ) -> np.ndarray:
     """float64 [R]: reward minus coefficient times the summed token KL of old against reference.
 

@@ -1,31 +1,39 @@
-"""Named algorithms: each is a choice of advantage, ratio-and-clip, aggregation, sampling and shaping."""
+"""Named algorithms: each sets the advantage, ratio and clip, aggregation, sampling and reward shaping."""
 
 from dataclasses import dataclass, fields, replace
 from difflib import SequenceMatcher
 from itertools import product
 from types import MappingProxyType
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from megatron_bicc.config import Config, LossConfig, RewardConfig, RolloutConfig
+from megatron_bicc.config import (
+    Advantage,
+    Aggregation,
+    Config,
+    KlEstimator,
+    LossConfig,
+    RewardConfig,
+    RolloutConfig,
+)
 from megatron_bicc.errors import UserError
 
 BICC_DUAL_CLIP = 3.0
 Section = TypeVar("Section", LossConfig, RolloutConfig, RewardConfig)
 ALIASES = MappingProxyType({"bicc": "grpo+bicc+rcc"})
 
-KL_ESTIMATORS = MappingProxyType({"loss": "k2", "reward": "k1"})
+KL_ESTIMATORS: MappingProxyType[str, KlEstimator] = MappingProxyType({"loss": "k2", "reward": "k1"})
 """The estimator whose expected gradient is that of KL(pi || pi_ref), by loss.kl_in (algorithms.kl)."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What an algorithm sets; names and meanings are those of LossConfig, RolloutConfig and RewardConfig."""
+    """Values of an algorithm's settings, named as in LossConfig, RolloutConfig and RewardConfig."""
 
-    advantage: Literal["normalized", "centered"]
-    objective: Literal["token", "sequence", "geometric", "aspo", "cispo"]
+    advantage: Advantage
+    objective: str
     clip_low: float
     clip_high: float
-    aggregation: Literal["sequence_mean", "constant", "token_mean"]
+    aggregation: Aggregation
     dual_clip: float = 0.0
     dynamic_sampling: bool = False
     overlong_penalty: float = 0.0
@@ -48,9 +56,9 @@ PRESETS = MappingProxyType(
 
 
 def parse_algorithm(name: str) -> tuple[str, bool, bool]:
-    """(preset, bicc, rcc) of an algorithm's name such as "dapo+bicc"; "bicc" is "grpo+bicc+rcc".
+    """Splits an algorithm's name such as "dapo+bicc" into (preset, bicc, rcc); "bicc" is "grpo+bicc+rcc".
 
-    Raises UserError with the nearest known name.
+    Raises UserError with the nearest name for one that is unknown.
     """
     base, *additions = ALIASES.get(name, name).split("+")
     known = base in PRESETS and set(additions) <= {"bicc", "rcc"} and len(set(additions)) == len(additions)
@@ -58,17 +66,17 @@ def parse_algorithm(name: str) -> tuple[str, bool, bool]:
         names = [*ALIASES, *("".join(parts) for parts in product(PRESETS, ("", "+bicc"), ("", "+rcc")))]
         nearest = max(names, key=lambda known_name: SequenceMatcher(None, name, known_name).ratio())
         raise UserError(
-            f"algorithm: unknown name '{name}'; the nearest is '{nearest}' "
-            f"(one of {', '.join(PRESETS)}, with +bicc, +rcc or both; or bicc)"
+            f"algorithm is {name!r}; did you mean {nearest}? "
+            f"(One of {', '.join(PRESETS)}, with +bicc, +rcc or both; or bicc.)"
         )
     return base, "bicc" in additions, "rcc" in additions
 
 
 def resolve(config: Config) -> Config:
-    """A copy of config in which every None comes from the preset, and loss.kl_estimator from loss.kl_in.
+    """Returns a copy of config whose None settings are those of the preset, loss.kl_estimator of loss.kl_in.
 
-    Explicit values win. Where BICC ends up enabled, a dual clip that nobody set is 3. Raises UserError for
-    an unknown algorithm and for a loss setting out of its range.
+    Explicit values win. With BICC the default of loss.dual_clip is 3. Raises UserError for an unknown
+    algorithm.
     """
     base, bicc, rcc = parse_algorithm(config.algorithm)
     bicc = bicc if config.bicc.enabled is None else config.bicc.enabled
@@ -77,7 +85,6 @@ def resolve(config: Config) -> Config:
     loss = _filled(config.loss, preset)
     if loss.kl_estimator is None:
         loss = replace(loss, kl_estimator=KL_ESTIMATORS[loss.kl_in])
-    _check_ranges(loss)
     return replace(
         config,
         loss=loss,
@@ -89,7 +96,7 @@ def resolve(config: Config) -> Config:
 
 
 def kl_warning(loss: LossConfig) -> str | None:
-    """What a user should know of a resolved choice of KL estimator, in one line; None: nothing."""
+    """Returns one line if a resolved loss.kl_estimator does not have the KL's gradient, else None."""
     exact = KL_ESTIMATORS[loss.kl_in]
     if not loss.kl_coefficient or loss.kl_estimator == exact:
         return None
@@ -101,25 +108,7 @@ def kl_warning(loss: LossConfig) -> str | None:
 
 
 def _filled(section: Section, preset: Preset) -> Section:
-    """The section with the preset's values where it holds None."""
+    """Returns the section with the preset's values in place of None."""
     names = {f.name for f in fields(preset)} & {f.name for f in fields(section)}
     missing = [name for name in names if getattr(section, name) is None]
     return replace(section, **{name: getattr(preset, name) for name in missing})
-
-
-def _check_ranges(loss: LossConfig) -> None:
-    for name in ("clip_low", "clip_high", "kl_coefficient", "entropy_coefficient", "tis_cap"):
-        if not getattr(loss, name) >= 0:
-            raise UserError(f"loss.{name} is {getattr(loss, name)}; it must be at least 0")
-    if loss.kl_coefficient and (loss.kl_in, loss.kl_estimator) == ("loss", "k1"):
-        raise UserError(
-            "loss.kl_estimator is k1 with loss.kl_in=loss; its expected gradient is 0, whatever the "
-            "reference: use k2, or loss.kl_in=reward"
-        )
-    if loss.objective != "geometric" and loss.clip_low > 1:
-        raise UserError(
-            f"loss.clip_low is {loss.clip_low}; it must be within 0 and 1: "
-            "ratios are clipped at 1 - clip_low, and none is below 0"
-        )
-    if loss.dual_clip != 0 and not loss.dual_clip > 1:
-        raise UserError(f"loss.dual_clip is {loss.dual_clip}; it must be greater than 1, or 0 for off")

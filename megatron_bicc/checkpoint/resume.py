@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_bicc.checkpoint.checkpoint import Progress, checkpoints, read_progress
-from megatron_bicc.config import Config, flatten
+from megatron_bicc.config import RENAMED, Config, flatten, settings
 from megatron_bicc.errors import UserError
 from megatron_bicc.metrics import METRICS_FILE
 from megatron_bicc.rollout.sampling import Collector
@@ -18,26 +18,6 @@ _log = logging.getLogger(__name__)
 WEIGHTS = "model.path (weights)"
 TRAIN_IDS, HELD_OUT_IDS = "data.train (token ids)", "evaluation.data (token ids)"
 SLICES, SLICE_BYTES = 8, 4096
-DANGEROUS = (
-    "algorithm",
-    "seed",
-    "model.path",
-    "model.dtype",
-    "data.",
-    "reward.",
-    "bicc.",
-    "rcc.",
-    "loss.",
-    "rollout.prompts_per_step",
-    "rollout.group_size",
-    "rollout.max_new_tokens",
-    "rollout.temperature",
-    "rollout.dynamic_sampling",
-    "rollout.leftover",
-    "train.updates_per_step",
-    "train.max_sequence_tokens",
-)
-"""Settings, or sections of them, whose change makes another experiment of a run"""
 _OTHER_IDS = (
     "its prompts have other token ids or ground truths; besides what else is named here, the version of "
     "transformers or of this program may have changed, or the chat template's output varies"
@@ -100,14 +80,16 @@ def check_resume(
     that was moved and holds the same is no change.
     """
     # a setting that is newer than the checkpoint was at its default
-    before = flatten(asdict(Config())) | flatten(progress.config)
+    before = flatten(asdict(Config())) | {
+        RENAMED.get(name, name): value for name, value in flatten(progress.config).items()
+    }
     changed = _changes(before, flatten(asdict(config)))
     now = contents(config) | prompt_digests
     same_files = {name for name in now if progress.contents.get(name) == now[name]}
     # checkpoints of older versions hold nothing of the weights and the token ids
     other_files = (now.keys() & progress.contents.keys()) - same_files
     edited = dict.fromkeys(sorted(other_files - changed.keys()), "its content has changed")
-    dangerous = [n for n in [*changed, *edited] if n.startswith(DANGEROUS) and n not in same_files]
+    dangerous = [n for n in [*changed, *edited] if _changes_experiment(n) and n not in same_files]
     words = {**changed, **edited}
     words |= {name: _OTHER_IDS for name in (TRAIN_IDS, HELD_OUT_IDS) if name in edited}
     if dangerous and not config.checkpoint.force:
@@ -118,6 +100,11 @@ def check_resume(
         )
     for name in words if first_process else ():
         _log.warning("changed since step %d: %s: %s", progress.step, name, words[name])
+
+
+def _changes_experiment(name: str) -> bool:
+    """name: a setting, or one with what is read from its files in parentheses, such as WEIGHTS."""
+    return settings()[name.partition(" ")[0]].rule.changes_experiment
 
 
 def contents(config: Config) -> dict[str, str]:

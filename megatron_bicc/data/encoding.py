@@ -14,11 +14,12 @@ from datetime import date
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from megatron_bicc.config import ControlTokens
 from megatron_bicc.data.rows import Message
 from megatron_bicc.errors import UserError, first_line
 
@@ -43,9 +44,7 @@ class PromptEncoder:
     tokens of its characters; keep, the control token itself.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, control_tokens: Literal["refuse", "text", "keep"] = "refuse"
-    ):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, control_tokens: ControlTokens = "refuse"):
         self._tokenizer = tokenizer
         self._control_tokens = control_tokens
         self._template = None if tokenizer.chat_template else JOINED

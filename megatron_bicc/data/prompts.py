@@ -8,11 +8,12 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from megatron_bicc.config import ControlTokens, OverlongAction
 from megatron_bicc.data.encoding import PromptEncoder
 from megatron_bicc.data.rows import Message, read_question, read_rows
 from megatron_bicc.errors import UserError
@@ -47,9 +48,9 @@ def load_prompts(
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
-    overlong: Literal["error", "drop"] = "error",
+    overlong: OverlongAction = "error",
     instruction: str = "",
-    control_tokens: Literal["refuse", "text", "keep"] = "refuse",
+    control_tokens: ControlTokens = "refuse",
 ) -> list[Prompt]:
     """Read a .parquet or .jsonl file in any of data.schemas.SCHEMAS; `instruction` ends each question.
 
@@ -97,7 +98,7 @@ def digest(prompts: list[Prompt]) -> str:
     return found.hexdigest()
 
 
-def _refuse_overlong(length: int, limit: int, overlong: Literal["error", "drop"]) -> None:
+def _refuse_overlong(length: int, limit: int, overlong: OverlongAction) -> None:
     if overlong == "error":
         raise UserError(
             f"the prompt has {length} tokens, over data.max_prompt_tokens={limit}; "

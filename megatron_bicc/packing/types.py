@@ -9,6 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from megatron_bicc.config import ContextSource, OverlongAction, Truncation, TruncationSide
+
 
 @dataclass(frozen=True)
 class RolloutBatch:
@@ -45,9 +47,9 @@ class PackingSettings:
     """Share of max_sequence_tokens that a context may take, headers included. It gets less, down to nothing,
     where prompt, context and the side's longest response would exceed max_sequence_tokens or a
     micro-batch."""
-    context_source: Literal["partition", "pair"] = "partition"
-    truncation: Literal["equal", "in_order"] = "equal"
-    keep: Literal["head", "tail", "both_ends"] = "head"
+    context_source: ContextSource = "partition"
+    truncation: Truncation = "equal"
+    keep: TruncationSide = "head"
     wrong_header: tuple[int, ...] = ()
     """Token ids before each incorrect rollout of a context."""
     right_header: tuple[int, ...] = ()
@@ -55,7 +57,7 @@ class PackingSettings:
     """Token ids after the last rollout of a context."""
     end_token_ids: tuple[int, ...] = ()
     """Tokens that end a response; a trailing one is left out where a rollout stands in a context."""
-    overlong: Literal["error", "drop"] = "error"
+    overlong: OverlongAction = "error"
     """For a response that, after its prompt, exceeds max_sequence_tokens or a micro-batch."""
     alignment: int = 1
     """Every micro-batch's rows are padded to a multiple of this."""

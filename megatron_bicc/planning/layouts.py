@@ -6,14 +6,13 @@ from itertools import product
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from megatron_bicc.config import Config, ParallelConfig
+from megatron_bicc.config import Config, ParallelConfig, check_processes
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.families import check_layout
 from megatron_bicc.planning.memory import Cluster, Sizes
 from megatron_bicc.planning.plan import Plan, make_plan
 from megatron_bicc.planning.shards import Shard, build_shards
 from megatron_bicc.planning.synthetic import SyntheticStep, UnknownTokenizer, synthetic_step
-from megatron_bicc.validation import check_processes
 
 MAX_PIPELINE = 16
 CHUNKS = (1, 2, 4, 5)

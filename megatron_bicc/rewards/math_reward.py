@@ -7,15 +7,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 
+from megatron_bicc.config import AnswerStyle
 from megatron_bicc.rewards import verdict
 from megatron_bicc.rewards.verdict import Reading
 from megatron_bicc.rewards.worker_pool import WORKER, OutOfTimeError
 
-Style = Literal["auto", "boxed", "answer_line", "hash", "last_number"]
+Style = AnswerStyle
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
 _ARGUMENT = re.compile(

@@ -25,10 +25,11 @@ from megatron_bicc.config import Config
 from megatron_bicc.data.encoding import end_token_ids
 from megatron_bicc.errors import UserError
 from megatron_bicc.rollout.types import Request, Sample, Sampling
-from megatron_bicc.sglang.checks import check_model, server_urls, until_well
+from megatron_bicc.sglang.checks import check_model, until_well
 from megatron_bicc.sglang.client import ServerClient, generate_body, read_samples
 from megatron_bicc.sglang.pool import UNTOUCHED, ServerPool
 from megatron_bicc.sglang.process import SpawnedServer
+from megatron_bicc.sglang.settings import server_urls
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.weights.hf_files import supported_config
 from megatron_bicc.weights.sync import WeightSync
@@ -137,8 +138,8 @@ class SglangEngine:
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
         """One sample a request, in the requests' order; requests of one prompt, side by side, go together.
 
-        Raises RolloutError when no server has done its work for rollout.sglang.retry_s seconds, ValueError
-        for a token that is not in the vocabulary.
+        Raises RolloutError when no server has done its work for rollout.sglang.retry_timeout_s seconds,
+        ValueError for a token that is not in the vocabulary.
         """
         groups = [list(group) for _, group in groupby(requests, key=lambda r: r.token_ids.tobytes())]
         samples: dict[int, list[Sample]] = {}

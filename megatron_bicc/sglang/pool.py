@@ -145,9 +145,9 @@ class ServerPool:
         """What `read` makes of the answer of the least busy server, of another one if that one fails.
 
         read: raises StaleWeights or BadAnswer for an answer that cannot be used. Raises RolloutError when all
-        attempts of retry_s seconds have failed, or a well server refuses the request.
+        attempts of retry_timeout_s seconds have failed, or a well server refuses the request.
         """
-        attempts = Attempts(self._settings.retry_s)
+        attempts = Attempts(self._settings.retry_timeout_s)
         while True:
             await attempts.begin()
             server = min((s for s in self.servers if not s.reason), key=lambda s: s.outstanding, default=None)
@@ -198,8 +198,8 @@ class ServerPool:
 class Attempts:
     """The attempts at one request: the pauses between them, and when to give up."""
 
-    def __init__(self, retry_s: float) -> None:
-        self._retry_s = retry_s
+    def __init__(self, retry_timeout_s: float) -> None:
+        self._retry_timeout_s = retry_timeout_s
         self._begun = 0.0
         self._failing_since: float | None = None
         self._pause_s = 0.0
@@ -216,7 +216,7 @@ class Attempts:
         An attempt that ran for longer than that time was real work lost: counting begins anew after it.
         """
         now = time.monotonic()
-        if self._failing_since is None or now - self._begun > self._retry_s:
+        if self._failing_since is None or now - self._begun > self._retry_timeout_s:
             self._failing_since = now
-        if now - self._failing_since > self._retry_s:
-            raise RolloutError(f"no answer after {self._retry_s:g} s of attempts; the last: {reason}")
+        if now - self._failing_since > self._retry_timeout_s:
+            raise RolloutError(f"no answer after {self._retry_timeout_s:g} s of attempts; the last: {reason}")

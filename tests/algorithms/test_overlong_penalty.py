@@ -25,7 +25,7 @@ def paper(length: int) -> float:
 
 def test_is_the_papers() -> None:
     lengths_R = np.array([1, 16384, 16385, 18432, 20479, 20480])
-    found_R = overlong_penalty(lengths_R, LONGEST, RewardConfig(overlong_penalty=1.0, overlong_share=0.2))
+    found_R = overlong_penalty(lengths_R, LONGEST, RewardConfig(overlong_penalty=1.0, overlong_buffer=0.2))
     assert found_R == pytest.approx([-paper(int(n)) for n in lengths_R])
     assert found_R[-1] == 1.0
 

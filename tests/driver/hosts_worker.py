@@ -28,7 +28,7 @@ SETTINGS = [
     "examples/configs/tiny.yaml",
     "parallel.tensor=1",
     "parallel.pipeline=2",
-    "parallel.silence_seconds=8",
+    "parallel.heartbeat_timeout_s=8",
     "train.steps=4",
     "rollout.prompts_per_step=4",
     "evaluation.prompts=2",

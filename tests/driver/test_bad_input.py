@@ -18,10 +18,10 @@ REPOSITORY = Path(__file__).parents[2]
 GOOD_ROW = {"prompt": "1+1=", "answer": "2"}
 
 SETTINGS = {
-    "rollout.grup_size=4": "unknown setting rollout.grup_size; the nearest is rollout.group_size",
+    "rollout.grup_size=4": "unknown setting rollout.grup_size; did you mean rollout.group_size?",
     "rollout.group_size=many": "command line: rollout.group_size is 'many'; it must be a whole number",
     "rollout.group_size=1": "rollout.group_size is 1; it must be at least 2",
-    "algorithm=gropo": "algorithm: unknown name 'gropo'; the nearest is 'grpo'",
+    "algorithm=gropo": "algorithm is 'gropo'; did you mean grpo?",
     "data.train=nowhere.jsonl": "data.train is nowhere.jsonl; there is no such file",
     "data.train=/etc": "data.train is /etc; it is a directory, give one .parquet or .jsonl file",
     "model.path=nowhere": "model.path is nowhere; there is no Hugging Face config.json",
@@ -31,7 +31,7 @@ SETTINGS = {
     "parallel.context=2": "parallel.context is 2; context parallel is not supported",
     "bicc.weight=1.5": "bicc.weight is 1.5; it must be within 0 and 1",
     "reward.threshold=-0.1": "reward.threshold is -0.1; reward.verifier=math gives 0 to an empty response",
-    "reward.verifier=maths": "reward.verifier: unknown 'maths'; did you mean 'math'?",
+    "reward.verifier=maths": "reward.verifier is 'maths'; it must be math or an import path, module:name; did you mean math?",
     "rollout.prompts_per_step=9": "rollout.prompts_per_step=9 must be within 1 and the number of prompts",
     "seed=-1": "seed is -1; it must be at least 0",
     "output_dir=": "output_dir is empty",

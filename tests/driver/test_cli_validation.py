@@ -1,12 +1,14 @@
 """Settings that are well typed but make no sense together."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_bicc.cli import parse_config, validate
+from megatron_bicc.cli import parse_config
 from megatron_bicc.errors import UserError
+from megatron_bicc.validation import validate
 
 
 @pytest.fixture
@@ -18,11 +20,23 @@ def good(tmp_path: Path) -> list[str]:
     return [f"model.path={tmp_path}/model", f"data.train={tmp_path}/train.jsonl"]
 
 
-def message(overrides: list[str], world_size: int = 8) -> str:
-    with pytest.raises(UserError) as error:
-        validate(parse_config(overrides), world_size)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+@pytest.fixture
+def message(capsys: pytest.CaptureFixture) -> Callable[[list[str]], str]:
+    """Returns the line that refuses overrides, either when they are parsed or when they are checked together."""
+
+    def refusal(overrides: list[str]) -> str:
+        try:
+            config = parse_config(overrides)
+        except SystemExit:
+            line = capsys.readouterr().err.removesuffix("\n")
+        else:
+            with pytest.raises(UserError) as error:
+                validate(config, world_size=8)
+            line = str(error.value)
+        assert "\n" not in line
+        return line
+
+    return refusal
 
 
 @pytest.mark.parametrize(
@@ -33,8 +47,10 @@ def message(overrides: list[str], world_size: int = 8) -> str:
         ["parallel.tensor=2", "parallel.expert=4", "parallel.pipeline=2"],
         ["train.max_sequence_tokens=3072", "train.max_tokens_per_microbatch=3072"],
         ["rollout.prompts_per_step=30", "train.updates_per_step=15"],
-        ["loss.objective=geometric", "loss.clip_low=1.5", "parallel.silence_seconds=0"],
-        ["algorithm=cispo", "parallel.silence_seconds=5", "weight_sync.bucket_mb=1"],
+        ["loss.objective=geometric", "loss.clip_low=1.5", "parallel.heartbeat_timeout_s=0"],
+        ["algorithm=grpo", "loss.baseline=mine:baseline", "loss.kl_estimator=k1"],
+        ["loss.kl_coefficient=0.1", "loss.kl_estimator=k1", "loss.kl_in=reward"],
+        ["algorithm=cispo", "parallel.heartbeat_timeout_s=5", "weight_sync.bucket_mb=1"],
         ["bicc.weight=0", "bicc.context_ratio=1", "rollout.group_size=2", "checkpoint.every=0"],
     ],
 )
@@ -79,11 +95,16 @@ def test_sound_settings_pass(good: list[str], overrides: list[str]):
             ["train.max_tokens_per_microbatch=4095"],
             ["train.max_tokens_per_microbatch is 4095", "train.max_sequence_tokens = 4096"],
         ),
-        (["algorithm=bic"], ["algorithm", "'bic'", "'bicc'"]),
+        (["algorithm=bic"], ["algorithm is 'bic'", "did you mean bicc?"]),
+        (
+            ["algorithm=bicc", "loss.baseline=mine:baseline"],
+            ["loss.baseline is 'mine:baseline' and rcc.enabled is true", "set rcc.enabled=false"],
+        ),
+        (["loss.kl_coefficient=0.1", "loss.kl_estimator=k1"], ["loss.kl_estimator is k1", "use k2"]),
         (["loss.clip_low=1.5"], ["loss.clip_low is 1.5", "within 0 and 1"]),
         (
-            ["parallel.silence_seconds=0.001"],
-            ["parallel.silence_seconds is 0.001", "at least 5", "0 for off"],
+            ["parallel.heartbeat_timeout_s=0.001"],
+            ["parallel.heartbeat_timeout_s is 0.001", "at least 5", "0 for off"],
         ),
         (["weight_sync.bucket_mb=1e-9"], ["weight_sync.bucket_mb is 1e-09", "at least 1"]),
         (["loss.dual_clip=0.5"], ["loss.dual_clip is 0.5"]),
@@ -92,15 +113,15 @@ def test_sound_settings_pass(good: list[str], overrides: list[str]):
         (["model.path=/nowhere"], ["model.path is /nowhere", "config.json"]),
         (["data.train=/nowhere.parquet"], ["data.train is /nowhere.parquet", "no such file"]),
         (["evaluation.data=/nowhere.parquet"], ["evaluation.data is /nowhere.parquet", "no such file"]),
-        (["monitoring.compare=/nowhere"], ["monitoring.compare is /nowhere", "metrics.jsonl"]),
+        (["monitoring.compare_run=/nowhere"], ["monitoring.compare_run is /nowhere", "metrics.jsonl"]),
     ],
 )
-def test_unsound_settings_are_named(good: list[str], overrides: list[str], parts: list[str]):
+def test_unsound_settings_are_named(message, good: list[str], overrides: list[str], parts: list[str]):
     line = message(good + overrides)
     assert all(part in line for part in parts), line
 
 
-def test_a_megatron_checkpoint_is_no_model(good: list[str], tmp_path: Path):
+def test_a_megatron_checkpoint_is_no_model(message, good: list[str], tmp_path: Path):
     (tmp_path / "imported").mkdir()
     (tmp_path / "imported" / "metadata.json").write_text("{}")
     line = message([*good, f"model.path={tmp_path}/imported"])
@@ -108,12 +129,12 @@ def test_a_megatron_checkpoint_is_no_model(good: list[str], tmp_path: Path):
     assert "tools/convert_hf_checkpoint.py export" in line
 
 
-def test_missing_wandb_is_named(good: list[str], monkeypatch: pytest.MonkeyPatch):
+def test_missing_wandb_is_named(message, good: list[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert "pip install wandb" in message([*good, "monitoring.wandb_project=mine"])
 
 
-def test_unreadable_file_is_named(good: list[str], monkeypatch: pytest.MonkeyPatch):
+def test_unreadable_file_is_named(message, good: list[str], monkeypatch: pytest.MonkeyPatch):
     # Permission bits do not stop a superuser, so the answer of the system is set instead.
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert "cannot be read" in message(good)

@@ -1,4 +1,4 @@
-"""A library's error in a line."""
+"""Errors as one line."""
 
 from megatron_bicc.errors import first_line
 

@@ -28,7 +28,7 @@ def config(directory: Path, compare: str = "") -> Config:
         output_dir=str(directory),
         train=TrainConfig(steps=4),
         checkpoint=CheckpointConfig(resume=True),
-        monitoring=MonitoringConfig(tensorboard=False, compare=compare),
+        monitoring=MonitoringConfig(tensorboard=False, compare_run=compare),
     )
 
 

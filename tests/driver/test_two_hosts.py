@@ -46,7 +46,7 @@ def test_a_host_knows_its_address_on_the_network_of_the_others(found: dict) -> N
 
 
 def test_a_cut_cable_is_named_on_both_sides(found: dict) -> None:
-    """In under a minute, without a hang; parallel.silence_seconds is 8 here."""
+    """In under a minute, without a hang; parallel.heartbeat_timeout_s is 8 here."""
     assert found["cut"]["seconds"] < 60
     here, there = found["cut"]["err"]
     assert "process 1 on host" in here and "is silent for 8 seconds" in here

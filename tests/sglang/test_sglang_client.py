@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 from megatron_bicc.config import Config, RolloutConfig, SglangConfig
 from megatron_bicc.errors import UserError
 from megatron_bicc.rollout.types import Request, RolloutError, Sampling
-from megatron_bicc.sglang.checks import check_model, check_servers, until_well
+from megatron_bicc.sglang.checks import check_model, until_well
 from megatron_bicc.sglang.client import (
     BadAnswer,
     ServerClient,
@@ -39,6 +39,7 @@ from megatron_bicc.sglang.client import (
 from megatron_bicc.sglang.guard import finish, start
 from megatron_bicc.sglang.pool import Attempts, ServerPool
 from megatron_bicc.sglang.process import CPU_ARGUMENTS, CPU_ENVIRONMENT, _command
+from megatron_bicc.sglang.settings import check_servers
 
 KEY = "a-secret-key"
 
@@ -330,9 +331,9 @@ def test_nothing_is_cut_off_the_distribution() -> None:
         ("spawn", {"server_args": "'"}, "No closing quotation"),
         ("spawn", {"gpus": "0/1"}, "rollout.sglang.servers_per_node = 1"),
         ("spawn", {"gpus": "0,1", "servers_per_node": 2}, "rollout.sglang.servers_per_node = 2"),
-        ("spawn", {"gpus": "all"}, "'all' is no GPU"),
-        ("spawn", {"gpus": "0,,1"}, "'' is no GPU"),
-        ("spawn", {"gpus": "0/-1", "servers_per_node": 2}, "'-1' is no GPU"),
+        ("spawn", {"gpus": "all"}, "'all' is not a GPU"),
+        ("spawn", {"gpus": "0,,1"}, "'' is not a GPU"),
+        ("spawn", {"gpus": "0/-1", "servers_per_node": 2}, "'-1' is not a GPU"),
         ("spawn", {"gpus": "0,1/1,2", "servers_per_node": 2}, "two servers share 1, but not"),
         ("spawn", {"gpus": "2,2"}, "names a GPU of one server twice"),
     ],
@@ -412,7 +413,7 @@ def test_colocation_needs_servers() -> None:
 
 
 def test_attempts_end_when_the_time_is_up() -> None:
-    attempts = Attempts(retry_s=0.6)
+    attempts = Attempts(retry_timeout_s=0.6)
 
     async def fail_for_ever() -> None:
         while True:

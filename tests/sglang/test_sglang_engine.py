@@ -282,7 +282,7 @@ def test_spoiled_answers(fault: Fault, servers: Servers, learner: Learner, tmp_p
 
 def test_no_server_left(servers: Servers, learner: Learner, tmp_path: Path) -> None:
     proxy = FaultyProxy(servers.urls[0])
-    with attached([proxy.url], learner, tmp_path, retry_s=3.0) as engine:
+    with attached([proxy.url], learner, tmp_path, retry_timeout_s=3.0) as engine:
         proxy.close()
         with pytest.raises(RolloutError, match=f"no answer after 3 s of attempts.*{proxy.url}"):
             engine.generate(requests(2, 2), LONG)

@@ -192,7 +192,7 @@ def robbed(runs: Runs, replayed: list, exported: SglangServer, answers: list) ->
     runs.kill("robbed", proxy, ("/generate", "2", HELDOUT + 2))
     asked = [proxy.drain()]
     proxy.trap("/generate", "3", 2, lambda: (runs.server.kill(), proxy.close()))
-    runs.start("robbed", proxy.url, RESUME, "rollout.sglang.retry_s=3")
+    runs.start("robbed", proxy.url, RESUME, "rollout.sglang.retry_timeout_s=3")
     ended = runs.forked.wait(timeout_s=150)
     asked.append(proxy.drain())
     last = checkpoints(str(runs.directory / "robbed"))[-1]

@@ -32,13 +32,12 @@ from megatron_bicc.checkpoint.checkpoint import (
     read_progress,
 )
 from megatron_bicc.collective import gathered
-from megatron_bicc.config import Config, ParallelConfig
+from megatron_bicc.config import Config, ParallelConfig, check_processes
 from megatron_bicc.errors import NotFiniteError, UserError
 from megatron_bicc.metrics import Stopwatch
 from megatron_bicc.model.families import check_layout
 from megatron_bicc.model.policy import Policy, start_model_parallel
 from megatron_bicc.training.learner import Learner
-from megatron_bicc.validation import check_processes
 from megatron_bicc.weights.hf_mapping import rule_for
 from megatron_bicc.weights.hf_weights import hf_tensors, load_weights
 
