@@ -11,8 +11,8 @@ from megatron_bicc.algorithms.presets import kl_warning
 from megatron_bicc.checkpoint.checkpoint import check_writable, checkpoints
 from megatron_bicc.checkpoint.resume import resume_point
 from megatron_bicc.config import Config
-from megatron_bicc.model.families import describe
-from megatron_bicc.planning.shards import Shard, build_shards
+from megatron_bicc.model.build import describe
+from megatron_bicc.planning.shards import Shard, build_shards, data_parallel_size
 from megatron_bicc.planning.synthetic import SyntheticStep, UnknownTokenizer, synthetic_step
 from megatron_bicc.rollout.local import check_names
 from megatron_bicc.startup import (
@@ -25,7 +25,7 @@ from megatron_bicc.startup import (
     read_tokenizer,
     warn_of_model,
 )
-from megatron_bicc.weights.hf_files import INDEX, SINGLE, HfTensors, SafetensorsDirectory, has_safetensors
+from megatron_bicc.weights.hf_files import INDEX, SINGLE
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -45,7 +45,7 @@ class DryRun:
 
     @property
     def data_parallel(self) -> int:
-        return self.world_size // (self.config.parallel.tensor * self.config.parallel.pipeline)
+        return data_parallel_size(self.config.parallel, self.world_size)
 
 
 def dry_run(config: Config, world_size: int) -> DryRun:
@@ -54,7 +54,7 @@ def dry_run(config: Config, world_size: int) -> DryRun:
     config = check_settings(config)
     path = Path(config.model.path)
     tokenizer = tokenizer_or_estimate(config.model.path)
-    hf_config = check_policy(config)
+    hf_config, weights = check_policy(config)
     check_lengths(config, hf_config)
     warn_of_model(config, hf_config)
     if isinstance(tokenizer, UnknownTokenizer):
@@ -62,13 +62,13 @@ def dry_run(config: Config, world_size: int) -> DryRun:
     _check_prompts(config, tokenizer, unchecked)
     if config.rollout.engine == "sglang":
         unchecked.append("rollout servers: none is started or asked")
-    weights = _weights(path, unchecked)
+    if weights is None:
+        unchecked.append(f"weights: {path} holds neither {SINGLE} nor {INDEX}")
     shards = build_shards(config, hf_config, world_size, weights=weights)
-    if weights is not None and config.rollout.engine == "local":
+    if config.rollout.engine == "local":
         with torch.device("meta"):
-            check_names(AutoModelForCausalLM.from_config(hf_config), weights)
-    data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
-    step = synthetic_step(config, hf_config, tokenizer, data_parallel)
+            check_names(AutoModelForCausalLM.from_config(hf_config), hf_config)
+    step = synthetic_step(config, hf_config, tokenizer, data_parallel_size(config.parallel, world_size))
     return DryRun(config, hf_config, world_size, shards, step, unchecked)
 
 
@@ -104,13 +104,6 @@ def _check_resume(inputs: Inputs, unchecked: list[str]) -> None:
     found = resume_point(config, inputs.prompt_digests, inputs.collector, device.is_first())
     if found:
         unchecked.append(f"checkpoint: weights and optimizer in {found.path}")
-
-
-def _weights(path: Path, unchecked: list[str]) -> HfTensors | None:
-    if has_safetensors(path):
-        return SafetensorsDirectory(path)
-    unchecked.append(f"weights: {path} holds neither {SINGLE} nor {INDEX}")
-    return None
 
 
 def summary(found: DryRun) -> str:

@@ -129,6 +129,11 @@ class Sizes:
         return 2 * 2 * self.layers * self.groups * self.head_dim
 
 
+def element_bytes(config: Config) -> int:
+    """Returns the bytes of an element of the policy's weights and activations."""
+    return 4 if config.model.dtype == "float32" else 2
+
+
 Norms = Literal["fused", "composite"]
 """fused: CUDA's norm keeps its input; composite: torch's on a CPU keeps two fp32 tensors of that size."""
 
@@ -149,7 +154,7 @@ class Saved:
 
 def saved_bytes(sizes: Sizes, config: Config, rows: int, response_rows: int, norms: Norms = "fused") -> Saved:
     """What a micro-batch keeps. Experts are supposed to be evenly loaded."""
-    element = 4 if config.model.dtype == "float32" else 2
+    element = element_bytes(config)
     shares = config.parallel.tensor if config.parallel.sequence else 1
     own_rows = rows // shares
     norm = _norm(sizes.hidden, element, norms)
@@ -259,13 +264,13 @@ def _logits(sizes: Sizes, config: Config, rows: int) -> int:
     """A chunk's logits, and the output layer's gradient: summed in fp32, then in the weights' type."""
     vocabulary = -(-sizes.vocabulary // config.parallel.tensor)
     chunk = min(rows, max(1, CHUNK_ELEMENTS // vocabulary)) * vocabulary
-    element = 4 if config.model.dtype == "float32" else 2
+    element = element_bytes(config)
     return 4 * LOGITS_COPIES * chunk + vocabulary * sizes.hidden * (4 + element)
 
 
 def _sync_bucket(sizes: Sizes, config: Config) -> int:
     """A bucket, or the largest whole tensor with the parts that it is gathered from."""
-    element = 4 if config.model.dtype == "float32" else 2
+    element = element_bytes(config)
     largest = element * sizes.hidden * max(sizes.vocabulary, 2 * sizes.ffn)
     return int(max(config.weight_sync.bucket_mb * 2**20, largest)) + largest
 

@@ -3,17 +3,23 @@
 A plan as text, as JSON, and as a picture.
 """
 
+import copy
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from megatron_bicc.config import Config
+from megatron_bicc.config import Config, ParallelConfig
+from megatron_bicc.errors import UserError
+from megatron_bicc.model.families import check_layout
 from megatron_bicc.planning.memory import Cluster, KvSpace, Memory, Sizes, kv_space, memory_of
-from megatron_bicc.planning.shards import Shard, build_shards
-from megatron_bicc.planning.synthetic import SyntheticStep
+from megatron_bicc.planning.shards import Shard, build_shards, data_parallel_size
+from megatron_bicc.planning.synthetic import SyntheticStep, UnknownTokenizer, synthetic_step
 from megatron_bicc.planning.work import Traffic, step_flops, traffic_of, work_of
+from megatron_bicc.validation import check_processes
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Plan:
 
     @property
     def data_parallel(self) -> int:
-        return self.world_size // (self.config.parallel.tensor * self.config.parallel.pipeline)
+        return data_parallel_size(self.config.parallel, self.world_size)
 
     @property
     def fullest(self) -> Memory:
@@ -107,7 +113,7 @@ def make_plan(
     micro_batches = max(sum(len(plan.ranks[0]) for plan in u.trained.values()) for u in step.updates)
     ranks = [memory_of(shard, sizes, config, micro_batches, cluster) for shard in shards]
     idle = (p.pipeline - 1) / p.virtual_pipeline
-    data_parallel = world_size // (p.tensor * p.pipeline)
+    data_parallel = data_parallel_size(p, world_size)
     traffic = traffic_of(sizes, config, work, shards[0], data_parallel, len(step.updates))
     flops = step_flops(sizes, config, work)
     bubble = idle / (micro_batches + idle)
@@ -173,6 +179,74 @@ def _rollout(
     read += batch * mean / 2 * sizes.kv_bytes_a_token
     bandwidth = server_gpus * cluster.gpu.memory_bandwidth * cluster.decode_efficiency
     return step.longest_response * read / bandwidth
+
+
+MAX_PIPELINE = 16
+CHUNKS = (1, 2, 4, 5)
+"""Virtual pipeline sizes that are tried"""
+WEIGHT_AND_GRADIENT_BYTES = 6
+"""bf16 weight and fp32 gradient of a parameter: the least that a rank holds of each of its own"""
+
+
+def propose(
+    config: Config,
+    hf_config: PretrainedConfig,
+    world_size: int,
+    cluster: Cluster,
+    server_gpus: int,
+    tokenizer: PreTrainedTokenizerBase | UnknownTokenizer,
+) -> list[Plan]:
+    """Plans of all layouts that fit, the shortest step first.
+
+    Tensor parallel stays within a host and brings sequence parallel with it. Everything but
+    `parallel` and `model.recompute` is as `config`, resolved, says.
+    """
+    shards: dict[tuple[int, int, int], list[Shard]] = {}
+    steps: dict[tuple[int, int], SyntheticStep] = {}
+    plans = []
+    for parallel in _layouts(hf_config, world_size, cluster):
+        trial = copy.deepcopy(config)
+        trial.parallel = parallel
+        place = (parallel.tensor, parallel.pipeline, parallel.expert)
+        if place not in shards:
+            shards[place] = build_shards(trial, hf_config, world_size, ranks=(0, world_size - 1))
+        data = data_parallel_size(parallel, world_size)
+        if (parallel.tensor, data) not in steps:
+            steps[parallel.tensor, data] = synthetic_step(trial, hf_config, tokenizer, data)
+        for recompute in ("none", "selective", "full"):
+            trial = copy.deepcopy(trial)
+            trial.model.recompute = recompute
+            step = steps[parallel.tensor, data]
+            plans.append(make_plan(trial, hf_config, world_size, step, cluster, server_gpus, shards[place]))
+    return sorted((plan for plan in plans if plan.fits), key=lambda plan: plan.seconds.step)
+
+
+def _layouts(hf_config: PretrainedConfig, world_size: int, cluster: Cluster) -> Iterator[ParallelConfig]:
+    sizes = Sizes.of(hf_config)
+    tensors = _powers_of_two(min(cluster.gpus_per_host, world_size))
+    pipelines = [n for n in range(1, MAX_PIPELINE + 1) if sizes.layers % n == 0]
+    experts = _powers_of_two(sizes.experts or 1)
+    for tensor, pipeline, expert, chunks in product(tensors, pipelines, experts, CHUNKS):
+        parallel = ParallelConfig(
+            tensor=tensor, sequence=tensor > 1, pipeline=pipeline, virtual_pipeline=chunks, expert=expert
+        )
+        ways = tensor * pipeline * (expert if sizes.experts else 1)
+        too_large = WEIGHT_AND_GRADIENT_BYTES * sizes.parameters / ways > cluster.gpu.memory_bytes
+        if not too_large and _is_possible(hf_config, parallel, world_size):
+            yield parallel
+
+
+def _is_possible(hf_config: PretrainedConfig, parallel: ParallelConfig, world_size: int) -> bool:
+    try:
+        check_processes(parallel, world_size)
+        check_layout(hf_config, parallel)
+    except UserError:
+        return False
+    return True
+
+
+def _powers_of_two(largest: int) -> list[int]:
+    return [2**i for i in range(largest.bit_length())]
 
 
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "reserve", "activations", "logits")

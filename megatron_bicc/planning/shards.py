@@ -20,10 +20,10 @@ from transformers import PretrainedConfig
 from megatron_bicc.config import Config, ParallelConfig
 from megatron_bicc.device_cpu import CudaOnCpu
 from megatron_bicc.errors import UserError
-from megatron_bicc.model.build import PolicyModel
-from megatron_bicc.model.families import family_of, transformer_config
+from megatron_bicc.model.build import PolicyModel, build_modules, transformer_config
+from megatron_bicc.model.families import family_of
 from megatron_bicc.model.optimizer import make_optimizer
-from megatron_bicc.model.policy import build_modules, data_parallel, start_model_parallel
+from megatron_bicc.model.policy import data_parallel, start_model_parallel
 from megatron_bicc.weights.hf_files import HfTensors
 from megatron_bicc.weights.hf_weights import fill_parameters
 
@@ -41,6 +41,11 @@ def fake_rank(rank: int, world_size: int) -> Iterator[None]:
             yield
     finally:
         dist.destroy_process_group()
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Returns the number of data-parallel ranks: what tensor and pipeline parallel leave of all ranks."""
+    return world_size // (parallel.tensor * parallel.pipeline)
 
 
 ADAM_BYTES = 8

@@ -11,7 +11,7 @@ from megatron_bicc.algorithms.advantages import needs_reference
 from megatron_bicc.config import Config
 from megatron_bicc.packing.plan import StepPlan
 from megatron_bicc.packing.types import MicroBatch
-from megatron_bicc.planning.memory import Sizes
+from megatron_bicc.planning.memory import Sizes, element_bytes
 from megatron_bicc.planning.shards import Shard
 from megatron_bicc.planning.synthetic import SyntheticStep
 
@@ -113,7 +113,7 @@ def traffic_of(
     sizes: Sizes, config: Config, work: Work, shard: Shard, data_parallel: int, updates: int
 ) -> Traffic:
     """Of a rank with a full share of layers. Ring collectives send (n - 1) / n of a tensor on n ranks."""
-    p, element = config.parallel, 4 if config.model.dtype == "float32" else 2
+    p, element = config.parallel, element_bytes(config)
     layers = sizes.layers // p.pipeline
     row = element * sizes.hidden
     # forward: attention and MLP each gather and scatter, or all-reduce; backward as much and a third gather

@@ -20,8 +20,8 @@ from megatron_bicc.metrics import Stopwatch
 from megatron_bicc.model import gradient_sketch
 from megatron_bicc.model.gradient_sketch import GradientSketch, sketch_directions
 from megatron_bicc.model.log_probs import VocabShard
-from megatron_bicc.model.policy import Policy
 from megatron_bicc.training.learner import Learner
+from megatron_bicc.weights.hf_weights import load_policy
 
 VARIANCE, NOISE = "train/gradient_variance", "train/gradient_noise"
 
@@ -119,9 +119,9 @@ def test_step_measures_the_output_layers_gradient(
     perturb(model).save_pretrained(tmp_path)
     examples = make_examples(model, config.rollout.temperature)
 
-    policy = Policy(config)
+    policy = load_policy(config)
     learner = Learner(config, policy, TOKENIZER)
-    policy.set_weights(Policy(make_config(tmp_path, algorithm)).host_copy())
+    policy.set_weights(load_policy(make_config(tmp_path, algorithm)).host_copy())
     found = learner.step(to_groups(examples), Stopwatch()).gradient
 
     parts = exact_parts(model, examples, config)
