@@ -186,7 +186,7 @@ def _check_output_dir(config: Config) -> None:
 def check_policy(config: Config) -> tuple[PretrainedConfig, HfTensors | None]:
     """Checks the configuration and the tensors of model.path, and returns both.
 
-    Without weights a dry run gets None for them. Raises UserError, one line, for a model that is not supported
+    Without weights a dry run gets None for them. Raises UserError, one line, for a model that is unsupported
     or damaged, or that a rollout server would read differently.
     """
     path = Path(config.model.path)

@@ -1,6 +1,6 @@
-"""A configuration on a cluster: whether it fits, and the time of a step under stated assumptions.
+"""Plans a configuration on a cluster: memory and step time under stated assumptions, and layouts that fit.
 
-A plan as text, as JSON, and as a picture.
+A plan is printed as text, written as JSON, and drawn.
 """
 
 import copy
@@ -24,11 +24,11 @@ from megatron_bicc.validation import check_processes
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of a step, in the order in which they pass; nothing overlaps."""
+    """Seconds of a step, in the order of its phases; assumes that nothing overlaps."""
 
     rollout: float
     compute: float
-    """Log-probs and training, the pipeline's idle time included"""
+    """Log-probs and training, with the pipeline's idle time"""
     tensor_traffic: float
     pipeline_traffic: float
     expert_traffic: float
@@ -42,12 +42,12 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the shared-prefix layout saves."""
+    """Rows with and without the shared-prefix layout."""
 
     packed: int
-    """Rows that are trained"""
+    """Rows that a step trains"""
     one_row_a_response: int
-    """Rows that the same training takes where each response has a prefix of its own"""
+    """Rows that the same training takes if each response has its own copy of the prefix"""
 
     @property
     def saved(self) -> int:
@@ -56,20 +56,20 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a configuration costs on a cluster."""
+    """Costs of a configuration on a cluster."""
 
     config: Config
     world_size: int
     cluster: Cluster
     parameters: int
     ranks: list[Memory]
-    """The first and the last pipeline stage's"""
+    """Of the first and the last pipeline stage"""
     micro_batches: int
-    """That a data-parallel rank trains in an update"""
+    """Per data-parallel rank and update"""
     bubble: float
-    """Share of the pipeline's time that it idles"""
+    """Idle share of the pipeline's time"""
     flops: int
-    """Of a data-parallel replica, a step"""
+    """Per data-parallel replica and step"""
     traffic: Traffic
     tokens: Tokens
     kv: KvSpace
@@ -99,13 +99,8 @@ def make_plan(
 ) -> Plan:
     """Plans a resolved configuration.
 
-    Args:
-        step: packed for the configuration's data-parallel size.
-        server_gpus: GPUs of one rollout server.
-        shards: those of the first and the last rank, where the caller has them.
-
-    Raises:
-        ValueError: the layout is not possible.
+    step: packed for the configuration's data-parallel size. server_gpus: GPUs of one rollout server. shards:
+    those of the first and the last rank, if the caller has them. Raises UserError for an impossible layout.
     """
     sizes = Sizes.of(hf_config)
     shards = shards or build_shards(config, hf_config, world_size, ranks=(0, world_size - 1))
@@ -169,8 +164,11 @@ def _rollout(
     cluster: Cluster,
     server_gpus: int,
 ) -> float:
-    """Generation on as many GPUs as train: every token of a server reads the weights once for all requests in
-    flight, and each request its own keys and values; the longest response decides how many tokens that is."""
+    """Returns seconds of generation on as many GPUs as train.
+
+    Decoding is bound by memory: each step of a server reads the weights once, and the keys and values of
+    every request. The longest response sets the number of steps.
+    """
     servers = max(1, world_size // server_gpus)
     rollouts = config.rollout.prompts_per_step * config.rollout.group_size
     batch = -(-rollouts // servers)
@@ -183,9 +181,9 @@ def _rollout(
 
 MAX_PIPELINE = 16
 CHUNKS = (1, 2, 4, 5)
-"""Virtual pipeline sizes that are tried"""
+"""Virtual pipeline sizes to try"""
 WEIGHT_AND_GRADIENT_BYTES = 6
-"""bf16 weight and fp32 gradient of a parameter: the least that a rank holds of each of its own"""
+"""bf16 weight and fp32 gradient: the minimum per parameter of a rank's shard"""
 
 
 def propose(
@@ -196,10 +194,10 @@ def propose(
     server_gpus: int,
     tokenizer: PreTrainedTokenizerBase | UnknownTokenizer,
 ) -> list[Plan]:
-    """Plans of all layouts that fit, the shortest step first.
+    """Plans every layout that a run's start-up accepts; returns those that fit, the shortest step first.
 
-    Tensor parallel stays within a host and brings sequence parallel with it. Everything but
-    `parallel` and `model.recompute` is as `config`, resolved, says.
+    Tensor parallel stays within a host and is always used with sequence parallel. All settings but `parallel`
+    and `model.recompute` are those of `config`, which must be resolved.
     """
     shards: dict[tuple[int, int, int], list[Shard]] = {}
     steps: dict[tuple[int, int], SyntheticStep] = {}
@@ -254,7 +252,7 @@ GB = 1e9
 
 
 def layout_name(plan: Plan) -> str:
-    """TP 8 SP, PP 4 x 2, DP 2, recompute full."""
+    """Formats a layout, such as TP 8 SP, PP 4 x 2, DP 2, recompute full."""
     p = plan.config.parallel
     sequence = " SP" if p.sequence else ""
     chunks = f" x {p.virtual_pipeline}" if p.virtual_pipeline > 1 else ""
@@ -267,27 +265,27 @@ def layout_name(plan: Plan) -> str:
 
 
 def as_text(plan: Plan) -> str:
-    """Everything about one plan, with its assumptions."""
+    """Formats one plan with its assumptions."""
     seconds, traffic, kv = plan.seconds, plan.traffic, plan.kv
     gpu = plan.cluster.gpu
     lines = [
         f"{plan.world_size} x {gpu.name}: {layout_name(plan)}: "
         f"{'fits' if plan.fits else 'DOES NOT FIT'} in {gpu.memory_bytes / GB:.1f} GB",
         "",
-        "memory of a rank, GB    " + "".join(f"stage {m.pipeline_rank:<8}" for m in plan.ranks),
+        "memory per rank, GB     " + "".join(f"stage {m.pipeline_rank:<8}" for m in plan.ranks),
     ]
     for part in (*MEMORY_PARTS, "peak", "sync_bucket"):
         values = "".join(f"{getattr(m, part) / GB:<14.2f}" for m in plan.ranks)
         lines.append(f"  {part.replace('_', ' '):<22}{values}")
     lines += [
-        f"  left for colocated SGLang: {kv.bytes / GB:.1f} GB a GPU beside its weights of "
-        f"{kv.server_weights / GB:.1f} GB: {kv.tokens:,} tokens a server",
+        f"  left for colocated SGLang: {kv.bytes / GB:.1f} GB per GPU in addition to its weights "
+        f"of {kv.server_weights / GB:.1f} GB: {kv.tokens:,} tokens per server",
         "",
-        f"micro-batches an update  {plan.micro_batches}, pipeline idle {plan.bubble:.1%}",
+        f"micro-batches/update     {plan.micro_batches}, pipeline idle {plan.bubble:.1%}",
         f"rows trained             {plan.tokens.packed:,} instead of {plan.tokens.one_row_a_response:,}: "
         f"{plan.tokens.saved:,} saved by shared prefixes",
-        f"FLOPs a replica          {plan.flops:.3e}",
-        f"GB that a rank sends     tensor {traffic.tensor / GB:,.1f}, pipeline {traffic.pipeline / GB:,.1f}, "
+        f"FLOPs/replica            {plan.flops:.3e}",
+        f"GB sent per rank         tensor {traffic.tensor / GB:,.1f}, pipeline {traffic.pipeline / GB:,.1f}, "
         f"expert {traffic.expert / GB:,.1f}, data {traffic.data / GB:,.1f}",
         f"weight sync              {traffic.sync / GB:,.1f} GB, {seconds.sync:.1f} s",
         "",
@@ -302,25 +300,25 @@ def as_text(plan: Plan) -> str:
 
 
 def assumptions(plan: Plan) -> list[str]:
-    """What the figures rest on and nobody has measured."""
+    """Returns the assumptions behind the figures; none of them has been measured."""
     c, s = plan.cluster, plan.config.synthetic
     return [
         f"matrix products reach {c.compute_efficiency:.0%} of {c.gpu.bf16_flops / 1e12:.0f} TFLOP/s; "
         f"links {c.link_efficiency:.0%} of NVLink's {c.gpu.nvlink / GB:.0f} GB/s and of "
-        f"{c.network / GB:.1f} GB/s a GPU between hosts; nothing overlaps",
+        f"{c.network / GB:.1f} GB/s per GPU between hosts; nothing overlaps",
         f"generation reads weights and keys at {c.decode_efficiency:.0%} of "
         f"{c.gpu.memory_bandwidth / 1e12:.2f} TB/s, on as many GPUs as train, until the longest "
         "response ends",
         f"weights go to the servers at {c.sync_link / GB:.1f} GB/s",
-        f"{c.reserve_bytes / GB:.0f} GB a GPU for CUDA, NCCL and fragmentation",
+        f"{c.reserve_bytes / GB:.0f} GB per GPU for CUDA, NCCL and fragmentation",
         "micro-batches are full and all of their rows are responses; CUDA's fused norms",
         f"lengths are log-normal, pass rate {s.pass_rate}: see the section synthetic of the settings",
     ]
 
 
 def proposals(plans: list[Plan]) -> str:
-    """A line a layout."""
-    lines = [f"{'s a step':>9} {'peak GB':>8} {'idle':>6}  layout"]
+    """Formats one line per layout."""
+    lines = [f"{'s/step':>9} {'peak GB':>8} {'idle':>6}  layout"]
     for plan in plans:
         lines.append(
             f"{plan.seconds.step:9.0f} {plan.fullest.peak / GB:8.1f} {plan.bubble:6.1%}  {layout_name(plan)}"
@@ -329,7 +327,7 @@ def proposals(plans: list[Plan]) -> str:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Every figure; bytes, seconds and counts."""
+    """Returns every figure; bytes, seconds and counts."""
     return {
         "layout": layout_name(plan),
         "world_size": plan.world_size,
@@ -352,27 +350,24 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def draw(plans: list[Plan], path: Path) -> None:
-    """Memory of the fullest rank and time of a step of each plan, as stacked bars, the first at the top."""
-    # Imported late: the drawing library takes seconds.
+    """Draws memory of the fullest rank and step time of each plan as stacked bars, the first at the top."""
+    # Imported here: matplotlib takes seconds to import.
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(13, 1.6 + 0.45 * len(plans)), sharey=True, layout="constrained"
     )
     names = [layout_name(plan) for plan in plans]
-    _stack(left, names, [{part: _of(plan.fullest, part) / GB for part in MEMORY_PARTS} for plan in plans])
+    memory = [{part: getattr(plan.fullest, part) / GB for part in MEMORY_PARTS} for plan in plans]
+    _stack(left, names, memory)
     _stack(right, names, [{k.replace("_", " "): v for k, v in vars(plan.seconds).items()} for plan in plans])
     gpu = plans[0].cluster.gpu
     left.axvline(gpu.memory_bytes / GB, color="black", linestyle="--")
-    left.set_title(f"GB on the fullest of {plans[0].world_size} {gpu.name} (dashed: all it has)")
-    right.set_title("seconds a step")
+    left.set_title(f"GB on the fullest of {plans[0].world_size} {gpu.name} (dashed: capacity)")
+    right.set_title("seconds per step")
     left.invert_yaxis()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
-
-
-def _of(memory: Memory, part: str) -> int:
-    return getattr(memory, part)
 
 
 def _stack(axes: Any, names: list[str], parts: list[dict[str, float]]) -> None:

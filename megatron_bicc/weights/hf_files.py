@@ -44,19 +44,25 @@ SIDE_FILES = (
 )
 
 
-class HfTensors(Protocol):
-    """The tensors of a Hugging Face directory."""
+class TensorReader(Protocol):
+    """Reads single tensors by their Hugging Face names."""
 
     path: Path
+    """For messages"""
+
+    def read(self, name: str) -> Tensor:
+        """Returns one tensor on the CPU. Raises UserError if it is missing or its file is damaged."""
+        ...
+
+
+class HfTensors(TensorReader, Protocol):
+    """The tensors of a Hugging Face directory."""
+
     file_of: dict[str, str]
     """Name of the file that holds each tensor"""
 
     def describe(self) -> dict[str, Tensor]:
         """Returns shape and dtype of every tensor, as meta tensors, without reading any."""
-        ...
-
-    def read(self, name: str) -> Tensor:
-        """Returns one tensor on the CPU. Raises UserError if it is missing or its file is damaged."""
         ...
 
     def slices(self) -> dict[str, Any]:

@@ -22,7 +22,13 @@ from megatron_bicc.files import atomic_directory
 from megatron_bicc.model.build import PolicyModel
 from megatron_bicc.model.families import supported_config
 from megatron_bicc.model.policy import Policy, is_finite
-from megatron_bicc.weights.hf_files import HfTensors, SafetensorsDirectory, copy_side_files, write_model
+from megatron_bicc.weights.hf_files import (
+    HfTensors,
+    SafetensorsDirectory,
+    TensorReader,
+    copy_side_files,
+    write_model,
+)
 from megatron_bicc.weights.hf_mapping import Rule, cut, from_whole, join, rule_for, to_whole
 
 
@@ -60,7 +66,7 @@ class HfWeights:
             yield rule.hf_names(first_expert), parameter
 
 
-def fill_parameters(chunks: list[PolicyModel], hf_config: PretrainedConfig, source: HfTensors) -> None:
+def fill_parameters(chunks: list[PolicyModel], hf_config: PretrainedConfig, source: TensorReader) -> None:
     """Fills every parameter of this rank from `source`; raises as `HfWeights.load` does, but on this rank."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
@@ -105,7 +111,7 @@ def _first_expert(hf_config: PretrainedConfig, expert_rank: int) -> int:
 
 
 def _load_tied_output(
-    chunk: PolicyModel, hf_config: PretrainedConfig, source: HfTensors, rank: int, size: int
+    chunk: PolicyModel, hf_config: PretrainedConfig, source: TensorReader, rank: int, size: int
 ) -> None:
     """Fills a later stage's copy of the tied embedding."""
     if chunk.share_embeddings_and_output_weights and chunk.post_process and not chunk.pre_process:
