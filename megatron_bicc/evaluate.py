@@ -41,7 +41,7 @@ from megatron_bicc.startup import (
     with_date,
 )
 from megatron_bicc.validation import validate_evaluation
-from megatron_bicc.weights.hf_files import warn_of_index
+from megatron_bicc.weights.hf_files import fingerprint, warn_of_index
 
 PROGRAM = "python -m megatron_bicc.evaluate"
 NO_SETTINGS = {
@@ -98,7 +98,7 @@ def read_inputs(config: Config, paths: list[str]) -> Inputs:
     check_threshold(config.reward.verifier, config.reward.threshold)
     named = names_of(paths)
     tokenizer = read_tokenizer(config.model.path)
-    hf_config = check_policy(config)
+    hf_config, _ = check_policy(config)
     config = with_date(config, tokenizer, _kept_date(config, named))
     prompts = {name: heldout_prompts(config, path, tokenizer) for name, path in named.items()}
     _check_lengths(config, hf_config, named, prompts)
@@ -159,13 +159,7 @@ def decisive(config: Config) -> dict[str, Any]:
     values = {
         name: value for name, value in flatten(asdict(config)).items() if settings()[name].rule.decides_score
     }
-    return values | {"model": _files(config.model.path), "processes": dist.get_world_size()}
-
-
-def _files(directory: str) -> dict[str, list[int]]:
-    """Size and time of every file of a policy: another checkpoint of it has the same names and sizes."""
-    paths = sorted(p for p in Path(directory).iterdir() if p.suffix in (".safetensors", ".json", ".jinja"))
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+    return values | {"model": list(fingerprint(config.model.path)), "processes": dist.get_world_size()}
 
 
 def _answer_file(inputs: Inputs, name: str) -> AnswerFile:

@@ -21,7 +21,7 @@ from megatron_bicc.consistency import check_agreement
 from megatron_bicc.data.encoding import asks_for_date, end_token_ids, fix_date
 from megatron_bicc.data.prompts import Prompt, PromptSampler, digest, load_prompts
 from megatron_bicc.errors import UserError, first_line
-from megatron_bicc.model.families import positions
+from megatron_bicc.model.families import positions, supported_config
 from megatron_bicc.model.policy import Policy, start_model_parallel
 from megatron_bicc.rewards.registry import (
     Verifier,
@@ -40,12 +40,12 @@ from megatron_bicc.sglang.checks import check_model_files, server_positions
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.validation import validate
 from megatron_bicc.weights.hf_files import (
-    SafetensorsDirectory,
+    HfTensors,
     checked_tensors,
     has_safetensors,
-    supported_config,
     warn_of_index,
 )
+from megatron_bicc.weights.hf_weights import load_policy
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ class Inputs:
     """Of training and held-out prompts, by what training.resume calls their token ids"""
     collector: Collector
     verifier: Verifier
+    tensors: HfTensors | None
+    """The policy's initial weights, opened and checked"""
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,15 @@ def read_inputs(config: Config) -> Inputs:
     config = check_settings(config)
     verifier = get_verifier(config.reward.verifier, config.reward.answer)
     tokenizer = read_tokenizer(config.model.path)
-    check_lengths(config, check_policy(config))
+    hf_config, tensors = check_policy(config)
+    check_lengths(config, hf_config)
     config = with_date(config, tokenizer, date_of_checkpoint(config))
     prompts = _prompts(config, config.data.train, tokenizer, config.data.instruction)
     heldout = heldout_prompts(config, config.evaluation.data, tokenizer) if config.evaluation.data else []
     sampler = PromptSampler(len(prompts), config.rollout.prompts_per_step, config.seed)
     digests = {TRAIN_IDS: digest(prompts)} | ({HELD_OUT_IDS: digest(heldout)} if heldout else {})
     collector = Collector(config, prompts, sampler)
-    return Inputs(config, tokenizer, prompts, heldout, digests, collector, verifier)
+    return Inputs(config, tokenizer, prompts, heldout, digests, collector, verifier, tensors)
 
 
 def check_settings(config: Config) -> Config:
@@ -115,10 +118,10 @@ def start_workers(inputs: Inputs) -> Workers:
         logger.warning(warning)
     device.watch_hosts(config.parallel.heartbeat_timeout_s)
     start_model_parallel(config)
-    policy = Policy(config)
+    policy = load_policy(config, inputs.tensors)
     warn_of_model(config, policy.hf_config)
     learner = Learner(config, policy, inputs.tokenizer)
-    return Workers(policy, learner, make_engine(config, inputs.tokenizer, learner))
+    return Workers(policy, learner, make_engine(config, inputs.tokenizer, learner, inputs.tensors))
 
 
 def hold_output_dir(config: Config) -> None:
@@ -136,7 +139,12 @@ def hold_output_dir(config: Config) -> None:
         raise UserError(refusal)
 
 
-def make_engine(config: Config, tokenizer: PreTrainedTokenizerBase, learner: Learner | None = None) -> Engine:
+def make_engine(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    learner: Learner | None = None,
+    tensors: HfTensors | None = None,
+) -> Engine:
     """The engine that rollout.engine names. Collective.
 
     It has the weights of model.path, and takes others where there is a learner for them to be proven against.
@@ -146,9 +154,9 @@ def make_engine(config: Config, tokenizer: PreTrainedTokenizerBase, learner: Lea
     if config.rollout.engine == "sglang":
         return SglangEngine(config, tokenizer, learner)
     path, dtype = config.model.path, getattr(torch, config.model.dtype)
-    engine = LocalEngine(path, tokenizer, dtype, device.device(), config.rollout.batch_size)
+    engine = LocalEngine(path, tokenizer, dtype, device.device(), config.rollout.batch_size, tensors)
     if learner:
-        check_names(engine.model, SafetensorsDirectory(path))
+        check_names(engine.model, learner.policy.hf_config)
     return engine
 
 
@@ -175,19 +183,19 @@ def _check_output_dir(config: Config) -> None:
         )
 
 
-def check_policy(config: Config) -> PretrainedConfig:
-    """Checks the configuration and the tensors of model.path; returns the configuration.
+def check_policy(config: Config) -> tuple[PretrainedConfig, HfTensors | None]:
+    """Checks the configuration and the tensors of model.path, and returns both.
 
-    A dry run does without weights. Raises UserError, one line, for a model that is not supported or damaged,
-    or that a rollout server would read otherwise.
+    Without weights a dry run gets None for them. Raises UserError, one line, for a model that is unsupported
+    or damaged, or that a rollout server would read differently.
     """
     path = Path(config.model.path)
-    hf_config = supported_config(path)
+    hf_config, tensors = supported_config(path), None
     if has_safetensors(path) or not config.dry_run:
-        tensors, _ = checked_tensors(path, hf_config)
+        tensors = checked_tensors(path, hf_config)
         if config.rollout.engine == "sglang" and config.rollout.launch == "spawn":
             check_model_files(path, hf_config, set(tensors.file_of.values()))
-    return hf_config
+    return hf_config, tensors
 
 
 def check_lengths(config: Config, hf_config: PretrainedConfig) -> None:

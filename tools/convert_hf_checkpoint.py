@@ -20,9 +20,8 @@ from megatron_bicc.checkpoint.convert import export_hf, import_hf
 from megatron_bicc.checkpoint.verify import largest_difference
 from megatron_bicc.config import Config, ParallelConfig
 from megatron_bicc.errors import UserError
-from megatron_bicc.model.families import check_layout
+from megatron_bicc.model.families import check_layout, supported_config
 from megatron_bicc.model.policy import start_model_parallel
-from megatron_bicc.weights.hf_files import supported_config
 
 
 def main(argv: list[str]) -> int:

@@ -14,14 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.cli import parse_config
 from megatron_bicc.errors import UserError
+from megatron_bicc.model.families import supported_config
 from megatron_bicc.planning.dry_run import tokenizer_or_estimate
-from megatron_bicc.planning.layouts import propose
 from megatron_bicc.planning.memory import GPUS, Cluster
-from megatron_bicc.planning.plan import Plan, as_json, as_text, draw, make_plan, proposals
+from megatron_bicc.planning.plan import Plan, as_json, as_text, draw, make_plan, proposals, propose
+from megatron_bicc.planning.shards import data_parallel_size
 from megatron_bicc.planning.synthetic import synthetic_step
 from megatron_bicc.startup import check_lengths
 from megatron_bicc.validation import validate
-from megatron_bicc.weights.hf_files import supported_config
 
 BYTES_A_GBIT = 1e9 / 8
 
@@ -91,8 +91,8 @@ def _plans(arguments: argparse.Namespace) -> tuple[Plan, list[Plan]]:
         arguments.sync_gbits * BYTES_A_GBIT,
         arguments.efficiency,
     )
-    data = arguments.world_size // (config.parallel.tensor * config.parallel.pipeline)
-    step = synthetic_step(config, hf_config, tokenizer, data)
+    data_parallel = data_parallel_size(config.parallel, arguments.world_size)
+    step = synthetic_step(config, hf_config, tokenizer, data_parallel)
     common = (hf_config, arguments.world_size)
     plan = make_plan(config, *common, step, cluster, arguments.server_gpus)
     if not arguments.propose:

@@ -17,11 +17,12 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from megatron_bicc import device
-from megatron_bicc.checkpoint.megatron_files import MegatronCheckpoint, Piece, describe, write_checkpoint
+from megatron_bicc.checkpoint.megatron_files import MegatronCheckpoint, Slot, slots_of, write_checkpoint
 from megatron_bicc.checkpoint.verify import check_if_listed, describe_share, write_manifest
 from megatron_bicc.collective import gathered
 from megatron_bicc.errors import UserError
 from megatron_bicc.files import check_disk, check_target, written_aside
+from megatron_bicc.model.families import supported_config
 from megatron_bicc.weights.hf_files import (
     EMBEDDING,
     INDEX,
@@ -31,7 +32,6 @@ from megatron_bicc.weights.hf_files import (
     checked_tensors,
     copy_side_files,
     index_of,
-    supported_config,
     warn_of_index,
     weight_map,
     write_file,
@@ -49,16 +49,17 @@ def import_hf(source: Path, target: Path, allow_pickle: bool) -> None:
     """
     check_target(target)
     hf_config = supported_config(source)
-    tensors, found = checked_tensors(source, hf_config, allow_pickle)
+    tensors = checked_tensors(source, hf_config, allow_pickle)
+    found = tensors.describe()
     warn_of_index(source)
-    pieces, objects = describe(hf_config)
-    _check_types(source, pieces, found)
+    slots, objects = slots_of(hf_config)
+    _check_types(source, slots, found)
     check_disk(target, sum(tensor.nbytes for tensor in found.values()))
-    own = pieces[dist.get_rank() :: dist.get_world_size()]
+    own = slots[dist.get_rank() :: dist.get_world_size()]
     with written_aside(target) as partial, _bar(f"import {source}", own, found) as bar:
 
-        def read(piece: Piece) -> Tensor:
-            parameter = piece.to_megatron([tensors.read(name) for name in piece.hf_names], hf_config)
+        def read(slot: Slot) -> Tensor:
+            parameter = slot.to_megatron([tensors.read(name) for name in slot.hf_names], hf_config)
             bar.update(parameter.nbytes)
             return parameter
 
@@ -86,12 +87,12 @@ def export_hf(source: Path, target: Path, side_files: Path | None) -> None:
     beside = side_files or source / HF
     hf_config = supported_config(beside)
     check_if_listed(source)
-    pieces, _ = describe(hf_config)
+    slots, _ = slots_of(hf_config)
     checkpoint = MegatronCheckpoint(source)
-    checkpoint.check(pieces)
+    checkpoint.check(slots)
     # larger types first keep every tensor of a file aligned
-    pieces.sort(key=lambda piece: -checkpoint.dtype(piece).itemsize)
-    tensors = _exported(checkpoint, pieces, hf_config)
+    slots.sort(key=lambda slot: -checkpoint.dtype(slot).itemsize)
+    tensors = _exported(checkpoint, slots, hf_config)
     file_of = weight_map(index) if (index := index_of(beside)) else _split(tensors, hf_config)
     if OUTPUT not in file_of:
         tensors.pop(OUTPUT, None)
@@ -102,7 +103,7 @@ def export_hf(source: Path, target: Path, side_files: Path | None) -> None:
         own = files[dist.get_rank() :: dist.get_world_size()]
         for file in tqdm(own, f"export {source}", unit="file", disable=device.quiet()):
             names = {name: tensor for name, tensor in tensors.items() if file_of[name] == file}
-            write_file(partial / file, names, _read_file(checkpoint, pieces, names, hf_config))
+            write_file(partial / file, names, _read_file(checkpoint, slots, names, hf_config))
         if dist.get_rank() == 0:
             copy_side_files(beside, partial)
             if files != [SINGLE]:
@@ -117,12 +118,12 @@ def _list_files(directory: Path) -> None:
         write_manifest(directory, parts)
 
 
-def _check_types(source: Path, pieces: list[Piece], found: dict[str, Tensor]) -> None:
+def _check_types(source: Path, slots: list[Slot], found: dict[str, Tensor]) -> None:
     """Raises UserError for tensors that a checkpoint keeps in one, but are of several types."""
     first: dict[str, str] = {}
-    for piece in pieces:
-        for name in piece.hf_names:
-            other = first.setdefault(piece.key, name)
+    for slot in slots:
+        for name in slot.hf_names:
+            other = first.setdefault(slot.key, name)
             if found[name].dtype != found[other].dtype:
                 raise UserError(
                     f"{source}: tensor {name} is {found[name].dtype} and {other} is {found[other].dtype}; "
@@ -130,21 +131,21 @@ def _check_types(source: Path, pieces: list[Piece], found: dict[str, Tensor]) ->
                 )
 
 
-def _hf_places(piece: Piece, hf_config: PretrainedConfig) -> list[tuple[int, str]]:
-    """(position in `piece.to_hf`, tensor name); a tied embedding can be stored as the output layer too."""
-    places = list(enumerate(piece.hf_names))
-    tied = hf_config.tie_word_embeddings and piece.hf_names == (EMBEDDING,)
+def _hf_places(slot: Slot, hf_config: PretrainedConfig) -> list[tuple[int, str]]:
+    """(position in `slot.to_hf`, tensor name); a tied embedding can be stored as the output layer too."""
+    places = list(enumerate(slot.hf_names))
+    tied = hf_config.tie_word_embeddings and slot.hf_names == (EMBEDDING,)
     return [*places, (0, OUTPUT)] if tied else places
 
 
 def _exported(
-    checkpoint: MegatronCheckpoint, pieces: list[Piece], hf_config: PretrainedConfig
+    checkpoint: MegatronCheckpoint, slots: list[Slot], hf_config: PretrainedConfig
 ) -> dict[str, Tensor]:
     """Every Hugging Face tensor of the policy, as meta tensors of the checkpoint's types."""
     return {
-        name: torch.empty(piece.hf_shapes(hf_config)[i], dtype=checkpoint.dtype(piece), device="meta")
-        for piece in pieces
-        for i, name in _hf_places(piece, hf_config)
+        name: torch.empty(slot.hf_shapes(hf_config)[i], dtype=checkpoint.dtype(slot), device="meta")
+        for slot in slots
+        for i, name in _hf_places(slot, hf_config)
     }
 
 
@@ -160,13 +161,13 @@ def _check_index(beside: Path, file_of: dict[str, str], tensors: dict[str, Tenso
 
 
 def _read_file(
-    checkpoint: MegatronCheckpoint, pieces: list[Piece], names: Container[str], hf_config: PretrainedConfig
+    checkpoint: MegatronCheckpoint, slots: list[Slot], names: Container[str], hf_config: PretrainedConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one file, in the order of `pieces`."""
-    for piece in pieces:
-        places = [(i, name) for i, name in _hf_places(piece, hf_config) if name in names]
+    """The tensors of one file, in the order of `slots`."""
+    for slot in slots:
+        places = [(i, name) for i, name in _hf_places(slot, hf_config) if name in names]
         if places:
-            tensors = piece.to_hf(checkpoint.read(piece), hf_config)
+            tensors = slot.to_hf(checkpoint.read(slot), hf_config)
             yield from ((name, tensors[i]) for i, name in places)
 
 
@@ -189,6 +190,6 @@ def _safetensors_names(tensors: HfTensors) -> dict[str, str]:
     }
 
 
-def _bar(title: str, pieces: list[Piece], found: dict[str, Tensor]) -> tqdm:
-    total = sum(found[name].nbytes for piece in pieces for name in piece.hf_names)
+def _bar(title: str, slots: list[Slot], found: dict[str, Tensor]) -> tqdm:
+    total = sum(found[name].nbytes for slot in slots for name in slot.hf_names)
     return tqdm(desc=title, total=total, unit="B", unit_scale=True, disable=device.quiet())

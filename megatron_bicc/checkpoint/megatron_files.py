@@ -2,7 +2,7 @@
 
 What a checkpoint holds for a policy is asked from megatron-core itself, of a policy built without memory.
 
-A policy's weights in megatron-core's distributed checkpoint format, read and written piece by piece.
+A policy's weights in megatron-core's distributed checkpoint format, read and written slot by slot.
 
 The format does not know layouts: each tensor of it is whole, and whoever loads it takes its own part.
 """
@@ -42,13 +42,12 @@ from transformers import PretrainedConfig
 from megatron_bicc import device
 from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError, first_line
-from megatron_bicc.model.build import PolicyModel
-from megatron_bicc.model.families import transformer_config
+from megatron_bicc.model.build import PolicyModel, transformer_config
 from megatron_bicc.weights.hf_mapping import Rule, cut, from_whole, join, rule_for, to_whole
 
 
 @dataclass(frozen=True)
-class Piece:
+class Slot:
     """A parameter of the whole policy, and its place in a tensor of the checkpoint."""
 
     rule: Rule
@@ -87,7 +86,7 @@ class Piece:
         return [x.shape for x in self.to_hf(torch.empty(self.shape, device="meta"), hf_config)]
 
 
-def describe(hf_config: PretrainedConfig) -> tuple[list[Piece], list[ShardedObject]]:
+def slots_of(hf_config: PretrainedConfig) -> tuple[list[Slot], list[ShardedObject]]:
     """What a checkpoint of this policy holds: its parameters, and megatron-core's own objects.
 
     megatron-core's process groups must have been made, without model parallel. Raises UserError for an
@@ -97,14 +96,14 @@ def describe(hf_config: PretrainedConfig) -> tuple[list[Piece], list[ShardedObje
         model = PolicyModel(transformer_config(hf_config, Config()), hf_config, temperature=1.0)
         state = model.sharded_state_dict()
     parameters = dict(model.named_parameters())
-    pieces = [_piece(name, state[name], parameters[name].shape) for name in parameters if name in state]
-    return pieces, [entry for entry in state.values() if isinstance(entry, ShardedObject)]
+    slots = [_slot(name, state[name], parameters[name].shape) for name in parameters if name in state]
+    return slots, [entry for entry in state.values() if isinstance(entry, ShardedObject)]
 
 
-def _piece(name: str, entry: ShardedTensor | ShardedTensorFactory, shape: torch.Size) -> Piece:
+def _slot(name: str, entry: ShardedTensor | ShardedTensorFactory, shape: torch.Size) -> Slot:
     # a gated linear's two halves are cut apart, one after the other: together they are the parameter
     first = entry.build()[0] if isinstance(entry, ShardedTensorFactory) else entry
-    return Piece(rule_for(name, 0), first.key, tuple(first.global_offset), tuple(first.global_shape), shape)
+    return Slot(rule_for(name, 0), first.key, tuple(first.global_offset), tuple(first.global_shape), shape)
 
 
 FORMAT = CheckpointingConfig("torch_dist", 1)
@@ -112,18 +111,18 @@ FORMAT = CheckpointingConfig("torch_dist", 1)
 
 def write_checkpoint(
     directory: Path,
-    pieces: Iterable[tuple[Piece, torch.dtype]],
+    slots: Iterable[tuple[Slot, torch.dtype]],
     objects: list[ShardedObject],
-    read: Callable[[Piece], Tensor],
+    read: Callable[[Slot], Tensor],
 ) -> None:
     """Writes a checkpoint, holding one parameter at a time in memory. Collective.
 
-    pieces: those that this process writes, with their types; every process has its own. `read` makes a
+    slots: those that this process writes, with their types; every process has its own. `read` makes a
     parameter, which is freed when the next one is asked for. Without process groups it works alone.
     """
     writer = dcp.FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0, overwrite=True)
     try:
-        dcp.save({}, storage_writer=writer, planner=_StreamPlanner(list(pieces), objects, read))
+        dcp.save({}, storage_writer=writer, planner=_StreamPlanner(list(slots), objects, read))
     except CheckpointException as error:
         if isinstance(cause(error), RuntimeError):
             # the system's own error is lost inside torch
@@ -139,12 +138,12 @@ class _StreamPlanner(dcp.DefaultSavePlanner):
 
     def __init__(
         self,
-        pieces: list[tuple[Piece, torch.dtype]],
+        slots: list[tuple[Slot, torch.dtype]],
         objects: list[ShardedObject],
-        read: Callable[[Piece], Tensor],
+        read: Callable[[Slot], Tensor],
     ) -> None:
         super().__init__(flatten_state_dict=False)
-        self._pieces = {MetadataIndex(p.key, p.offset): (p, dtype) for p, dtype in pieces}
+        self._pieces = {MetadataIndex(p.key, p.offset): (p, dtype) for p, dtype in slots}
         self._objects = {MetadataIndex(o.unique_key): o for o in objects if dist.get_rank() == 0}
         self._read = read
         self._written: Tensor | None = None
@@ -163,9 +162,9 @@ class _StreamPlanner(dcp.DefaultSavePlanner):
         if self._written is not None:
             # torch's writer keeps what it has written until it closes the file
             self._written.untyped_storage().resize_(0)
-        piece, _ = self._pieces[write_item.index]
-        self._written = _own(self._read(piece))
-        return self._written.view(piece.sizes)
+        slot, _ = self._pieces[write_item.index]
+        self._written = _own(self._read(slot))
+        return self._written.view(slot.sizes)
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -175,8 +174,8 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor if owned else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _write_item(index: MetadataIndex, piece: Piece, dtype: torch.dtype) -> WriteItem:
-    data = TensorWriteData(piece.chunk, TensorProperties(dtype=dtype), torch.Size(piece.global_shape))
+def _write_item(index: MetadataIndex, slot: Slot, dtype: torch.dtype) -> WriteItem:
+    data = TensorWriteData(slot.chunk, TensorProperties(dtype=dtype), torch.Size(slot.global_shape))
     return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
 
 
@@ -191,47 +190,45 @@ class MegatronCheckpoint:
         except Exception as error:  # megatron-core raises many kinds
             raise UserError(f"{path}: not a distributed checkpoint: {first_line(cause(error))}") from error
 
-    def check(self, pieces: list[Piece]) -> None:
+    def check(self, slots: list[Slot]) -> None:
         """Raises UserError that names the first tensor that is missing or of another shape."""
-        for piece in pieces:
-            if piece.key not in self._tensors:
-                raise UserError(f"{self.path}: tensor {piece.key} is missing")
-            found, wanted = self._tensors[piece.key].global_shape, piece.global_shape
+        for slot in slots:
+            if slot.key not in self._tensors:
+                raise UserError(f"{self.path}: tensor {slot.key} is missing")
+            found, wanted = self._tensors[slot.key].global_shape, slot.global_shape
             # rows of a vocabulary may be padded for tensor parallel
-            padded = piece.rule.kind == "vocab" and found[0] >= wanted[0] and found[1:] == wanted[1:]
+            padded = slot.rule.kind == "vocab" and found[0] >= wanted[0] and found[1:] == wanted[1:]
             if found != wanted and not padded:
                 raise UserError(
-                    f"{self.path}: tensor {piece.key} has shape {found}; config.json asks for {wanted}"
+                    f"{self.path}: tensor {slot.key} has shape {found}; config.json asks for {wanted}"
                 )
 
-    def dtype(self, piece: Piece) -> torch.dtype:
+    def dtype(self, slot: Slot) -> torch.dtype:
         """Type of the parameter."""
-        return self._tensors[piece.key].dtype
+        return self._tensors[slot.key].dtype
 
-    def read(self, piece: Piece) -> Tensor:
+    def read(self, slot: Slot) -> Tensor:
         """A whole parameter, on the CPU; not collective. Raises UserError if the checkpoint is damaged."""
-        parameter = torch.empty(piece.shape, dtype=self.dtype(piece))
+        parameter = torch.empty(slot.shape, dtype=self.dtype(slot))
         try:
             with warnings.catch_warnings(action="ignore"):  # that no_dist is meant
-                dcp.load(
-                    {}, storage_reader=self._reader, planner=_PiecePlanner(piece, parameter), no_dist=True
-                )
+                dcp.load({}, storage_reader=self._reader, planner=_SlotPlanner(slot, parameter), no_dist=True)
         except (Exception, CheckpointException) as error:  # torch raises many kinds
             reason = first_line(cause(error))
-            raise UserError(f"{self.path}: {piece.key} cannot be read: {reason}") from error
+            raise UserError(f"{self.path}: {slot.key} cannot be read: {reason}") from error
         return parameter
 
 
-class _PiecePlanner(dcp.DefaultLoadPlanner):
+class _SlotPlanner(dcp.DefaultLoadPlanner):
     """Plans a load of one parameter, from whatever shards a checkpoint cut it into."""
 
-    def __init__(self, piece: Piece, parameter: Tensor) -> None:
+    def __init__(self, slot: Slot, parameter: Tensor) -> None:
         super().__init__(flatten_state_dict=False)
-        self._piece, self._target = piece, parameter.view(piece.sizes)
+        self._slot, self._target = slot, parameter.view(slot.sizes)
 
     def create_local_plan(self) -> LoadPlan:
-        stored = self.metadata.state_dict_metadata[self._piece.key]
-        return LoadPlan(create_read_items_for_chunk_list(self._piece.key, stored, [self._piece.chunk]))
+        stored = self.metadata.state_dict_metadata[self._slot.key]
+        return LoadPlan(create_read_items_for_chunk_list(self._slot.key, stored, [self._slot.chunk]))
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         bounds = zip(read_item.dest_offsets, read_item.lengths, strict=True)

@@ -4,20 +4,19 @@ import hashlib
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from megatron_bicc.checkpoint.checkpoint import Progress, checkpoints, read_progress
 from megatron_bicc.config import RENAMED, Config, flatten, settings
 from megatron_bicc.errors import UserError
 from megatron_bicc.metrics import METRICS_FILE
 from megatron_bicc.rollout.sampling import Collector
-from megatron_bicc.weights.hf_files import side_files
+from megatron_bicc.weights.hf_files import fingerprint
 
 _log = logging.getLogger(__name__)
 
 WEIGHTS = "model.path (weights)"
 TRAIN_IDS, HELD_OUT_IDS = "data.train (token ids)", "evaluation.data (token ids)"
-SLICES, SLICE_BYTES = 8, 4096
 _OTHER_IDS = (
     "its prompts have other token ids or ground truths; besides what else is named here, the version of "
     "transformers or of this program may have changed, or the chat template's output varies"
@@ -108,35 +107,10 @@ def _changes_experiment(name: str) -> bool:
 
 
 def contents(config: Config) -> dict[str, str]:
-    """SHA-256 of what a run reads: the training prompts, and the policy's configuration and tokenizer.
-
-    Of the policy's weights, which are too large for it, it takes the files' sizes and a few slices of each.
-    """
-    model = Path(config.model.path)
-    weights = sorted(model.glob("*.safetensors"))
-    sizes = [(file.name, file.stat().st_size) for file in weights]
-    policy = hashlib.sha256(repr(sizes).encode())
-    for file in side_files(model):
-        policy.update(file.name.encode() + file.read_bytes())
+    """Returns SHA-256 of what a run reads: training prompts, and the policy's files and weights."""
+    files, weights = fingerprint(config.model.path)
     train = hashlib.sha256(Path(config.data.train).read_bytes())
-    slices = hashlib.sha256(b"".join(map(_slices, weights)))
-    return {
-        "model.path": policy.hexdigest(),
-        WEIGHTS: slices.hexdigest(),
-        "data.train": train.hexdigest(),
-    }
-
-
-def _slices(path: Path) -> bytes:
-    """Slices of a file from its first to its last byte, evenly spaced."""
-    end = max(path.stat().st_size - SLICE_BYTES, 0)
-    with path.open("rb") as file:
-        return b"".join(_read_at(file, end * i // (SLICES - 1)) for i in range(SLICES))
-
-
-def _read_at(file: BinaryIO, start: int) -> bytes:
-    file.seek(start)
-    return file.read(SLICE_BYTES)
+    return {"model.path": files, WEIGHTS: weights, "data.train": train.hexdigest()}
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:

@@ -18,15 +18,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from megatron_bicc import device
-from megatron_bicc.checkpoint.megatron_files import MegatronCheckpoint, describe, load_chunks
+from megatron_bicc.checkpoint.megatron_files import MegatronCheckpoint, load_chunks, slots_of
 from megatron_bicc.collective import gathered
 from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.batch import PackedBatch
-from megatron_bicc.model.build import PolicyModel
-from megatron_bicc.model.families import transformer_config
+from megatron_bicc.model.build import PolicyModel, transformer_config
+from megatron_bicc.model.families import supported_config
 from megatron_bicc.model.segments import Segments
-from megatron_bicc.weights.hf_files import checked_tensors, load_transformers, supported_config
+from megatron_bicc.weights.hf_files import checked_tensors, load_transformers
 
 LONGEST = 4608
 """Tokens: more than the windows in use, of which 4096 is the longest common one"""
@@ -84,7 +84,7 @@ def compared_rows(length: int) -> Tensor:
 def _megatron_logits(hf_dir: Path, checkpoint: Path, tokens: list[Tensor]) -> list[Tensor]:
     config, hf_config = Config(), supported_config(hf_dir)
     config.model.dtype = "float32"
-    MegatronCheckpoint(checkpoint).check(describe(hf_config)[0])
+    MegatronCheckpoint(checkpoint).check(slots_of(hf_config)[0])
     with device.megatron():
         model = LogitModel(transformer_config(hf_config, config), hf_config, temperature=1.0)
         model = model.to(device.device(), torch.float32).eval()

@@ -1,18 +1,27 @@
-"""Variable-length attention by the kernels that stock torch ships: one interface, a CPU and a CUDA side.
+"""Attention of responses to a prefix that they share, computed once per prefix.
 
-Shape suffixes: Q query rows, K key rows, H query heads, G key-value heads, D head dimension.
-The log-sum-exp is natural, [H, Q], float32 (float64 for float64 inputs).
+Rows are prefix-major: the prefix rows of all sides, then the response rows. Two variable-length calls and a
+merge:
 
-Attention of responses to a prefix that they share, computed once: two variable-length calls and a merge.
-
-Rows are prefix-major: P prefix rows of all sides, then the response rows.
-
-    out, lse   = every segment by itself, causal                   (prefixes and responses)
-    outx, lsex = response rows against their own side's prefix     (not causal)
+    out, lse   = each segment (prefix or response) independently, causal
+    outx, lsex = response rows against their own side's prefix, not causal
     response rows: lse' = logaddexp(lse, lsex), out' = e^(lse - lse') out + e^(lsex - lse') outx
 
-Backward calls the two kernels again, both fed the merged out' and lse': torch's kernels drop the gradient
-through the log-sum-exp, so a merge left to autograd gives wrong dq and dk.
+This is the softmax over the union of both key sets, exactly. Backward calls the two kernels again, both with
+the merged out' and lse': a flash kernel recomputes its softmax weights as exp(q k - lse), so with lse' these
+are this call's part of the whole softmax, and with out' so is delta = sum(grad * out'). Autograd cannot do
+the merge: torch's kernels drop the gradient through the log-sum-exp, which gives wrong dq and dk.
+
+Each device's kernels are a module (attention_cpu, attention_cuda, attention_math) with two functions:
+
+    forward(call) -> (output [Q, H, C], log-sum-exp [H, Q])
+    backward(call, grad_QHC, out_QHC, lse_HQ) -> (dq, dk, dv), given out and lse of the whole softmax
+
+Rows of a segment without keys get an output of 0 and a log-sum-exp of -inf. Outputs and gradients are in the
+call's type or a wider one. The log-sum-exp is natural and float32 (float64 for float64 inputs).
+
+Shape suffixes: N rows of the micro-batch, Q query rows, K key rows, H query heads, G key-value heads, C
+channels.
 """
 
 from types import ModuleType
@@ -28,34 +37,18 @@ from megatron_bicc.model.batch import PackedBatch
 from megatron_bicc.model.segments import Segments, VarlenCall
 
 
-def varlen_forward(call: VarlenCall) -> tuple[Tensor, Tensor]:
-    """Attention inside each segment: (output [Q, H, D], log-sum-exp [H, Q]).
-
-    Rows of a segment without keys get an output of 0 and a log-sum-exp of -inf. The output, as the gradients
-    of `varlen_backward`, is in the call's type or in a wider one.
-    """
-    return _kernels(call.q_QHD).forward(call)
-
-
-def varlen_backward(
-    call: VarlenCall, grad_QHD: Tensor, out_QHD: Tensor, lse_HQ: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv) given the output and log-sum-exp of the whole softmax.
-
-    These may come from a wider set of keys than this call's: the softmax weights that the kernel recomputes,
-    exp(q k - lse), are then this call's share of the whole.
-    """
-    return _kernels(call.q_QHD).backward(call, grad_QHD, out_QHD, lse_HQ)
-
-
 def _kernels(q: Tensor) -> ModuleType:
+    """Returns the module of kernels for the device and type of `q`."""
     if not q.is_cuda:
         return attention_cpu
     return attention_math if q.dtype in (torch.float32, torch.float64) else attention_cuda
 
 
 class SharedPrefixAttention(torch.autograd.Function):
-    """(q [T, H, D], k [T, G, D], v [T, G, D], first response row, causal, cross, scale) -> [T, H, D]."""
+    """(q [N, H, C], k [N, G, C], v [N, G, C], first response row, causal, cross, scale) -> [N, H, C].
+
+    causal: all segments over the N rows. cross: response rows, from the first, against prefix rows.
+    """
 
     @staticmethod
     def forward(
@@ -68,13 +61,15 @@ class SharedPrefixAttention(torch.autograd.Function):
         cross: Segments,
         scale: float,
     ) -> Tensor:
-        out, lse = varlen_forward(VarlenCall(q, k, v, causal, scale))
+        kernels = _kernels(q)
+        out, lse = kernels.forward(VarlenCall(q, k, v, causal, scale))
         rows = slice(first, first + cross.bounds_q[-1])
-        if rows.start > 0 and rows.stop > rows.start:
-            out_cross, lse_cross = varlen_forward(VarlenCall(q[rows], k[:first], v[:first], cross, scale))
+        if first > 0 and rows.stop > first:  # kernels do not take calls without rows or keys
+            out_cross, lse_cross = kernels.forward(VarlenCall(q[rows], k[:first], v[:first], cross, scale))
             merged = torch.logaddexp(lse[:, rows], lse_cross)
             out[rows] = _share(lse[:, rows], merged) * out[rows] + _share(lse_cross, merged) * out_cross
             lse[:, rows] = merged
+        # Kernels that compute in a wider type are rounded once, after the merge.
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.rows, ctx.causal, ctx.cross, ctx.scale = rows, causal, cross, scale
@@ -84,10 +79,11 @@ class SharedPrefixAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         rows, first, grad = ctx.rows, ctx.rows.start, grad.contiguous()
-        dq, dk, dv = varlen_backward(VarlenCall(q, k, v, ctx.causal, ctx.scale), grad, out, lse)
-        if rows.start > 0 and rows.stop > rows.start:
+        kernels = _kernels(q)
+        dq, dk, dv = kernels.backward(VarlenCall(q, k, v, ctx.causal, ctx.scale), grad, out, lse)
+        if first > 0 and rows.stop > first:
             call = VarlenCall(q[rows], k[:first], v[:first], ctx.cross, ctx.scale)
-            dq_cross, dk_cross, dv_cross = varlen_backward(
+            dq_cross, dk_cross, dv_cross = kernels.backward(
                 call, grad[rows], out[rows], lse[:, rows].contiguous()
             )
             dq[rows] += dq_cross
@@ -96,13 +92,13 @@ class SharedPrefixAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
-def _share(part_HN: Tensor, whole_HN: Tensor) -> Tensor:
-    """Share of the softmax mass that one part holds, [N, H, 1]."""
-    return torch.exp(part_HN - whole_HN).t().unsqueeze(-1)
+def _share(part_HQ: Tensor, whole_HQ: Tensor) -> Tensor:
+    """Returns one part's share of the softmax mass, [Q, H, 1]."""
+    return torch.exp(part_HQ - whole_HQ).t().unsqueeze(-1)
 
 
 class SharedPrefixCoreAttention(torch.nn.Module):
-    """The `core_attention` of megatron-core's layer spec; reads its layout from packed_seq_params."""
+    """The `core_attention` of megatron-core's layer spec; packed_seq_params holds the boundaries."""
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__()
@@ -118,7 +114,7 @@ class SharedPrefixCoreAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedBatch | None = None,
     ) -> Tensor:
-        """Query [T, 1, H, D], key and value [T, 1, G, D] -> [T, 1, H * D]."""
+        """Query [N, 1, H, C], key and value [N, 1, G, C] -> [N, 1, H * C]."""
         packed = packed_seq_params
         first = packed.response_rows.start
         q, k, v = (x.squeeze(1) for x in (query, key, value))

@@ -1,7 +1,7 @@
-"""Variable-length attention by torch's flash kernel for the CPU, a tile of segments at a time.
+"""Variable-length attention by torch's flash kernel for the CPU, one call per tile of segments.
 
-Half precision is computed in fp32, and results are left so: the caller rounds the sum of its parts once.
-Shape suffixes as in varlen_call.
+Half precision is computed in fp32 and returned in fp32: the caller rounds the merge of two calls once.
+Shape suffixes as in `attention`.
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,9 @@ DROPOUT = 0.0
 
 
 def forward(call: VarlenCall) -> tuple[Tensor, Tensor]:
-    """(output [Q, H, D], log-sum-exp [H, Q])"""
-    q, k, v = _at_least_fp32(call.q_QHD, call.k_KGD, call.v_KGD)
+    """Returns (output [Q, H, C], log-sum-exp [H, Q])."""
+    q, k, v = _at_least_fp32(call.q_QHC, call.k_KGC, call.v_KGC)
+    # what rows without keys keep: no tile holds them
     out, lse_QH = torch.zeros_like(q), torch.full(q.shape[:2], float("-inf"), dtype=q.dtype)
     for tile in call.segments.tiles:
         tile_out, tile_lse = _aten._scaled_dot_product_flash_attention_for_cpu(
@@ -29,10 +30,10 @@ def forward(call: VarlenCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    call: VarlenCall, grad_QHD: Tensor, out_QHD: Tensor, lse_HQ: Tensor
+    call: VarlenCall, grad_QHC: Tensor, out_QHC: Tensor, lse_HQ: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) given the output and log-sum-exp of the whole softmax."""
-    q, k, v, grad, out = _at_least_fp32(call.q_QHD, call.k_KGD, call.v_KGD, grad_QHD, out_QHD)
+    """Returns (dq, dk, dv), given the output and log-sum-exp of the whole softmax."""
+    q, k, v, grad, out = _at_least_fp32(call.q_QHC, call.k_KGC, call.v_KGC, grad_QHC, out_QHC)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for tile in call.segments.tiles:
         tile_dq, tile_dk, tile_dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -1,6 +1,6 @@
-"""Variable-length attention in plain matrix products: for fp32 and fp64 on CUDA, which flash kernels refuse.
+"""Variable-length attention by plain matrix products: for fp32 and fp64 on CUDA, which flash kernels refuse.
 
-Slow and exact: for small models and tests on a GPU. Shape suffixes as in varlen_call.
+Slow and exact: for small models, and tests on a GPU. Shape suffixes as in `attention`.
 """
 
 import torch
@@ -10,33 +10,34 @@ from megatron_bicc.model.segments import VarlenCall
 
 
 def forward(call: VarlenCall) -> tuple[Tensor, Tensor]:
-    """(output [Q, H, D], log-sum-exp [H, Q])"""
-    q_QHD, k_KGD, v_KGD = call.q_QHD, call.k_KGD, call.v_KGD
-    out = torch.zeros_like(q_QHD)
-    lse = q_QHD.new_full((q_QHD.shape[1], q_QHD.shape[0]), float("-inf"))
+    """Returns (output [Q, H, C], log-sum-exp [H, Q])."""
+    q_QHC, k_KGC, v_KGC = call.q_QHC, call.k_KGC, call.v_KGC
+    out = torch.zeros_like(q_QHC)
+    lse = q_QHC.new_full((q_QHC.shape[1], q_QHC.shape[0]), float("-inf"))
     for rows, keys in call.segments.ranges():
-        scores = _scores(q_QHD[rows], k_KGD[keys], call)
+        scores = _scores(q_QHC[rows], k_KGC[keys], call)
         lse[:, rows] = scores.logsumexp(-1)
         p = (scores - lse[:, rows].unsqueeze(-1)).exp()
-        out[rows] = torch.einsum("hqk,khd->qhd", p, _heads(v_KGD[keys], q_QHD))
+        out[rows] = torch.einsum("hqk,khd->qhd", p, _heads(v_KGC[keys], q_QHC))
     return out, lse
 
 
 def backward(
-    call: VarlenCall, grad_QHD: Tensor, out_QHD: Tensor, lse_HQ: Tensor
+    call: VarlenCall, grad_QHC: Tensor, out_QHC: Tensor, lse_HQ: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) given the output and log-sum-exp of the whole softmax."""
-    q_QHD, k_KGD, v_KGD = call.q_QHD, call.k_KGD, call.v_KGD
-    dq, dk, dv = torch.zeros_like(q_QHD), torch.zeros_like(k_KGD), torch.zeros_like(v_KGD)
+    """Returns (dq, dk, dv), given the output and log-sum-exp of the whole softmax."""
+    q_QHC, k_KGC, v_KGC = call.q_QHC, call.k_KGC, call.v_KGC
+    dq, dk, dv = torch.zeros_like(q_QHC), torch.zeros_like(k_KGC), torch.zeros_like(v_KGC)
     for rows, keys in call.segments.ranges():
-        q, grad = q_QHD[rows], grad_QHD[rows]
-        k, v = _heads(k_KGD[keys], q), _heads(v_KGD[keys], q)
-        p = (_scores(q, k_KGD[keys], call) - lse_HQ[:, rows].unsqueeze(-1)).exp()
-        delta = (grad * out_QHD[rows]).sum(-1).t().unsqueeze(-1)
+        q, grad = q_QHC[rows], grad_QHC[rows]
+        k, v = _heads(k_KGC[keys], q), _heads(v_KGC[keys], q)
+        p = (_scores(q, k_KGC[keys], call) - lse_HQ[:, rows].unsqueeze(-1)).exp()
+        # the softmax's own derivative, from the output: sum over keys of p dp = grad . out
+        delta = (grad * out_QHC[rows]).sum(-1).t().unsqueeze(-1)
         ds = p * (torch.einsum("qhd,khd->hqk", grad, v) - delta) * call.scale
         dq[rows] = torch.einsum("hqk,khd->qhd", ds, k)
-        dk[keys] = _groups(torch.einsum("hqk,qhd->khd", ds, q), k_KGD)
-        dv[keys] = _groups(torch.einsum("hqk,qhd->khd", p, grad), v_KGD)
+        dk[keys] = _summed(torch.einsum("hqk,qhd->khd", ds, q), k_KGC)
+        dv[keys] = _summed(torch.einsum("hqk,qhd->khd", p, grad), v_KGC)
     return dq, dk, dv
 
 
@@ -48,11 +49,11 @@ def _scores(q: Tensor, k: Tensor, call: VarlenCall) -> Tensor:
     return scores
 
 
-def _heads(x_KGD: Tensor, q_QHD: Tensor) -> Tensor:
-    """Keys or values repeated for every query head of their group, [K, H, D]."""
-    return x_KGD.repeat_interleave(q_QHD.shape[1] // x_KGD.shape[1], dim=1)
+def _heads(x_KGC: Tensor, q_QHC: Tensor) -> Tensor:
+    """Returns keys or values repeated for every query head that shares them, [K, H, C]."""
+    return x_KGC.repeat_interleave(q_QHC.shape[1] // x_KGC.shape[1], dim=1)
 
 
-def _groups(grad_KHD: Tensor, x_KGD: Tensor) -> Tensor:
-    """The inverse's gradient: summed over the query heads of a group, [K, G, D]."""
-    return grad_KHD.unflatten(1, (x_KGD.shape[1], -1)).sum(2)
+def _summed(grad_KHC: Tensor, x_KGC: Tensor) -> Tensor:
+    """Returns the gradient of `_heads`: sums over the query heads that share a key-value head, [K, G, C]."""
+    return grad_KHC.unflatten(1, (x_KGC.shape[1], -1)).sum(2)

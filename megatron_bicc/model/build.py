@@ -1,26 +1,215 @@
-"""The policy's module: megatron-core's GPTModel that ends in log-probs instead of logits."""
+"""The policy as megatron-core modules: its configuration, its layers, and a GPTModel that ends in log-probs.
+
+Shape suffixes: N rows of a micro-batch, A response rows of a micro-batch, C channels of a head.
+"""
 
 from functools import partial
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    HAVE_TE,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from megatron_bicc.config import Config
+from megatron_bicc.model.attention import SharedPrefixCoreAttention
 from megatron_bicc.model.batch import PackedBatch
-from megatron_bicc.model.families import PositionRotary, padded_vocab_size, rotary_frequencies
+from megatron_bicc.model.families import (
+    check_layout,
+    family_of,
+    head_dim,
+    padded_vocab_size,
+    rotary_frequencies,
+)
 from megatron_bicc.model.gradient_sketch import GradientSketch
-from megatron_bicc.model.layers import layer_specs
 from megatron_bicc.model.log_probs import VocabParallelLogProbs, VocabShard
+
+Backend = Literal["Transformer Engine", "apex", "local"]
+
+
+def backend() -> Backend:
+    """Returns the fastest installed library for linears and norms; attention is always this package's."""
+    if HAVE_TE:
+        return "Transformer Engine"
+    return "apex" if find_spec("apex") else "local"
+
+
+def describe(hf_config: PretrainedConfig) -> str:
+    """Returns one line for the log: the architecture, the library of its layers, and that dropout is 0."""
+    layers = {
+        "Transformer Engine": "Transformer Engine's linears and norms",
+        "apex": "megatron-core's own linears and apex's norms",
+        "local": "megatron-core's own linears and torch's norms",
+    }[backend()]
+    dropout = getattr(hf_config, "attention_dropout", 0.0)
+    unused = f" (config.json's attention_dropout of {dropout} is not used)" if dropout else ""
+    name = hf_config.architectures[0]
+    return f"policy: {name} on {layers}, shared-prefix attention, dropout 0{unused}"
+
+
+def transformer_config(hf_config: PretrainedConfig, config: Config) -> TransformerConfig:
+    """Returns megatron-core's configuration of the policy; dropout is zero throughout.
+
+    Raises UserError for an architecture that is not supported, or a layout that does not fit it.
+    """
+    family = family_of(hf_config)
+    check_layout(hf_config, config.parallel)
+    dtype = getattr(torch, config.model.dtype)
+    _, rope_factor = rotary_frequencies(hf_config)
+    found = TransformerConfig(
+        num_layers=hf_config.num_hidden_layers,
+        hidden_size=hf_config.hidden_size,
+        num_attention_heads=hf_config.num_attention_heads,
+        num_query_groups=hf_config.num_key_value_heads,
+        kv_channels=head_dim(hf_config),
+        ffn_hidden_size=hf_config.intermediate_size,
+        # yarn scales cos and sin, for queries and keys alike: their product gets the factor twice
+        softmax_scale=rope_factor**2 / head_dim(hf_config) ** 0.5,
+        normalization="RMSNorm",
+        layernorm_epsilon=hf_config.rms_norm_eps,
+        qk_layernorm=family.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=family.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        use_cpu_initialization=True,
+        # the loss is already normalised over the whole step: megatron-core must only sum its parts
+        calculate_per_token_loss=True,
+        variable_seq_lengths=config.parallel.pipeline > 1,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        **_parallel(config),
+        **_recompute(config),
+        **(_experts(hf_config) if family.experts else {}),
+    )
+    if family.experts:
+        # Set after construction: megatron-core refuses top-1 gates that sum to 1, since their router has no
+        # gradient. transformers computes the same, so the policy has to.
+        found.moe_router_pre_softmax = not hf_config.norm_topk_prob
+    return found
+
+
+def _parallel(config: Config) -> dict[str, Any]:
+    parallel = config.parallel
+    virtual = parallel.virtual_pipeline
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "sequence_parallel": parallel.sequence,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
+        # one direction per call: with two stages, each is both the other's previous and its next stage
+        "overlap_p2p_comm": virtual > 1,
+        "batch_p2p_comm": virtual == 1,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": 1,
+        # megatron-core requires it for variable sequence lengths
+        "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+def _experts(hf_config: PretrainedConfig) -> dict[str, Any]:
+    return {
+        "num_moe_experts": hf_config.num_experts,
+        "moe_router_topk": hf_config.num_experts_per_tok,
+        "moe_ffn_hidden_size": hf_config.moe_intermediate_size,
+        "moe_router_pre_softmax": True,
+        "moe_router_dtype": "fp32",
+        # no auxiliary loss: the policy gradient is the only one
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": backend() == "Transformer Engine",
+    }
+
+
+def _recompute(config: Config) -> dict[str, Any]:
+    if config.model.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if config.model.recompute == "selective":
+        return {"recompute_granularity": "selective"}
+    return {}
+
+
+def layer_specs(megatron_config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Returns the specs of this stage's layers and of the final norm."""
+    c = megatron_config
+    if backend() == "Transformer Engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        norm, layer = (
+            TENorm,
+            get_gpt_layer_with_transformer_engine_spec(c.num_moe_experts, c.moe_grouped_gemm, c.qk_layernorm),
+        )
+    else:
+        norm = rms_norm()
+        layer = _local_layer(c, norm)
+    layer.submodules.self_attention.submodules.core_attention = SharedPrefixCoreAttention
+    layers = get_num_layers_to_build(c, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+
+
+def _local_layer(c: TransformerConfig, norm: type[torch.nn.Module]) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(
+        c.num_moe_experts, c.moe_grouped_gemm, c.qk_layernorm, normalization="RMSNorm"
+    )
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+    if c.qk_layernorm:
+        attention = layer.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = norm
+    return layer
+
+
+def rms_norm() -> type[torch.nn.Module]:
+    """Returns apex's or torch's RMSNorm as a class with the constructor that megatron-core calls."""
+    if backend() == "apex":
+        from apex.normalization import FusedRMSNorm as Norm
+    else:
+        from torch.nn import RMSNorm as Norm
+
+    class MegatronRMSNorm(Norm):
+        def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+            super().__init__(hidden_size, eps=eps)
+            self.to(config.params_dtype)
+            # Under sequence parallel each rank normalises its own rows only: megatron-core sums the
+            # gradients of marked parameters over the tensor-parallel group.
+            self.weight.sequence_parallel = config.sequence_parallel
+
+    return MegatronRMSNorm
+
+
+class PositionRotary(torch.nn.Module):
+    """Rotary angles of given positions."""
+
+    def __init__(self, inverse_frequencies: Tensor) -> None:
+        """inverse_frequencies: float32 [C / 2], as `rotary_frequencies` returns them."""
+        super().__init__()
+        self.inverse_frequencies = inverse_frequencies
+
+    def forward(self, positions_N: Tensor) -> Tensor:
+        """Returns angles float32 [N, 1, 1, C], megatron-core's layout, of position ids int64 [N]."""
+        angles = torch.outer(positions_N.float(), self.inverse_frequencies.to(positions_N.device))
+        return torch.cat([angles, angles], dim=-1)[:, None, None, :]
 
 
 class PolicyModel(GPTModel):
     """One pipeline stage's chunk of the policy.
 
-    Its last stage returns float [2, N]: log-prob at the sampling temperature, and entropy, of each of the N
+    Its last stage returns float [2, A]: log-prob at the sampling temperature, and entropy, of each of the A
     response rows. Other stages return hidden states.
     """
 
@@ -39,17 +228,18 @@ class PolicyModel(GPTModel):
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
-            position_embedding_type="rope",
+            # megatron-core's own rotary embedding counts rows from 0; `_preprocess` gives it positions
+            position_embedding_type="none",
             vp_stage=vp_stage,
         )
-        self.rotary_pos_emb = PositionRotary(rotary_frequencies(hf_config)[0])
+        self.rotary = PositionRotary(rotary_frequencies(hf_config)[0])
         self.temperature = temperature
         self.true_vocab_size = hf_config.vocab_size
         self.sketch: GradientSketch | None = None
-        """Takes the output layer's gradients of the backward pass; last stage only"""
+        """Set while a backward pass's gradients of the output layer are to be sketched; last stage only"""
 
     def run(self, packed: PackedBatch) -> Tensor:
-        """Forward pass of a packed micro-batch."""
+        """Runs the forward pass of a packed micro-batch."""
         return self(
             input_ids=packed.tokens_T[None],
             position_ids=packed.positions_T[None],
@@ -59,16 +249,21 @@ class PolicyModel(GPTModel):
         )
 
     def output_weight(self) -> Tensor:
-        """This rank's rows of the output layer, [padded vocabulary / TP, hidden]; last stage only."""
+        """Returns this rank's rows of the output layer, [padded vocabulary / TP, hidden]; last stage only."""
         tied = self.share_embeddings_and_output_weights
         return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
 
     def vocab_shard(self) -> VocabShard:
-        """Which token ids `output_weight` holds."""
+        """Returns the token ids that `output_weight` holds."""
         group = parallel_state.get_tensor_model_parallel_group()
         rows = self.vocab_size // group.size()
         first = group.rank() * rows
         return VocabShard(first, min(rows, self.true_vocab_size - first), group)
+
+    def _preprocess(self, *, packed_seq_params: PackedBatch, **inputs: Any) -> tuple[Any, ...]:
+        """Adds the rotary angles of each row's own position: a response's positions continue its prompt's."""
+        decoder_input, _, *others = super()._preprocess(packed_seq_params=packed_seq_params, **inputs)
+        return (decoder_input, self.rotary(packed_seq_params.positions_T), *others)
 
     def _postprocess(
         self, hidden_states: Tensor, labels: Tensor, packed_seq_params: PackedBatch, **_: Any
@@ -86,3 +281,16 @@ class PolicyModel(GPTModel):
                 rows, self.output_weight(), labels, self.temperature, self.vocab_shard(), sketch
             )
         )
+
+
+def build_modules(
+    megatron_config: TransformerConfig,
+    hf_config: PretrainedConfig,
+    temperature: float,
+    device: torch.device,
+) -> list[PolicyModel]:
+    """Returns this rank's model chunks, one per virtual pipeline stage, with uninitialized weights."""
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    stages: list[int | None] = [None] if virtual is None else list(range(virtual))
+    modules = [PolicyModel(megatron_config, hf_config, temperature, stage) for stage in stages]
+    return [module.to(device, megatron_config.params_dtype) for module in modules]

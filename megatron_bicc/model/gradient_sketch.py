@@ -1,11 +1,13 @@
-"""Each group's part of the output layer's gradient, seen along fixed random directions.
+"""Each group's part of the output layer's gradient, projected on fixed random directions.
 
-A row adds outer(gradient of its logits, its hidden state) to the output layer's gradient M [V, H], so a
-group's part is a sum over its rows and needs no backward pass of its own. Kept of it is U' M W with U [V, K]
-and W [H, L] of random signs over sqrt(K) and sqrt(L): inner products of sketches are, in the mean over U and
-W, those of the gradients (Johnson-Lindenstrauss). A dimension no larger than its K or L is kept whole.
+A row adds outer(gradient of its logits, its hidden state) to the output layer's gradient M [vocabulary,
+hidden], so a group's part is a sum over its rows and needs no backward pass of its own. Its sketch is U' M W,
+with U [vocabulary, X] and W [hidden, Y] of random signs over sqrt(X) and sqrt(Y): the expectation over U and
+W of an inner product of sketches is that of the gradients (Johnson and Lindenstrauss, 1984; Achlioptas, 2003,
+for random signs). A dimension that is no larger than its X or Y is kept whole.
 
-Shape suffixes: G groups, V this rank's part of the vocabulary, H hidden size, C rows of a chunk.
+Shape suffixes: B groups, V this rank's part of the vocabulary, L rows of a chunk, X and Y directions of the
+vocabulary and of the hidden states.
 """
 
 import torch
@@ -15,11 +17,11 @@ from megatron_bicc.model.log_probs import VocabShard
 
 VOCAB_DIRECTIONS, HIDDEN_DIRECTIONS = 64, 256
 SEED = 2603
-"""The same directions in every run, so that runs can be compared."""
+"""The same directions in every run make runs comparable"""
 
 
 class GradientSketch:
-    """[G, K, L]: sums over the rows that this rank holds; sums over all ranks are of the whole step."""
+    """Sketches [B, X, Y] of this rank's rows; their sum over all ranks is the whole step's."""
 
     def __init__(
         self,
@@ -29,28 +31,28 @@ class GradientSketch:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """`directions` are those of `sketch_directions`; `dtype` that of the hidden states."""
+        """directions: as `sketch_directions` returns them. dtype: of the hidden states."""
         vocab, hidden = directions
-        self.vocab_VK = vocab[shard.first : shard.first + shard.size].to(device, dtype)
-        self.hidden_HL = hidden.to(device, dtype)
-        self.values_GKL = torch.zeros(num_groups, vocab.shape[1], hidden.shape[1], device=device)
+        self.vocab_VX = vocab[shard.first : shard.first + shard.size].to(device, dtype)
+        self.hidden_Y = hidden.to(device, dtype)
+        self.values_BXY = torch.zeros(num_groups, vocab.shape[1], hidden.shape[1], device=device)
 
     def add(
-        self, group_rows: list[tuple[int, slice]], first: int, grad_logits_CV: Tensor, hidden_CH: Tensor
+        self, group_rows: list[tuple[int, slice]], first: int, grad_logits_LV: Tensor, hidden_L: Tensor
     ) -> None:
         """Adds a chunk of a micro-batch's response rows, which starts at row `first`.
 
-        `group_rows` says which of the micro-batch's rows are whose.
+        group_rows: (group, its rows among the micro-batch's response rows).
         """
-        left_CK = (grad_logits_CV @ self.vocab_VK).float()
-        right_CL = (hidden_CH @ self.hidden_HL).float()
+        left_LX = (grad_logits_LV @ self.vocab_VX).float()
+        right_LY = (hidden_L @ self.hidden_Y).float()
         for group, rows in group_rows:
             own = slice(max(rows.start - first, 0), max(rows.stop - first, 0))
-            self.values_GKL[group].addmm_(left_CK[own].t(), right_CL[own])
+            self.values_BXY[group].addmm_(left_LX[own].t(), right_LY[own])
 
 
 def sketch_directions(vocab_size: int, hidden_size: int, seed: int = SEED) -> tuple[Tensor, Tensor]:
-    """(float32 [vocabulary, K], float32 [hidden, L]), on the host; the same for every layout."""
+    """Returns (float32 [vocabulary, X], float32 [hidden, Y]) on the host, the same under every layout."""
     random = torch.Generator().manual_seed(seed)
     return (
         _directions(vocab_size, VOCAB_DIRECTIONS, random),

@@ -1,7 +1,11 @@
-"""Log-probs and entropy of labels over a vocabulary that tensor-parallel ranks share, chunk by chunk.
+"""Log-probs and entropy of labels over a vocabulary that is sharded over tensor-parallel ranks.
 
-Shape suffixes: N rows, C rows of a chunk, V this rank's part of the vocabulary, H hidden size.
-No [N, V] tensor outlives a chunk: backward computes each chunk's logits again.
+Computed in chunks of rows: no [A, V] tensor outlives a chunk, and backward computes each chunk's logits
+again. Four matrix products stand where a dense implementation has three; the logits of a micro-batch, which
+would be its largest tensor by far, are never stored.
+
+Shape suffixes: A response rows, L rows of a chunk, V tokens of this rank's part of the vocabulary; hidden
+sizes have no letter.
 """
 
 from collections.abc import Callable
@@ -13,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**26
-"""Logits that a chunk may hold on this rank."""
+"""Logits of a chunk on this rank, at most"""
 
 
 @dataclass(frozen=True)
@@ -21,22 +25,23 @@ class VocabShard:
     """This rank's part of the vocabulary."""
 
     first: int
-    """Token id of its first row."""
+    """Token id of its first row"""
     size: int
-    """Rows that are tokens, at least one; the padding after them can't be chosen."""
+    """Rows that are tokens, at least one; the rows after them are padding, whose logits count as -inf"""
     group: dist.ProcessGroup
-    """The tensor-parallel group."""
+    """The tensor-parallel group"""
 
 
 OnGradient = Callable[[int, Tensor, Tensor], None]
-"""(first row of a chunk, gradient of its logits [C, V], hidden [C, H])"""
+"""Called with (first row of a chunk, gradient of its logits [L, V], hidden [L, hidden])"""
 
 
 class VocabParallelLogProbs(torch.autograd.Function):
-    """(hidden [N, H], weight [V, H], labels int64 [N], temperature, shard) -> (log-probs [N], entropy [N]).
+    """(hidden [A, hidden], weight [V, hidden], labels int64 [A], temperature, shard) -> (log-probs [A], entropy [A]).
 
-    float32 for inputs of lower precision. The gradient of `hidden` is this rank's part: the caller reduces it
-    over the tensor-parallel group. The backward pass shows `on_gradient` every chunk.
+    Outputs are float32 for inputs of lower precision, entropy in nats, both at the temperature. The gradient
+    of `hidden` is this rank's part: the caller reduces it over the tensor-parallel group. The backward pass
+    calls `on_gradient` with every chunk. Collective, forward only.
     """
 
     @staticmethod
@@ -82,14 +87,14 @@ class VocabParallelLogProbs(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Slices of the rows; one empty slice if there are none, so that every rank makes the same calls."""
+    """Returns slices of the rows; one empty slice if there are none, so that all ranks make the same calls."""
     rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
     return [slice(i, i + rows) for i in range(0, max(1, hidden.shape[0]), rows)]
 
 
-def _logits(hidden_CH: Tensor, weight: Tensor, temperature: float, shard: VocabShard) -> Tensor:
-    """Logits in at least float32, without those of the padding: [C, tokens of the shard]."""
-    logits = (hidden_CH @ weight[: shard.size].t()).to(_at_least_float32(hidden_CH))
+def _logits(hidden: Tensor, weight: Tensor, temperature: float, shard: VocabShard) -> Tensor:
+    """Returns logits in at least float32, without those of the padding: [L, V]."""
+    logits = (hidden @ weight[: shard.size].t()).to(_at_least_float32(hidden))
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
@@ -98,16 +103,21 @@ def _at_least_float32(x: Tensor) -> torch.dtype:
 
 
 def _forward_chunk(
-    hidden_CH: Tensor, weight: Tensor, labels_C: Tensor, temperature: float, shard: VocabShard
+    hidden: Tensor, weight: Tensor, labels_L: Tensor, temperature: float, shard: VocabShard
 ) -> Tensor:
-    """[3, C]: log-probs, entropy, log-sum-exp."""
-    logits = _logits(hidden_CH, weight, temperature, shard)
+    """Returns [3, L]: log-probs, entropy, log-sum-exp.
+
+    With z the logits less their maximum and E the softmax's mean: log p = z[label] - log sum exp z, and
+    entropy = log sum exp z - E[z]. Two all-reduces: the maximum, then all three sums together.
+    """
+    logits = _logits(hidden, weight, temperature, shard)
     largest = logits.amax(-1)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=shard.group)
     logits.sub_(largest.unsqueeze(-1))
-    local, is_local = _local_labels(labels_C, shard)
+    local, is_local = _local_labels(labels_L, shard)
     label_logit = logits.gather(-1, local).squeeze(-1).where(is_local, torch.zeros_like(largest))
     exp = logits.exp()
+    # a batched dot product: the elementwise product would be another [L, V] tensor
     weighted = (exp.unsqueeze(1) @ logits.unsqueeze(2)).flatten()
     sums = torch.stack([exp.sum(-1), weighted, label_logit])
     dist.all_reduce(sums, group=shard.group)
@@ -118,37 +128,37 @@ def _forward_chunk(
 
 def _gradient(
     log_p: Tensor,
-    labels_C: Tensor,
-    entropy_C: Tensor,
-    grad_log_probs_C: Tensor,
-    grad_entropy_C: Tensor | None,
+    labels_L: Tensor,
+    entropy_L: Tensor,
+    grad_log_probs_L: Tensor,
+    grad_entropy_L: Tensor | None,
     shard: VocabShard,
 ) -> Tensor:
-    """Gradient of the logits [C, V]: d log p / d z = onehot - p and d entropy / d z = -p (log p + entropy).
+    """Returns the gradient of the logits [L, V]; overwrites `log_p`.
 
-    Overwrites `log_p`.
+    d log p[label] / d z = onehot - p and d entropy / d z = -p (log p + entropy).
     """
-    if grad_entropy_C is None:
-        grad = log_p.exp_().mul_(-grad_log_probs_C.unsqueeze(-1))
+    if grad_entropy_L is None:
+        grad = log_p.exp_().mul_(-grad_log_probs_L.unsqueeze(-1))
     else:
-        slope = grad_log_probs_C.unsqueeze(-1) + grad_entropy_C.unsqueeze(-1) * (
-            log_p + entropy_C.unsqueeze(-1)
+        slope = grad_log_probs_L.unsqueeze(-1) + grad_entropy_L.unsqueeze(-1) * (
+            log_p + entropy_L.unsqueeze(-1)
         )
         grad = log_p.exp_().mul_(slope).neg_()
-    local, is_local = _local_labels(labels_C, shard)
-    return grad.scatter_add_(-1, local, (grad_log_probs_C * is_local).unsqueeze(-1))
+    local, is_local = _local_labels(labels_L, shard)
+    return grad.scatter_add_(-1, local, (grad_log_probs_L * is_local).unsqueeze(-1))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in place where their types allow it."""
+    """Adds left @ right to `total`, in place if their types allow it: bf16 products are summed in fp32."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
         total += left @ right
 
 
-def _local_labels(labels_C: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """(this rank's column of each label or 0, as [C, 1]; whether the label is this rank's)."""
-    local = labels_C - shard.first
+def _local_labels(labels_L: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Returns (this rank's column of each label or 0, [L, 1]; whether the label is this rank's, [L])."""
+    local = labels_L - shard.first
     is_local = (local >= 0) & (local < shard.size)
     return local.where(is_local, torch.zeros_like(local)).unsqueeze(-1), is_local

@@ -1,8 +1,16 @@
 """The optimizer and its learning-rate schedule, both megatron-core's."""
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
@@ -12,8 +20,8 @@ from megatron_bicc.config import Config
 
 def make_optimizer(
     config: Config, chunks: list[DistributedDataParallel], gloo_groups: bool = True
-) -> MegatronOptimizer:
-    """Adam over the chunks' data-parallel shards, with fp32 main weights where the model is bf16.
+) -> ChainedOptimizer:
+    """Returns AdamW over the chunks' data-parallel shards, with fp32 main weights if the model is bf16.
 
     gloo_groups: as given to `start_model_parallel`.
     """
@@ -43,8 +51,26 @@ def make_optimizer(
     return optimizer
 
 
+@torch.no_grad()
+def step_if(optimizer: ChainedOptimizer, check: Callable[[float], None]) -> float:
+    """Takes an optimizer step; returns the gradients' global norm before clipping. Collective.
+
+    The same as `optimizer.step()`, with a call of `check(norm)` in between: by then every parameter that the
+    optimizer steps on has its unclipped `grad`, and nothing has changed if `check` raises.
+    """
+    optimizer.prepare_grads()
+    norm = optimizer.get_grad_norm()
+    check(norm)
+    for part in optimizer.chained_optimizers:
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
+    return norm
+
+
 def _start_state(optimizer: torch.optim.Optimizer) -> None:
-    """Gives torch's AdamW the state that it would make at its first step.
+    """Creates the state of torch's AdamW, which torch would create at the first step.
 
     Without it megatron-core can neither save nor load a checkpoint before that step.
     """
@@ -54,10 +80,10 @@ def _start_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _load_steps(optimizer: DistributedOptimizer) -> None:
-    """Lets a checkpoint be loaded into torch's AdamW, whose count of steps is a tensor of each parameter.
+    """Makes a checkpoint loadable into torch's AdamW, which counts steps in a tensor per parameter.
 
-    megatron-core 0.16 looks for that count among the checkpoint's tensors, where it is not, and would give
-    all parameters one and the same tensor, which every one of them would then count up.
+    megatron-core 0.16 looks for that count among the checkpoint's tensors, where it is not stored, and would
+    share one tensor between all parameters, so that every one of them would increment it.
     """
     load = optimizer._set_main_param_and_optimizer_states
 
@@ -71,11 +97,11 @@ def _load_steps(optimizer: DistributedOptimizer) -> None:
 
 
 def make_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Warm-up, then the schedule of optimizer.schedule over the run's optimizer steps.
+    """Returns the learning-rate schedule: warm-up, then optimizer.schedule over the run's optimizer steps.
 
-    Update u of W of warm-up has u / W of the peak: update 1 must not waste its rollouts on a learning rate
-    of 0, as megatron-core's warm-up from 0 would. So the warm-up here starts at 1 / W, before update 1, and
-    ends W - 1 updates later. A decaying schedule reaches min_lr after the run's last update.
+    Update u of W warm-up updates has u / W of the peak. megatron-core's warm-up starts from 0, which would
+    waste the first update's rollouts; so it starts at 1 / W here and ends W - 1 updates later. A decaying
+    schedule reaches min_lr after the run's last update.
     """
     c = config.optimizer
     return OptimizerParamScheduler(

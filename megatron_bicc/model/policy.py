@@ -1,6 +1,6 @@
 """The policy in training: model chunks, optimizer, and a step's passes over packed micro-batches.
 
-Shape suffixes: N response rows of a micro-batch.
+Shape suffixes: A response rows of a micro-batch.
 """
 
 import logging
@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,27 +21,25 @@ from megatron.core.distributed import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn import Parameter
 from transformers import PretrainedConfig
 
 from megatron_bicc import device
+from megatron_bicc.collective import gathered
 from megatron_bicc.config import Config
 from megatron_bicc.errors import NotFiniteError
 from megatron_bicc.model.batch import PackedBatch
-from megatron_bicc.model.build import PolicyModel
-from megatron_bicc.model.families import describe, transformer_config
+from megatron_bicc.model.build import PolicyModel, build_modules, describe, transformer_config
 from megatron_bicc.model.gradient_sketch import GradientSketch, sketch_directions
-from megatron_bicc.model.optimizer import make_optimizer, make_scheduler
-from megatron_bicc.weights.hf_files import supported_config
-from megatron_bicc.weights.hf_mapping import rule_for
-from megatron_bicc.weights.hf_weights import is_finite, load_weights, not_finite
+from megatron_bicc.model.optimizer import make_optimizer, make_scheduler, step_if
 
 logger = logging.getLogger(__name__)
 
 
 def start_model_parallel(config: Config, gloo_groups: bool = True) -> None:
-    """Makes megatron-core's process groups and random states; once a process.
+    """Creates megatron-core's process groups and random states; once per process.
 
-    gloo_groups: whether data-parallel ranks get the gloo groups over which checkpoints are gathered.
+    gloo_groups: create the data-parallel gloo groups over which checkpoints are gathered.
     """
     parallel = config.parallel
     with device.megatron():
@@ -58,61 +56,65 @@ def start_model_parallel(config: Config, gloo_groups: bool = True) -> None:
         tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
 
 
-def build_modules(
-    megatron_config: TransformerConfig,
-    hf_config: PretrainedConfig,
-    temperature: float,
-    device: torch.device,
-) -> list[PolicyModel]:
-    """This rank's model chunks, one a virtual pipeline stage, without weights."""
-    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
-    stages: list[int | None] = [None] if virtual is None else list(range(virtual))
-    modules = [PolicyModel(megatron_config, hf_config, temperature, stage) for stage in stages]
-    return [module.to(device, megatron_config.params_dtype) for module in modules]
-
-
 def data_parallel(megatron_config: TransformerConfig, module: PolicyModel) -> DistributedDataParallel:
-    """A chunk with its parameters and fp32 gradients in buffers that data-parallel ranks share out.
+    """Wraps a chunk: parameters and fp32 gradients lie in buffers that are sharded over data-parallel ranks.
 
     The gradient of a weight is summed over all ranks that hold a copy of it: a dense weight's over the
     data-parallel group, an expert's over megatron-core's expert-data-parallel group.
     """
     for name, parameter in module.named_parameters():
-        if rule_for(name, first_layer=0).expert is not None:
-            # megatron-core sets it under expert parallel only, but without that, too, tensor-parallel ranks
-            # hold copies of the experts. The same under every layout: so are a checkpoint's entries.
+        if ".mlp.experts." in name:
+            # megatron-core marks experts under expert parallel only. Without it, tensor-parallel ranks hold
+            # copies of the experts too, and a checkpoint's entries must not depend on the layout.
             parameter.allreduce = False
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     return DistributedDataParallel(megatron_config, ddp, module)
 
 
+class WeightSource(Protocol):
+    """Where a new policy's weights come from; `weights.hf_weights.HfWeights` is a Hugging Face directory."""
+
+    def load(self, modules: list[PolicyModel]) -> None:
+        """Fills every parameter of this rank. Collective.
+
+        Raises UserError on every rank if a tensor is missing, misshapen or not finite on any.
+        """
+        ...
+
+    def named(self, module: PolicyModel) -> Iterator[tuple[tuple[str, ...], Parameter]]:
+        """Yields every parameter with the names of the tensors that it is made of, for messages."""
+        ...
+
+
 class Policy:
     """megatron-core model chunks of this rank under its data-parallel wrapper, and their optimizer."""
 
-    def __init__(self, config: Config) -> None:
-        """Builds the policy that `config` names and loads its weights.
+    def __init__(self, config: Config, hf_config: PretrainedConfig, source: WeightSource) -> None:
+        """Builds the policy that `hf_config` describes with the weights of `source`. Collective.
 
-        Raises UserError for an unsupported architecture or unreadable weights.
+        `weights.hf_weights.load_policy` makes one from model.path. Raises UserError for a layout that does
+        not fit the model, or weights that cannot be used.
         """
-        self.hf_config: PretrainedConfig = supported_config(config.model.path)
-        self.megatron_config = transformer_config(self.hf_config, config)
+        self.hf_config, self._source = hf_config, source
+        self.megatron_config = transformer_config(hf_config, config)
         self.megatron_config.finalize_model_grads_func = _sum_gradients
         if dist.get_rank() == 0:
-            logger.info(describe(self.hf_config))
+            logger.info(describe(hf_config))
         with device.megatron():
             self.modules = build_modules(
-                self.megatron_config, self.hf_config, config.rollout.temperature, device.device()
+                self.megatron_config, hf_config, config.rollout.temperature, device.device()
             )
-            self.directions = sketch_directions(self.hf_config.vocab_size, self.hf_config.hidden_size)
-            load_weights(self.modules, self.hf_config, config.model.path)
+            self.directions = sketch_directions(hf_config.vocab_size, hf_config.hidden_size)
+            # before the optimizer, which copies bf16 weights to its fp32 main weights
+            source.load(self.modules)
             self.chunks = [data_parallel(self.megatron_config, module) for module in self.modules]
             self.optimizer = make_optimizer(config, self.chunks)
             self.scheduler = make_scheduler(config, self.optimizer)
 
     def log_probs(self, batches: list[PackedBatch]) -> list[Tensor]:
-        """Forward pass: float32 [2, N] (log-probs, entropy) of every micro-batch.
+        """Runs a forward pass; returns float32 [2, A] (log-probs, entropy) of every micro-batch.
 
-        On the last pipeline stage; an empty list on the others.
+        The other pipeline stages than the last return an empty list.
         """
         found: dict[int, Tensor] = {}
 
@@ -127,11 +129,11 @@ class Policy:
     def accumulate_gradients(
         self, batches: list[PackedBatch], loss: Callable[[int, Tensor, Tensor], Tensor]
     ) -> tuple[float, list[Tensor]]:
-        """Forward and backward over all micro-batches.
+        """Runs forward and backward over all micro-batches.
 
-        `loss(index, log_probs_N, entropy_N)` is a micro-batch's share of the step's loss: shares and their
-        gradients are summed over micro-batches and data-parallel ranks, nothing is averaged. Returns this
-        rank's sum and the detached log-probs of every micro-batch (last pipeline stage; else 0 and []).
+        `loss(index, log_probs_A, entropy_A)` returns a micro-batch's share of the step's loss: shares and
+        their gradients are summed over micro-batches and data-parallel ranks, nothing is averaged. Returns
+        this rank's sum and the detached log-probs of every micro-batch (last pipeline stage; else 0 and []).
         """
         losses: dict[int, float] = {}
         found: dict[int, Tensor] = {}
@@ -147,7 +149,7 @@ class Policy:
 
     @contextmanager
     def gradient_sketch(self, num_groups: int) -> Iterator[GradientSketch]:
-        """What backward passes inside it add to the output layer's gradient, by group."""
+        """Yields the sketch of the output layer's gradient that backward passes in the block fill."""
         shard = self.modules[-1].vocab_shard()
         dtype = self.megatron_config.params_dtype
         sketch = GradientSketch(num_groups, self.directions, shard, dtype, device.device())
@@ -164,35 +166,34 @@ class Policy:
         self.optimizer.zero_grad()
 
     def update(self) -> float:
-        """One optimizer step with the accumulated gradients; returns their global norm before clipping.
+        """Takes one optimizer step with the accumulated gradients; returns their global norm before clipping.
 
         Raises NotFiniteError on every rank, before weights, optimizer or schedule are changed, if on any
         rank a gradient is not finite, or if the squares of all add up to more than float32 holds: the norm
         would be infinite, and so would Adam's second moment. Collective.
         """
         with device.megatron():
-            self._check_gradients()
-            _, grad_norm, _ = self.optimizer.step()
+            grad_norm = step_if(self.optimizer, self._check_gradients)
         self.scheduler.step(increment=1)
-        return float(grad_norm)
+        return grad_norm
 
     def check_weights(self) -> None:
         """Raises NotFiniteError on every rank if any rank holds a weight that is not finite. Collective."""
-        names = not_finite(self.modules, self.hf_config, lambda parameter: parameter)
+        names = self._not_finite(lambda parameter: parameter)
         if names:
             raise NotFiniteError(f"the policy's weights are not finite: {_listed(names)}")
 
     def learning_rate(self) -> float:
-        """Learning rate of the next optimizer step."""
+        """Returns the learning rate of the next optimizer step."""
         return self.optimizer.param_groups[0]["lr"]
 
     def host_copy(self) -> list[Tensor]:
-        """This rank's weights, copied to the host."""
+        """Returns a copy of this rank's weights on the host."""
         return [parameter.detach().to("cpu", copy=True) for parameter in self._all_parameters()]
 
     @contextmanager
     def weights(self, host_weights: list[Tensor]) -> Iterator[None]:
-        """Inside it the policy has other weights, such as the reference's `host_copy`; then its own again."""
+        """Gives the policy other weights in the block, a `host_copy` such as the reference's."""
         own = self.host_copy()
         self.set_weights(host_weights)
         try:
@@ -202,28 +203,39 @@ class Policy:
 
     @torch.no_grad()
     def set_weights(self, host_weights: list[Tensor]) -> None:
-        """Copies another policy's `host_copy` into this one; the optimizer's main weights stay."""
+        """Copies a `host_copy` into the policy; the optimizer's main weights are left as they are."""
         for parameter, weight in zip(self._all_parameters(), host_weights, strict=True):
             parameter.copy_(weight)
 
-    def _check_gradients(self) -> None:
-        """megatron-core 0.16 looks for gradients that are not finite only where there is a loss scaler."""
-        self.optimizer.prepare_grads()
-        norm = self.optimizer.get_grad_norm()
+    def _check_gradients(self, norm: float) -> None:
+        """Raises NotFiniteError on every rank. Collective. megatron-core checks under a loss scaler only."""
         own = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        # the norm leaves out what tensor-parallel ranks hold twice
-        good = math.isfinite(norm) and is_finite(*own)
-        everywhere = torch.tensor(int(good), device=device.device())
-        dist.all_reduce(everywhere, dist.ReduceOp.MIN)
-        if everywhere:
+        # The norm is not enough: it leaves out parameters that tensor-parallel ranks hold copies of.
+        if _on_all_ranks(math.isfinite(norm) and is_finite(*own)):
             return
-        names = not_finite(self.modules, self.hf_config, lambda parameter: parameter.main_grad)
+        names = self._not_finite(lambda parameter: parameter.main_grad)
         what = (
             f"the gradient is not finite: {_listed(names)}"
             if names
             else "the squares of the gradient's values add up to more than float32 holds"
         )
         raise NotFiniteError(f"{what}; weights and optimizer were left as they were")
+
+    @torch.no_grad()
+    def _not_finite(self, of: Callable[[Parameter], Tensor]) -> list[str]:
+        """Returns the names of the tensors of which `of(parameter)`, a weight or its gradient, holds NaN or
+        infinite values on any rank. Collective.
+        """
+        if _on_all_ranks(is_finite(*map(of, self._all_parameters()))):  # the usual case, in one pass
+            return []
+        own = [
+            name
+            for module in self.modules
+            for names, parameter in self._source.named(module)
+            if not is_finite(of(parameter))
+            for name in names
+        ]
+        return list(dict.fromkeys(name for names in gathered(own) for name in names))
 
     def _all_parameters(self) -> list[Tensor]:
         return [parameter for module in self.modules for parameter in module.parameters()]
@@ -234,7 +246,7 @@ class Policy:
         on_output: Callable[[int, Tensor], tuple[Tensor, Tensor, dict]],
         forward_only: bool,
     ) -> None:
-        """Megatron-core's schedule over the micro-batches; `on_output(index, output)` on the last stage."""
+        """Runs megatron-core's schedule over the micro-batches; the last stage calls `on_output`."""
         padding = self._schedule_padding(len(batches))
 
         def forward_step(numbered: Iterator[tuple[int, PackedBatch]], chunk: torch.nn.Module) -> Any:
@@ -255,7 +267,7 @@ class Policy:
             )
 
     def _schedule_padding(self, count: int) -> list[PackedBatch]:
-        """Empty micro-batches up to a multiple of the stages, which the interleaved schedule asks for."""
+        """Returns empty micro-batches: the interleaved schedule requires a multiple of the stages."""
         stages = self.megatron_config.pipeline_model_parallel_size if len(self.chunks) > 1 else 1
         rows = self.megatron_config.tensor_model_parallel_size
         return [PackedBatch.padding(rows, device.device())] * (-count % stages)
@@ -266,6 +278,23 @@ def _ignore(output: Tensor) -> tuple[Tensor, Tensor, dict]:
 
 
 _ONE = torch.ones((), dtype=torch.int)
+"""Number of tokens that megatron-core would divide by; losses are normalised before"""
+
+
+def is_finite(*tensors: Tensor) -> bool:
+    """Returns whether all values are finite, in one pass and without a copy; meta tensors count as finite.
+
+    aminmax propagates NaN, so the two extremes show any value that is not finite.
+    """
+    extremes = [torch.stack(torch.aminmax(x)).float() for x in tensors if x.numel() and not x.is_meta]
+    return not extremes or bool(torch.cat(extremes).isfinite().all())
+
+
+def _on_all_ranks(good: bool) -> bool:
+    """Returns whether `good` holds on every rank. Collective."""
+    everywhere = torch.tensor(int(good), device=device.device())
+    dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+    return bool(everywhere)
 
 
 def _listed(names: list[str]) -> str:
@@ -273,5 +302,5 @@ def _listed(names: list[str]) -> str:
 
 
 def _sum_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-    """Gradients are already weighted per token: megatron-core is not to divide by its own count."""
+    """Drops the token count: gradients are already normalised, so megatron-core must not divide by it."""
     finalize_model_grads(model, None, **kwargs)

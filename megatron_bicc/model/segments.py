@@ -1,12 +1,11 @@
-"""Short segments side by side, so that one call of the CPU's attention kernel computes many of them.
+"""Which rows see which keys: the segments of a variable-length attention call, and the CPU kernel's tiles.
 
-Shape suffixes: X rows of all segments, B segments of a tile, L rows that a tile has for each, H heads.
+A CUDA kernel takes all segments of a call at once, by their boundaries. The CPU kernel takes a batch of
+segments of one length, so short segments of about one length are padded and computed together, as a tile:
+profiled micro-batches of 144 segments take 8 calls, in a third (forward) to half (backward) of the time.
 
-Boundaries of a variable-length attention call.
-
-What every kernel of variable-length attention is called with.
-
-Shape suffixes: Q query rows, K key rows, H query heads, G key-value heads, D head dimension.
+Shape suffixes: N rows of a call, Q query rows, K key rows, H query heads, G key-value heads, C channels,
+S segments of a tile, L rows of each segment of a tile.
 """
 
 from collections import defaultdict
@@ -17,95 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LONGEST = 64
-"""Rows up to which segments share a tile; of a longer one, the copy costs more than a call of its own."""
-STEPS = 8
-"""Lengths are rounded up by at most 1 / STEPS, or to a multiple of STEPS."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where a tile's rows lie among all rows. Short segments are padded by copies of their last row."""
-
-    segments: int
-    """B"""
-    index: slice | Tensor
-    """int64 [B * L]"""
-    real: Tensor | None = None
-    """int64: which of the B * L are not padding; None with a slice, which has none"""
-    padding: Tensor | None = None
-    """int64: which are"""
-
-    def take(self, x_XH: Tensor) -> Tensor:
-        """[X, H, ...] -> [B, H, L, ...]: a view where the rows are a slice."""
-        taken = x_XH[self.index] if self.real is None else x_XH.index_select(0, self.index)
-        return taken.unflatten(0, (self.segments, -1)).transpose(1, 2)
-
-    def take_gradient(self, x_XH: Tensor) -> Tensor:
-        """Likewise, with zeros for the padding."""
-        if self.real is None:
-            return self.take(x_XH)
-        taken = x_XH.index_select(0, self.index).index_fill_(0, self.padding, 0.0)
-        return taken.unflatten(0, (self.segments, -1)).transpose(1, 2)
-
-    def put(self, target_XH: Tensor, x_BHL: Tensor) -> None:
-        """Writes [B, H, L, ...] to the rows that it belongs to; padding is left out."""
-        x = x_BHL.transpose(1, 2).flatten(0, 1)
-        if self.real is None:
-            target_XH[self.index] = x
-        else:
-            target_XH.index_copy_(0, self.index[self.real], x.index_select(0, self.real))
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Segments for one call of the kernel."""
-
-    q: Rows
-    k: Rows
-
-
-def make_tiles(segments: list[tuple[slice, slice]], causal: bool) -> list[Tile]:
-    """Tiles of segments, each given by its query rows and its keys.
-
-    Only causal segments are padded: there the copies come after every real row, which does not see them.
-    """
-    tiles, short = [], defaultdict(list)
-    for rows, keys in segments:
-        length = rows.stop - rows.start
-        if causal and length <= LONGEST:
-            short[_rounded_up(length)].append(rows)
-        else:
-            tiles.append(Tile(Rows(1, rows), Rows(1, keys)))
-    return tiles + [Tile(rows, rows) for rows in map(_padded, short.values(), short)]
-
-
-def _rounded_up(length: int) -> int:
-    step = max(STEPS, 2 ** (length.bit_length() - 1) // STEPS)
-    return -(-length // step) * step
-
-
-def _padded(segments: list[slice], length: int) -> Rows:
-    """Rows of `length` for every segment."""
-    first_B1 = np.array([[rows.start] for rows in segments])
-    last_B1 = np.array([[rows.stop - 1] for rows in segments])
-    index_BL = first_B1 + np.arange(length)
-    is_real = (index_BL <= last_B1).ravel()
-    parts = (np.minimum(index_BL, last_B1).ravel(), np.flatnonzero(is_real), np.flatnonzero(~is_real))
-    return Rows(len(segments), *map(torch.from_numpy, parts))
-
 
 @dataclass(frozen=True)
 class Segments:
-    """Boundaries on the host for CPU kernels, on the device for CUDA.
+    """Rows bounds_q[i]:bounds_q[i + 1] see no keys but bounds_k[i]:bounds_k[i + 1].
 
-    Rows bounds_q[i]:bounds_q[i + 1] attend to keys bounds_k[i]:bounds_k[i + 1].
+    The boundaries are on the host for CPU kernels and, as cumulative lengths, on the device for CUDA's.
     """
 
     bounds_q: list[int]
     bounds_k: list[int]
     causal: bool
-    """Row j of a segment sees its first j + 1 keys, and not all of them"""
+    """Row j of a segment sees only its first j + 1 keys"""
     cu_q: Tensor
     """int32 [segments + 1], on the device"""
     cu_k: Tensor
@@ -113,55 +35,138 @@ class Segments:
     max_q: int
     max_k: int
     keyless_rows: Tensor | None
-    """bool [queries]: rows whose segment has no keys; None where every segment has some"""
+    """bool [Q]: rows whose segment has no keys; None if every segment has some"""
 
     @classmethod
     def of_themselves(cls, cu: np.ndarray, device: torch.device) -> "Segments":
-        """Causal attention of segments to themselves; int32 cumulative lengths [segments + 1]."""
+        """Returns causal attention of each segment to itself; int32 cumulative lengths [segments + 1]."""
         lengths = np.diff(cu)
         cu = np.concatenate([[0], lengths[lengths > 0].cumsum()])
         return cls._make(cu, cu, True, device)
 
     @classmethod
     def across(cls, cu_q: np.ndarray, cu_k: np.ndarray, device: torch.device) -> "Segments":
-        """Every query of a segment to all its keys; int32 cumulative lengths [segments + 1] of both."""
+        """Returns attention of each segment's queries to all of its keys; int32 cumulative lengths of both."""
         return cls._make(cu_q, cu_k, False, device)
 
     @classmethod
     def _make(cls, cu_q: np.ndarray, cu_k: np.ndarray, causal: bool, device: torch.device) -> "Segments":
         q_lens, k_lens = np.diff(cu_q), np.diff(cu_k)
         keyless = np.repeat(k_lens == 0, q_lens)
-        to_device = lambda cu: torch.from_numpy(cu.astype(np.int32)).to(device)  # noqa: E731
         return cls(
             bounds_q=cu_q.tolist(),
             bounds_k=cu_k.tolist(),
             causal=causal,
-            cu_q=to_device(cu_q),
-            cu_k=to_device(cu_k),
+            cu_q=torch.from_numpy(cu_q.astype(np.int32)).to(device),
+            cu_k=torch.from_numpy(cu_k.astype(np.int32)).to(device),
             max_q=int(q_lens.max(initial=0)),
             max_k=int(k_lens.max(initial=0)),
             keyless_rows=torch.from_numpy(keyless).to(device) if keyless.any() else None,
         )
 
     def ranges(self) -> list[tuple[slice, slice]]:
-        """Query and key rows of every segment that has both."""
+        """Returns the query rows and key rows of every segment that has both."""
         q, k = self.bounds_q, self.bounds_k
         pairs = [(slice(*q[i : i + 2]), slice(*k[i : i + 2])) for i in range(len(q) - 1)]
         return [(rows, keys) for rows, keys in pairs if rows.stop > rows.start and keys.stop > keys.start]
 
     @cached_property
-    def tiles(self) -> list[Tile]:
+    def tiles(self) -> list["Tile"]:
         """The segments as the CPU kernel takes them; made once for all layers and passes."""
         return make_tiles(self.ranges(), self.causal)
 
 
 @dataclass(frozen=True)
 class VarlenCall:
-    """Attention in which the rows of a segment see keys of that segment alone."""
+    """A variable-length attention call: softmax(scale q k) v within each segment."""
 
-    q_QHD: Tensor
-    k_KGD: Tensor
-    v_KGD: Tensor
+    q_QHC: Tensor
+    k_KGC: Tensor
+    v_KGC: Tensor
     segments: Segments
     scale: float
-    """Factor on q k"""
+
+
+LONGEST = 64
+"""Rows up to which a segment shares a tile; copying a longer one costs more than a call of its own"""
+STEPS = 8
+"""Padding bounds: a length is rounded up by at most 1 / STEPS of it, or to a multiple of STEPS"""
+
+
+@dataclass(frozen=True)
+class TileRows:
+    """Where the rows of a tile's segments are among all rows of a call; all segments get the same length."""
+
+    segments: int
+    """S"""
+    index: slice | Tensor
+    """int64 [S * L]; padding repeats a segment's last row"""
+    real: Tensor | None = None
+    """int64: positions in `index` that are not padding; None with a slice, which has no padding"""
+    padding: Tensor | None = None
+    """int64: positions in `index` that are padding"""
+
+    def take(self, x_NH: Tensor) -> Tensor:
+        """Gathers [N, H, ...] -> [S, H, L, ...]; a view if the rows are a slice."""
+        taken = x_NH[self.index] if self.real is None else x_NH.index_select(0, self.index)
+        return taken.unflatten(0, (self.segments, -1)).transpose(1, 2)
+
+    def take_gradient(self, x_NH: Tensor) -> Tensor:
+        """Gathers an output's gradient, with zeros for the padding: a copied row must not count twice."""
+        if self.real is None:
+            return self.take(x_NH)
+        taken = x_NH.index_select(0, self.index).index_fill_(0, self.padding, 0.0)
+        return taken.unflatten(0, (self.segments, -1)).transpose(1, 2)
+
+    def put(self, target_NH: Tensor, x_SHL: Tensor) -> None:
+        """Scatters [S, H, L, ...] to its rows, without the padding."""
+        x = x_SHL.transpose(1, 2).flatten(0, 1)
+        if self.real is None:
+            target_NH[self.index] = x
+        else:
+            target_NH.index_copy_(0, self.index[self.real], x.index_select(0, self.real))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Segments that one call of the CPU kernel computes."""
+
+    q: TileRows
+    k: TileRows
+
+
+def make_tiles(segments: list[tuple[slice, slice]], causal: bool) -> list[Tile]:
+    """Returns tiles that cover the segments, each given by its query rows and its keys.
+
+    Only causal segments of their own rows are padded. Padding rows come last there, so the mask hides them
+    from every real row, and their own gradient is zero: neither values nor gradients of real rows change.
+    Without the mask a padded key would take a share of the softmax.
+    """
+    tiles, short = [], defaultdict(list)
+    for rows, keys in segments:
+        length = rows.stop - rows.start
+        if causal and length <= LONGEST:
+            short[_rounded_up(length)].append(rows)
+        else:
+            tiles.append(Tile(TileRows(1, rows), TileRows(1, keys)))
+    return tiles + [Tile(rows, rows) for rows in map(_padded, short.values(), short)]
+
+
+def _rounded_up(length: int) -> int:
+    """Returns the length that a segment is padded to: few different lengths make few, large tiles."""
+    step = max(STEPS, 2 ** (length.bit_length() - 1) // STEPS)
+    return -(-length // step) * step
+
+
+def _padded(segments: list[slice], length: int) -> TileRows:
+    """Returns a tile with `length` rows for every segment."""
+    first_S1 = np.array([[rows.start] for rows in segments])
+    last_S1 = np.array([[rows.stop - 1] for rows in segments])
+    index_SL = first_S1 + np.arange(length)
+    is_real = (index_SL <= last_S1).ravel()
+    return TileRows(
+        segments=len(segments),
+        index=torch.from_numpy(np.minimum(index_SL, last_S1).ravel()),
+        real=torch.from_numpy(np.flatnonzero(is_real)),
+        padding=torch.from_numpy(np.flatnonzero(~is_real)),
+    )

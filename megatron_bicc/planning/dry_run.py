@@ -1,4 +1,4 @@
-"""A run on paper: everything that its start-up would check, every rank's shard, and one packed step."""
+"""Dry run: everything that a run's start-up checks, every rank's shard, and one synthetic packed step."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,8 @@ from megatron_bicc.algorithms.presets import kl_warning
 from megatron_bicc.checkpoint.checkpoint import check_writable, checkpoints
 from megatron_bicc.checkpoint.resume import resume_point
 from megatron_bicc.config import Config
-from megatron_bicc.model.families import describe
-from megatron_bicc.planning.shards import Shard, build_shards
+from megatron_bicc.model.build import describe
+from megatron_bicc.planning.shards import Shard, build_shards, data_parallel_size
 from megatron_bicc.planning.synthetic import SyntheticStep, UnknownTokenizer, synthetic_step
 from megatron_bicc.rollout.local import check_names
 from megatron_bicc.startup import (
@@ -25,14 +25,14 @@ from megatron_bicc.startup import (
     read_tokenizer,
     warn_of_model,
 )
-from megatron_bicc.weights.hf_files import INDEX, SINGLE, HfTensors, SafetensorsDirectory, has_safetensors
+from megatron_bicc.weights.hf_files import INDEX, SINGLE
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a dry run found."""
+    """The results of a dry run."""
 
     config: Config
     """Resolved: presets filled in"""
@@ -41,39 +41,42 @@ class DryRun:
     shards: list[Shard]
     step: SyntheticStep
     unchecked: list[str]
-    """What could not be checked, and why: a line each"""
+    """One line for each thing that could not be checked, with the reason"""
 
     @property
     def data_parallel(self) -> int:
-        return self.world_size // (self.config.parallel.tensor * self.config.parallel.pipeline)
+        return data_parallel_size(self.config.parallel, self.world_size)
 
 
 def dry_run(config: Config, world_size: int) -> DryRun:
-    """Checks a run of `world_size` processes without starting any. Raises UserError, one line."""
+    """Checks a run of `world_size` processes without starting any.
+
+    Raises UserError, one line, for the first thing that the run's start-up would refuse.
+    """
     unchecked: list[str] = []
     config = check_settings(config)
     path = Path(config.model.path)
     tokenizer = tokenizer_or_estimate(config.model.path)
-    hf_config = check_policy(config)
+    hf_config, weights = check_policy(config)
     check_lengths(config, hf_config)
     warn_of_model(config, hf_config)
     if isinstance(tokenizer, UnknownTokenizer):
         unchecked.append(f"the tokenizer: {path} holds none; the headers' lengths are estimates")
     _check_prompts(config, tokenizer, unchecked)
     if config.rollout.engine == "sglang":
-        unchecked.append("rollout servers: none is started or asked")
-    weights = _weights(path, unchecked)
+        unchecked.append("rollout servers: none is started or contacted")
+    if weights is None:
+        unchecked.append(f"weights: {path} holds neither {SINGLE} nor {INDEX}")
     shards = build_shards(config, hf_config, world_size, weights=weights)
-    if weights is not None and config.rollout.engine == "local":
+    if config.rollout.engine == "local":
         with torch.device("meta"):
-            check_names(AutoModelForCausalLM.from_config(hf_config), weights)
-    data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
-    step = synthetic_step(config, hf_config, tokenizer, data_parallel)
+            check_names(AutoModelForCausalLM.from_config(hf_config), hf_config)
+    step = synthetic_step(config, hf_config, tokenizer, data_parallel_size(config.parallel, world_size))
     return DryRun(config, hf_config, world_size, shards, step, unchecked)
 
 
 def tokenizer_or_estimate(path: str) -> PreTrainedTokenizerBase | UnknownTokenizer:
-    """The model's tokenizer, or an estimate where its directory holds none. Raises UserError, one line."""
+    """Returns the model's tokenizer, or an estimate if there is none. Raises UserError, one line."""
     if any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
         return read_tokenizer(path)
     return UnknownTokenizer()
@@ -82,7 +85,7 @@ def tokenizer_or_estimate(path: str) -> PreTrainedTokenizerBase | UnknownTokeniz
 def _check_prompts(
     config: Config, tokenizer: PreTrainedTokenizerBase | UnknownTokenizer, unchecked: list[str]
 ) -> None:
-    """Training and held-out prompts, and what is resumed, as far as they can be read."""
+    """Reads prompts and compares the checkpoint to resume, as far as they are there."""
     train, heldout = config.data.train, config.evaluation.data
     if not train:
         unchecked.append("prompts: data.train is not set")
@@ -99,22 +102,15 @@ def _check_prompts(
 
 def _check_resume(inputs: Inputs, unchecked: list[str]) -> None:
     config = inputs.config
-    if (Path(config.output_dir) / "checkpoints").exists():  # if not, nothing is made on paper
+    if (Path(config.output_dir) / "checkpoints").exists():  # a dry run creates nothing
         check_writable(config.output_dir)
     found = resume_point(config, inputs.prompt_digests, inputs.collector, device.is_first())
     if found:
         unchecked.append(f"checkpoint: weights and optimizer in {found.path}")
 
 
-def _weights(path: Path, unchecked: list[str]) -> HfTensors | None:
-    if has_safetensors(path):
-        return SafetensorsDirectory(path)
-    unchecked.append(f"weights: {path} holds neither {SINGLE} nor {INDEX}")
-    return None
-
-
 def summary(found: DryRun) -> str:
-    """The findings as text: layout, distinct shards, the synthetic step, what was not checked, warnings."""
+    """Formats the results: layout, distinct shards, the synthetic step, what was not checked, warnings."""
     lines = [*_layout_lines(found), *_shard_lines(found.shards), *_step_lines(found)]
     lines += [f"not checked: {line}" for line in found.unchecked]
     warning = kl_warning(found.config.loss)
@@ -134,8 +130,8 @@ def _layout_lines(found: DryRun) -> list[str]:
 
 
 def _shard_lines(shards: list[Shard]) -> list[str]:
-    """A line for every pipeline stage; its ranks differ at most in the sizes of their optimizer's share."""
-    lines = [f"{len(shards)} distinct shards, of these on each pipeline stage (GB = 1e9 bytes a rank):"]
+    """Formats one line per pipeline stage: its ranks differ by their optimizer's share at most."""
+    lines = [f"{len(shards)} distinct shards, of these on each pipeline stage (GB = 1e9 bytes per rank):"]
     for stage in sorted({shard.pipeline_rank for shard in shards}):
         own = [shard for shard in shards if shard.pipeline_rank == stage]
         worst = max(own, key=lambda shard: shard.total_bytes)
@@ -148,7 +144,7 @@ def _shard_lines(shards: list[Shard]) -> list[str]:
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:
-    """1-5, 21 for the numbers of two runs of layers."""
+    """Formats layer numbers as ranges, such as 1-5, 21."""
     starts = [n for n in numbers if n - 1 not in numbers]
     stops = [n for n in numbers if n + 1 not in numbers]
     pairs = zip(starts, stops, strict=True)
@@ -163,11 +159,10 @@ def _step_lines(found: DryRun) -> list[str]:
         f"{step.prompt_tokens:,} prompt and {step.response_tokens:,} response tokens"
     ]
     for number, update in enumerate(step.updates, 1):
-        for conditioned, plan in update.trained.items():
-            name = "bilateral" if conditioned else "plain"
+        for layout, plan in update.trained.items():
             lines.append(
-                f"  update {number}, {name}: {plan.stats['tokens_packed']:,} rows instead of "
-                f"{plan.stats['tokens_rows']:,}, micro-batches a data-parallel rank: {len(plan.ranks[0])}, "
+                f"  update {number}, {layout}: {plan.stats['tokens_packed']:,} rows instead of "
+                f"{plan.stats['tokens_rows']:,}, micro-batches per data-parallel rank: {len(plan.ranks[0])}, "
                 f"{plan.stats['fill']:.0%} full, imbalance {plan.stats['imbalance']:.2f}"
             )
     return lines

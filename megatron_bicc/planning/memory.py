@@ -1,13 +1,7 @@
-"""What GPUs and the links between them can do.
+"""Peak memory of a rank, from the sizes of the policy and what its layers save for the backward pass.
 
-The sizes of a policy that memory and work depend on.
-
-Bytes that the forward pass of a micro-batch keeps for its backward pass, on one rank.
-
-Counted term by term over what the layers save; tests compare with the storages of a real forward pass.
-Names of sizes follow `Sizes`; all are of one rank where tensor parallel cuts them.
-
-Memory of the fullest rank at its fullest moment, and what a rollout server beside it may take.
+Saved bytes are counted term by term; tests compare them with the storages of a real forward pass. Sizes have
+the names of `Sizes`; all are of one rank where tensor parallel cuts them.
 """
 
 from dataclasses import dataclass
@@ -23,17 +17,17 @@ from megatron_bicc.planning.shards import Shard
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. Rates are peaks, of one direction where there are two."""
+    """One GPU. Rates are peaks, per direction."""
 
     name: str
     memory_bytes: float
-    """That CUDA reports"""
+    """As CUDA reports it"""
     bf16_flops: float
-    """Dense, a second"""
+    """Dense FLOP/s"""
     memory_bandwidth: float
-    """Bytes a second"""
+    """Bytes/s"""
     nvlink: float
-    """Bytes a second to the other GPUs of its host"""
+    """Bytes/s to the other GPUs of its host"""
 
 
 GIB = 2**30
@@ -53,14 +47,14 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines of a plan, and what of their peaks a run is supposed to reach."""
+    """The machines of a plan, and the share of their peak rates that a run is assumed to reach."""
 
     gpu: Gpu
     gpus_per_host: int = 8
     network: float = 50e9
-    """Bytes a second of a GPU to another host: 400 Gb/s"""
+    """Bytes/s from a GPU to another host: 400 Gb/s"""
     sync_link: float = 50e9
-    """Bytes a second from the trainer to the rollout servers, all ranks together"""
+    """Bytes/s from the trainer to the rollout servers, all ranks together"""
     compute_efficiency: float = 0.40
     """Share of bf16_flops that matrix products reach; NVIDIA reports 0.4 to 0.5 for dense training on H100"""
     link_efficiency: float = 0.8
@@ -68,7 +62,7 @@ class Cluster:
     decode_efficiency: float = 0.6
     """Share of the memory bandwidth that generation reaches"""
     reserve_bytes: float = 4e9
-    """CUDA's context, NCCL's buffers, and what the allocator cannot use"""
+    """CUDA context, NCCL buffers and fragmentation"""
 
 
 @dataclass(frozen=True)
@@ -82,7 +76,7 @@ class Sizes:
     """Key-value heads"""
     head_dim: int
     ffn: int
-    """Of the MLP, or of one expert"""
+    """Inner size of an MLP, or of one expert"""
     experts: int
     """0 for a dense model"""
     experts_a_token: int
@@ -92,7 +86,7 @@ class Sizes:
 
     @classmethod
     def of(cls, hf_config: PretrainedConfig) -> "Sizes":
-        """From a supported Hugging Face configuration. Raises UserError for another."""
+        """Reads a Hugging Face configuration. Raises UserError if it is not supported."""
         family = family_of(hf_config)
         return cls(
             layers=hf_config.num_hidden_layers,
@@ -110,14 +104,14 @@ class Sizes:
 
     @property
     def products_a_layer(self) -> int:
-        """Weights that a token is multiplied with in a layer, of its own experts alone."""
+        """Weights of a layer that a token is multiplied with: of the experts, only those it is routed to."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
         mlps = self.experts_a_token or 1
         return attention + 3 * self.hidden * self.ffn * mlps + self.hidden * self.experts
 
     @property
     def parameters(self) -> int:
-        """Elements of all matrices; norms and biases are left out."""
+        """Elements of all matrices, without norms and biases."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
         mlp = 3 * self.hidden * self.ffn * (self.experts or 1) + self.hidden * self.experts
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
@@ -125,31 +119,36 @@ class Sizes:
 
     @property
     def kv_bytes_a_token(self) -> int:
-        """Keys and values of a token in bf16, all layers."""
+        """Bytes of a token's keys and values in bf16, all layers."""
         return 2 * 2 * self.layers * self.groups * self.head_dim
 
 
+def element_bytes(config: Config) -> int:
+    """Returns the bytes of an element of the policy's weights and activations."""
+    return 4 if config.model.dtype == "float32" else 2
+
+
 Norms = Literal["fused", "composite"]
-"""fused: CUDA's norm keeps its input; composite: torch's on a CPU keeps two fp32 tensors of that size."""
+"""fused: CUDA's norm saves its input; composite: torch's on a CPU saves two fp32 tensors of that size"""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes kept for a micro-batch of so many rows."""
+    """Bytes that a micro-batch's forward pass saves for its backward pass, on one rank."""
 
     layer: int
-    """By a layer, until its backward pass, under model.recompute"""
+    """Per layer, under model.recompute"""
     layer_whole: int
-    """By a layer whose forward pass was just computed again: the same without recompute"""
+    """Per layer without recompute: also of a layer whose forward pass has just been recomputed"""
     first_stage: int
-    """Beside the layers, on the first pipeline stage"""
+    """In addition to the layers, on the first pipeline stage"""
     last_stage: int
-    """Beside the layers and without logits, on the last"""
+    """In addition to the layers, on the last pipeline stage; without logits"""
 
 
 def saved_bytes(sizes: Sizes, config: Config, rows: int, response_rows: int, norms: Norms = "fused") -> Saved:
-    """What a micro-batch keeps. Experts are supposed to be evenly loaded."""
-    element = 4 if config.model.dtype == "float32" else 2
+    """Returns what a micro-batch of `rows` rows saves. Assumes evenly loaded experts."""
+    element = element_bytes(config)
     shares = config.parallel.tensor if config.parallel.sequence else 1
     own_rows = rows // shares
     norm = _norm(sizes.hidden, element, norms)
@@ -165,13 +164,13 @@ def saved_bytes(sizes: Sizes, config: Config, rows: int, response_rows: int, nor
 
 
 def _norm(size: int, element: int, norms: Norms) -> int:
-    """A norm's input and its statistic, a row."""
+    """Bytes per row: a norm's input and its statistic."""
     return (8 if norms == "composite" else element) * size + 4
 
 
 def _attention(sizes: Sizes, config: Config, element: int, norms: Norms) -> int:
-    """A row's queries, keys and values before and after the rotary embedding, its cosines and sines, the
-    output, which is also the next product's input, and the log-sum-exp."""
+    """Bytes per row: queries, keys and values before and after the rotary embedding, its cosines and sines,
+    the output, which is also the next product's input, and the log-sum-exp."""
     heads, groups = sizes.heads // config.parallel.tensor, sizes.groups // config.parallel.tensor
     mixed = (heads + 2 * groups) * sizes.head_dim
     rotated = (heads + groups) * sizes.head_dim
@@ -183,8 +182,8 @@ def _attention(sizes: Sizes, config: Config, element: int, norms: Norms) -> int:
 
 
 def _mlp(sizes: Sizes, config: Config, rows: int, element: int) -> int:
-    """Gate and up in one tensor, silu's result, up's copy, their product: five widths. With experts, that and
-    the expert's input and output for every row that is routed here."""
+    """Bytes of all rows: gate and up in one tensor, silu's result, up's copy, their product: five widths.
+    With experts, that and the expert's input and output for every row that is routed to this rank."""
     if not sizes.experts:
         return rows * element * 5 * sizes.ffn // config.parallel.tensor
     routed = rows // (config.parallel.tensor if config.parallel.sequence else 1) * sizes.experts_a_token
@@ -192,41 +191,41 @@ def _mlp(sizes: Sizes, config: Config, rows: int, element: int) -> int:
 
 
 LOGITS_COPIES = 3
-"""fp32 tensors of a chunk of logits that live at once in VocabParallelLogProbs"""
+"""fp32 tensors of a chunk's logits that VocabParallelLogProbs holds at once"""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank."""
+    """Bytes on one rank."""
 
     pipeline_rank: int
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    """Of all micro-batches in flight, and of the layer that is computed again"""
+    """Saved by all micro-batches in flight, and by the layer that is being recomputed"""
     logits: int
-    """The chunk in work, with the output layer's gradient; last pipeline stage only"""
+    """One chunk, and the output layer's gradient; last pipeline stage only"""
     sync_bucket: int
-    """A bucket of whole tensors on its way to the rollout servers"""
+    """A bucket of whole tensors that is sent to the rollout servers"""
     reserve: int
 
     @property
     def state(self) -> int:
-        """What is there all the time."""
+        """What is allocated all the time."""
         return self.weights + self.gradients + self.optimizer + self.reserve
 
     @property
     def peak(self) -> int:
-        """While training or while weights are sent, whichever is more."""
+        """Maximum over training and sending weights."""
         return self.state + max(self.activations + self.logits, self.sync_bucket)
 
 
 def in_flight(config: Config, micro_batches: int, stage: int) -> float:
-    """Micro-batches whose activations a stage holds at once, in units of all its layers.
+    """Returns how many micro-batches' activations a stage holds at once, in units of all its layers.
 
-    megatron-core's 1F1B: its distance from the end; interleaved: chunks warm up twice as far, and round by
-    round.
+    megatron-core's 1F1B: one per stage from here to the last. Interleaved: two per later stage for the first
+    chunk's warm-up, and a round of all stages for each further chunk.
     """
     p = config.parallel
     if p.virtual_pipeline == 1:
@@ -236,7 +235,7 @@ def in_flight(config: Config, micro_batches: int, stage: int) -> float:
 
 
 def memory_of(shard: Shard, sizes: Sizes, config: Config, micro_batches: int, cluster: Cluster) -> Memory:
-    """A rank's memory with full micro-batches, all of whose rows are responses."""
+    """Returns a rank's memory, assuming full micro-batches of response rows only."""
     c, stage = config.parallel, shard.pipeline_rank
     rows = config.train.max_tokens_per_microbatch
     saved = saved_bytes(sizes, config, rows, rows)
@@ -256,34 +255,34 @@ def memory_of(shard: Shard, sizes: Sizes, config: Config, micro_batches: int, cl
 
 
 def _logits(sizes: Sizes, config: Config, rows: int) -> int:
-    """A chunk's logits, and the output layer's gradient: summed in fp32, then in the weights' type."""
+    """Bytes of a chunk's logits, and of the output layer's gradient in fp32 and in the weights' type."""
     vocabulary = -(-sizes.vocabulary // config.parallel.tensor)
     chunk = min(rows, max(1, CHUNK_ELEMENTS // vocabulary)) * vocabulary
-    element = 4 if config.model.dtype == "float32" else 2
+    element = element_bytes(config)
     return 4 * LOGITS_COPIES * chunk + vocabulary * sizes.hidden * (4 + element)
 
 
 def _sync_bucket(sizes: Sizes, config: Config) -> int:
-    """A bucket, or the largest whole tensor with the parts that it is gathered from."""
-    element = 4 if config.model.dtype == "float32" else 2
+    """Bytes of a bucket, or of the largest whole tensor and the parts that it is gathered from."""
+    element = element_bytes(config)
     largest = element * sizes.hidden * max(sizes.vocabulary, 2 * sizes.ffn)
     return int(max(config.weight_sync.bucket_mb * 2**20, largest)) + largest
 
 
 @dataclass(frozen=True)
 class KvSpace:
-    """Room for SGLang's keys and values on the policy's own GPUs while it generates."""
+    """Room for SGLang's KV cache on the policy's own GPUs while it generates."""
 
     server_weights: int
-    """Bytes of SGLang's weights on a GPU"""
+    """Bytes of SGLang's weights per GPU"""
     bytes: int
-    """Left on a GPU beside the policy's state and SGLang's weights; negative: it does not fit"""
+    """Left on a GPU after the policy's state and SGLang's weights; negative if these do not fit"""
     tokens: int
-    """That as many tokens of one server's requests"""
+    """Tokens of one server's requests that fit in it"""
 
 
 def kv_space(fullest: Memory, sizes: Sizes, cluster: Cluster, server_gpus: int) -> KvSpace:
-    """What a server over `server_gpus` GPUs finds beside a policy that keeps all of its state there."""
+    """Returns the room of a server of `server_gpus` GPUs next to a policy whose state stays on them."""
     weights = 2 * sizes.parameters // server_gpus
     left = int(cluster.gpu.memory_bytes) - fullest.state - weights
     return KvSpace(weights, left, max(0, left) * server_gpus // sizes.kv_bytes_a_token)

@@ -1,28 +1,33 @@
-"""A configuration on a cluster: whether it fits, and the time of a step under stated assumptions.
+"""Plans a configuration on a cluster: memory and step time under stated assumptions, and layouts that fit.
 
-A plan as text, as JSON, and as a picture.
+A plan is printed as text, written as JSON, and drawn.
 """
 
+import copy
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from megatron_bicc.config import Config
+from megatron_bicc.config import Config, ParallelConfig, check_processes
+from megatron_bicc.errors import UserError
+from megatron_bicc.model.families import check_layout
 from megatron_bicc.planning.memory import Cluster, KvSpace, Memory, Sizes, kv_space, memory_of
-from megatron_bicc.planning.shards import Shard, build_shards
-from megatron_bicc.planning.synthetic import SyntheticStep
+from megatron_bicc.planning.shards import Shard, build_shards, data_parallel_size
+from megatron_bicc.planning.synthetic import SyntheticStep, UnknownTokenizer, synthetic_step
 from megatron_bicc.planning.work import Traffic, step_flops, traffic_of, work_of
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of a step, in the order in which they pass; nothing overlaps."""
+    """Seconds of a step, in the order of its phases; assumes that nothing overlaps."""
 
     rollout: float
     compute: float
-    """Log-probs and training, the pipeline's idle time included"""
+    """Log-probs and training, with the pipeline's idle time"""
     tensor_traffic: float
     pipeline_traffic: float
     expert_traffic: float
@@ -36,12 +41,12 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the shared-prefix layout saves."""
+    """Rows with and without the shared-prefix layout."""
 
     packed: int
-    """Rows that are trained"""
+    """Rows that a step trains"""
     one_row_a_response: int
-    """Rows that the same training takes where each response has a prefix of its own"""
+    """Rows that the same training takes if each response has its own copy of the prefix"""
 
     @property
     def saved(self) -> int:
@@ -50,20 +55,20 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a configuration costs on a cluster."""
+    """Costs of a configuration on a cluster."""
 
     config: Config
     world_size: int
     cluster: Cluster
     parameters: int
     ranks: list[Memory]
-    """The first and the last pipeline stage's"""
+    """Of the first and the last pipeline stage"""
     micro_batches: int
-    """That a data-parallel rank trains in an update"""
+    """Per data-parallel rank and update"""
     bubble: float
-    """Share of the pipeline's time that it idles"""
+    """Idle share of the pipeline's time"""
     flops: int
-    """Of a data-parallel replica, a step"""
+    """Per data-parallel replica and step"""
     traffic: Traffic
     tokens: Tokens
     kv: KvSpace
@@ -71,7 +76,7 @@ class Plan:
 
     @property
     def data_parallel(self) -> int:
-        return self.world_size // (self.config.parallel.tensor * self.config.parallel.pipeline)
+        return data_parallel_size(self.config.parallel, self.world_size)
 
     @property
     def fullest(self) -> Memory:
@@ -93,13 +98,8 @@ def make_plan(
 ) -> Plan:
     """Plans a resolved configuration.
 
-    Args:
-        step: packed for the configuration's data-parallel size.
-        server_gpus: GPUs of one rollout server.
-        shards: those of the first and the last rank, where the caller has them.
-
-    Raises:
-        ValueError: the layout is not possible.
+    step: packed for the configuration's data-parallel size. server_gpus: GPUs of one rollout server. shards:
+    those of the first and the last rank, if the caller has them. Raises UserError for an impossible layout.
     """
     sizes = Sizes.of(hf_config)
     shards = shards or build_shards(config, hf_config, world_size, ranks=(0, world_size - 1))
@@ -107,7 +107,7 @@ def make_plan(
     micro_batches = max(sum(len(plan.ranks[0]) for plan in u.trained.values()) for u in step.updates)
     ranks = [memory_of(shard, sizes, config, micro_batches, cluster) for shard in shards]
     idle = (p.pipeline - 1) / p.virtual_pipeline
-    data_parallel = world_size // (p.tensor * p.pipeline)
+    data_parallel = data_parallel_size(p, world_size)
     traffic = traffic_of(sizes, config, work, shards[0], data_parallel, len(step.updates))
     flops = step_flops(sizes, config, work)
     bubble = idle / (micro_batches + idle)
@@ -163,8 +163,11 @@ def _rollout(
     cluster: Cluster,
     server_gpus: int,
 ) -> float:
-    """Generation on as many GPUs as train: every token of a server reads the weights once for all requests in
-    flight, and each request its own keys and values; the longest response decides how many tokens that is."""
+    """Returns seconds of generation on as many GPUs as train.
+
+    Decoding is bound by memory: each step of a server reads the weights once, and the keys and values of
+    every request. The longest response sets the number of steps.
+    """
     servers = max(1, world_size // server_gpus)
     rollouts = config.rollout.prompts_per_step * config.rollout.group_size
     batch = -(-rollouts // servers)
@@ -175,12 +178,80 @@ def _rollout(
     return step.longest_response * read / bandwidth
 
 
+MAX_PIPELINE = 16
+CHUNKS = (1, 2, 4, 5)
+"""Virtual pipeline sizes to try"""
+WEIGHT_AND_GRADIENT_BYTES = 6
+"""bf16 weight and fp32 gradient: the minimum per parameter of a rank's shard"""
+
+
+def propose(
+    config: Config,
+    hf_config: PretrainedConfig,
+    world_size: int,
+    cluster: Cluster,
+    server_gpus: int,
+    tokenizer: PreTrainedTokenizerBase | UnknownTokenizer,
+) -> list[Plan]:
+    """Plans every layout that a run's start-up accepts; returns those that fit, the shortest step first.
+
+    Tensor parallel stays within a host and is always used with sequence parallel. All settings but `parallel`
+    and `model.recompute` are those of `config`, which must be resolved.
+    """
+    shards: dict[tuple[int, int, int], list[Shard]] = {}
+    steps: dict[tuple[int, int], SyntheticStep] = {}
+    plans = []
+    for parallel in _layouts(hf_config, world_size, cluster):
+        trial = copy.deepcopy(config)
+        trial.parallel = parallel
+        place = (parallel.tensor, parallel.pipeline, parallel.expert)
+        if place not in shards:
+            shards[place] = build_shards(trial, hf_config, world_size, ranks=(0, world_size - 1))
+        data = data_parallel_size(parallel, world_size)
+        if (parallel.tensor, data) not in steps:
+            steps[parallel.tensor, data] = synthetic_step(trial, hf_config, tokenizer, data)
+        for recompute in ("none", "selective", "full"):
+            trial = copy.deepcopy(trial)
+            trial.model.recompute = recompute
+            step = steps[parallel.tensor, data]
+            plans.append(make_plan(trial, hf_config, world_size, step, cluster, server_gpus, shards[place]))
+    return sorted((plan for plan in plans if plan.fits), key=lambda plan: plan.seconds.step)
+
+
+def _layouts(hf_config: PretrainedConfig, world_size: int, cluster: Cluster) -> Iterator[ParallelConfig]:
+    sizes = Sizes.of(hf_config)
+    tensors = _powers_of_two(min(cluster.gpus_per_host, world_size))
+    pipelines = [n for n in range(1, MAX_PIPELINE + 1) if sizes.layers % n == 0]
+    experts = _powers_of_two(sizes.experts or 1)
+    for tensor, pipeline, expert, chunks in product(tensors, pipelines, experts, CHUNKS):
+        parallel = ParallelConfig(
+            tensor=tensor, sequence=tensor > 1, pipeline=pipeline, virtual_pipeline=chunks, expert=expert
+        )
+        ways = tensor * pipeline * (expert if sizes.experts else 1)
+        too_large = WEIGHT_AND_GRADIENT_BYTES * sizes.parameters / ways > cluster.gpu.memory_bytes
+        if not too_large and _is_possible(hf_config, parallel, world_size):
+            yield parallel
+
+
+def _is_possible(hf_config: PretrainedConfig, parallel: ParallelConfig, world_size: int) -> bool:
+    try:
+        check_processes(parallel, world_size)
+        check_layout(hf_config, parallel)
+    except UserError:
+        return False
+    return True
+
+
+def _powers_of_two(largest: int) -> list[int]:
+    return [2**i for i in range(largest.bit_length())]
+
+
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "reserve", "activations", "logits")
 GB = 1e9
 
 
 def layout_name(plan: Plan) -> str:
-    """TP 8 SP, PP 4 x 2, DP 2, recompute full."""
+    """Formats a layout, such as TP 8 SP, PP 4 x 2, DP 2, recompute full."""
     p = plan.config.parallel
     sequence = " SP" if p.sequence else ""
     chunks = f" x {p.virtual_pipeline}" if p.virtual_pipeline > 1 else ""
@@ -193,27 +264,27 @@ def layout_name(plan: Plan) -> str:
 
 
 def as_text(plan: Plan) -> str:
-    """Everything about one plan, with its assumptions."""
+    """Formats one plan with its assumptions."""
     seconds, traffic, kv = plan.seconds, plan.traffic, plan.kv
     gpu = plan.cluster.gpu
     lines = [
         f"{plan.world_size} x {gpu.name}: {layout_name(plan)}: "
         f"{'fits' if plan.fits else 'DOES NOT FIT'} in {gpu.memory_bytes / GB:.1f} GB",
         "",
-        "memory of a rank, GB    " + "".join(f"stage {m.pipeline_rank:<8}" for m in plan.ranks),
+        "memory per rank, GB     " + "".join(f"stage {m.pipeline_rank:<8}" for m in plan.ranks),
     ]
     for part in (*MEMORY_PARTS, "peak", "sync_bucket"):
         values = "".join(f"{getattr(m, part) / GB:<14.2f}" for m in plan.ranks)
         lines.append(f"  {part.replace('_', ' '):<22}{values}")
     lines += [
-        f"  left for colocated SGLang: {kv.bytes / GB:.1f} GB a GPU beside its weights of "
-        f"{kv.server_weights / GB:.1f} GB: {kv.tokens:,} tokens a server",
+        f"  left for colocated SGLang: {kv.bytes / GB:.1f} GB per GPU in addition to its weights "
+        f"of {kv.server_weights / GB:.1f} GB: {kv.tokens:,} tokens per server",
         "",
-        f"micro-batches an update  {plan.micro_batches}, pipeline idle {plan.bubble:.1%}",
+        f"micro-batches/update     {plan.micro_batches}, pipeline idle {plan.bubble:.1%}",
         f"rows trained             {plan.tokens.packed:,} instead of {plan.tokens.one_row_a_response:,}: "
         f"{plan.tokens.saved:,} saved by shared prefixes",
-        f"FLOPs a replica          {plan.flops:.3e}",
-        f"GB that a rank sends     tensor {traffic.tensor / GB:,.1f}, pipeline {traffic.pipeline / GB:,.1f}, "
+        f"FLOPs/replica            {plan.flops:.3e}",
+        f"GB sent per rank         tensor {traffic.tensor / GB:,.1f}, pipeline {traffic.pipeline / GB:,.1f}, "
         f"expert {traffic.expert / GB:,.1f}, data {traffic.data / GB:,.1f}",
         f"weight sync              {traffic.sync / GB:,.1f} GB, {seconds.sync:.1f} s",
         "",
@@ -228,25 +299,25 @@ def as_text(plan: Plan) -> str:
 
 
 def assumptions(plan: Plan) -> list[str]:
-    """What the figures rest on and nobody has measured."""
+    """Returns the assumptions behind the figures; none of them has been measured."""
     c, s = plan.cluster, plan.config.synthetic
     return [
         f"matrix products reach {c.compute_efficiency:.0%} of {c.gpu.bf16_flops / 1e12:.0f} TFLOP/s; "
         f"links {c.link_efficiency:.0%} of NVLink's {c.gpu.nvlink / GB:.0f} GB/s and of "
-        f"{c.network / GB:.1f} GB/s a GPU between hosts; nothing overlaps",
+        f"{c.network / GB:.1f} GB/s per GPU between hosts; nothing overlaps",
         f"generation reads weights and keys at {c.decode_efficiency:.0%} of "
         f"{c.gpu.memory_bandwidth / 1e12:.2f} TB/s, on as many GPUs as train, until the longest "
         "response ends",
         f"weights go to the servers at {c.sync_link / GB:.1f} GB/s",
-        f"{c.reserve_bytes / GB:.0f} GB a GPU for CUDA, NCCL and fragmentation",
+        f"{c.reserve_bytes / GB:.0f} GB per GPU for CUDA, NCCL and fragmentation",
         "micro-batches are full and all of their rows are responses; CUDA's fused norms",
         f"lengths are log-normal, pass rate {s.pass_rate}: see the section synthetic of the settings",
     ]
 
 
 def proposals(plans: list[Plan]) -> str:
-    """A line a layout."""
-    lines = [f"{'s a step':>9} {'peak GB':>8} {'idle':>6}  layout"]
+    """Formats one line per layout."""
+    lines = [f"{'s/step':>9} {'peak GB':>8} {'idle':>6}  layout"]
     for plan in plans:
         lines.append(
             f"{plan.seconds.step:9.0f} {plan.fullest.peak / GB:8.1f} {plan.bubble:6.1%}  {layout_name(plan)}"
@@ -255,7 +326,7 @@ def proposals(plans: list[Plan]) -> str:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Every figure; bytes, seconds and counts."""
+    """Returns every figure; bytes, seconds and counts."""
     return {
         "layout": layout_name(plan),
         "world_size": plan.world_size,
@@ -278,27 +349,24 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def draw(plans: list[Plan], path: Path) -> None:
-    """Memory of the fullest rank and time of a step of each plan, as stacked bars, the first at the top."""
-    # Imported late: the drawing library takes seconds.
+    """Draws memory of the fullest rank and step time of each plan as stacked bars, the first at the top."""
+    # Imported here: matplotlib takes seconds to import.
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(13, 1.6 + 0.45 * len(plans)), sharey=True, layout="constrained"
     )
     names = [layout_name(plan) for plan in plans]
-    _stack(left, names, [{part: _of(plan.fullest, part) / GB for part in MEMORY_PARTS} for plan in plans])
+    memory = [{part: getattr(plan.fullest, part) / GB for part in MEMORY_PARTS} for plan in plans]
+    _stack(left, names, memory)
     _stack(right, names, [{k.replace("_", " "): v for k, v in vars(plan.seconds).items()} for plan in plans])
     gpu = plans[0].cluster.gpu
     left.axvline(gpu.memory_bytes / GB, color="black", linestyle="--")
-    left.set_title(f"GB on the fullest of {plans[0].world_size} {gpu.name} (dashed: all it has)")
-    right.set_title("seconds a step")
+    left.set_title(f"GB on the fullest of {plans[0].world_size} {gpu.name} (dashed: capacity)")
+    right.set_title("seconds per step")
     left.invert_yaxis()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
-
-
-def _of(memory: Memory, part: str) -> int:
-    return getattr(memory, part)
 
 
 def _stack(axes: Any, names: list[str], parts: list[dict[str, float]]) -> None:

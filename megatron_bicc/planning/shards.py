@@ -1,7 +1,4 @@
-"""One rank of a job of any size in this process alone: no other processes, no data, nothing computed.
-
-Every rank's part of the policy, built by the classes that a run uses, on the meta device.
-"""
+"""Every rank's shard of the policy, built on the meta device in one process by the classes that a run uses."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,20 +17,20 @@ from transformers import PretrainedConfig
 from megatron_bicc.config import Config, ParallelConfig
 from megatron_bicc.device_cpu import CudaOnCpu
 from megatron_bicc.errors import UserError
-from megatron_bicc.model.build import PolicyModel
-from megatron_bicc.model.families import family_of, transformer_config
+from megatron_bicc.model.build import PolicyModel, build_modules, transformer_config
+from megatron_bicc.model.families import family_of
 from megatron_bicc.model.optimizer import make_optimizer
-from megatron_bicc.model.policy import build_modules, data_parallel, start_model_parallel
-from megatron_bicc.weights.hf_files import HfTensors
+from megatron_bicc.model.policy import data_parallel, start_model_parallel
+from megatron_bicc.weights.hf_files import HfTensors, TensorReader
 from megatron_bicc.weights.hf_weights import fill_parameters
 
 
 @contextmanager
 def fake_rank(rank: int, world_size: int) -> Iterator[None]:
-    """Inside it this process is a rank of a job of `world_size`, and new tensors have shapes but no data.
+    """Makes this process a rank of a job of `world_size` in the block; new tensors have shapes but no data.
 
-    Collective calls return at once and move nothing. The process may belong to no other job. Whoever makes
-    megatron-core's groups inside it ends them inside it.
+    Collective calls return at once and move nothing. The process must not belong to another job, and
+    megatron-core's groups that are created in the block must be destroyed in it.
     """
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
@@ -43,13 +40,18 @@ def fake_rank(rank: int, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Returns the number of data-parallel ranks: what tensor and pipeline parallel leave of all ranks."""
+    return world_size // (parallel.tensor * parallel.pipeline)
+
+
 ADAM_BYTES = 8
-"""Bytes of Adam's two fp32 moments for a parameter of this rank's share."""
+"""Bytes of Adam's two fp32 moments per parameter of a rank's share"""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one rank holds of the policy, in bytes as allocated, padding included."""
+    """What one rank holds of the policy; bytes are as allocated, with padding."""
 
     rank: int
     pipeline_rank: int
@@ -61,7 +63,7 @@ class Shard:
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    """Its share of fp32 main weights (where the model is not fp32) and of Adam's moments"""
+    """Its share of fp32 main weights (if the model is not fp32) and of Adam's moments"""
 
     @property
     def total_bytes(self) -> int:
@@ -69,10 +71,10 @@ class Shard:
 
 
 def distinct_ranks(parallel: ParallelConfig, world_size: int, has_experts: bool) -> list[int]:
-    """The ranks whose shards differ in shape.
+    """Returns the ranks whose shards differ in shape.
 
-    Tensor parallel cuts every tensor evenly, so of a tensor-parallel group one rank stands for all; not so
-    with experts, whose parallel groups cross the tensor-parallel ones.
+    Tensor parallel cuts every tensor evenly, so one rank stands for its tensor-parallel group; with experts
+    it does not, since expert-parallel groups cross the tensor-parallel ones.
     """
     return list(range(0, world_size, 1 if has_experts else parallel.tensor))
 
@@ -84,10 +86,10 @@ def build_shards(
     ranks: Iterable[int] | None = None,
     weights: HfTensors | None = None,
 ) -> list[Shard]:
-    """The shards of `ranks`, or of every distinct rank.
+    """Builds the shards of `ranks`; None: of every distinct rank.
 
-    weights: where given, every parameter is looked for in it, and must have the right shape.
-    Raises UserError naming what does not fit: layout, architecture, tensor.
+    weights: if given, every parameter must be there in the right shape. Raises UserError naming what does not
+    fit: layout, architecture or tensor.
     """
     megatron_config = transformer_config(hf_config, config)
     if ranks is None:
@@ -97,18 +99,14 @@ def build_shards(
 
 
 class HeadersOnly:
-    """A directory's tensors as shapes without data."""
+    """A TensorReader of a directory's headers: shapes without data."""
 
     def __init__(self, source: HfTensors) -> None:
-        self.path, self.file_of = source.path, source.file_of
+        self.path = source.path
         self._tensors = source.describe()
 
-    def describe(self) -> dict[str, Tensor]:
-        """Shape and dtype of every tensor."""
-        return self._tensors
-
     def read(self, name: str) -> Tensor:
-        """One tensor on the meta device. Raises UserError if it is missing."""
+        """Returns one tensor on the meta device. Raises UserError if it is missing."""
         if name not in self._tensors:
             raise UserError(f"{self.path}: tensor {name} is missing")
         return self._tensors[name]
@@ -120,7 +118,7 @@ def _build_shard(
     megatron_config: TransformerConfig,
     world_size: int,
     rank: int,
-    source: HfTensors | None,
+    source: TensorReader | None,
 ) -> Shard:
     with fake_rank(rank, world_size), _model_parallel(config):
         modules = build_modules(megatron_config, hf_config, config.rollout.temperature, torch.device("meta"))
@@ -150,7 +148,7 @@ def _model_parallel(config: Config) -> Iterator[None]:
 def state_bytes(
     modules: list[PolicyModel], chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer
 ) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer, by Shard's names: whole storages, each counted once."""
+    """Returns bytes of weights, gradients and optimizer by Shard's names: each whole storage once."""
     parameters = [p for module in modules for p in module.parameters()]
     weights = _storages(parameters)
     gradients = _storages(p.main_grad for p in parameters)
@@ -169,6 +167,6 @@ def state_bytes(
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of each storage behind the tensors, by its identity."""
+    """Returns the bytes of each storage behind the tensors, by its identity."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return {storage._cdata: storage.nbytes() for storage in storages}

@@ -1,10 +1,11 @@
-"""A step that no policy has sampled: its lengths and rewards are drawn from given statistics, then packed.
+"""A step that no policy has sampled: lengths and rewards drawn from given statistics, packed like a run's.
 
 Shape suffixes: G groups, R rollouts.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -17,31 +18,33 @@ from megatron_bicc.packing.plan import StepPlan
 from megatron_bicc.packing.types import RolloutBatch
 from megatron_bicc.training.batch import packing_settings
 
-CHARACTERS_A_TOKEN = 4
+CHARACTERS_PER_TOKEN = 4
+Layout = Literal["plain", "bilateral"]
+"""Responses after their prompt alone, or after a context of the other side too"""
 
 
 class UnknownTokenizer:
-    """Counts for a tokenizer that is not there: about four characters of English a token, no end token."""
+    """Stands in for a missing tokenizer: about four characters of English per token, no end token."""
 
     eos_token_id = None
 
     def get_added_vocab(self) -> dict[str, int]:
-        """No tokens."""
+        """Returns no tokens."""
         return {}
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """As many tokens as the text may take; their ids mean nothing."""
-        return [0] * math.ceil(len(text) / CHARACTERS_A_TOKEN)
+        """Returns as many token ids, all 0, as the text would have."""
+        return [0] * math.ceil(len(text) / CHARACTERS_PER_TOKEN)
 
 
 @dataclass(frozen=True)
 class Update:
-    """One optimiser step of the synthetic step, of the groups that a run's would take."""
+    """One optimizer step of the synthetic step, on the groups that a run's would train."""
 
-    plain: StepPlan
-    """Log-probs of the old and the reference policy are taken over it"""
-    trained: dict[bool, StepPlan]
-    """By whether a context stands before the responses"""
+    log_probs: StepPlan
+    """Plain layout over which log-probs of the old and the reference policy are computed"""
+    trained: dict[Layout, StepPlan]
+    """What is trained, in one layout or both"""
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,9 @@ class SyntheticStep:
     groups: int
     groups_with_contrast: int
     prompt_tokens: int
-    """Of all groups, each prompt once"""
+    """Over all groups, each prompt once"""
     response_tokens: int
-    """Of all rollouts"""
+    """Over all rollouts"""
     longest_response: int
     updates: list[Update]
 
@@ -66,7 +69,7 @@ def synthetic_step(
 ) -> SyntheticStep:
     """Draws a step by `config.synthetic` and the run's seed, and packs it as the learner does.
 
-    Raises UserError for a packing that the run could not do, or where there is nothing to learn.
+    Raises UserError if the run could not pack it, or if no group would be trained.
     """
     rollouts = draw_rollouts(config, np.random.default_rng(config.seed))
     contrast_G = has_contrast(rollouts.rewards_R, rollouts.group_offsets_G, config.reward.threshold)
@@ -85,15 +88,12 @@ def synthetic_step(
         if not kept:
             continue
         part = _choose(rollouts, kept)
-        plans = {
-            conditioned: pack(part, settings, data_parallel)
-            for conditioned, settings, trained in (
-                (True, bilateral, weight > 0 and contrast_G[kept].any()),
-                (False, plain, weight < 1 or regularises(config)),
-            )
-            if trained
-        }
-        updates.append(Update(plans.get(False) or pack(part, plain, data_parallel), plans))
+        trained: dict[Layout, StepPlan] = {}
+        if weight > 0 and contrast_G[kept].any():
+            trained["bilateral"] = pack(part, bilateral, data_parallel)
+        if weight < 1 or regularises(config):
+            trained["plain"] = pack(part, plain, data_parallel)
+        updates.append(Update(trained.get("plain") or pack(part, plain, data_parallel), trained))
     return SyntheticStep(
         groups=len(contrast_G),
         groups_with_contrast=int(contrast_G.sum()),
@@ -105,7 +105,7 @@ def synthetic_step(
 
 
 def draw_rollouts(config: Config, rng: np.random.Generator) -> RolloutBatch:
-    """Scored groups of meaningless tokens; lengths are log-normal, rewards 0 or 1, all independent."""
+    """Draws scored groups of tokens 0: lengths log-normal, rewards 0 or 1, all independent."""
     c, groups, size = config.synthetic, config.rollout.prompts_per_step, config.rollout.group_size
     prompt_mean = c.prompt_tokens or max(1, config.data.max_prompt_tokens // 4)
     response_mean = c.response_tokens or max(1, config.rollout.max_new_tokens // 2)
@@ -116,13 +116,13 @@ def draw_rollouts(config: Config, rng: np.random.Generator) -> RolloutBatch:
 
 
 def _lengths(rng: np.random.Generator, count: int, mean: float, sigma: float, longest: int) -> np.ndarray:
-    """int64 [count], log-normal of that mean, within 1 and `longest`; cutting moves the mean."""
+    """Draws int64 [count], log-normal with the given mean, clipped to 1..longest, which moves the mean."""
     drawn = rng.lognormal(math.log(mean) - sigma**2 / 2, sigma, count)
     return np.clip(np.rint(drawn), 1, longest).astype(np.int64)
 
 
 def _choose(rollouts: RolloutBatch, groups: list[int]) -> RolloutBatch:
-    """The given groups of a batch whose tokens mean nothing."""
+    """Returns the given groups of a drawn batch."""
     bounds = rollouts.group_offsets_G
     members = np.concatenate([np.arange(bounds[g], bounds[g + 1]) for g in groups])
     return _batch(

@@ -10,15 +10,16 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from megatron_bicc.data.encoding import end_token_ids
 from megatron_bicc.errors import UserError
+from megatron_bicc.model.policy import is_finite
 from megatron_bicc.rollout.types import Request, Sample, Sampling
-from megatron_bicc.weights.hf_files import HfTensors, load_transformers
-from megatron_bicc.weights.hf_weights import is_finite
+from megatron_bicc.weights.hf_files import HfTensors, load_transformers, mismatch
 
 FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """What transformers joins to one parameter of all experts of a layer, [experts, out, in], gate before up"""
@@ -34,12 +35,13 @@ class LocalEngine:
         dtype: torch.dtype,
         device: torch.device,
         batch_size: int,
+        tensors: HfTensors | None = None,
     ) -> None:
-        """Reads the Hugging Face directory `path`.
+        """Reads the Hugging Face directory `path`. tensors: its own, if `checked_tensors` has opened them.
 
         Raises UserError if its weights cannot be read, or are not finite.
         """
-        self.model = load_transformers(path, dtype).to(device)
+        self.model = load_transformers(path, dtype, tensors).to(device)
         bad = [name for name, parameter in self.model.named_parameters() if not is_finite(parameter.detach())]
         if bad:
             raise UserError(
@@ -126,18 +128,16 @@ def weights_by_file_name(model: PreTrainedModel) -> dict[str, Tensor]:
     return found
 
 
-def check_names(model: PreTrainedModel, files: HfTensors) -> None:
-    """Raises UserError naming a weight of the model that a directory does not hold, or in another shape.
+def check_names(model: PreTrainedModel, hf_config: PretrainedConfig) -> None:
+    """Raises UserError if transformers' model has other tensors than a directory of that configuration.
 
-    The policy's weights come by the directory's names: one that it does not hold would never come.
+    The policy's weights come by the directory's names: a tensor under another name would never get one.
     """
-    held = files.describe()
-    for name, weight in weights_by_file_name(model).items():
-        if name not in held or held[name].shape != weight.shape:
-            raise UserError(
-                f"{files.path}: no {name} of shape {tuple(weight.shape)}, which transformers' model has; "
-                "rollout.engine=local could not take the policy's weights: choose sglang"
-            )
+    if problem := mismatch(hf_config, weights_by_file_name(model)):
+        raise UserError(
+            f"rollout.engine=local could not take the policy's weights: in transformers' model {problem}; "
+            "choose rollout.engine=sglang"
+        )
 
 
 class SeededSampler(LogitsProcessor):

@@ -24,6 +24,7 @@ from megatron_bicc.collective import gathered
 from megatron_bicc.config import Config
 from megatron_bicc.data.encoding import end_token_ids
 from megatron_bicc.errors import UserError
+from megatron_bicc.model.families import supported_config
 from megatron_bicc.rollout.types import Request, Sample, Sampling
 from megatron_bicc.sglang.checks import check_model, until_well
 from megatron_bicc.sglang.client import ServerClient, generate_body, read_samples
@@ -31,7 +32,6 @@ from megatron_bicc.sglang.pool import UNTOUCHED, ServerPool
 from megatron_bicc.sglang.process import SpawnedServer
 from megatron_bicc.sglang.settings import server_urls
 from megatron_bicc.training.learner import Learner
-from megatron_bicc.weights.hf_files import supported_config
 from megatron_bicc.weights.sync import WeightSync
 from megatron_bicc.weights.verify import WeightSyncError
 

@@ -154,7 +154,7 @@ class Learner:
         with clock("train"):
             with self.policy.gradient_sketch(len(step.advantages.mean_G)) as sketch:
                 loss, new = self._accumulate(step)
-            gradient = gradient_statistics(sum_over_all(sketch.values_GKL), step.num_groups)
+            gradient = gradient_statistics(sum_over_all(sketch.values_BXY), step.num_groups)
             if not math.isfinite(loss):
                 raise NotFiniteError(f"the loss is {loss}; weights and optimizer were left as they were")
             grad_norm = self.policy.update()

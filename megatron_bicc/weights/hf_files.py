@@ -1,39 +1,39 @@
-"""The files of a Hugging Face directory: its tensors one at a time, in and out, and what lies beside them.
+"""The files of a Hugging Face directory: tensors read and written one at a time, and their checks.
 
-A Hugging Face directory as a policy: what every command checks before it uses one, and reads it by.
-
-Training, evaluation, dry run, plan and conversion all come by here, so they give one verdict; and the rollout
-engine's model is filled with the same tensors as the policy.
+Training, evaluation, dry run, plan and conversion all use `checked_tensors`, so all of them accept the same
+directories, and the rollout engine's model is filled with the same tensors as the policy.
 """
 
 import copy
+import hashlib
 import itertools
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from megatron_bicc import device
 from megatron_bicc.errors import UserError, first_line
-from megatron_bicc.model.families import family_of, head_dim
+from megatron_bicc.model.families import family_of, head_dim, supported_config
 
 logger = logging.getLogger(__name__)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 IGNORED = re.compile(r"\brotary_emb\.inv_freq$")
-"""Rotary frequencies that old versions of transformers stored: every reader makes them from config.json"""
+"""Rotary frequencies that old versions of transformers stored; every reader computes them from config.json"""
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -44,38 +44,49 @@ SIDE_FILES = (
 )
 
 
-class HfTensors(Protocol):
-    """The tensors of a Hugging Face directory."""
+class TensorReader(Protocol):
+    """Reads single tensors by their Hugging Face names."""
 
     path: Path
-    file_of: dict[str, str]
-    """Which file holds a tensor"""
-
-    def describe(self) -> dict[str, Tensor]:
-        """Shape and dtype of every tensor, as meta tensors, without reading any."""
-        ...
+    """For messages"""
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU. Raises UserError if it is missing or its file is damaged."""
+        """Returns one tensor on the CPU. Raises UserError if it is missing or its file is damaged."""
+        ...
+
+
+class HfTensors(TensorReader, Protocol):
+    """The tensors of a Hugging Face directory."""
+
+    file_of: dict[str, str]
+    """Name of the file that holds each tensor"""
+
+    def describe(self) -> dict[str, Tensor]:
+        """Returns shape and dtype of every tensor, as meta tensors, without reading any."""
+        ...
+
+    def slices(self) -> dict[str, Any]:
+        """Returns every tensor, or an object that reads it from its file when it is indexed."""
         ...
 
 
 class SafetensorsDirectory:
-    """Reads single tensors out of a Hugging Face directory, sharded or in one file."""
+    """Reads single tensors out of a Hugging Face directory's safetensors; each file's header is read once."""
 
     def __init__(self, path: str | Path) -> None:
         """Raises UserError if the directory holds no readable safetensors."""
         self.path = Path(path)
         index = index_of(self.path)
-        self.file_of = weight_map(index) if index else dict.fromkeys(self._headers(SINGLE), SINGLE)
+        self._has_index = index is not None
+        self.file_of = weight_map(index) if index else dict.fromkeys(self._headers[SINGLE], SINGLE)
 
     def describe(self) -> dict[str, Tensor]:
-        """Shape and dtype of every tensor of the files' headers, as meta tensors.
+        """Returns shape and dtype of every tensor, as meta tensors.
 
-        Raises UserError that names a file that is missing or truncated, or where index and files differ: a
-        reader that goes by the files would then take other tensors than one that goes by the index.
+        Raises UserError that names a file that is missing or truncated, or a tensor on which index and files
+        disagree: a reader of the files would then load other tensors than a reader of the index.
         """
-        headers = {file: self._headers(file) for file in self._files()}
+        headers = self._headers
         for name, file in self.file_of.items():
             if name not in headers[file]:
                 raise UserError(f"{self.path / file}: does not hold tensor {name}, which {INDEX} puts there")
@@ -88,7 +99,7 @@ class SafetensorsDirectory:
         return {name: headers[file][name] for name, file in self.file_of.items()}
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU. Raises UserError if it is missing or its file is damaged."""
+        """Returns one tensor on the CPU. Raises UserError if it is missing or its file is damaged."""
         if name not in self.file_of:
             raise UserError(f"{self.path}: tensor {name} is missing")
         file_name = self.file_of[name]
@@ -99,14 +110,17 @@ class SafetensorsDirectory:
             raise UserError(f"{self.path / file_name}: cannot be read: {error}") from error
 
     def slices(self) -> dict[str, Any]:
-        """Every tensor as safetensors' own slice, which reads from its file when it is indexed."""
-        files = {name: safe_open(self.path / name, framework="pt") for name in self._files()}
+        """Returns every tensor as a safetensors slice, which reads from its file when it is indexed."""
+        files = {name: safe_open(self.path / name, framework="pt") for name in self._headers}
         return {name: files[file].get_slice(name) for name, file in self.file_of.items()}
 
-    def _files(self) -> list[str]:
-        return sorted(set(self.file_of.values()))
+    @cached_property
+    def _headers(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of every file, as meta tensors."""
+        names = sorted(set(self.file_of.values())) if self._has_index else [SINGLE]
+        return {name: self._header(name) for name in names}
 
-    def _headers(self, file_name: str) -> dict[str, Tensor]:
+    def _header(self, file_name: str) -> dict[str, Tensor]:
         try:
             with safe_open(self.path / file_name, framework="pt") as file:
                 names = [name for name in file.keys() if not IGNORED.search(name)]  # noqa: SIM118
@@ -116,7 +130,7 @@ class SafetensorsDirectory:
 
 
 class PickleDirectory:
-    """Reads single tensors out of pytorch_model.bin files: tensors only, and mapped, not loaded."""
+    """Reads single tensors out of pytorch_model.bin files, which are mapped; only tensors are unpickled."""
 
     def __init__(self, path: str | Path) -> None:
         """Raises UserError if the directory holds no readable pytorch_model.bin."""
@@ -135,23 +149,27 @@ class PickleDirectory:
             )
 
     def describe(self) -> dict[str, Tensor]:
-        """Shape and dtype of every tensor, as meta tensors."""
+        """Returns shape and dtype of every tensor, as meta tensors."""
         return {name: tensor.to("meta") for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU. Raises UserError if it is missing."""
+        """Returns one tensor on the CPU. Raises UserError if it is missing."""
         if name not in self._tensors:
             raise UserError(f"{self.path}: tensor {name} is missing")
         return self._tensors[name]
 
+    def slices(self) -> dict[str, Tensor]:
+        """Returns every tensor, mapped from its file."""
+        return dict(self._tensors)
+
     def _map(self, file_name: str) -> dict[str, Tensor]:
         try:
             held = torch.load(self.path / file_name, map_location="cpu", weights_only=True, mmap=True)
-        except UnpicklingError as error:  # torch's own text recommends to load it all the same
+        except UnpicklingError as error:  # torch's own text recommends to load it anyway
             raise UserError(
                 f"{self.path / file_name}: cannot be read: damaged, or it holds more than tensors"
             ) from error
-        except Exception as error:  # torch raises many kinds for a damaged or hostile pickle
+        except Exception as error:  # torch raises many types for a damaged or hostile pickle
             raise UserError(f"{self.path / file_name}: cannot be read: {first_line(error)}") from error
         if isinstance(held, dict) and all(isinstance(tensor, Tensor) for tensor in held.values()):
             return held
@@ -159,7 +177,7 @@ class PickleDirectory:
 
 
 def open_tensors(path: str | Path, allow_pickle: bool) -> HfTensors:
-    """The directory's safetensors; its pickled tensors only where there are none and `allow_pickle` says so.
+    """Opens the directory's safetensors, or its pickled tensors if there are none and `allow_pickle` is set.
 
     Raises UserError that names what is missing or damaged.
     """
@@ -178,34 +196,16 @@ def open_tensors(path: str | Path, allow_pickle: bool) -> HfTensors:
 
 
 def has_safetensors(path: Path) -> bool:
-    """Whether the directory holds safetensors under the names that transformers reads."""
+    """Returns whether the directory holds safetensors under the names that transformers reads."""
     return (path / SINGLE).is_file() or (path / INDEX).is_file()
 
 
 def index_of(path: Path) -> Path | None:
-    """The index that says which file holds which tensor, or None where one file holds them all.
+    """Returns the index that says which file holds which tensor; None if one file holds them all.
 
-    transformers' rule: beside a model.safetensors no index is read.
+    transformers' rule: next to a model.safetensors no index is read.
     """
     return path / INDEX if (path / INDEX).is_file() and not (path / SINGLE).is_file() else None
-
-
-def read_config(path: str | Path) -> PretrainedConfig:
-    """The directory's config.json. Remote code is never run, and no other directory is looked in.
-
-    Raises UserError if it is missing or transformers does not know its architecture.
-    """
-    if not (Path(path) / "config.json").is_file():
-        raise UserError(f"{path}: there is no Hugging Face config.json in it")
-    try:
-        hf_config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds for a damaged or unknown configuration
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}/config.json: cannot be used: {reason}") from error
-    if vars(hf_config).get("head_dim", 0) is None:
-        # hidden size / heads to some of transformers' classes, as no head_dim is to all; others fail on it
-        del hf_config.head_dim
-    return hf_config
 
 
 def copy_side_files(source: Path, target: Path) -> None:
@@ -215,12 +215,12 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 
 def side_files(path: Path) -> list[Path]:
-    """The directory's configuration, generation configuration and tokenizer, by name."""
+    """Returns the directory's configuration, generation configuration and tokenizer files, by name."""
     return sorted({file for pattern in SIDE_FILES for file in path.glob(pattern) if file.is_file()})
 
 
 def write_index(target: Path, file_of: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    """model.safetensors.index.json; tensors: shape and dtype of each, meta tensors will do."""
+    """Writes model.safetensors.index.json. tensors: shape and dtype of each, such as meta tensors."""
     size = sum(tensor.nbytes for tensor in tensors.values())
     parameters = sum(tensor.numel() for tensor in tensors.values())
     metadata = {"total_parameters": parameters, "total_size": size}
@@ -229,23 +229,23 @@ def write_index(target: Path, file_of: dict[str, str], tensors: dict[str, Tensor
 
 
 def write_file(path: Path, described: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """One safetensors file, holding one tensor at a time in memory.
+    """Writes one safetensors file, holding one tensor at a time in memory.
 
-    described: shape and dtype of every tensor, in the order in which `tensors` gives them. The format: a
+    described: shape and dtype of every tensor, in the order in which `tensors` yields them. The format: a
     uint64 with the header's length, the header in JSON, the tensors' bytes one after another.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in described.items():
         start, end = end, end + tensor.nbytes
-        names = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        header[name] = names
+        place = {"data_offsets": [start, end]}
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), **place}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, tensor), expected in zip(tensors, described, strict=True):
-            assert name == expected, f"{name} comes where {expected} was described"
+            assert name == expected, f"got {name} where {expected} was described"
             file.write(tensor.contiguous().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
@@ -254,10 +254,10 @@ def write_file(path: Path, described: dict[str, Tensor], tensors: Iterable[tuple
 def write_model(
     target: Path, described: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor]], largest_file: int
 ) -> None:
-    """One safetensors file, or several with their index, in the order of `tensors`, one of which is held.
+    """Writes one safetensors file, or several with their index, holding one tensor at a time in memory.
 
-    described: shape and dtype of every tensor, in the same order. Files are of at most `largest_file` bytes,
-    unless one tensor is larger.
+    described: shape and dtype of every tensor, in the order of `tensors`. Files have at most `largest_file`
+    bytes, unless one tensor is larger.
     """
     files: list[dict[str, Tensor]] = [{}]
     for name, tensor in described.items():
@@ -276,11 +276,11 @@ def write_model(
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Which file holds which tensor, without those that are ignored. Raises UserError if it is damaged."""
+    """Returns the file that holds each tensor, from an index. Raises UserError if it is damaged."""
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        if all(Path(file).name == file for file in weight_map.values()):
-            return {name: file for name, file in weight_map.items() if not IGNORED.search(name)}
+        file_of = json.loads(index.read_text())["weight_map"]
+        if all(Path(file).name == file for file in file_of.values()):
+            return {name: file for name, file in file_of.items() if not IGNORED.search(name)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not an index of tensors: {error}") from error
     raise UserError(f"{index}: names a file outside of its directory")
@@ -298,24 +298,12 @@ def _meta(header: "safe_open") -> Tensor:
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def supported_config(path: str | Path) -> PretrainedConfig:
-    """The directory's configuration. Raises UserError if the policy does not compute what it says."""
-    hf_config = read_config(path)
-    try:
-        family_of(hf_config)
-    except UserError as error:
-        raise UserError(f"{path}/config.json: {error}") from None
-    return hf_config
+def checked_tensors(path: str | Path, hf_config: PretrainedConfig, allow_pickle: bool = False) -> HfTensors:
+    """Opens the directory's tensors after comparing their names, shapes and types with config.json.
 
-
-def checked_tensors(
-    path: str | Path, hf_config: PretrainedConfig, allow_pickle: bool = False
-) -> tuple[HfTensors, dict[str, Tensor]]:
-    """The directory's tensors, and their shapes and dtypes as meta tensors.
-
-    Reads headers only, and the output layer where config.json ties it and the files hold it, too. Raises
-    ValueError, one line, for a damaged file, and for the first tensor that is missing, unexpected, misshapen
-    or of a type that is no float.
+    Reads headers only, except where the files hold an output layer that config.json ties to the embedding:
+    then it compares the two. Raises UserError, one line, for a damaged file, and for the first tensor that is
+    missing, unexpected, misshapen or not of a floating-point type.
     """
     path = Path(path)
     if (path / "adapter_config.json").is_file():
@@ -324,30 +312,34 @@ def checked_tensors(
         )
     tensors = open_tensors(path, allow_pickle)
     found = tensors.describe()
-    _check_names(path, hf_config, found)
+    if problem := mismatch(hf_config, found):
+        raise UserError(f"{path}: {problem}")
+    for name, tensor in found.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{path}: tensor {name} is not of float32, float16 or bfloat16")
     _check_tied_output(tensors, hf_config, found)
-    return tensors, found
+    return tensors
 
 
 def warn_of_index(path: str | Path) -> None:
-    """One line, on the first process, where an index of other files is left beside model.safetensors."""
+    """Logs one line, on the first process, if an unused index lies next to model.safetensors."""
     if device.is_first() and all((Path(path) / name).is_file() for name in (SINGLE, INDEX)):
         logger.warning("%s: %s lies beside %s and is not read, as transformers has it", path, INDEX, SINGLE)
 
 
 def expected_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a supported model; no output layer where it is tied."""
+    """Returns name and shape of every tensor of a supported model; no output layer if it is tied."""
     family, c = family_of(hf_config), hf_config
-    hidden, size = c.hidden_size, head_dim(c)
-    queries, keys = c.num_attention_heads * size, c.num_key_value_heads * size
-    attention = {"q": queries, "k": keys, "v": keys}
+    hidden, channels = c.hidden_size, head_dim(c)
+    queries, keys = c.num_attention_heads * channels, c.num_key_value_heads * channels
+    rows = {"q": queries, "k": keys, "v": keys}
     layer = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
-    layer |= {f"self_attn.{x}_proj.weight": (rows, hidden) for x, rows in attention.items()}
+    layer |= {f"self_attn.{x}_proj.weight": (rows[x], hidden) for x in rows}
     layer["self_attn.o_proj.weight"] = (hidden, queries)
     if family.qkv_bias:
-        layer |= {f"self_attn.{x}_proj.bias": (rows,) for x, rows in attention.items()}
+        layer |= {f"self_attn.{x}_proj.bias": (rows[x],) for x in rows}
     if family.qk_norm:
-        layer |= {f"self_attn.{x}_norm.weight": (size,) for x in "qk"}
+        layer |= {f"self_attn.{x}_norm.weight": (channels,) for x in "qk"}
     inner = c.moe_intermediate_size if family.experts else c.intermediate_size
     for mlp in [f"mlp.experts.{e}." for e in range(c.num_experts)] if family.experts else ["mlp."]:
         layer |= {f"{mlp}{x}_proj.weight": (inner, hidden) for x in ("gate", "up")}
@@ -362,42 +354,46 @@ def expected_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def load_transformers(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    """transformers' own model on the CPU, in evaluation mode, with the tensors that the policy reads.
+def mismatch(hf_config: PretrainedConfig, found: Mapping[str, Tensor]) -> str | None:
+    """Returns what is wrong with the names or shapes of a supported model's tensors; None if nothing is.
 
-    Raises UserError, one line, for a directory that is not supported or damaged.
+    A tied output layer may be there or not.
     """
-    hf_config = copy.deepcopy(supported_config(path))
-    checked_tensors(path, hf_config)
-    # only an embedding's gradient knows it, and one outside of the vocabulary ends transformers
-    hf_config.pad_token_id = None
-    slices = SafetensorsDirectory(path).slices()
-    if hf_config.tie_word_embeddings:
-        slices.pop(OUTPUT, None)
-    try:
-        # config.json has no say in the kernels: naming one could fetch it, and run it
-        return getattr(transformers, hf_config.architectures[0]).from_pretrained(
-            None, config=hf_config, state_dict=slices, dtype=dtype, attn_implementation="sdpa"
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path}: its weights cannot be read: {first_line(error)}") from error
-
-
-def _check_names(path: Path, hf_config: PretrainedConfig, found: dict[str, Tensor]) -> None:
     expected = expected_shapes(hf_config)
     if hf_config.tie_word_embeddings and OUTPUT in found:
         expected[OUTPUT] = expected[EMBEDDING]
     for name, shape in expected.items():
         if name not in found:
-            raise UserError(f"{path}: tensor {name} is missing")
+            return f"tensor {name} is missing"
         if found[name].shape != shape:
-            raise UserError(
-                f"{path}: tensor {name} has shape {tuple(found[name].shape)}; config.json asks for {shape}"
-            )
-        if not found[name].is_floating_point():
-            raise UserError(f"{path}: tensor {name} is not of float32, float16 or bfloat16")
+            return f"tensor {name} has shape {tuple(found[name].shape)}; config.json asks for {shape}"
     for name in sorted(found.keys() - expected.keys()):
-        raise UserError(f"{path}: tensor {name} is not part of a {hf_config.architectures[0]}; remove it")
+        return f"tensor {name} is not part of a {hf_config.architectures[0]}; remove it"
+    return None
+
+
+def load_transformers(
+    path: str | Path, dtype: torch.dtype, tensors: HfTensors | None = None
+) -> PreTrainedModel:
+    """Loads transformers' own model on the CPU, in evaluation mode, with the tensors that the policy reads.
+
+    tensors: those of the directory, if `checked_tensors` has opened them. Raises UserError, one line, for a
+    directory that is not supported or damaged.
+    """
+    hf_config = copy.deepcopy(supported_config(path))
+    tensors = tensors or checked_tensors(path, hf_config)
+    # It matters to the embedding's gradient only, and transformers fails on one outside of the vocabulary.
+    hf_config.pad_token_id = None
+    slices = tensors.slices()
+    if hf_config.tie_word_embeddings:
+        slices.pop(OUTPUT, None)
+    try:
+        # config.json must not choose the kernels: naming one could download and run it
+        return getattr(transformers, hf_config.architectures[0]).from_pretrained(
+            None, config=hf_config, state_dict=slices, dtype=dtype, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path}: its weights cannot be read: {first_line(error)}") from error
 
 
 def _check_tied_output(tensors: HfTensors, hf_config: PretrainedConfig, found: dict[str, Tensor]) -> None:
@@ -408,3 +404,32 @@ def _check_tied_output(tensors: HfTensors, hf_config: PretrainedConfig, found: d
             f"{tensors.path}: tensor {OUTPUT} differs from {EMBEDDING}, "
             "but config.json has tie_word_embeddings=true"
         )
+
+
+SLICES, SLICE_BYTES = 8, 4096
+
+
+def fingerprint(path: str | Path) -> tuple[str, str]:
+    """Returns two SHA-256 that tell a model from another in about no time: (its files, its weights).
+
+    The first is of the side files' content and of the safetensors' names and sizes; the second of a few
+    slices of each safetensors file, since all of their bytes would take minutes. Neither depends on where the
+    directory is and when it was written.
+    """
+    weights = sorted(Path(path).glob("*.safetensors"))
+    files = hashlib.sha256(repr([(file.name, file.stat().st_size) for file in weights]).encode())
+    for file in side_files(Path(path)):
+        files.update(file.name.encode() + file.read_bytes())
+    return files.hexdigest(), hashlib.sha256(b"".join(map(_slices, weights))).hexdigest()
+
+
+def _slices(path: Path) -> bytes:
+    """Returns slices of a file from its first to its last byte, evenly spaced."""
+    end = max(path.stat().st_size - SLICE_BYTES, 0)
+    with path.open("rb") as file:
+        return b"".join(_read_at(file, end * i // (SLICES - 1)) for i in range(SLICES))
+
+
+def _read_at(file: BinaryIO, start: int) -> bytes:
+    file.seek(start)
+    return file.read(SLICE_BYTES)

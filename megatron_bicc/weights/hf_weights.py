@@ -1,8 +1,9 @@
-"""Weights between Hugging Face safetensors and the policy's shards."""
+"""Weights between a Hugging Face directory and the policy's shards, under every layout."""
 
 import collections
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -14,45 +15,59 @@ from torch.nn import Parameter
 from transformers import PretrainedConfig
 
 from megatron_bicc import run_lock
-from megatron_bicc.collective import gathered
+from megatron_bicc.collective import gathered, raised_on_all_ranks
+from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
+from megatron_bicc.files import atomic_directory
 from megatron_bicc.model.build import PolicyModel
-from megatron_bicc.weights.hf_files import HfTensors, SafetensorsDirectory, copy_side_files, write_model
+from megatron_bicc.model.families import supported_config
+from megatron_bicc.model.policy import Policy, is_finite
+from megatron_bicc.weights.hf_files import (
+    HfTensors,
+    SafetensorsDirectory,
+    TensorReader,
+    copy_side_files,
+    write_model,
+)
 from megatron_bicc.weights.hf_mapping import Rule, cut, from_whole, join, rule_for, to_whole
 
 
-def _parameters(chunk: PolicyModel, tied_output: bool = False) -> Iterator[tuple[Rule, Parameter]]:
-    """The chunk's parameters and their rules.
+def load_policy(config: Config, tensors: HfTensors | None = None) -> Policy:
+    """Builds the policy of model.path. Collective.
 
-    tied_output: with a tied output layer's copy on a later stage, which is left out by default.
+    tensors: those of model.path, if they are open already. Raises UserError on every rank for a model that is
+    not supported, or weights that cannot be used.
     """
-    layers = chunk.decoder.layers
-    first_layer = layers[0].layer_number - 1 if len(layers) else 0
-    for name, parameter in chunk.named_parameters():
-        is_copy = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
-        if is_copy and not tied_output:
-            continue
-        yield rule_for(name, first_layer), parameter
+    with raised_on_all_ranks(UserError):
+        hf_config = supported_config(config.model.path)
+        tensors = tensors or SafetensorsDirectory(config.model.path)
+    return Policy(config, hf_config, HfWeights(hf_config, tensors))
 
 
-def load_weights(chunks: list[PolicyModel], hf_config: PretrainedConfig, path: str) -> None:
-    """Fills every parameter of this rank from a Hugging Face directory. Collective.
+@dataclass(frozen=True)
+class HfWeights:
+    """A WeightSource: the tensors of a Hugging Face directory."""
 
-    Raises UserError on every rank, naming the tensor that is missing on some rank, has the wrong shape, or
-    holds values that are not finite.
-    """
-    error = None
-    try:
-        fill_parameters(chunks, hf_config, SafetensorsDirectory(path))
-    except UserError as raised:
-        error = str(raised)
-    errors = gathered(error)
-    if any(errors):
-        raise UserError(next(filter(None, errors)))
+    hf_config: PretrainedConfig
+    tensors: HfTensors
+
+    def load(self, modules: list[PolicyModel]) -> None:
+        """Fills every parameter of this rank. Collective.
+
+        Raises UserError on every rank, naming a tensor that is missing, misshapen or not finite on any.
+        """
+        with raised_on_all_ranks(UserError):
+            fill_parameters(modules, self.hf_config, self.tensors)
+
+    def named(self, module: PolicyModel) -> Iterator[tuple[tuple[str, ...], Parameter]]:
+        """Yields every parameter with the names of its Hugging Face tensors."""
+        first_expert = _first_expert(self.hf_config, parallel_state.get_expert_model_parallel_rank())
+        for rule, parameter in _parameters(module, tied_output=True):
+            yield rule.hf_names(first_expert), parameter
 
 
-def fill_parameters(chunks: list[PolicyModel], hf_config: PretrainedConfig, source: HfTensors) -> None:
-    """Fills every parameter of this rank from `source`; raises as `load_weights` does, but on this rank."""
+def fill_parameters(chunks: list[PolicyModel], hf_config: PretrainedConfig, source: TensorReader) -> None:
+    """Fills every parameter of this rank from `source`; raises as `HfWeights.load` does, but on this rank."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     first_expert = _first_expert(hf_config, parallel_state.get_expert_model_parallel_rank())
@@ -75,48 +90,30 @@ def fill_parameters(chunks: list[PolicyModel], hf_config: PretrainedConfig, sour
         _load_tied_output(chunk, hf_config, source, rank, size)
 
 
-def is_finite(*tensors: Tensor) -> bool:
-    """Whether all are, in one pass and without a copy: a NaN is the smallest and the largest of all.
+def _parameters(chunk: PolicyModel, tied_output: bool = False) -> Iterator[tuple[Rule, Parameter]]:
+    """Yields the chunk's parameters with their rules.
 
-    Meta tensors are, and empty ones.
+    tied_output: include the copy of the embedding that a later stage holds as its tied output layer.
     """
-    extremes = [torch.stack(torch.aminmax(x)).float() for x in tensors if x.numel() and not x.is_meta]
-    return not extremes or bool(torch.cat(extremes).isfinite().all())
-
-
-@torch.no_grad()
-def not_finite(
-    chunks: list[PolicyModel], hf_config: PretrainedConfig, of: Callable[[Parameter], Tensor]
-) -> list[str]:
-    """Hugging Face names of the tensors that hold NaN or infinite values on any rank: in `of(parameter)`,
-    which is a parameter or its gradient. Collective.
-    """
-    tensors = [of(parameter) for chunk in chunks for parameter in chunk.parameters()]
-    good = torch.tensor(int(is_finite(*tensors)), device=tensors[0].device)
-    dist.all_reduce(good, dist.ReduceOp.MIN)
-    if good:
-        return []
-    first_expert = _first_expert(hf_config, parallel_state.get_expert_model_parallel_rank())
-    own = [
-        name
-        for chunk in chunks
-        for rule, parameter in _parameters(chunk, tied_output=True)
-        if not is_finite(of(parameter))
-        for name in rule.hf_names(first_expert)
-    ]
-    return list(dict.fromkeys(name for names in gathered(own) for name in names))
+    layers = chunk.decoder.layers
+    first_layer = layers[0].layer_number - 1 if len(layers) else 0
+    for name, parameter in chunk.named_parameters():
+        is_copy = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
+        if is_copy and not tied_output:
+            continue
+        yield rule_for(name, first_layer), parameter
 
 
 def _first_expert(hf_config: PretrainedConfig, expert_rank: int) -> int:
-    """The whole model's number of the first expert of an expert-parallel rank; 0 without experts."""
+    """Returns the index in the whole model of an expert-parallel rank's first expert; 0 without experts."""
     size = parallel_state.get_expert_model_parallel_world_size()
     return expert_rank * (getattr(hf_config, "num_experts", 0) // size)
 
 
 def _load_tied_output(
-    chunk: PolicyModel, hf_config: PretrainedConfig, source: HfTensors, rank: int, size: int
+    chunk: PolicyModel, hf_config: PretrainedConfig, source: TensorReader, rank: int, size: int
 ) -> None:
-    """A later stage's copy of the tied embedding."""
+    """Fills a later stage's copy of the tied embedding."""
     if chunk.share_embeddings_and_output_weights and chunk.post_process and not chunk.pre_process:
         weight = chunk.output_layer.weight
         whole = to_whole("vocab", [source.read("model.embed_tokens.weight")], hf_config, size)
@@ -125,11 +122,10 @@ def _load_tied_output(
 
 @torch.no_grad()
 def hf_tensors(chunks: list[PolicyModel], hf_config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
-    """Every Hugging Face tensor of the policy, whole, on every rank, one at a time. Collective.
+    """Yields every Hugging Face tensor of the policy, whole, on every rank, one at a time. Collective.
 
-    The experts of a layer come by number, whatever rank holds them.
-
-    All ranks of the tensor-, expert- and pipeline-parallel groups must exhaust it together.
+    The experts of a layer come in order of their index, whatever rank holds them. All ranks of the tensor-,
+    expert- and pipeline-parallel groups must exhaust the iterator together.
     """
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     tp_group = parallel_state.get_tensor_model_parallel_group()
@@ -151,7 +147,7 @@ def hf_tensors(chunks: list[PolicyModel], hf_config: PretrainedConfig) -> Iterat
 
 
 def describe_hf(chunks: list[PolicyModel], hf_config: PretrainedConfig) -> dict[str, Tensor]:
-    """Shape and dtype of all that `hf_tensors` yields, in its order, as meta tensors. Collective."""
+    """Returns shape and dtype of all that `hf_tensors` yields, in its order, as meta tensors. Collective."""
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     expert = parallel_state.get_expert_model_parallel_world_size()
     found: dict[str, Tensor] = {}
@@ -168,7 +164,7 @@ Table = list[tuple[Rule, torch.Size, torch.dtype]]
 
 
 def _tables(chunks: list[PolicyModel]) -> list[Table]:
-    """Every pipeline stage's parameters. Collective."""
+    """Returns the table of every pipeline stage. Collective."""
     group = parallel_state.get_pipeline_model_parallel_group()
     own = [
         (rule, parameter.shape, parameter.dtype) for chunk in chunks for rule, parameter in _parameters(chunk)
@@ -177,9 +173,9 @@ def _tables(chunks: list[PolicyModel]) -> list[Table]:
 
 
 def _in_order(table: Table, expert_parallel: int) -> Iterator[tuple[int | None, int]]:
-    """(expert-parallel rank that holds it, index in the table): a layer's experts by the model's numbers.
+    """Yields (expert-parallel rank that holds it, index in the table); a layer's experts in their order.
 
-    The rank is None for a parameter that is no expert's.
+    The rank is None for parameters outside of the experts, which every rank holds.
     """
     for is_expert, run in groupby(range(len(table)), key=lambda i: table[i][0].expert is not None):
         indices = list(run)
@@ -208,28 +204,27 @@ def save_hf(
     is_writer: bool,
     largest_file: int = 5_000_000_000,
 ) -> None:
-    """Writes a Hugging Face directory: the policy's weights beside `source`'s configuration and tokenizer.
+    """Writes a Hugging Face directory: the policy's weights with `source`'s configuration and tokenizer.
 
-    Collective; one process has `is_writer`, and holds one tensor at a time. Files of at most `largest_file`
-    bytes, unless one tensor is larger. Written aside and renamed, so `target` is whole or absent. Raises
-    ValueError, on the writer, if it cannot be written.
+    Collective; one process has `is_writer` and holds one tensor at a time. Files have at most `largest_file`
+    bytes, unless one tensor is larger. Written aside and renamed, so `target` is whole or absent; an earlier
+    one is replaced at the end. Raises UserError, on the writer, if it cannot be written.
     """
     described, stream = describe_hf(chunks, hf_config), hf_tensors(chunks, hf_config)
     if not is_writer:
         collections.deque(stream, maxlen=0)
         return
-    partial, old = (target.with_name(target.name + suffix) for suffix in (".partial", ".old.partial"))
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-        partial.mkdir(parents=True)
+    fresh, old = (target.with_name(target.name + suffix) for suffix in (".new", ".old"))
+    for leftover in (fresh, old):  # of a run that was killed while it replaced an earlier export
+        shutil.rmtree(leftover, ignore_errors=True)
+    with atomic_directory(fresh) as partial:
         copy_side_files(source, partial)
         write_model(partial, described, ((name, tensor.cpu()) for name, tensor in stream), largest_file)
         run_lock.check()
+    try:
         if target.exists():
             target.rename(old)
-        partial.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        fresh.rename(target)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
+    shutil.rmtree(old, ignore_errors=True)

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_bicc.data.prompts import Prompt
+from megatron_bicc.model.families import head_dim
 from megatron_bicc.rollout.types import Group, Sample
 from megatron_bicc.weights.transport import Bucket, Session, WeightSyncError, load_files
 
@@ -56,10 +57,10 @@ class Checksums:
     def __init__(self, hf_config: PretrainedConfig, tensor_parallel: int, dtype: torch.dtype) -> None:
         """tensor_parallel, dtype: the server's."""
         heads, kv_heads = hf_config.num_attention_heads, hf_config.num_key_value_heads
-        head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
-        group = heads // kv_heads * head_dim
+        channels = head_dim(hf_config)
+        group = heads // kv_heads * channels
         inner = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), INNER_MULTIPLE)
-        self._unit = inner | {"q_proj": group, "o_proj": group, "k_proj": head_dim, "v_proj": head_dim}
+        self._unit = inner | {"q_proj": group, "o_proj": group, "k_proj": channels, "v_proj": channels}
         self.size = tensor_parallel
         self.dtype = dtype
         self._hashes: list[dict[str, hashlib._Hash]] = [{} for _ in range(tensor_parallel)]

@@ -19,8 +19,7 @@ from megatron_bicc.checkpoint.checkpoint import collect_tensors, write_tensors
 from megatron_bicc.checkpoint.convert import export_hf, import_hf
 from megatron_bicc.checkpoint.megatron_files import load_chunks
 from megatron_bicc.config import Config, ParallelConfig
-from megatron_bicc.model.build import PolicyModel
-from megatron_bicc.model.families import transformer_config
+from megatron_bicc.model.build import PolicyModel, transformer_config
 from megatron_bicc.model.policy import start_model_parallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

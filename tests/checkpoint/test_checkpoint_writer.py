@@ -28,6 +28,7 @@ from megatron_bicc.errors import UserError
 from megatron_bicc.model.policy import Policy
 from megatron_bicc.train import progress as progress_of
 from megatron_bicc.train import restore
+from megatron_bicc.weights.hf_weights import load_policy
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def policy(tmp_path: Path, single_process: None) -> Policy:
     make_model("qwen3_tied").save_pretrained(tmp_path / "hf")
     config = Config()
     config.model.path, config.model.dtype, config.optimizer.lr = str(tmp_path / "hf"), "float32", 1e-3
-    policy = Policy(config)
+    policy = load_policy(config)
     update(policy)
     return policy
 
@@ -116,7 +117,7 @@ def test_optimizer_settings_of_a_resumed_run_are_its_own(policy: Policy, tmp_pat
     config.optimizer = OptimizerConfig(
         lr=5e-3, min_lr=1e-3, schedule="linear", beta1=0.8, beta2=0.9, eps=1e-4, weight_decay=0.1
     )
-    resumed = Policy(config)
+    resumed = load_policy(config)
     given = [settings(group) for group in resumed.optimizer.param_groups]
     load_checkpoint(path, resumed, read_progress(path))
     assert [settings(group) for group in resumed.optimizer.param_groups] == given
@@ -343,4 +344,4 @@ def test_a_checkpoint_of_other_tensors_is_one_line(
     config = Config()
     config.model.path, config.model.dtype = str(model_dirs["qwen3_moe"]), "float32"
     with pytest.raises(CheckpointError, match=f"{path}: holds no tensor .*; delete {path} to start again"):
-        load_checkpoint(path, Policy(config), read_progress(path))
+        load_checkpoint(path, load_policy(config), read_progress(path))

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.models import make_model
 
-from megatron_bicc.checkpoint.convert import export_hf, import_hf, supported_config
+from megatron_bicc.checkpoint.convert import export_hf, import_hf
 from megatron_bicc.checkpoint.verify import largest_difference
 from megatron_bicc.config import ParallelConfig
 from megatron_bicc.errors import UserError
 from megatron_bicc.files import check_disk, written_aside
-from megatron_bicc.model.families import check_layout
+from megatron_bicc.model.families import check_layout, supported_config
 from megatron_bicc.weights.hf_files import side_files
 
 REPOSITORY = Path(__file__).parents[2]

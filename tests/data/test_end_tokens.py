@@ -13,11 +13,11 @@ from megatron_bicc.config import Config
 from megatron_bicc.data.encoding import end_token_ids
 from megatron_bicc.data.prompts import Prompt
 from megatron_bicc.errors import UserError
+from megatron_bicc.model.families import supported_config
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.types import Sample, Sampling
 from megatron_bicc.startup import read_tokenizer
 from megatron_bicc.training.batch import packing_settings
-from megatron_bicc.weights.hf_files import supported_config
 
 TINY = Path(__file__).parents[2] / "examples/tiny_policy"
 END = 257

@@ -17,7 +17,7 @@ from support.steps import make_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_bicc.checkpoint.checkpoint import load_checkpoint, read_progress
-from megatron_bicc.model.policy import Policy
+from megatron_bicc.weights.hf_weights import load_policy
 
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS = [
@@ -109,7 +109,7 @@ def test_resumed_run_equals_one_that_was_not_stopped(whole_run: Path, tmp_path: 
 def test_export_gives_the_trained_policys_greedy_answers(whole_run: Path, single_process: None) -> None:
     exported = AutoModelForCausalLM.from_pretrained(whole_run / "hf")
     tokenizer = AutoTokenizer.from_pretrained(whole_run / "hf")
-    policy = Policy(make_config(REPOSITORY / "examples/tiny_policy", "grpo"))
+    policy = load_policy(make_config(REPOSITORY / "examples/tiny_policy", "grpo"))
     checkpoint = whole_run / "checkpoints/step_00000004"
     load_checkpoint(checkpoint, policy, read_progress(checkpoint))
     module = policy.modules[0]

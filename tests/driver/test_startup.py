@@ -14,17 +14,17 @@ from safetensors.torch import load_file, save_file
 from megatron_bicc import evaluate
 from megatron_bicc import startup as setup_run
 from megatron_bicc.checkpoint.convert import export_hf, import_hf
-from megatron_bicc.checkpoint.megatron_files import describe
+from megatron_bicc.checkpoint.megatron_files import slots_of
 from megatron_bicc.checkpoint.verify import largest_difference
 from megatron_bicc.cli import parse_config
 from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
+from megatron_bicc.model.families import supported_config
 from megatron_bicc.planning.dry_run import dry_run
 from megatron_bicc.weights.hf_files import (
     SafetensorsDirectory,
     expected_shapes,
     load_transformers,
-    supported_config,
 )
 
 TINY = Path(__file__).parents[2] / "examples/tiny_policy"
@@ -336,11 +336,11 @@ def test_expected_shapes_are_megatrons(
     family: str, model_dirs: dict[str, Path], single_process: None
 ) -> None:
     hf_config = supported_config(model_dirs[family])
-    pieces, _ = describe(hf_config)
+    slots, _ = slots_of(hf_config)
     theirs = {
         name: tuple(shape)
-        for piece in pieces
-        for name, shape in zip(piece.hf_names, piece.hf_shapes(hf_config), strict=True)
+        for slot in slots
+        for name, shape in zip(slot.hf_names, slot.hf_shapes(hf_config), strict=True)
     }
     assert expected_shapes(hf_config) == theirs
 

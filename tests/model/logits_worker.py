@@ -23,7 +23,8 @@ from support.steps import make_config
 from megatron_bicc import device
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.log_probs import VocabParallelLogProbs, VocabShard
-from megatron_bicc.model.policy import Policy, start_model_parallel
+from megatron_bicc.model.policy import start_model_parallel
+from megatron_bicc.weights.hf_weights import load_policy
 
 BROKEN_TENSOR = "model.layers.0.self_attn.q_proj.weight"
 
@@ -33,7 +34,7 @@ def check_refusal(path: str) -> None:
     config = make_config(Path(path), "grpo")
     config.parallel.tensor = 2
     try:
-        Policy(config)
+        load_policy(config)
     except UserError as error:
         assert f"{path}: {BROKEN_TENSOR}: holds NaN or infinite values" in str(error), error
     else:
@@ -68,7 +69,7 @@ def check(path: str) -> None:
     config.parallel.tensor = 2
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tokens = torch.randint(0, model.config.vocab_size, (150,), generator=torch.Generator().manual_seed(0))
-    module = Policy(config).modules[0]
+    module = load_policy(config).modules[0]
     module._postprocess = partial(GPTModel._postprocess, module)
     with torch.no_grad(), device.megatron():
         part = module(tokens[None], torch.arange(150)[None], None, packed_seq_params=causal_batch(tokens))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_bicc.model import attention as varlen_attention
+from megatron_bicc.model import attention as shared_prefix_attention
 from megatron_bicc.model import attention_cpu, attention_cuda, attention_math
-from megatron_bicc.model import segments as tiles
+from megatron_bicc.model import segments as segments_module
 from megatron_bicc.model.attention import SharedPrefixAttention
 from megatron_bicc.model.segments import Segments
 
@@ -63,8 +63,8 @@ def test_equals_one_row_a_response(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # what a GPU uses for these types; plain products run anywhere
-    monkeypatch.setattr(varlen_attention, "_kernels", lambda q: kernels)
-    monkeypatch.setattr(tiles, "LONGEST", longest)
+    monkeypatch.setattr(shared_prefix_attention, "_kernels", lambda q: kernels)
+    monkeypatch.setattr(segments_module, "LONGEST", longest)
     rows = sum(p + sum(side) for p, side in SIDES)
     random = torch.Generator().manual_seed(groups)
     inputs = [torch.randn(rows, h, 16, generator=random, dtype=torch.float64) for h in (4, groups, groups)]
@@ -96,7 +96,7 @@ def differentiate(attention: object, inputs: list[Tensor], grad: Tensor) -> list
 
 def test_cuda_kernels_take_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """By shapes and types alone, on meta tensors: no GPU is needed, and no value is computed."""
-    monkeypatch.setattr(varlen_attention, "_kernels", lambda q: attention_cuda)
+    monkeypatch.setattr(shared_prefix_attention, "_kernels", lambda q: attention_cuda)
     meta = torch.device("meta")
     causal = Segments.of_themselves(cu([21, 15, 4, 7, 6]), meta)
     cross = Segments.across(cu([11, 6]), cu([21, 15]), meta)

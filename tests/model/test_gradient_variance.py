@@ -1,6 +1,6 @@
 """The variance of the gradient over groups: its formula, its sketch, and both against exact gradients.
 
-Shape suffixes: G groups, V vocabulary, H hidden size, N rows.
+Shape suffixes: B groups, V vocabulary, H hidden size, A response rows.
 """
 
 from pathlib import Path
@@ -20,8 +20,8 @@ from megatron_bicc.metrics import Stopwatch
 from megatron_bicc.model import gradient_sketch
 from megatron_bicc.model.gradient_sketch import GradientSketch, sketch_directions
 from megatron_bicc.model.log_probs import VocabShard
-from megatron_bicc.model.policy import Policy
 from megatron_bicc.training.learner import Learner
+from megatron_bicc.weights.hf_weights import load_policy
 
 VARIANCE, NOISE = "train/gradient_variance", "train/gradient_noise"
 
@@ -66,12 +66,12 @@ def test_sketch_keeps_inner_products_in_the_mean() -> None:
     """Over 300 draws of the directions, each entry of the Gram matrix is met within 5 standard errors."""
     random = torch.Generator().manual_seed(4)
     groups, vocab, hidden_size, rows, draws = 3, 150, 300, 30, 300
-    grad_NV = torch.randn(rows, vocab, generator=random) + 0.2
-    hidden_NH = torch.randn(rows, hidden_size, generator=random) + 0.5
+    grad_AV = torch.randn(rows, vocab, generator=random) + 0.2
+    hidden_AH = torch.randn(rows, hidden_size, generator=random) + 0.5
     group_rows = [(0, slice(0, 4)), (2, slice(4, 11)), (1, slice(11, 25)), (0, slice(25, 30))]
-    exact_GVH = torch.zeros(groups, vocab, hidden_size)
+    exact_BVH = torch.zeros(groups, vocab, hidden_size)
     for group, own in group_rows:
-        exact_GVH[group] += grad_NV[own].t() @ hidden_NH[own]
+        exact_BVH[group] += grad_AV[own].t() @ hidden_AH[own]
 
     grams = []
     for seed in range(draws):
@@ -79,18 +79,18 @@ def test_sketch_keeps_inner_products_in_the_mean() -> None:
         directions = sketch_directions(vocab, hidden_size, seed)
         sketch = GradientSketch(groups, directions, shard, torch.float32, torch.device("cpu"))
         for chunk in (slice(0, 7), slice(7, 13), slice(13, 30)):
-            sketch.add(group_rows, chunk.start, grad_NV[chunk], hidden_NH[chunk])
-        values = sketch.values_GKL.flatten(1)
+            sketch.add(group_rows, chunk.start, grad_AV[chunk], hidden_AH[chunk])
+        values = sketch.values_BXY.flatten(1)
         assert values.shape[1] == gradient_sketch.VOCAB_DIRECTIONS * gradient_sketch.HIDDEN_DIRECTIONS
         grams.append(values @ values.t())
     mean, error = torch.stack(grams).mean(0), torch.stack(grams).std(0) / draws**0.5
-    exact = exact_GVH.flatten(1) @ exact_GVH.flatten(1).t()
+    exact = exact_BVH.flatten(1) @ exact_BVH.flatten(1).t()
     assert ((mean - exact).abs() < 5 * error).all()
     assert (error < 0.05 * exact.diag().mean()).all()
 
 
 def exact_parts(model: PreTrainedModel, examples: list[Example], config: Config) -> np.ndarray:
-    """[G, V * H]: gradient of the output layer of each group's part of the step's loss, one after another."""
+    """[B, V * H]: gradient of the output layer of each group's part of the step's loss, one after another."""
     reference, moved, parts = model, perturb(model), []
     rollouts = sum(len(example.responses) for example in examples)
     for example in examples:
@@ -119,9 +119,9 @@ def test_step_measures_the_output_layers_gradient(
     perturb(model).save_pretrained(tmp_path)
     examples = make_examples(model, config.rollout.temperature)
 
-    policy = Policy(config)
+    policy = load_policy(config)
     learner = Learner(config, policy, TOKENIZER)
-    policy.set_weights(Policy(make_config(tmp_path, algorithm)).host_copy())
+    policy.set_weights(load_policy(make_config(tmp_path, algorithm)).host_copy())
     found = learner.step(to_groups(examples), Stopwatch()).gradient
 
     parts = exact_parts(model, examples, config)

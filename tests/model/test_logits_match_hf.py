@@ -12,7 +12,7 @@ from support.steps import make_config
 from transformers import AutoModelForCausalLM
 
 from megatron_bicc import device
-from megatron_bicc.model.policy import Policy
+from megatron_bicc.weights.hf_weights import load_policy
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -22,7 +22,7 @@ def test_logits_equal_transformers(name: str, model_dirs: dict[str, Path], singl
     path = REPOSITORY / "examples/tiny_policy" if name == "tiny_policy" else model_dirs[name]
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tokens = torch.randint(0, model.config.vocab_size, (150,), generator=torch.Generator().manual_seed(0))
-    module = Policy(make_config(path, "grpo")).modules[0]
+    module = load_policy(make_config(path, "grpo")).modules[0]
     # the product never makes logits of all rows; this is the output layer that it inherits
     module._postprocess = partial(GPTModel._postprocess, module)
     with torch.no_grad(), device.megatron():

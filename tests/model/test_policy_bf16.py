@@ -14,6 +14,7 @@ from megatron_bicc.model.policy import Policy
 from megatron_bicc.packing.pack import pack
 from megatron_bicc.rollout.types import Group
 from megatron_bicc.training.batch import packing_settings, step_batch
+from megatron_bicc.weights.hf_weights import load_policy
 
 FAMILY = "qwen3_untied"
 Pieces = list[tuple[PackedBatch, np.ndarray]]
@@ -31,7 +32,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_policy(path: Path, dtype: str, lr: float = 0.0) -> Policy:
     config = make_config(path, "grpo")
     config.model.dtype, config.optimizer.lr = dtype, lr
-    return Policy(config)
+    return load_policy(config)
 
 
 def pieces(groups: list[Group], policy: Policy) -> Pieces:

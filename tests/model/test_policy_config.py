@@ -11,10 +11,10 @@ import torch
 
 from megatron_bicc.checkpoint.verify import cached_logits
 from megatron_bicc.errors import UserError
-from megatron_bicc.model.families import ACCEPTED, positions
+from megatron_bicc.model.families import ACCEPTED, positions, supported_config
 from megatron_bicc.rollout.local import LocalEngine
 from megatron_bicc.rollout.types import Request, Sampling
-from megatron_bicc.weights.hf_files import load_transformers, supported_config
+from megatron_bicc.weights.hf_files import load_transformers
 
 FAMILIES = ("llama3", "qwen2", "qwen3_untied", "qwen3_moe")
 TOKENIZER = type("Tokenizer", (), {"eos_token_id": 1, "pad_token_id": 0, "get_added_vocab": dict})

@@ -22,28 +22,23 @@ from transformers import AutoConfig, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from megatron_bicc.errors import UserError
-from megatron_bicc.model import layers as layer_specs
+from megatron_bicc.model import build
 from megatron_bicc.model.attention import SharedPrefixCoreAttention
-from megatron_bicc.model.families import (
-    PositionRotary,
-    describe,
-    family_of,
-    rotary_frequencies,
-    transformer_config,
-)
-from megatron_bicc.model.policy import Policy
+from megatron_bicc.model.build import PositionRotary, describe, transformer_config
+from megatron_bicc.model.families import family_of, rotary_frequencies
 from megatron_bicc.weights.hf_mapping import rule_for
+from megatron_bicc.weights.hf_weights import load_policy
 
 
 def specs(path: Path) -> Any:
     config = make_config(path, "grpo")
-    return layer_specs.layer_specs(transformer_config(AutoConfig.from_pretrained(path), config), None)
+    return build.layer_specs(transformer_config(AutoConfig.from_pretrained(path), config), None)
 
 
 @pytest.fixture
 def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Test double for an installed Transformer Engine: specs name its classes, none is made."""
-    monkeypatch.setattr(layer_specs, "HAVE_TE", True)
+    monkeypatch.setattr(build, "HAVE_TE", True)
     monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", TESpecProvider, raising=False)
     provider = sys.modules[TESpecProvider.__module__]
     for name in ("TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"):
@@ -89,10 +84,10 @@ def test_apex_makes_the_norms(monkeypatch: pytest.MonkeyPatch, model_dirs: dict[
     double = ModuleType("apex.normalization")
     double.FusedRMSNorm = NormDouble
     monkeypatch.setitem(sys.modules, "apex.normalization", double)
-    monkeypatch.setattr(layer_specs, "find_spec", lambda name: name == "apex")
+    monkeypatch.setattr(build, "find_spec", lambda name: name == "apex")
     path = model_dirs["qwen3_tied"]
     config = transformer_config(AutoConfig.from_pretrained(path), make_config(path, "grpo"))
-    assert isinstance(layer_specs.RMSNorm(config, 8), NormDouble)
+    assert isinstance(build.rms_norm()(config, 8), NormDouble)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +108,7 @@ def test_choice_and_dropout_are_one_line_of_the_log(
     model_dirs: dict[str, Path], single_process: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "megatron_bicc"):
-        Policy(make_config(model_dirs["qwen2"], "grpo"))
+        load_policy(make_config(model_dirs["qwen2"], "grpo"))
     assert caplog.messages == [
         "policy: Qwen2ForCausalLM on megatron-core's own linears and torch's norms, "
         "shared-prefix attention, dropout 0"
@@ -168,7 +163,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(
     tensors[name][-1, -1] = bad
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=f"model: {re.escape(name)}: holds NaN or infinite values"):
-        Policy(make_config(path, "grpo"))
+        load_policy(make_config(path, "grpo"))
 
 
 @pytest.mark.parametrize(

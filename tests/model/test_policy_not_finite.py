@@ -14,6 +14,7 @@ from megatron_bicc.model.policy import Policy
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.local import LocalEngine
 from megatron_bicc.rollout.types import RolloutError, Sample, Sampling
+from megatron_bicc.weights.hf_weights import load_policy
 from megatron_bicc.weights.sync import sync_weights
 
 NAN, INF = float("nan"), float("inf")
@@ -24,7 +25,7 @@ def make_policy(path: Path, dtype: str, clip_grad: float) -> Policy:
     config = make_config(path, "grpo")
     config.model.dtype, config.optimizer.lr, config.optimizer.clip_grad = dtype, 1e-3, clip_grad
     config.optimizer.weight_decay = 0.1
-    policy = Policy(config)
+    policy = load_policy(config)
     for parameter in policy.chunks[0].parameters():
         parameter.main_grad.normal_()
     return policy

@@ -9,7 +9,7 @@ from support.steps import make_config
 
 from megatron_bicc import device
 from megatron_bicc.model.policy import Policy
-from megatron_bicc.weights.hf_weights import hf_tensors
+from megatron_bicc.weights.hf_weights import hf_tensors, load_policy
 
 LAYER, EXPERT = "model.layers.N.", "model.layers.N.mlp.experts.N."
 ATTENTION = {f"{LAYER}self_attn.{x}_proj.weight" for x in "qkvo"}
@@ -36,7 +36,7 @@ def test_weight_decay_spares_norms_and_biases(
     """An update without a gradient: matrices shrink by lr x weight decay; what has one dimension stays."""
     config = make_config(model_dirs[family], "grpo", optimizer__weight_decay=0.5)
     config.optimizer.lr = 0.1
-    policy = Policy(config)
+    policy = load_policy(config)
     before = weights(policy)
     policy.zero_gradients()
     policy.update()

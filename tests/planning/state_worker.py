@@ -17,6 +17,7 @@ from megatron_bicc.collective import gathered
 from megatron_bicc.config import Config
 from megatron_bicc.model.policy import Policy, start_model_parallel
 from megatron_bicc.planning.shards import build_shards
+from megatron_bicc.weights.hf_weights import load_policy
 
 LAYOUTS = {
     "tiny, tensor": (0, "float32", {"tensor": 2}),
@@ -59,7 +60,7 @@ def measure_all(paths: list[str]) -> dict[str, list[dict[str, int]]]:
     for name, (model, dtype, layout) in LAYOUTS.items():
         config = configure(paths[model], dtype, layout)
         start_model_parallel(config)
-        policy = Policy(config)
+        policy = load_policy(config)
         policy.zero_gradients()
         policy.update()
         found[name] = gathered(measure(policy))

@@ -11,9 +11,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config,
 
 from megatron_bicc import device
 from megatron_bicc.config import Config
-from megatron_bicc.model.build import PolicyModel
-from megatron_bicc.model.families import transformer_config
-from megatron_bicc.model.policy import build_modules
+from megatron_bicc.model.build import PolicyModel, build_modules, transformer_config
 from megatron_bicc.planning.memory import Sizes, saved_bytes
 
 ROWS = 384

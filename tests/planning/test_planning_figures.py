@@ -11,12 +11,12 @@ from transformers import LlamaConfig
 
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
-from megatron_bicc.planning import layouts
+from megatron_bicc.planning import plan as planning
 from megatron_bicc.planning.memory import Cluster, Gpu, Memory, Sizes, kv_space, memory_of, saved_bytes
 from megatron_bicc.planning.plan import Plan, make_plan
 from megatron_bicc.planning.shards import Shard
 from megatron_bicc.planning.synthetic import SyntheticStep, UnknownTokenizer, synthetic_step
-from megatron_bicc.planning.work import Rows, Work, forward_flops, step_flops, traffic_of
+from megatron_bicc.planning.work import Load, Work, forward_flops, step_flops, traffic_of
 
 HF_CONFIG = LlamaConfig(
     vocab_size=1000,
@@ -38,7 +38,7 @@ CLUSTER = Cluster(
     sync_link=2e5,
     reserve_bytes=1e6,
 )
-WORK = Work(forward=Rows(4, 1000, 600, 5000), train=Rows(6, 3000, 2000, 9000))
+WORK = Work(forward=Load(4, 1000, 600, 5000), train=Load(6, 3000, 2000, 9000))
 WORLD_SIZE = 32
 
 
@@ -153,7 +153,7 @@ def test_traffic_of_experts(config: Config) -> None:
 def test_seconds_of_a_step(plan: Plan, step: SyntheticStep) -> None:
     seconds, traffic = plan.seconds, plan.traffic
     (update,) = step.updates
-    assert plan.micro_batches == len(update.trained[False].ranks[0])
+    assert plan.micro_batches == len(update.trained["plain"].ranks[0])
     idle = 3 / 2  # stages beyond the first, by chunks
     assert plan.bubble == pytest.approx(idle / (plan.micro_batches + idle))
     busy = plan.flops / (2 * 4 * 1e9 * 0.4)
@@ -171,7 +171,7 @@ def test_seconds_of_a_step(plan: Plan, step: SyntheticStep) -> None:
 
 
 def test_tokens_and_fit(plan: Plan, step: SyntheticStep) -> None:
-    stats = step.updates[0].trained[False].stats
+    stats = step.updates[0].trained["plain"].stats
     assert plan.parameters == PARAMETERS and plan.data_parallel == 4
     assert plan.tokens.saved == stats["tokens_rows"] - stats["tokens_packed"] > 0
     assert plan.fullest.peak == max(rank.peak for rank in plan.ranks)
@@ -182,11 +182,11 @@ def test_tokens_and_fit(plan: Plan, step: SyntheticStep) -> None:
 
 def test_only_layouts_that_fit_are_proposed(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """With shards of a given size, so that no process group is needed."""
-    monkeypatch.setattr(layouts, "build_shards", lambda *_, **__: [shard(0), shard(3)])
+    monkeypatch.setattr(planning, "build_shards", lambda *_, **__: [shard(0), shard(3)])
     small = replace(CLUSTER, gpu=replace(CLUSTER.gpu, memory_bytes=3.2e6))
     common = (config, HF_CONFIG, WORLD_SIZE)
     every, fitting = (
-        layouts.propose(*common, cluster, 4, UnknownTokenizer()) for cluster in (CLUSTER, small)
+        planning.propose(*common, cluster, 4, UnknownTokenizer()) for cluster in (CLUSTER, small)
     )
     assert 0 < len(fitting) < len(every)
     assert all(plan.fullest.peak <= 3.2e6 for plan in fitting)

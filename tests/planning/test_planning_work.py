@@ -11,7 +11,7 @@ from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
 from megatron_bicc.planning.memory import Sizes, in_flight
 from megatron_bicc.planning.synthetic import UnknownTokenizer, draw_rollouts, synthetic_step
-from megatron_bicc.planning.work import Rows, forward_flops, rows_of, work_of
+from megatron_bicc.planning.work import Load, forward_flops, load_of, work_of
 from megatron_bicc.training.batch import packing_settings
 
 LLAMA = LlamaConfig(
@@ -44,9 +44,9 @@ def test_token_counts_are_the_packers() -> None:
     _, bilateral = packing_settings(config, LLAMA, UnknownTokenizer())
     expected = pack_reference(rollouts, bilateral, 2)
     (update,) = step.updates
-    assert update.trained[True].stats == expected.stats
+    assert update.trained["bilateral"].stats == expected.stats
     assert step.response_tokens == rollouts.offsets_R[-1]
-    found = rows_of(update.trained[True])
+    found = load_of(update.trained["bilateral"])
     assert found.micro_batches == len(expected.ranks[0])
     assert found.rows in [sum(len(b.tokens_T) for b in rank) for rank in expected.ranks]
 
@@ -60,7 +60,7 @@ def test_groups_without_contrast_are_not_trained() -> None:
     assert 0 < step.groups_with_contrast == mixed_G.sum() < 12
     (update,) = step.updates
     responses_G = np.diff(rollouts.offsets_R).reshape(12, 8).sum(1)
-    assert sum(b.num_response_rows for b in update.plain.ranks[0]) == responses_G[mixed_G].sum()
+    assert sum(b.num_response_rows for b in update.log_probs.ranks[0]) == responses_G[mixed_G].sum()
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
@@ -68,15 +68,15 @@ def test_kl_and_entropy_are_trained_on_every_group_given_its_prompt_alone(weight
     config = make_config(synthetic__pass_rate=0.85, loss__kl_coefficient=0.1, bicc__weight=weight)
     step = synthetic_step(config, LLAMA, UnknownTokenizer(), data_parallel=1)
     (update,) = step.updates
-    assert sum(b.num_response_rows for b in update.plain.ranks[0]) == step.response_tokens
+    assert sum(b.num_response_rows for b in update.log_probs.ranks[0]) == step.response_tokens
     assert step.groups_with_contrast < 12
     work = work_of(step, config)
-    bilateral = [rows_of(update.trained[True])] if weight > 0 else []
-    assert work.train == sum(bilateral, rows_of(update.plain))
-    assert work.forward == rows_of(update.plain).times(2)
+    bilateral = [load_of(update.trained["bilateral"])] if weight > 0 else []
+    assert work.train == sum(bilateral, load_of(update.log_probs))
+    assert work.forward == load_of(update.log_probs).times(2)
     without = make_config(synthetic__pass_rate=0.0, loss__entropy_coefficient=0.1, bicc__weight=weight)
     (update,) = synthetic_step(without, LLAMA, UnknownTokenizer(), data_parallel=1).updates
-    assert update.trained.keys() == {False}
+    assert update.trained.keys() == {"plain"}
 
 
 def test_pairs_are_those_of_the_attention_mask() -> None:
@@ -84,7 +84,7 @@ def test_pairs_are_those_of_the_attention_mask() -> None:
     config = make_config()
     (update,) = synthetic_step(config, LLAMA, UnknownTokenizer(), data_parallel=1).updates
     pairs = 0
-    for batch in update.trained[True].ranks[0]:
+    for batch in update.trained["bilateral"].ranks[0]:
         segment = np.repeat(np.arange(len(batch.cu_seqlens) - 1), np.diff(batch.cu_seqlens))
         side = np.full(len(segment), -1)
         side[: batch.num_prefix_rows] = np.repeat(
@@ -97,7 +97,7 @@ def test_pairs_are_those_of_the_attention_mask() -> None:
         response = (row >= batch.num_prefix_rows) & (side >= 0)
         cross = response[:, None] & (row < batch.num_prefix_rows) & (side[:, None] == side)
         pairs += int((own | cross).sum())
-    assert rows_of(update.trained[True]).pairs == pairs
+    assert load_of(update.trained["bilateral"]).pairs == pairs
 
 
 def test_lengths_have_the_given_mean_and_spread() -> None:
@@ -121,8 +121,8 @@ def test_passes_are_the_learners(settings: dict, forward: int, train: int) -> No
     config = make_config(**settings)
     step = synthetic_step(config, LLAMA, UnknownTokenizer(), data_parallel=1)
     work = work_of(step, config)
-    plain = sum(len(update.plain.ranks[0]) for update in step.updates)
-    conditioned = [len(update.trained[True].ranks[0]) for update in step.updates]
+    plain = sum(len(update.log_probs.ranks[0]) for update in step.updates)
+    conditioned = [len(update.trained["bilateral"].ranks[0]) for update in step.updates]
     extra = sum(conditioned[1:]) if config.bicc.denominator == "conditioned" else 0
     assert work.forward.micro_batches == forward * plain + extra
     assert work.train.micro_batches == sum(conditioned) + (plain if train == 2 else 0)
@@ -142,7 +142,7 @@ def test_flops_are_torchs_count_of_a_hugging_face_model(experts: bool) -> None:
     model, rows = kind(hf_config), 24
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.arange(rows)[None])
-    counted = forward_flops(Sizes.of(hf_config), Rows(1, rows, rows, rows**2))
+    counted = forward_flops(Sizes.of(hf_config), Load(1, rows, rows, rows**2))
     # the rotary embedding's outer product of positions and frequencies is torch's matrix product too
     assert counter.get_total_flops() == pytest.approx(counted, rel=2e-3)
 

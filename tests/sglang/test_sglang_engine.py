@@ -30,7 +30,6 @@ from megatron_bicc import device
 from megatron_bicc.config import Config
 from megatron_bicc.data.prompts import Prompt, PromptSampler
 from megatron_bicc.errors import UserError
-from megatron_bicc.model.policy import Policy
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.sampling import Collector
 from megatron_bicc.rollout.sglang_engine import SglangEngine
@@ -38,7 +37,7 @@ from megatron_bicc.rollout.types import Request, RolloutError, Sample, Sampling
 from megatron_bicc.sglang.checks import check_model
 from megatron_bicc.sglang.client import ServerClient, ServerRefusal
 from megatron_bicc.training.learner import Learner
-from megatron_bicc.weights.hf_weights import hf_tensors
+from megatron_bicc.weights.hf_weights import hf_tensors, load_policy
 from megatron_bicc.weights.sync import sync_weights
 
 REPOSITORY = Path(__file__).parents[2]
@@ -84,7 +83,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 def learner(single_process: None) -> Learner:
     """With weights that are not those of the files that the servers read."""
     config = attach_config([])
-    policy = Policy(config)
+    policy = load_policy(config)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in policy.modules[0].parameters():

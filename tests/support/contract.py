@@ -13,12 +13,12 @@ from megatron_bicc.algorithms.advantages import TokenLogProbs
 from megatron_bicc.algorithms.presets import PRESETS
 from megatron_bicc.config import Config
 from megatron_bicc.metrics import Stopwatch
-from megatron_bicc.model.policy import Policy
 from megatron_bicc.packing.pack import pack
 from megatron_bicc.rollout.types import Group
 from megatron_bicc.training.batch import Piece, StepBatch, packing_settings, step_batch
 from megatron_bicc.training.learner import Learner
-from megatron_bicc.weights.hf_weights import load_weights
+from megatron_bicc.weights.hf_files import SafetensorsDirectory
+from megatron_bicc.weights.hf_weights import HfWeights, load_policy
 from support.models import make_model
 from support.steps import TOKENIZER, hf_gradients, make_config, make_examples, perturb, to_groups
 
@@ -55,9 +55,10 @@ class Stepper:
         self.path, self.parallel = inputs / "reference", parallel
         self.groups: list[Group] = torch.load(inputs / "groups.pt", weights_only=False)
         self.dp_size = parallel_state.get_data_parallel_world_size()
-        self.policy = Policy(self._configure("grpo"))
+        self.policy = load_policy(self._configure("grpo"))
         self.reference = self.policy.host_copy()
-        load_weights(self.policy.modules, self.policy.hf_config, str(inputs / "moved"))
+        moved = SafetensorsDirectory(inputs / "moved")
+        HfWeights(self.policy.hf_config, moved).load(self.policy.modules)
         self.moved = self.policy.host_copy()
 
     def step(self, algorithm: str, micro_batches: int, order: Sequence[int] = range(len(OUTCOMES))) -> Step:

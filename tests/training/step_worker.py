@@ -38,8 +38,9 @@ from megatron_bicc.metrics import Stopwatch
 from megatron_bicc.model.families import check_layout
 from megatron_bicc.model.policy import Policy, start_model_parallel
 from megatron_bicc.training.learner import Learner
+from megatron_bicc.weights.hf_files import SafetensorsDirectory
 from megatron_bicc.weights.hf_mapping import rule_for
-from megatron_bicc.weights.hf_weights import hf_tensors, load_weights
+from megatron_bicc.weights.hf_weights import HfWeights, hf_tensors, load_policy
 
 TP2, SP2 = {"parallel.tensor": 2}, {"parallel.tensor": 2, "parallel.sequence": True}
 PP2, VPP2 = {"parallel.pipeline": 2}, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}
@@ -119,9 +120,10 @@ class Training:
 
     def __init__(self, inputs: Path, model: str, settings: dict) -> None:
         config = configure(inputs / model, settings)
-        self.policy = Policy(config)
+        self.policy = load_policy(config)
         self.learner = Learner(config, self.policy, TOKENIZER)
-        load_weights(self.policy.modules, self.policy.hf_config, str(inputs / f"{model}_moved"))
+        moved = SafetensorsDirectory(inputs / f"{model}_moved")
+        HfWeights(self.policy.hf_config, moved).load(self.policy.modules)
         self.policy.optimizer.reload_model_params()
         self.groups = to_groups(torch.load(inputs / f"{model}.pt", weights_only=False))
 

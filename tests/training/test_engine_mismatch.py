@@ -14,7 +14,6 @@ from megatron_bicc.algorithms.advantages import TokenLogProbs
 from megatron_bicc.config import Config
 from megatron_bicc.data.prompts import Prompt
 from megatron_bicc.metrics import Stopwatch
-from megatron_bicc.model.policy import Policy
 from megatron_bicc.rollout.local import LocalEngine
 from megatron_bicc.rollout.sampling import Collected
 from megatron_bicc.rollout.types import Group, Request, Sampling
@@ -22,6 +21,7 @@ from megatron_bicc.startup import Workers
 from megatron_bicc.train import learn
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.training.step_metrics import EngineMismatch, MismatchCheck
+from megatron_bicc.weights.hf_weights import load_policy
 
 
 def configured(dtype: str, temperature: float = 1.0) -> Config:
@@ -112,7 +112,7 @@ def test_a_cache_that_drops_tokens(
     caplog.set_level(logging.WARNING, "megatron_bicc")
     make_model("llama3").save_pretrained(tmp_path)
     config = make_config(tmp_path, "grpo", rollout__temperature=temperature)
-    learner = Learner(config, Policy(config), TOKENIZER)
+    learner = Learner(config, load_policy(config), TOKENIZER)
     tokenizer = type("Tokenizer", (), {"eos_token_id": 1, "pad_token_id": 0, "get_added_vocab": dict})
     engine = LocalEngine(str(tmp_path), tokenizer, torch.float32, torch.device("cpu"), 8)
 

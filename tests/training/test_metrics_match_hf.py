@@ -10,9 +10,9 @@ from support.steps import CASES, TOKENIZER, make_config, make_examples, perturb,
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_bicc.metrics import Stopwatch
-from megatron_bicc.model.policy import Policy
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.training.step_metrics import update_metrics
+from megatron_bicc.weights.hf_weights import load_policy
 
 SIDES = ("right", "wrong")
 
@@ -36,7 +36,7 @@ def test_of_the_groups_with_contrast(
     old = perturb(reference)
     current = perturb(old) if moves else old
     examples = make_examples(reference, config.rollout.temperature)
-    policy = Policy(config)
+    policy = load_policy(config)
     learner = Learner(config, policy, TOKENIZER)
     copies = {name: weights(model, tmp_path / name) for name, model in (("old", old), ("new", current))}
     policy.set_weights(copies["old"])
@@ -92,7 +92,7 @@ def delta_of(example: Example, trained: list[tuple[Example, int]], delta: np.nda
 def weights(model: PreTrainedModel, path: Path) -> list[torch.Tensor]:
     """A Policy's copy of a model's weights."""
     model.save_pretrained(path)
-    return Policy(make_config(path, "grpo")).host_copy()
+    return load_policy(make_config(path, "grpo")).host_copy()
 
 
 def logp_of(model: PreTrainedModel, example: Example, i: int, conditioned: bool) -> np.ndarray:

@@ -10,9 +10,9 @@ from support.models import make_model
 from support.steps import REGULARISED, TOKENIZER, make_config, make_examples, to_groups
 
 from megatron_bicc.metrics import Stopwatch
-from megatron_bicc.model.policy import Policy
 from megatron_bicc.training.learner import Learner, StepResult
 from megatron_bicc.training.step_metrics import report_groups, update_metrics
+from megatron_bicc.weights.hf_weights import load_policy
 
 OUTCOMES = ((1, 1, 1), (1, 0, 0), (0, 0), (1, 0))
 WORDS = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
@@ -30,7 +30,7 @@ def test_groups_without_contrast_move_no_figure_of_those_with(
         replace(group, texts=[f"{g}.{i}" for i in range(len(group.samples))])
         for g, group in enumerate(to_groups(examples))
     ]
-    policy = Policy(config)
+    policy = load_policy(config)
     learner = Learner(config, policy, TOKENIZER)
 
     def step(chosen: list[int]) -> tuple[StepResult, dict[str, float], list[dict]]:

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from megatron_bicc.metrics import Stopwatch
 from megatron_bicc.model.policy import Policy
 from megatron_bicc.training.learner import Learner
+from megatron_bicc.weights.hf_weights import load_policy
 
 EXPERTS = [
     ("qwen3_moe", "bicc_rcc_mixed_conditioned"),
@@ -90,7 +91,7 @@ def test_kl_at_the_reference_is_nothing(
     for coefficient in (0.0, 100.0):
         settings = {"loss__kl_coefficient": coefficient, "loss__kl_estimator": estimator}
         config = make_config(model_dirs["qwen3_tied"], "grpo+bicc", bicc__weight=weight, **settings)
-        policy = Policy(config)
+        policy = load_policy(config)
         examples = make_examples(
             AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32), 0.8
         )
@@ -104,7 +105,7 @@ def test_kl_at_the_reference_is_nothing(
 
 def set_weights(policy: Policy, model: PreTrainedModel, path: Path) -> None:
     model.save_pretrained(path)
-    policy.set_weights(Policy(make_config(path, "grpo")).host_copy())
+    policy.set_weights(load_policy(make_config(path, "grpo")).host_copy())
 
 
 def check_step(
@@ -127,7 +128,7 @@ def check_step(
             replace(e, rewards=[0.6 * r + 0.1 * (i % 4) for i, r in enumerate(e.rewards)]) for e in examples
         ]
 
-    policy = Policy(config)
+    policy = load_policy(config)
     learner = Learner(config, policy, TOKENIZER)
     set_weights(policy, old, tmp_path / "old")
     prepared = learner.prepare(to_groups(examples), Stopwatch(), moves)

@@ -16,7 +16,7 @@ from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.policy import Policy
 from megatron_bicc.weights.hf_files import write_model
-from megatron_bicc.weights.hf_weights import save_hf
+from megatron_bicc.weights.hf_weights import load_policy, save_hf
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def policy(tmp_path: Path, single_process: None) -> Policy:
     make_model("qwen3_tied").save_pretrained(tmp_path / "hf")
     config = Config()
     config.model.path, config.model.dtype = str(tmp_path / "hf"), "float32"
-    return Policy(config)
+    return load_policy(config)
 
 
 @pytest.mark.parametrize("largest_file", [50_000, 5_000_000_000])

@@ -15,9 +15,9 @@ from support.two_steps import assert_engine_followed, train_on
 from support.weight_sync import TOKENS, hf_log_probs, served, stream
 from transformers import PreTrainedModel
 
-from megatron_bicc.model.policy import Policy
 from megatron_bicc.sglang.client import ServerClient
 from megatron_bicc.training.learner import Learner
+from megatron_bicc.weights.hf_weights import load_policy
 from megatron_bicc.weights.sync import WeightSync
 
 pytestmark = [
@@ -65,7 +65,7 @@ def test_layouts_and_a_trainer_killed_in_mid_sync(
 
     config = make_config(path, "grpo")
     config.output_dir = str(tmp_path)
-    learner, client = Learner(config, Policy(config), TOKENIZER), ServerClient(server.url)
+    learner, client = Learner(config, load_policy(config), TOKENIZER), ServerClient(server.url)
     with start_blocking_portal() as portal:
         sync = WeightSync(config, learner, portal.call)
         assert sync.push([client], stream(learner), 20) == {}

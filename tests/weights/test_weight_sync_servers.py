@@ -22,9 +22,9 @@ from support.two_steps import assert_engine_followed, train_on
 from support.weight_sync import TOKENS, greedy, hf_log_probs, move, served, stream, tamper
 from transformers import PreTrainedModel
 
-from megatron_bicc.model.policy import Policy
 from megatron_bicc.sglang.client import ServerClient
 from megatron_bicc.training.learner import Learner
+from megatron_bicc.weights.hf_weights import load_policy
 from megatron_bicc.weights.sync import WeightSync
 from megatron_bicc.weights.transport import WeightSyncError
 
@@ -89,7 +89,7 @@ def both(servers: list[SglangServer], clients: list[ServerClient]) -> list[Serve
 def learner(path: Path, single_process: None) -> Learner:
     """Of the policy in training."""
     config = make_config(path, "grpo")
-    return Learner(config, Policy(config), TOKENIZER)
+    return Learner(config, load_policy(config), TOKENIZER)
 
 
 @pytest.fixture

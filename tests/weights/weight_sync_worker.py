@@ -22,11 +22,12 @@ from support.steps import TOKENIZER, make_config
 from support.weight_sync import stream
 
 from megatron_bicc import device
-from megatron_bicc.model.policy import Policy, start_model_parallel
+from megatron_bicc.model.policy import start_model_parallel
 from megatron_bicc.sglang.checks import until_well
 from megatron_bicc.sglang.client import ServerClient
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.weights import verify as proof
+from megatron_bicc.weights.hf_weights import load_policy
 from megatron_bicc.weights.sync import WeightSync
 from megatron_bicc.weights.transport import WeightSyncError
 
@@ -65,7 +66,7 @@ def start(layout: dict[str, int], method: str, arguments: list[str]) -> Learner:
         setattr(config.parallel, name, size)
     parallel_state.destroy_model_parallel()
     start_model_parallel(config)
-    return Learner(config, Policy(config), TOKENIZER)
+    return Learner(config, load_policy(config), TOKENIZER)
 
 
 def check(

@@ -12,9 +12,9 @@ from megatron_bicc import device
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
 from megatron_bicc.data.prompts import Prompt
-from megatron_bicc.model.policy import Policy
 from megatron_bicc.rollout.types import Group, Sample
 from megatron_bicc.training.learner import Learner
+from megatron_bicc.weights.hf_weights import load_policy
 
 TOKENIZER = Path(__file__).parents[2] / "examples/tiny_policy"
 PROMPT, GROUP_SIZE, LOG_STD = 50, 8, 0.8
@@ -37,7 +37,7 @@ def make_learner(
         model.save_pretrained(path)
         config.model.path = path
         config = resolve(config)
-        return Learner(config, Policy(config), tokenizer)
+        return Learner(config, load_policy(config), tokenizer)
 
 
 def random_model(hidden: int, layers: int, vocab_size: int) -> Qwen3ForCausalLM:

@@ -12,8 +12,8 @@ from megatron_bicc import device
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
 from megatron_bicc.metrics import Stopwatch
-from megatron_bicc.model.policy import Policy
 from megatron_bicc.training.learner import Learner
+from megatron_bicc.weights.hf_weights import load_policy
 
 TOP = 5
 
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     config.train.max_sequence_tokens, config.train.max_tokens_per_microbatch = 256, 4096
     config = resolve(config)
     with one_process():
-        learner = Learner(config, Policy(config), AutoTokenizer.from_pretrained(TOKENIZER))
+        learner = Learner(config, load_policy(config), AutoTokenizer.from_pretrained(TOKENIZER))
         groups = make_groups(16, 24, 60, learner.policy.hf_config.vocab_size)
         learner.step(groups, Stopwatch())
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * device.has_cuda()

@@ -28,12 +28,11 @@ from transformers import AutoTokenizer
 from megatron_bicc import device
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
-from megatron_bicc.model.policy import Policy
 from megatron_bicc.sglang.checks import until_well
 from megatron_bicc.sglang.client import ServerClient
 from megatron_bicc.sglang.process import SpawnedServer
 from megatron_bicc.training.learner import Learner
-from megatron_bicc.weights.hf_weights import hf_tensors
+from megatron_bicc.weights.hf_weights import hf_tensors, load_policy
 from megatron_bicc.weights.sync import WeightSync
 from megatron_bicc.weights.verify import Checksums
 
@@ -57,7 +56,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     a = arguments
     with TemporaryDirectory() as directory, one_process(), start_blocking_portal() as portal:
         config = _config(Path(directory), a)
-        learner = Learner(config, Policy(config), AutoTokenizer.from_pretrained(TOKENIZER))
+        learner = Learner(config, load_policy(config), AutoTokenizer.from_pretrained(TOKENIZER))
         nbytes = sum(tensor.nbytes for _, tensor in _stream(learner))
         figures: dict[str, Any] = {"bytes": nbytes, "bucket_bytes": int(a.bucket_mb * 2**20)}
         with _server(config, portal) as client:
@@ -81,7 +80,7 @@ def _peaks(config: Config, url: str) -> dict[str, int]:
     return_freed_memory()
     peaks = {}
     with one_process(), start_blocking_portal() as portal:
-        learner = Learner(config, Policy(config), AutoTokenizer.from_pretrained(TOKENIZER))
+        learner = Learner(config, load_policy(config), AutoTokenizer.from_pretrained(TOKENIZER))
         client = ServerClient(url)
         for method in PLAIN:
             with _sync(config, learner, portal, client, method) as sync:
