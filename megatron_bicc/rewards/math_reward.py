@@ -11,45 +11,17 @@ from typing import Literal
 
 import numpy as np
 
+from megatron_bicc.data.boxed import has_box, last_boxed
 from megatron_bicc.rewards import verdict
 from megatron_bicc.rewards.verdict import Reading
-from megatron_bicc.rewards.worker_pool import WORKER, OutOfTimeError
+from megatron_bicc.rewards.worker import WORKER, OutOfTimeError
 
 Style = Literal["auto", "boxed", "answer_line", "hash", "last_number"]
 
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
-_ARGUMENT = re.compile(
-    r"\s*([-+]?\s*\$?\d[\d,]*(?:\.\d+)?%?|-?\\[a-zA-Z]+(?:\s*\{[^{}]*\})*|[a-zA-Z](?![a-zA-Z]))"
-)
 _ANSWER_LINE = re.compile(r"\banswer\b[*_]*[ \t]*[:：][*_]*[ \t]*([^\n]+)", re.IGNORECASE)
 _LAST_LINE = re.compile(r"[^\n]*\banswer\b[*_]*[ \t]*[:：][*_]*[ \t]*([^\n]+)", re.IGNORECASE)
 _HASH = re.compile(r"####[ \t]*([^\n#]+)")
 _NUMBER = re.compile(r"(?<![\w.])-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|(?<![\w.])-?\.\d+")
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Content of the last \boxed{...} or \fbox{...}, stripped; None if there is none or it does not close.
-
-    Without braces (\boxed 2, as in the published MATH) it is the number, command or letter that follows.
-    """
-    boxes = list(_BOX.finditer(text))
-    if not boxes:
-        return None
-    body = text[boxes[-1].end() :].lstrip()
-    if not body.startswith("{"):
-        argument = _ARGUMENT.match(body)
-        return argument[1].rstrip(",").strip() if argument else None
-    depth = position = 0
-    while position < len(body):
-        character = body[position]
-        if character == "\\":
-            position += 2  # \{ and \} are characters of the answer, not braces
-            continue
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return body[1:position].strip()
-        position += 1
-    return None
 
 
 def final_answer(text: str, style: Style) -> str | None:
@@ -88,7 +60,7 @@ def _auto(text: str) -> str | None:
     lines = text.rstrip().splitlines()
     if lines and (ending := _LAST_LINE.fullmatch(lines[-1])):
         return _in_box(ending[1].strip())
-    if _BOX.search(text):
+    if has_box(text):
         return last_boxed(text)
     return _answer_line(text) or _hash(text)
 
@@ -99,7 +71,7 @@ def _last(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def _in_box(answer: str | None) -> str | None:
-    return last_boxed(answer) if answer and _BOX.search(answer) else answer
+    return last_boxed(answer) if answer and has_box(answer) else answer
 
 
 @dataclass(frozen=True)
