@@ -135,7 +135,7 @@ def test_answers_of_other_settings_are_refused(tmp_path: Path) -> None:
 def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
     paths = [str(tmp_path / p) for p in ("math/test.jsonl", "aime/test.jsonl", "amc.parquet")]
     assert list(names_of(paths)) == ["math_test", "aime_test", "amc"]
-    with pytest.raises(UserError, match="would be called math_test too"):
+    with pytest.raises(UserError, match="would be named math_test too"):
         names_of([paths[0], str(tmp_path / "math/test.parquet")])
 
 
