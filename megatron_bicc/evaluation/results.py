@@ -136,9 +136,8 @@ def pass_at_k(num_samples: int, correct_B: np.ndarray, k: int) -> np.ndarray:
         raise UserError(f"pass@{k} of {num_samples} samples per prompt; k must be within 1 and {num_samples}")
     if correct_B.size and not 0 <= correct_B.min() <= correct_B.max() <= num_samples:
         raise UserError(f"counts of correct samples must be within 0 and {num_samples}")
-    factors = 1.0 - k / np.arange(
-        num_samples, 0, -1
-    )  # 0 at k: with fewer than k wrong samples none can be missed
+    # 0 at k: with fewer than k wrong samples, none of k can miss
+    factors = 1.0 - k / np.arange(num_samples, 0, -1)
     missed = np.concatenate([[1.0], np.cumprod(factors)])
     return 1.0 - missed[correct_B]
 

@@ -146,9 +146,9 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "KL per token",
                 "Estimated by k3.",
                 (
-                    Line("kl/old_new", "current policy to old policy"),
-                    Line("kl/old_ref", "policy to reference policy", DASHED),
-                    Line("kl/rollout_old", "trainer to rollout engine", DOTTED),
+                    Line("kl/old_new", "old policy and current policy"),
+                    Line("kl/old_ref", "old policy and reference policy", DASHED),
+                    Line("kl/rollout_old", "rollout engine and trainer", DOTTED),
                 ),
             ),
             _quantiles(

@@ -28,7 +28,8 @@ def test_the_summary_says_what_happened():
         "ill", {0: 0.5, 1: 0.4}, **{"contrast/share": 0.1, "rollout/truncated": 0.5, "train/loss": None}
     )
     assert [said.removeprefix("ill: ") for said in sentences([ill])[1:]] == [
-        "only 10% of the last step's groups had both right and wrong rollouts; the others contributed no gradient.",
+        "only 10% of the last step's groups had both right and wrong rollouts; the others contributed no "
+        "gradient.",
         "50% of the last step's responses were cut at rollout.max_new_tokens.",
         "train/loss was not finite at step 0.",
     ]
