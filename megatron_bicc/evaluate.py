@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
 def read_inputs(config: Config, paths: list[str]) -> Inputs:
     """Reads and checks every setting and file. Raises UserError, one line, for the first mistake."""
     validate_evaluation(config, paths)
-    check_threshold(config.reward.verifier, config.reward.threshold)
+    check_threshold(config.reward)
     named = names_of(paths)
     tokenizer = read_tokenizer(config.model.path)
     hf_config, _ = check_policy(config)
@@ -103,9 +103,7 @@ def read_inputs(config: Config, paths: list[str]) -> Inputs:
     prompts = {name: heldout_prompts(config, path, tokenizer) for name, path in named.items()}
     _check_lengths(config, hf_config, named, prompts)
     warn_of_index(config.model.path)
-    return Inputs(
-        config, tokenizer, get_verifier(config.reward.verifier, config.reward.answer), named, prompts
-    )
+    return Inputs(config, tokenizer, get_verifier(config.reward), named, prompts)
 
 
 def _kept_date(config: Config, named: dict[str, str]) -> str:

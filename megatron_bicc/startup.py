@@ -26,11 +26,8 @@ from megatron_bicc.model.policy import Policy, start_model_parallel
 from megatron_bicc.rewards.registry import (
     Verifier,
     check_threshold,
-    compared_as_text,
-    describe_styles,
+    check_truths,
     get_verifier,
-    style_mismatch,
-    unscorable,
 )
 from megatron_bicc.rollout.local import LocalEngine, check_names
 from megatron_bicc.rollout.sampling import Collector
@@ -79,12 +76,12 @@ class Workers:
 def read_inputs(config: Config) -> Inputs:
     """Reads and checks every setting and file. Raises UserError, one line, for the first mistake."""
     config = check_settings(config)
-    verifier = get_verifier(config.reward.verifier, config.reward.answer)
+    verifier = get_verifier(config.reward)
     tokenizer = read_tokenizer(config.model.path)
     hf_config, tensors = check_policy(config)
     check_lengths(config, hf_config)
     config = with_date(config, tokenizer, date_of_checkpoint(config))
-    prompts = _prompts(config, config.data.train, tokenizer, config.data.instruction)
+    prompts = _prompts(config, config.data.train, tokenizer, config.data.instruction, config.data.filter)
     heldout = heldout_prompts(config, config.evaluation.data, tokenizer) if config.evaluation.data else []
     sampler = PromptSampler(len(prompts), config.rollout.prompts_per_step, config.seed)
     digests = {TRAIN_IDS: digest(prompts)} | ({HELD_OUT_IDS: digest(heldout)} if heldout else {})
@@ -99,7 +96,7 @@ def check_settings(config: Config) -> Config:
     """
     validate(config, device.world_size())
     _check_output_dir(config)
-    check_threshold(config.reward.verifier, config.reward.threshold)
+    check_threshold(config.reward)
     return resolve(config)
 
 
@@ -286,37 +283,12 @@ def heldout_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBas
     return prompts[: config.evaluation.prompts or None]
 
 
-def _prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase, instruction: str) -> list[Prompt]:
-    data, reward = config.data, config.reward
+def _prompts(
+    config: Config, path: str, tokenizer: PreTrainedTokenizerBase, instruction: str, keep: str = ""
+) -> list[Prompt]:
+    data = config.data
     prompts = load_prompts(
-        path, tokenizer, data.max_prompt_tokens, data.overlong_prompts, instruction, data.control_tokens
+        path, tokenizer, data.max_prompt_tokens, data.overlong_prompts, instruction, data.control_tokens, keep
     )
-    truths = [prompt.ground_truth for prompt in prompts]
-    for i in unscorable(reward.verifier, truths, reward.threshold, reward.answer):
-        raise UserError(
-            f"{path}, row {prompts[i].index + 1}: no response can be right: "
-            f"reward.verifier={reward.verifier} does not even accept the ground truth itself, "
-            f"{truths[i][:60]!r}; correct it or remove the row"
-        )
-    if device.is_first():
-        _report_truths(config, path, prompts)
+    check_truths(config.reward, path, prompts)
     return prompts
-
-
-def _report_truths(config: Config, path: str, prompts: list[Prompt]) -> None:
-    """Logs what is read of answers and of truths, and what to mind about it."""
-    reward = config.reward
-    texts = compared_as_text(reward.verifier, [prompt.ground_truth for prompt in prompts])
-    if texts:
-        row, truth = prompts[texts[0]].index + 1, prompts[texts[0]].ground_truth
-        logger.warning(
-            "%s: %d of %d ground truths are compared as text, such as %.60r in row %d",
-            path,
-            len(texts),
-            len(prompts),
-            truth,
-            row,
-        )
-    logger.info("%s: %s", path, describe_styles(reward.verifier, reward.answer, prompts))
-    if mismatch := style_mismatch(reward.answer, prompts):
-        logger.warning("%s: %s", path, mismatch)

@@ -32,7 +32,9 @@ from megatron_bicc.cli import parse_config
 from megatron_bicc.config import Config
 from megatron_bicc.errors import NotFiniteError, UserError, abort, print_rank0
 from megatron_bicc.evaluation.benchmarks import evaluate
+from megatron_bicc.evaluation.results import evaluation_metrics
 from megatron_bicc.metrics import Stopwatch
+from megatron_bicc.rewards.registry import answer_style
 from megatron_bicc.rollout.collect import GroupSampler, ZeroRewardWatch
 from megatron_bicc.rollout.sampling import Collected
 from megatron_bicc.rollout.types import RolloutError, Sampling
@@ -41,7 +43,6 @@ from megatron_bicc.startup import Inputs, Workers, read_inputs, start_workers
 from megatron_bicc.training.step_metrics import (
     EngineMismatch,
     MismatchCheck,
-    evaluation_metrics,
     mean_metrics,
     report_groups,
     report_layout,
@@ -115,7 +116,7 @@ def run_steps(inputs: Inputs, workers: Workers, first_step: int, log: RunLog) ->
     writer = CheckpointWriter(config.output_dir, config.checkpoint.keep)
     mismatch = MismatchCheck(config, bool(workers.policy.megatron_config.num_moe_experts))
     sync_weights(workers.policy, workers.engine, first_step)
-    watch = ZeroRewardWatch(config.reward.answer, enabled=dist.get_rank() == 0)
+    watch = ZeroRewardWatch(answer_style(config.reward), enabled=dist.get_rank() == 0)
     if first_step == 0:
         log.step(0, held_out(inputs, workers))
 

@@ -1,8 +1,8 @@
-"""Chat messages as the token ids of a prompt: all of their text, and control tokens by decision alone.
+"""Maps between texts and token ids with the policy's tokenizer: prompts, a fixed date, end tokens.
 
-Chat templates that ask for today's date: one date for a whole run, resumed on whatever day.
-
-The tokens that end a response.
+Prompts are encoded so that no text of a message is lost, and no text becomes a control token unless the
+settings allow it. A chat template that reads the clock gets one date for the whole run, on whatever day it is
+resumed.
 """
 
 import json
@@ -24,24 +24,24 @@ from megatron_bicc.data.rows import Message
 from megatron_bicc.errors import UserError, first_line
 
 JOINED = "{{ messages | map(attribute='content') | join('\n') }}"
-"""Chat template of a tokenizer that has none: contents joined by newlines"""
+"""Chat template for a tokenizer without one: contents joined by newlines"""
 
 
 @dataclass(frozen=True)
 class Turns:
-    """What the chat template writes around the contents of messages of certain roles."""
+    """The tokens that the chat template adds to the contents of messages with certain roles."""
 
     written: Counter[int]
-    """How often it writes each token id"""
+    """Number of times that it writes each token id"""
     control: re.Pattern[str]
-    """Any text that is a control token: one of the tokenizer's special tokens, or an added token it writes"""
+    """Matches control tokens: the tokenizer's special tokens, and added tokens that the template writes"""
 
 
 class PromptEncoder:
-    """Encodes messages by a tokenizer's chat template, up to where the response begins.
+    """Encodes messages with a tokenizer's chat template, up to where the response begins.
 
-    control_tokens: what becomes of a control token in a message's text: refuse, an error; text, ordinary
-    tokens of its characters; keep, the control token itself.
+    control_tokens: treatment of a control token in a message's text. refuse: an error. text: it is encoded as
+    ordinary tokens of its characters. keep: it stays a control token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, control_tokens: ControlTokens = "refuse"):
@@ -52,10 +52,11 @@ class PromptEncoder:
         self._turns = cache(self._probe)
 
     def encode(self, messages: list[Message]) -> np.ndarray:
-        """int32 [length]: a last message of the assistant is continued, after any other its turn is opened.
+        """Returns int32 [P]; a last message of the assistant is continued, otherwise the assistant's turn is
+        opened.
 
-        Raises UserError if the chat template refuses the messages, if text of one is not in the tokens, or
-        for a control token that is refused.
+        Raises UserError if the chat template refuses the messages, text of one is missing in the tokens, or a
+        control token is refused.
         """
         turns = self._turns(tuple(message["role"] for message in messages))
         rendered = self._render(messages)
@@ -72,13 +73,14 @@ class PromptEncoder:
         if not ids:
             raise UserError("the prompt has no tokens")
         self._check_text(messages, rendered, ids)
-        # a text that is kept as it is may begin with the begin token
+        # with control_tokens=keep the text may already start with the begin token
         begun = ids[: len(self._begin)] == self._begin
         return np.asarray(ids if begun else self._begin + ids, dtype=np.int32)
 
     def _probe(self, roles: tuple[str, ...]) -> Turns:
-        """Raises UserError if the chat template leaves out a role's message."""
-        # letters and digits that no template writes
+        """Renders marks in place of contents. Raises UserError if the template leaves out a role's
+        message."""
+        # letters and digits that no template contains
         marks = [f"kq7{i}zx" for i in range(len(roles))]
         rendered = self._render(
             [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
@@ -93,7 +95,7 @@ class PromptEncoder:
         return Turns(written, re.compile("|".join(longest_first) or r"(?!)"))  # (?!) matches nothing
 
     def _render(self, messages: list[Message]) -> str:
-        """The text that the chat template makes of the messages."""
+        """Returns the text that the chat template makes of the messages."""
         begun = messages[-1]["role"] == "assistant"
         try:
             return self._tokenizer.apply_chat_template(
@@ -103,13 +105,13 @@ class PromptEncoder:
                 add_generation_prompt=not begun,
                 continue_final_message=begun,
             )
-        except Exception as error:  # templates raise what their authors chose, jinja2 errors among them
+        except Exception as error:  # templates raise whatever their authors chose, and jinja2 its own errors
             raise UserError(
                 f"the tokenizer's chat template refuses the messages: {first_line(error)}"
             ) from error
 
     def _encode_as_text(self, messages: list[Message], turns: Turns, found: str) -> list[int]:
-        """Token ids with no more control tokens than the template writes."""
+        """Encodes control tokens in the messages as ordinary text. Raises UserError if one cannot be."""
         begun = messages[-1]["role"] == "assistant"
         ids = self._tokenizer.apply_chat_template(
             messages,
@@ -126,13 +128,13 @@ class PromptEncoder:
         return ids
 
     def _check_text(self, messages: list[Message], rendered: str, ids: list[int]) -> None:
-        """Raises UserError for a message that is not whole in the template's text and in the tokens."""
+        """Raises UserError for a message whose text is incomplete in the rendered text or in the tokens."""
         written = _squeezed(rendered)
         decoded = _squeezed(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
         for message in messages:
             role, text = message["role"], message["content"]
             if role == "assistant":
-                text = text.rpartition("</think>")[2]  # templates leave out the reasoning of earlier answers
+                text = text.rpartition("</think>")[2]  # templates drop the reasoning of earlier answers
             text = _squeezed(text)
             if text not in written:
                 raise UserError(f"the chat template leaves out text of the message of role {role!r}")
@@ -145,7 +147,7 @@ class PromptEncoder:
 
 
 def _control_token(messages: list[Message], control: re.Pattern[str]) -> str:
-    """Names the first control token in the messages; empty if there is none."""
+    """Describes the first control token in the messages; empty if there is none."""
     for message in messages:
         for text in message.values():
             if match := control.search(text):
@@ -154,33 +156,33 @@ def _control_token(messages: list[Message], control: re.Pattern[str]) -> str:
 
 
 def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that the tokenizer puts before a text, and not those that it puts after it."""
+    """Returns the token ids that the tokenizer puts before a text, without those that it puts after it."""
     encoded = tokenizer("1", return_special_tokens_mask=True)
     pairs = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
     return [token_id for token_id, _ in takewhile(lambda pair: pair[1], pairs)]
 
 
 def _squeezed(text: str) -> str:
-    """Text without white space, which templates trim, in the form that tokenizers may normalise it to."""
+    """Removes white space, which templates trim, and applies NFKC, which tokenizers may apply."""
     return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 CLOCK = "strftime_now"
-"""What transformers calls its function for templates"""
+"""Name of the function that transformers gives to chat templates"""
 DIRECTIVES = ["%" + flag + letter for flag in ("", "-") for letter in "aAbBcdHIjmMpSuUVwWxXyYZz"]
 
 
 def asks_for_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template reads the clock: its prompts then have other token ids on another day."""
+    """Returns whether the chat template reads the clock, so that token ids depend on the day."""
     return CLOCK in str(tokenizer.chat_template)
 
 
 def fix_date(tokenizer: PreTrainedTokenizerBase, today: date) -> None:
-    """Lets the chat template see this date in place of the clock's, at midnight.
+    """Makes the chat template see this date, at midnight, instead of the clock.
 
-    A template's own macro goes before the function of that name; a function cannot be handed in, as
-    transformers gives templates plain data only. The template still begins at the start of a line, on which
-    it depends what jinja strips there.
+    It prepends a macro, which shadows the function of that name: transformers passes only plain data to
+    templates, so the function itself cannot be replaced. The macro ends with a newline, so that the template
+    still starts a line: jinja's white-space control depends on that.
     """
     filled = "".join(f"|replace({json.dumps(d)}, {json.dumps(today.strftime(d))})" for d in DIRECTIVES)
     macro = "{%- macro " + CLOCK + "(format) -%}{{ format" + filled + " }}{%- endmacro %}\n"
@@ -191,20 +193,20 @@ def fix_date(tokenizer: PreTrainedTokenizerBase, today: date) -> None:
 
 
 ENDS_BY_TEXT = ("<|eom_id|>", "<|content_model_end_sampling|>", "<|ifm|im_end|>")
-"""Added tokens at which SGLang 0.5.23 ends whatever the files say (attach_additional_stop_token_ids)"""
+"""Added tokens at which SGLang 0.5.23 always stops (attach_additional_stop_token_ids)"""
 
 
 def end_token_ids(
     hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, path: str | Path
 ) -> tuple[int, ...]:
-    """Ids of the tokens that end a response, ascending: the same for every engine.
+    """Returns the ids of the tokens that end a response, ascending; every engine uses the same.
 
-    Every eos_token_id counts: config.json's, the tokenizer's, and each that generation_config.json lists, as
-    chat models have one end of a turn and another of a text. SGLang ends at all of them and at ENDS_BY_TEXT
-    and cannot be told to leave one out, so nobody here leaves one out.
+    They are the eos_token_id of config.json, of the tokenizer, and each one in generation_config.json: chat
+    models have one token for the end of a turn and another for the end of a text. SGLang stops at all of them
+    and at ENDS_BY_TEXT, and has no option to exclude one, so the other engines do not exclude one either.
 
-    hf_config, tokenizer: those of the Hugging Face directory `path`. Raises UserError, one line, for an
-    eos_token_id that is no token id, or a generation_config.json that cannot be read.
+    hf_config, tokenizer: those of the Hugging Face directory `path`. Raises UserError for an eos_token_id
+    that is not a token id, or a generation_config.json that cannot be read.
     """
     sources = {
         "config.json": getattr(hf_config, "eos_token_id", None),
@@ -216,7 +218,7 @@ def end_token_ids(
         for end in given if isinstance(given, list | tuple) else [given]:
             if end is None:
                 continue
-            if type(end) is not int or not 0 <= end < hf_config.vocab_size:  # JSON's true is an int, too
+            if type(end) is not int or not 0 <= end < hf_config.vocab_size:  # bool is a subclass of int
                 raise UserError(
                     f"model.path is {path}; eos_token_id of {source} is {given!r}; {end!r} is none of the "
                     f"{hf_config.vocab_size} tokens of config.json: correct it"
@@ -226,7 +228,7 @@ def end_token_ids(
 
 
 def _generation_config(path: Path) -> dict[str, Any]:
-    """The directory's generation_config.json; nothing where there is none."""
+    """Returns the contents of the directory's generation_config.json; empty if there is none."""
     file = path / "generation_config.json"
     if not file.is_file():
         return {}
@@ -235,5 +237,7 @@ def _generation_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"model.path is {path}; {file.name} cannot be read: {error}") from error
     if not isinstance(found, dict):
-        raise UserError(f"model.path is {path}; {file.name} holds a {type(found).__name__}, no JSON object")
+        raise UserError(
+            f"model.path is {path}; {file.name} holds a {type(found).__name__}, not a JSON object"
+        )
     return found

@@ -1,8 +1,6 @@
-"""Rows of a data file as dictionaries, with the number a person would count to.
+"""Reads the rows of a data file, and the question that each holds in any of the known schemas.
 
-The schemas a row of prompts may come in: DAPO-Math-17k, GSM8K, MATH, the benchmarks' and a plain one.
-
-Benchmarks as published on Hugging Face:
+Schemas: DAPO-Math-17k, GSM8K, MATH, a plain one, and those of benchmarks as published on Hugging Face:
 
     {problem, solution}  MATH-500 (HuggingFaceH4), AIME 2024 (HuggingFaceH4/aime_2024, math-ai/aime24)
     {problem, answer}    AMC 2022 and 2023 (AI-MO/aimo-validation-amc), AIME 2025 (math-ai/aime25)
@@ -22,35 +20,36 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_bicc.data.boxed import last_boxed
 from megatron_bicc.errors import UserError, first_line
-from megatron_bicc.rewards.math_reward import last_boxed
 
 Row = dict[str, Any]
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-"""A half of a UTF-16 pair, escaped in JSON"""
+"""Half of a UTF-16 surrogate pair, escaped in JSON"""
 MOST_DIGITS = 4300
+"""Digits of the longest whole number that Python parses by default"""
 
 
 class JsonFloat(float):
-    """A number of a JSON file that is not written as an integer: 0.10, 1e-5."""
+    """A number of a JSON file that is not written as an integer, with its text: 0.10, 1e-5."""
 
     text: str
     """The number as the file has it"""
 
     def __new__(cls, text: str) -> "JsonFloat":
         number = super().__new__(cls, text)
-        number.text = str(text)  # a copy is made from the number, and given the text afterwards
+        number.text = str(text)  # copy and pickle call this with the number, and set the text afterwards
         return number
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yield (row number from 1, row) of a .parquet or .jsonl file; in .jsonl the line number.
+    """Yields (row number from 1, row) of a .parquet or .jsonl file; for .jsonl it is the line number.
 
-    A float of .jsonl is a JsonFloat; one of 32 bits in .parquet is the double of its shortest decimal text,
-    0.1 and not 0.10000000149.
+    A float of .jsonl is a JsonFloat. A float32 of .parquet is the double of its shortest decimal text: 0.1,
+    not 0.10000000149.
 
-    Raises UserError, naming the file and where there is one the row, if the file is missing, unreadable,
-    of another kind, or holds a line that is no JSON object or has a key twice.
+    Raises UserError, with the file and if possible the row, if the file is missing, unreadable, of another
+    kind, or has a line that is not a JSON object or repeats a key.
     """
     readers: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
         ".parquet": _read_parquet,
@@ -82,7 +81,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _short_floats_as(wanted: pa.DataType, schema: pa.Schema) -> pa.Schema:
-    """The schema with `wanted` in place of floats of 32 bits, within structs and lists as well."""
+    """Returns the schema with `wanted` in place of float32, also within structs and lists."""
 
     def replaced(field: pa.Field) -> pa.Field:
         kind = field.type
@@ -106,7 +105,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
 
 def _parse_line(path: Path, number: int, line: bytes) -> Row:
     try:
-        # a byte order mark may stand at the start of a file
+        # a file may start with a byte order mark
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         row = json.loads(text, parse_float=JsonFloat, parse_int=_integer, object_pairs_hook=_object)
         if SURROGATE.search(line):
@@ -115,7 +114,7 @@ def _parse_line(path: Path, number: int, line: bytes) -> Row:
         raise UserError(f"{path}, row {number}: not UTF-8 ({error}); write the file as UTF-8") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path}, row {number}: not valid JSON ({error}); write one object a line") from error
-    except (UserError, ValueError) as error:  # of what is valid JSON, but cannot be taken
+    except (UserError, ValueError) as error:  # valid JSON that is refused: a repeated key, a huge number
         raise UserError(f"{path}, row {number}: {error}") from error
     if not isinstance(row, dict):
         raise UserError(
@@ -125,14 +124,14 @@ def _parse_line(path: Path, number: int, line: bytes) -> Row:
 
 
 def _integer(text: str) -> int:
-    """A whole number of JSON; raises ValueError for one of more digits than Python reads."""
+    """Parses a whole number of JSON. Raises UserError for one with more digits than Python parses."""
     if len(text) > MOST_DIGITS:
         raise UserError(f"a whole number of {len(text)} digits; write it as a text")
     return int(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object that JSON's pairs make; raises ValueError for a key that it has twice."""
+    """Makes a JSON object of its pairs. Raises UserError for a repeated key."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
@@ -144,40 +143,42 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 Message = dict[str, str]
 
 ASKS_NOTHING = ("system", "developer", "tool", "function")
-"""Roles that ask no question and may be empty"""
+"""Roles whose messages ask nothing and may be empty"""
 NOT_READ = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-"""What messages of other systems hold beside their content, and templates may write"""
+"""Fields of a message that chat templates may render, but this package does not read"""
 ROLE = re.compile(r"[A-Za-z][\w-]*")
+GSM8K_MARK = "####"
+"""Stands before the final answer in a solution of GSM8K"""
 MOST_ZEROS = 1000
-"""Of a number that is written with an exponent"""
+"""Largest exponent of a number in scientific notation"""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a row says, whatever its schema."""
+    """The content of a row, independent of its schema."""
 
     messages: list[Message]
     """Chat messages of the prompt: role and content."""
     ground_truth: str
     """The right final answer."""
     data_source: str
-    """Where the question comes from; empty if the row does not say."""
+    """The row's column data_source; empty if it has none."""
     extra: dict[str, Any]
-    """The row's other columns."""
+    """The row's other columns by name."""
 
 
 @dataclass(frozen=True)
 class Schema:
-    """How to recognise a schema and where it keeps things."""
+    """The columns that identify a schema, and where it keeps prompt and answer."""
 
     columns: frozenset[str]
-    """Columns that make a row one of this schema."""
+    """A row with all of these columns has this schema."""
     prompt: str
     """Column of the prompt: a text or a list of messages."""
     ground_truth: Callable[[Row], Any]
-    """The answer of a row; raises ValueError, or gives None or blank, where there is none."""
+    """Returns the answer of a row; None or blank if it has none."""
     ground_truth_column: str
-    """Where the answer is looked for, to say so in errors."""
+    """Where the answer is read from, for error messages."""
 
 
 def _dapo_truth(row: Row) -> Any:
@@ -189,10 +190,11 @@ def _gsm8k_truth(row: Row) -> Any:
     answer = row["answer"]
     if not isinstance(answer, str):
         return answer
-    if "####" in answer:
-        return answer.rpartition("####")[2]
-    # a benchmark gives the bare answer; several lines are a solution of GSM8K that lost its end
-    return answer if "\n" not in answer.strip() else None
+    if GSM8K_MARK in answer:
+        return answer.rpartition(GSM8K_MARK)[2]
+    # AMC 2023 and AIME 2025 have the same columns with a bare answer; several lines, or a calculation, are
+    # a solution of GSM8K that lost its end
+    return None if "\n" in answer.strip() or "<<" in answer else answer
 
 
 def _math_truth(row: Row) -> Any:
@@ -212,11 +214,11 @@ SCHEMAS = (
     Schema(frozenset({"Problem", "Answer"}), "Problem", lambda row: row["Answer"], "Answer"),
     Schema(frozenset({"prompt", "answer"}), "prompt", lambda row: row["answer"], "answer"),
 )
-"""In the order tried."""
+"""In the order in which they are tried"""
 
 
 def read_question(row: Row, instruction: str = "") -> Question:
-    """Prompt and answer of a row in any of SCHEMAS; `instruction` is put after the last question.
+    """Returns prompt and answer of a row in any of SCHEMAS; `instruction` is appended to the last question.
 
     Raises UserError if no schema fits, the prompt is malformed or asks nothing, or the ground truth is not
     one text or number.
@@ -238,13 +240,39 @@ def read_question(row: Row, instruction: str = "") -> Question:
     )
 
 
+def read_questions(path: Path, instruction: str = "") -> Iterator[tuple[int, Question]]:
+    """Yields (row number from 1, question) of a .parquet or .jsonl file, as read_rows and read_question do.
+
+    Raises UserError, with file and row, as these do; also for a file {question, answer} that is neither
+    GSM8K, every solution with its "#### answer", nor a benchmark of bare answers. Otherwise the whole text of
+    a solution that lost its end would be taken as the answer.
+    """
+    first_solution = first_bare = 0  # row numbers; 0: none so far
+    for number, row in read_rows(path):
+        try:
+            question = read_question(row, instruction)
+        except UserError as error:
+            raise UserError(f"{path}, row {number}: {error}") from error
+        answer = row.get("answer") if "question" in row else None
+        if isinstance(answer, str) and GSM8K_MARK in answer:
+            first_solution = first_solution or number
+        elif isinstance(answer, str):
+            first_bare = first_bare or number
+        if first_solution and first_bare:
+            raise UserError(
+                f'{path}, row {first_bare}: no "{GSM8K_MARK}" in answer, but row {first_solution} has one; '
+                f'end it with "{GSM8K_MARK} " and the final answer, or remove the row'
+            )
+        yield number, question
+
+
 def _messages(prompt: Any, column: str) -> list[Message]:
     given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(given, list) or not all(_is_message(m) for m in given):
         raise UserError(
             f'"{column}" must be a text or a list of messages with the texts "role" and "content"'
         )
-    # some templates write the role into the prompt as it is
+    # some templates render the role verbatim
     for role in (m["role"] for m in given):
         if not ROLE.fullmatch(role):
             raise UserError(f'"{column}": a message has the role {role[:60]!r}; write one word')
@@ -261,7 +289,7 @@ def _asks(message: Message) -> bool:
 
 
 def _is_blank(text: str) -> bool:
-    """Whether nothing of a text can be seen: white space, zero-width and control characters."""
+    """Returns whether a text has only white space, zero-width and control characters."""
     return all(c.isspace() or unicodedata.category(c) in ("Cf", "Cc") for c in text)
 
 
@@ -274,7 +302,7 @@ def _is_message(message: Any) -> bool:
 
 
 def _content(message: Row, column: str) -> str:
-    """The text of a message, from its parts if it comes in parts."""
+    """Returns the text of a message, joined if it comes in parts."""
     role, content = message["role"], message["content"]
     for name in NOT_READ:
         if message.get(name):
@@ -305,12 +333,12 @@ def _truth_text(truth: Any, column: str) -> str:
 
 
 def _positional(number: float, column: str) -> str:
-    """A float without an exponent, which verifiers would read as Euler's number: 1e-5 is 0.00001.
+    """Writes a float without an exponent, which a verifier would read as Euler's number: 1e-5 is 0.00001.
 
-    The digits are those of the file; 27.0 is 27.
+    The digits are those of the file; 27.0 becomes 27.
     """
     text = number.text if isinstance(number, JsonFloat) else repr(number)
     exact = Decimal(text)
     if not exact.is_finite() or abs(exact.as_tuple().exponent) > MOST_ZEROS:
-        raise UserError(f"{column} is {text[:60]}; write the answer, as a text if it is no number")
+        raise UserError(f"{column} is {text[:60]}; write the answer; if it is not a number, as a text")
     return str(int(exact)) if exact == int(exact) else format(exact, "f")

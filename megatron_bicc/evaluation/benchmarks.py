@@ -1,6 +1,6 @@
-"""A benchmark file from the first prompt to its figures, so that a killed evaluation goes on.
+"""Samples and scores the answers to held-out prompts, in training and in an evaluation of its own.
 
-Accuracy on held-out prompts and benchmark files, sampled: the same in training and on its own.
+An evaluation keeps finished answers in a file; when it is restarted after a kill, it resumes from there.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,11 @@ def run_benchmark(
     file: AnswerFile,
     prompts_at_once: int,
 ) -> list[Answers]:
-    """Answers to all prompts, in their order; those that `file` holds are not asked for again. Collective.
+    """Returns the answers to all prompts, in order; those in `file` are not sampled again. Collective.
 
-    Prompts are asked in fixed batches and one that was cut off is asked anew: what else is in a batch may
-    move the last bits of an engine's log-probs. So a killed evaluation ends with the same figures to the bit.
+    Prompts are sampled in fixed batches, and an unfinished batch is sampled again as a whole: the composition
+    of a batch can change the last bits of an engine's log-probs. So a resumed evaluation ends with the same
+    figures to the bit.
     """
     first_process = dist.get_rank() == 0
     done = _from_first(file.load() if first_process else {})
@@ -49,16 +50,16 @@ def run_benchmark(
 
 
 def _from_first(value: dict[int, Answers]) -> dict[int, Answers]:
-    """The first process's value, on all. Collective."""
+    """Returns the first process's value on all. Collective."""
     shared = [value]
     dist.broadcast_object_list(shared, src=0)
     return shared[0]
 
 
 def names_of(paths: list[str]) -> dict[str, str]:
-    """Path by name: the file's stem, with the folder's name before it where files have one stem.
+    """Returns paths by benchmark name: the file's stem, prefixed by its directory if stems collide.
 
-    Raises UserError for two files that would still be called the same.
+    Raises UserError for two files that would still have the same name.
     """
     stems = [Path(path).stem for path in paths]
     named: dict[str, str] = {}
@@ -66,17 +67,17 @@ def names_of(paths: list[str]) -> dict[str, str]:
         name = stem if stems.count(stem) == 1 else f"{Path(path).resolve().parent.name}_{stem}"
         if name in named:
             raise UserError(
-                f"--benchmark {path}: {named[name]} would be called {name} too; rename one of them"
+                f"--benchmark {path}: {named[name]} would be named {name} too; rename one of them"
             )
         named[name] = path
     return named
 
 
 def ask(prompts: list[Prompt], sampler: GroupSampler, seed: int) -> list[Answers]:
-    """The sampler's answers to every prompt, scored; the same seeds at every call. Collective."""
+    """Samples and scores answers to every prompt, with the same seeds at every call. Collective."""
     return [answers_of(group) for group in sampler.collect(prompts, (seed, "evaluation"))]
 
 
 def evaluate(prompts: list[Prompt], sampler: GroupSampler, seed: int, threshold: float) -> Evaluation:
-    """avg@k and pass@k from the sampler's k answers to every prompt. Collective."""
+    """Returns avg@k and pass@k from k = sampler.group_size answers to every prompt. Collective."""
     return summarize(ask(prompts, sampler, seed), threshold)

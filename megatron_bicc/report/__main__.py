@@ -1,4 +1,7 @@
-"""`python -m megatron_bicc.report RUN [RUN ...]`: the page of a run, or of several against each other."""
+"""Writes the HTML report of a run, or a comparison of several.
+
+python -m megatron_bicc.report RUN [RUN ...] [--output FILE]
+"""
 
 import argparse
 import sys
@@ -8,10 +11,17 @@ from megatron_bicc.report.page import write_report
 
 
 def main(argv: list[str]) -> None:
-    """Prints the path of the page; a mistake is one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_bicc.report", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, with its metrics.jsonl")
-    parser.add_argument("--output", metavar="FILE", help="the page [report.html in the first RUN]")
+    """Writes the page and prints its path. Prints a UserError as one line and exits with status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_bicc.report",
+        description="Writes the HTML report of a run, or a comparison of several.",
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="output directory of a run, with its metrics.jsonl"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="where to write the page [report.html in the first RUN]"
+    )
     arguments = parser.parse_args(argv)
     try:
         print(write_report(arguments.runs, arguments.output))

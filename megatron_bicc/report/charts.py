@@ -1,6 +1,6 @@
-"""The curves of a panel: points of one or several runs, with what a legend and a table say of them.
+"""Draws the charts of one or several runs with matplotlib: inline SVG for the report, PNG for other pages.
 
-Charts of one or several runs, drawn by matplotlib: inline SVG for the report, PNG for other pages.
+A chart is a set of curves; its legend, its table of values and its alt text are derived from them.
 """
 
 import io
@@ -32,17 +32,17 @@ class Curve:
 
     run: int
     run_name: str
-    """Empty where there is only one run"""
+    """Empty if there is only one run"""
     key: str
     line_name: str
-    """Empty where the panel shows only one metric"""
+    """Empty if the panel shows only one metric"""
     color: int
     dash: int
     x: list[float]
     y: list[float]
-    """NaN where the value was not finite"""
+    """NaN if the value was not finite"""
     error: list[float] = field(default_factory=list)
-    """Standard errors of y; empty where they were not recorded"""
+    """Standard errors of y; empty if they were not recorded"""
 
     @property
     def label(self) -> str:
@@ -50,10 +50,10 @@ class Curve:
 
 
 def panel_curves(panel: Panel, runs: Sequence[Run]) -> list[Curve]:
-    """A curve for every metric of the panel and run in which it was recorded.
+    """Returns a curve for each metric of the panel and run that recorded it.
 
-    Runs differ in colour, and where there is only one metric in the kind of line too. A single run's metrics
-    differ in colour, but for the quantiles of one quantity.
+    Several runs differ in colour and, if the panel has only one metric, in line style too. The metrics of a
+    single run differ in colour, except the quantiles of one quantity.
     """
     curves = []
     for i, run in enumerate(runs):
@@ -71,7 +71,8 @@ def panel_curves(panel: Panel, runs: Sequence[Run]) -> list[Curve]:
 
 
 def histogram_curves(runs: Sequence[Run]) -> list[Curve]:
-    """Share of groups by share of right rollouts, means over the first and the last quarter of each run."""
+    """Returns the share of groups by share of right rollouts: means over each run's first and last
+    quarter."""
     curves = []
     for i, run in enumerate(runs):
         keys = {
@@ -100,14 +101,15 @@ def _mean_at(run: Run, key: str, steps: set[int]) -> float:
 
 
 def moving_average(values: Sequence[float], window: int = 9) -> list[float]:
-    """Centred mean over at most `window` finite neighbours; NaN where there is none."""
+    """Returns the centred mean over at most `window` finite neighbours; NaN if there is none."""
     half, array = window // 2, np.asarray(values, dtype=float)
     windows = [array[max(0, i - half) : i + half + 1] for i in range(len(array))]
     return [float(np.nanmean(w)) if np.isfinite(w).any() else math.nan for w in windows]
 
 
 def value_table(curves: Sequence[Curve], x_name: str) -> list[list[str]]:
-    """The points as text, a header first; at most TABLE_ROWS values of x, evenly from end to end."""
+    """Returns the points as a table of text, a header first; at most TABLE_ROWS values of x, evenly
+    spaced."""
     points = [_cells(curve) for curve in curves]
     xs = evenly(sorted({x for point in points for x in point}), TABLE_ROWS)
     header = [x_name, *(f"{curve.label} ({curve.key})" if curve.label else curve.key for curve in curves)]
@@ -120,7 +122,7 @@ def _cells(curve: Curve) -> dict[float, str]:
 
 
 def describe(curves: Sequence[Curve]) -> str:
-    """The chart in words, for who does not see it."""
+    """Returns the alt text of a chart."""
     return ". ".join(filter(None, map(_describe, curves))) + "."
 
 
@@ -135,31 +137,31 @@ def _describe(curve: Curve) -> str:
 
 
 def number(value: float) -> str:
-    """Four significant digits; a dash for no value."""
+    """Formats a number with four significant digits; a dash for no value."""
     if not math.isfinite(value):
         return "–"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def evenly(items: Sequence[T], count: int) -> list[T]:
-    """At most `count` items, evenly from end to end."""
+    """Returns at most `count` items, evenly spaced, the first and the last included."""
     if len(items) <= count:
         return list(items)
     return [items[round(i * (len(items) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
-# Beside each: the custom property of report.css that takes its place, so that the page can be dark too.
+# On the page, colour i is replaced by the property --run-i of report.css, which has a dark variant.
 COLORS = ("#1d4ed8", "#c2410c", "#047857", "#7e22ce", "#57534e", "#a21caf")
 GRID, INK = "#e7e5e4", "#000000"
 DASHES = ("solid", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
-# As SVG's stroke-dasharray, for the legend.
+# The same as SVG's stroke-dasharray, for the legend.
 DASH_ARRAYS = ("", "5 2", "1 1.5", "6 2 1 2")
 SVG_TYPE = {"svg.fonttype": "none", "font.size": 11.5, "path.simplify_threshold": 0.3}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of a legend."""
+    """An entry of a legend."""
 
     label: str
     color: str
@@ -169,7 +171,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A chart as the page shows it."""
+    """A chart with everything that the page shows about it."""
 
     title: str
     caption: str
@@ -180,7 +182,7 @@ class Drawing:
 
 
 def draw_panel(panel: Panel, runs: Sequence[Run]) -> Drawing | None:
-    """The panel's curves of all runs; None where none was recorded."""
+    """Draws a panel for all runs; returns None if no metric of it was recorded."""
     curves = panel_curves(panel, runs)
     if not curves:
         return None
@@ -189,7 +191,7 @@ def draw_panel(panel: Panel, runs: Sequence[Run]) -> Drawing | None:
 
 
 def draw_histogram(runs: Sequence[Run]) -> Drawing | None:
-    """Groups by their share of right rollouts, early and late in each run; None where it was not recorded."""
+    """Draws groups by their share of right rollouts, early and late; returns None if it was not recorded."""
     curves = histogram_curves(runs)
     if not curves:
         return None
@@ -202,13 +204,13 @@ def draw_histogram(runs: Sequence[Run]) -> Drawing | None:
 
     table = value_table(curves, "right / all")
     caption = (
-        "Share of groups by how many rollouts are right, in the first and the last quarter of the steps."
+        "Distribution of groups by share of right rollouts, in the first and the last quarter of the steps."
     )
     return _drawing("Right and wrong in a group", caption, curves, table, draw)
 
 
 def draw_stages(runs: Sequence[Run]) -> Drawing | None:
-    """Mean seconds a step by stage, a bar a run; None where none was recorded."""
+    """Draws the mean seconds per step by stage, one bar per run; returns None if none was recorded."""
     means = [[_mean(run.values(f"time/{stage}_s")) for stage in STAGES] for run in runs]
     if not any(map(any, means)):
         return None
@@ -230,8 +232,8 @@ def draw_stages(runs: Sequence[Run]) -> Drawing | None:
         f"{run.name}: " + ", ".join(f"{s} {number(v)}" for s, v in zip(STAGES, row, strict=True))
         for run, row in zip(runs, means, strict=True)
     ]
-    caption = "Mean seconds by stage over the steps that have it" + (
-        "; the runs from the top." if len(runs) > 1 else "."
+    caption = "Mean seconds of each stage, over the steps that have it" + (
+        "; one bar per run, in order." if len(runs) > 1 else "."
     )
     legend = [Entry(stage, f"var(--run-{i})", "") for i, stage in enumerate(STAGES)]
     return Drawing("Where the time goes", caption, _svg(draw, caption), legend, table, ". ".join(words) + ".")
@@ -259,9 +261,9 @@ def plot(axes: Axes, panel: Panel, curves: Sequence[Curve]) -> None:
 
 
 def save_png(runs: Sequence[Run], path: str) -> None:
-    """A still picture of reward and pass@1, for a page that shows no SVG.
+    """Writes reward and pass@1 as a PNG, for pages without SVG.
 
-    Raises UserError that names the run in which neither was recorded.
+    Raises UserError, with the run, if a run recorded neither.
     """
     panels = (
         Panel("mean reward of the rollouts", "", (Line("reward/mean"),), smooth=True),
@@ -272,10 +274,9 @@ def save_png(runs: Sequence[Run], path: str) -> None:
             raise UserError(f"{run.name}: neither reward/mean nor eval/pass_at_1 was recorded")
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     for axes, panel in zip(figure.subplots(1, 2), panels, strict=True):
-        # Where there is one run, its name is what the legend has to say.
         curves = panel_curves(panel, runs)
         plot(axes, panel, curves)
-        # the legend stands above the axes: the title goes over it
+        # the legend is above the axes, and the title above the legend
         axes.set_title(panel.title, fontsize=11, pad=22)
         _legend(axes, [runs[curve.run].name for curve in curves])
     figure.savefig(path, dpi=150)
@@ -286,7 +287,7 @@ def _legend(axes: Axes, names: Sequence[str]) -> None:
     above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4, "borderaxespad": 0.2}
     legend = axes.legend(lines, names, frameon=False, fontsize=9, handlelength=1.8, **above)
     for text in legend.get_texts():
-        # A run's name is whatever its directory is called: no formula is meant.
+        # a run's name is that of its directory and may contain $
         text.set_parse_math(False)
 
 
@@ -301,7 +302,8 @@ def _drawing(
 
 
 def _legend_of(curves: Sequence[Curve]) -> list[Entry]:
-    """An entry a curve; one a run and one a metric where runs differ in colour and metrics in their line."""
+    """Returns one entry per curve; if runs differ in colour and metrics in line style, one per run and
+    metric."""
     runs, lines = dict.fromkeys(c.run_name for c in curves), dict.fromkeys(c.line_name for c in curves)
     if len(runs) == 1 or len(lines) == 1:
         return [Entry(c.label, _color(c), _dash(c)) for c in curves if c.label]
@@ -322,7 +324,7 @@ def _dash(curve: Curve) -> str:
 
 
 def _svg(draw: Callable[[Axes], None], salt: str) -> Markup:
-    """The chart as an SVG element without a size of its own; salt: makes the ids in it its own."""
+    """Returns the chart as an SVG element without a fixed size. salt: makes its ids unique on the page."""
     with mpl.rc_context(SVG_TYPE | {"svg.hashsalt": salt}):
         figure = Figure(figsize=(5.0, 2.9))
         FigureCanvasSVG(figure)
@@ -336,10 +338,10 @@ def _svg(draw: Callable[[Axes], None], salt: str) -> Markup:
 
 
 def _for_page(svg: str) -> str:
-    """Leaves out what would stand twice on the page, and gives colours over to its style sheet."""
+    """Removes sizes and repeated ids, and replaces colours by properties of the page's style sheet."""
     svg = re.sub(r' (?:width|height)="[^"]*pt"', "", svg, count=2)
     svg = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", svg)
-    # Within tags only: the labels of an axis keep their digits.
+    # within tags only, so that axis labels keep their digits
     svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)
     for i, color in enumerate(COLORS):
         svg = svg.replace(color, f"var(--run-{i})")

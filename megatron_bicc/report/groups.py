@@ -1,6 +1,6 @@
-"""The groups that the report shows rollout by rollout, as the data that report.js reads.
+"""Prepares the single steps that the report shows: their groups rollout by rollout, and their packed layout.
 
-How a step was packed: a bar a micro-batch, to scale, as SVG paths.
+Groups become the JSON that report.js reads. A packed micro-batch becomes a bar, to scale, of SVG paths.
 """
 
 import re
@@ -13,21 +13,23 @@ from typing import Any
 from megatron_bicc.report.charts import evenly
 from megatron_bicc.report.runs import Run
 
-# A page of this many characters of prompts, contexts and rollouts opens at once.
+# A browser opens a page with this many characters of prompts, contexts and rollouts without delay.
 MAX_CHARACTERS = 4_000_000
-# Control characters, those that reorder the text around them, and lone surrogates that no encoding takes.
+# Control characters, characters that reorder the text around them, and lone surrogates, which UTF-8 lacks.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """The text with a mark in place of what cannot be shown or would change how the rest is shown."""
+    """Replaces characters that cannot be shown, or would change how the text around them is shown, by a
+    mark."""
     return _UNPRINTABLE.sub("�", text)
 
 
 def browser_groups(recorded: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
-    """The groups of every run for the page, spread over each run's steps where they are too many.
+    """Returns the data of the group browser: {"groups": [...], "left_out": number of groups left out for
+    size}.
 
-    Returns {"groups": [...], "left_out": number of groups that found no room}.
+    If a run has too many groups, some are chosen evenly over its steps.
     """
     share = MAX_CHARACTERS // max(len(recorded), 1)
     shown = [_fit(groups, share) for groups in recorded]
@@ -38,7 +40,7 @@ def browser_groups(recorded: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def _fit(groups: list[dict[str, Any]], characters: int) -> list[dict[str, Any]]:
-    """As many groups as fit, evenly from end to end."""
+    """Returns as many groups as fit, evenly spaced."""
     count = len(groups)
     chosen = evenly(groups, count)
     while sum(map(_size, chosen)) > characters:
@@ -54,7 +56,7 @@ def _size(group: dict[str, Any]) -> int:
 
 
 def _present(run: int, group: dict[str, Any]) -> dict[str, Any]:
-    """Rollouts that are alike in everything stand once, with their number."""
+    """Returns one group for the page; identical rollouts are merged and counted."""
     correct = [bool(rollout["correct"]) for rollout in group["rollouts"]]
     contexts = list(dict.fromkeys(rollout["context"] for rollout in group["rollouts"]))
     alike = Counter(
@@ -86,35 +88,35 @@ def _present(run: int, group: dict[str, Any]) -> dict[str, Any]:
 
 WIDTH, HEIGHT, GAP = 1000, 20, 1.2
 STEPS_SHOWN, BARS_SHOWN = 8, 24
-# Right sides stand high in a bar and wrong ones low, so that colour is not all that tells them apart.
+# Right sides are drawn higher in a bar than wrong ones, so that colour is not the only difference.
 BANDS = {"right": (0, 15), "wrong": (5, 15), "both": (0, 20)}
 
 
 @dataclass(frozen=True)
 class BarPart:
-    """A side of a group within a bar."""
+    """The rows of one side of a group within a bar."""
 
     title: str
     prefix_class: str
     prefix_path: str
     responses: list[tuple[str, str]]
-    """(class, path) of the right and of the wrong responses"""
+    """(label, path) of the right and of the wrong responses"""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A micro-batch."""
+    """A micro-batch as a bar."""
 
     caption: str
     parts: list[BarPart]
     padding_path: str
     budget_x: float
-    """Where the budget ends, in units of the bar's width"""
+    """x of train.max_tokens_per_microbatch, in units of the bar"""
 
 
 @dataclass(frozen=True)
 class StepLayout:
-    """A step's micro-batches under one layout."""
+    """The micro-batches of a step in one layout, bilateral or plain."""
 
     name: str
     summary: str
@@ -123,7 +125,7 @@ class StepLayout:
 
 
 def step_layouts(run: Run, recorded: Sequence[dict[str, Any]]) -> list[StepLayout]:
-    """The layouts of at most STEPS_SHOWN of a run's recorded steps, from end to end."""
+    """Returns the layouts of at most STEPS_SHOWN of a run's recorded steps, evenly spaced."""
     return [
         _step_layout(run, record, plan)
         for record in evenly(recorded, STEPS_SHOWN)
@@ -192,7 +194,7 @@ def _responses(side: dict[str, Any]) -> list[tuple[int, bool]]:
 
 
 def _piece(x: float, width: float, band: str) -> str:
-    """A rectangle; where it is wide enough it leaves a gap before the next."""
+    """Returns the path of a rectangle; if it is wide enough, it leaves a gap before the next one."""
     if not width:
         return ""
     y, height = BANDS[band]

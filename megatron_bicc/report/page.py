@@ -1,12 +1,12 @@
-"""What a run came to, in numbers and in sentences for a person.
+"""Writes report.html: one or several runs on one page that needs no network.
 
-report.html: one or several runs on one page that needs no network.
+The page begins with a summary computed from the metrics, numbers and sentences; then come the differing
+settings, the charts, the packed layouts and the groups.
 """
 
 import base64
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -17,6 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from megatron_bicc.errors import UserError
+from megatron_bicc.files import atomic_file
 from megatron_bicc.report import charts
 from megatron_bicc.report.charts import Drawing
 from megatron_bicc.report.groups import BANDS, browser_groups, printable, step_layouts
@@ -26,7 +27,7 @@ from megatron_bicc.report.runs import Run, read_groups, read_layouts, read_run
 
 @dataclass(frozen=True)
 class Fact:
-    """A number of a run, in words."""
+    """A number of the summary, with its label."""
 
     label: str
     value: str
@@ -34,7 +35,7 @@ class Fact:
 
 
 def facts(run: Run) -> list[Fact]:
-    """The numbers at the top of the page; one that was not recorded is left out."""
+    """Returns the numbers at the top of the page; metrics that were not recorded are left out."""
     found = []
     if scores := run.values("eval/pass_at_1"):
         error = run.values("eval/pass_at_1_stderr")
@@ -54,7 +55,7 @@ def facts(run: Run) -> list[Fact]:
 
 
 def fact_table(runs: Sequence[Run]) -> list[list[str]]:
-    """The same of several runs: a header of their names, then a row a number."""
+    """Returns the facts of several runs as a table: a header of run names, then one row per number."""
     found = [{fact.label: fact for fact in facts(run)} for run in runs]
     labels = dict.fromkeys(label for each in found for label in each)
     rows = [[label, *(_cell(each.get(label)) for each in found)] for label in labels]
@@ -62,7 +63,7 @@ def fact_table(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def sentences(runs: Sequence[Run]) -> list[str]:
-    """What happened, what to look at, and how the runs compare on held-out prompts."""
+    """Returns the summary: each run's progress, warnings, and comparisons on held-out prompts."""
     said = []
     for run in runs:
         said += [_story(run), *_warnings(run)]
@@ -71,9 +72,9 @@ def sentences(runs: Sequence[Run]) -> list[str]:
 
 
 def differing_settings(runs: Sequence[Run]) -> list[list[str]]:
-    """The settings in which the runs that recorded theirs are not all alike, a header of run names first.
+    """Returns a table of the settings that differ between runs that recorded them; a header of names first.
 
-    Empty where they are alike.
+    Empty if none differs.
     """
     recorded = [run.settings for run in runs if run.settings]
     names = dict.fromkeys(name for settings in recorded for name in settings)
@@ -86,7 +87,7 @@ def differing_settings(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def duration(seconds: float) -> str:
-    """Hours and minutes, minutes and seconds, or seconds."""
+    """Formats a duration in hours and minutes, minutes and seconds, or seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -125,7 +126,7 @@ def _warnings(run: Run) -> list[str]:
     if last["contrast/share"][0] < 0.25:
         warnings.append(
             f"{run.name}: only {last['contrast/share'][0]:.0%} of the last step's groups had both right and "
-            "wrong rollouts; the others taught nothing."
+            "wrong rollouts; the others contributed no gradient."
         )
     if last["rollout/truncated"][0] > 0.1:
         warnings.append(
@@ -138,7 +139,8 @@ def _warnings(run: Run) -> list[str]:
 
 
 def _comparison(first: Run, other: Run) -> str:
-    """pass@1 at the last step that both evaluated, against the standard errors of the two."""
+    """Compares pass@1 at the last step at which both were evaluated with the standard error of the
+    difference."""
     ours, theirs = (dict(zip(*run.series("eval/pass_at_1"), strict=True)) for run in (first, other))
     common = [
         s for s in ours if s > 0 and s in theirs and math.isfinite(ours[s]) and math.isfinite(theirs[s])
@@ -159,12 +161,12 @@ def _comparison(first: Run, other: Run) -> str:
     verdict = "more" if abs(gap) > 2 * error else "not more"
     return (
         f"{said}; that is {verdict} than twice the standard error of the difference, {error:.3f}, "
-        "which knows of the evaluation's samples only, not of other seeds."
+        "which covers the sampling of the evaluation only, not the variation between seeds."
     )
 
 
 REPORT_FILE = "report.html"
-# (class, meaning, top, height) of the parts of a bar
+# (CSS class, label, top, height) of each part of a bar
 LAYOUT_KEY = [
     *(
         (f"{part} {band}", f"{band} side's {part}", *BANDS[band])
@@ -178,17 +180,17 @@ LAYOUT_KEY = [
 
 @dataclass(frozen=True)
 class Section:
-    """Charts under one heading."""
+    """A heading with its charts."""
 
     title: str
     drawings: list[Drawing]
 
 
 def write_report(run_dirs: Sequence[str | Path], path: str | Path | None = None) -> Path:
-    """Writes the page of the runs, the first one's story first, and returns its path.
+    """Writes the page of the runs, in this order, and returns its path.
 
-    path: by default report.html in the first run's directory, which is replaced.
-    Raises UserError that names the file: one of a run's is missing or broken, or the page cannot be written.
+    path: by default report.html in the first run's directory; an existing file is replaced. Raises UserError,
+    with the file, if a file of a run is missing or broken, or the page cannot be written.
     """
     runs = _distinct([read_run(run_dir) for run_dir in run_dirs])
     page = _render(
@@ -209,17 +211,16 @@ def write_report(run_dirs: Sequence[str | Path], path: str | Path | None = None)
         | {"runs": [printable(run.name) for run in runs]},
     )
     path = Path(path or Path(run_dirs[0]) / REPORT_FILE)
-    draft = path.with_suffix(".new")
     try:
-        draft.write_text(page, encoding="utf-8")
-        os.replace(draft, path)
+        with atomic_file(path) as draft:
+            draft.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path}: cannot write it: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     return path
 
 
 def _distinct(runs: list[Run]) -> list[Run]:
-    """The runs, those numbered whose directories are called alike."""
+    """Returns the runs; names that occur more than once get a number."""
     names = [run.name for run in runs]
     return [
         replace(run, name=f"{run.name} ({i})") if names.count(run.name) > 1 else run
@@ -228,7 +229,7 @@ def _distinct(runs: list[Run]) -> list[Run]:
 
 
 def _sections(runs: Sequence[Run]) -> list[Section]:
-    """The charts that find something to draw."""
+    """Returns the sections with their charts; a chart without recorded metrics is left out."""
     drawn = {title: [charts.draw_panel(panel, runs) for panel in panels] for title, panels in SECTIONS}
     drawn["Groups and responses"].insert(1, charts.draw_histogram(runs))
     drawn["Tokens and time"].append(charts.draw_stages(runs))

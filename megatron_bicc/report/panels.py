@@ -1,6 +1,6 @@
-"""Which metrics stand in which chart of the report. docs/metrics.md says what they mean.
+"""Assigns metrics to the charts of the report. docs/metrics.md explains the metrics.
 
-A metric that no panel names is drawn under "Other metrics", so that none is ever left out.
+Metrics that no panel names are drawn under "Other metrics", so none is left out.
 """
 
 from collections.abc import Sequence
@@ -29,13 +29,13 @@ class Panel:
     caption: str
     lines: tuple[Line, ...]
     smooth: bool = False
-    """Draw a moving average over the values of long runs"""
+    """Draw a moving average over the values of a long run"""
     zero: bool = False
-    """The axis begins at 0"""
+    """The y axis begins at 0"""
     log: bool = False
-    """Logarithmic axis"""
+    """Logarithmic y axis"""
     band: tuple[str, str] | None = None
-    """Two metrics between which the area is filled"""
+    """Two metrics; the area between them is filled"""
 
 
 def _one(title: str, caption: str, key: str, **options: bool) -> Panel:
@@ -54,7 +54,7 @@ def _quantiles(title: str, caption: str, prefix: str) -> Panel:
 
 
 def _clips(side: str) -> Panel:
-    caption = f"Share of the tokens of {side} rollouts that each edge clips."
+    caption = f"Share of the tokens of {side} rollouts clipped at each bound."
     edges = (("low", SOLID), ("high", DASHED), ("dual", DOTTED))
     lines = tuple(Line(f"clip/{side}/{edge}", edge, dash) for edge, dash in edges)
     return Panel(f"Clip fractions, {side}", caption, lines, zero=True)
@@ -65,10 +65,8 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         "Learning",
         (
             _one("Reward", "Mean over the rollouts of a step.", "reward/mean", smooth=True),
-            _one("pass@1", "Held-out prompts, sampled, given the prompt alone.", "eval/pass_at_1"),
-            _one(
-                "Pass rate", "Share of the step's rollouts that is correct.", "reward/pass_rate", smooth=True
-            ),
+            _one("pass@1", "Sampled on held-out prompts, without a context.", "eval/pass_at_1"),
+            _one("Pass rate", "Share of correct rollouts.", "reward/pass_rate", smooth=True),
         ),
     ),
     (
@@ -76,7 +74,7 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         (
             _one(
                 "Groups with contrast",
-                "Share with both right and wrong rollouts: only these are trained.",
+                "Share of groups with both right and wrong rollouts; only these are trained.",
                 "contrast/share",
                 zero=True,
             ),
@@ -87,23 +85,24 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 zero=True,
             ),
             _one(
-                "Truncated", "Share of responses cut at the longest length.", "rollout/truncated", zero=True
+                "Truncated",
+                "Share of responses cut off at rollout.max_new_tokens.",
+                "rollout/truncated",
+                zero=True,
             ),
         ),
     ),
     (
         "Confidence and baseline",
         (
-            _one("Cov(R, δ)", "Reward and confidence, within groups.", "rcc/cov", smooth=True),
+            _one("Cov(R, δ)", "Covariance of reward and confidence within groups.", "rcc/cov", smooth=True),
+            _one("Baseline shift", "RCC baseline minus mean reward.", "rcc/baseline_shift", smooth=True),
             _one(
-                "Baseline shift", "Corrected baseline minus mean reward.", "rcc/baseline_shift", smooth=True
-            ),
-            _one(
-                "Gap of δ", "Mean δ of the right minus that of the wrong rollouts.", "delta/gap", smooth=True
+                "Gap of δ", "Mean δ of right rollouts minus mean δ of wrong ones.", "delta/gap", smooth=True
             ),
             Panel(
                 "δ by side",
-                "Mean token log-ratio of the policy to the reference.",
+                "Mean token log-ratio of policy to reference policy.",
                 (Line("delta/right", "right"), Line("delta/wrong", "wrong", DASHED)),
             ),
         ),
@@ -118,36 +117,45 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         ),
     ),
     (
-        "Optimisation",
+        "Optimization",
         (
             _one("Gradient norm", "Before clipping.", "train/grad_norm", smooth=True, zero=True),
             _one(
                 "Gradient variance",
-                "Estimated over groups.",
+                "Estimated from the gradients of groups.",
                 "train/gradient_variance",
                 smooth=True,
                 zero=True,
             ),
             _one(
                 "Gradient noise",
-                "That variance over the squared norm.",
+                "Gradient variance divided by the squared gradient norm.",
                 "train/gradient_noise",
                 smooth=True,
                 zero=True,
             ),
             _one("Loss", "Not comparable between algorithms.", "train/loss", smooth=True),
-            _one("Entropy", "Of the policy at response tokens, in nats.", "train/entropy", smooth=True),
-            _one("Learning rate", "Of the step's first update.", "train/lr", zero=True),
+            _one(
+                "Entropy",
+                "Mean entropy of the policy at response tokens, in nats.",
+                "train/entropy",
+                smooth=True,
+            ),
+            _one("Learning rate", "At the first optimizer step.", "train/lr", zero=True),
             Panel(
-                "KL a token",
-                "k3 estimates.",
+                "KL per token",
+                "Estimated by k3.",
                 (
-                    Line("kl/old_new", "old policy and policy in training"),
-                    Line("kl/old_ref", "policy and reference", DASHED),
-                    Line("kl/rollout_old", "engine and trainer", DOTTED),
+                    Line("kl/old_new", "old policy and current policy"),
+                    Line("kl/old_ref", "old policy and reference policy", DASHED),
+                    Line("kl/rollout_old", "rollout engine and trainer", DOTTED),
                 ),
             ),
-            _quantiles("Importance weights", "Trainer over rollout engine a token, before any cap.", "tis"),
+            _quantiles(
+                "Importance weights",
+                "Probability by the trainer over that by the rollout engine, per token, before truncation.",
+                "tis",
+            ),
         ),
     ),
     (
@@ -155,12 +163,12 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         (
             Panel(
                 "Tokens trained",
-                "Packed with shared prefixes, against one row a rollout: the gap is saved.",
-                (Line("tokens/packed", "packed"), Line("tokens/rows", "one row a rollout", DASHED)),
+                "Packed with shared prefixes, and as one row per rollout: the gap is saved computation.",
+                (Line("tokens/packed", "packed"), Line("tokens/rows", "one row per rollout", DASHED)),
                 zero=True,
             ),
             _one("Context tokens", "Tokens of all contexts, headers included.", "tokens/context", zero=True),
-            _one("Seconds a step", "Evaluation included, checkpoints not.", "time/step_s", zero=True),
+            _one("Seconds per step", "With evaluation, without checkpoints.", "time/step_s", zero=True),
         ),
     ),
 )
@@ -168,7 +176,7 @@ STAGES = ("rollout", "logprob", "pack", "train", "sync", "eval")
 
 
 def other_panels(runs: Sequence[Run]) -> list[Panel]:
-    """A panel for every metric of the runs that no other chart shows."""
+    """Returns a panel for every metric of the runs that no other chart shows."""
     shown = {line.key for _, panels in SECTIONS for panel in panels for line in panel.lines}
     shown |= {f"time/{stage}_s" for stage in STAGES} | {"step"}
     keys = {key for run in runs for record in run.records for key in record}

@@ -1,5 +1,5 @@
 "use strict";
-// The step chooser of the packed layouts, and the browser of groups. Texts of a run only ever become text nodes.
+// Step selector of the packed layouts, and the group browser. Texts of a run are only ever inserted as text nodes.
 (() => {
   const byId = (id) => document.getElementById(id);
 
@@ -67,7 +67,7 @@
       status.textContent = `${matching.length}${shown} group${groups.length === 1 ? "" : "s"}`;
       chosen = -1;
       if (matching.length) choose(0);
-      else detail.replaceChildren(element("p", { class: "soft" }, "No group matches. Escape clears the search."));
+      else detail.replaceChildren(element("p", { class: "soft" }, "No group matches. Press Escape to clear the search."));
     }
 
     function choose(i) {
@@ -76,7 +76,7 @@
       const now = list.children[chosen];
       now.setAttribute("aria-selected", "true");
       list.setAttribute("aria-activedescendant", now.id);
-      // Not scrollIntoView: that would move the page too.
+      // Not scrollIntoView, which would scroll the page too.
       if (now.offsetTop < list.scrollTop) list.scrollTop = now.offsetTop;
       const below = now.offsetTop + now.offsetHeight - list.clientHeight;
       if (below > list.scrollTop) list.scrollTop = below;
@@ -97,7 +97,7 @@
 
     function highlighted(text) {
       const [wanted, lower] = [search.value.trim().toLowerCase(), text.toLowerCase()];
-      // A few letters change length in lower case: then places in one text are not places in the other.
+      // A few letters change length in lower case; offsets in the two texts would then differ.
       if (!wanted || lower.length !== text.length) return [text];
       const parts = [];
       let from = 0;
@@ -115,7 +115,7 @@
       const contexts = new Set(rollouts.map((rollout) => rollout.context));
       if (contexts.size === 1) made.append(contextOf(group, rollouts[0]));
       for (const rollout of rollouts) {
-        const times = rollout.count > 1 ? `${rollout.count} alike: ` : "";
+        const times = rollout.count > 1 ? `${rollout.count} identical: ` : "";
         made.append(element("p", { class: "soft" }, `${times}reward ${rollout.reward}, advantage ${rollout.advantage}`));
         made.append(rollout.text ? element("pre", {}, rollout.text) : element("p", {}, "(empty response)"));
         if (contexts.size > 1) made.append(contextOf(group, rollout));
@@ -125,9 +125,9 @@
 
     function contextOf(group, rollout) {
       const context = group.contexts[rollout.context].replace(/^\n+|\n+$/g, "");
-      if (group.outcome !== "mixed") return element("p", { class: "soft" }, "No contrast: its advantages are 0.");
-      if (!context) return element("p", { class: "soft" }, "Trained on the prompt alone.");
-      const summary = element("summary", {}, "Trained under this context");
+      if (group.outcome !== "mixed") return element("p", { class: "soft" }, "No contrast: the advantages are 0.");
+      if (!context) return element("p", { class: "soft" }, "Trained without a context.");
+      const summary = element("summary", {}, "Trained with this context");
       return element("details", { open: "" }, summary, element("pre", { class: "context" }, context));
     }
 
@@ -135,7 +135,7 @@
       if (text.scrollHeight <= text.clientHeight) return;
       text.tabIndex = 0;
       text.setAttribute("role", "region");
-      text.setAttribute("aria-label", "long text, scrolls");
+      text.setAttribute("aria-label", "Long text, scrollable");
     }
 
     function clearSearch() {
@@ -155,7 +155,7 @@
       event.preventDefault();
     }
 
-    // Letters belong to the search field while it is typed in; arrows elsewhere scroll.
+    // In the search field letters are typed; outside the list arrow keys scroll the page.
     function isOurs(event, typing) {
       if (event.key === "j" || event.key === "k") return !typing;
       if (event.key === "Home" || event.key === "End") return event.target === list;

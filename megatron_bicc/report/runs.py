@@ -1,4 +1,4 @@
-"""Reading back what a run wrote."""
+"""Reads the files that a run wrote: metrics, settings, groups, packed layouts."""
 
 import math
 from dataclasses import dataclass, field
@@ -20,22 +20,22 @@ class Run:
     name: str
     records: list[dict[str, Any]]
     settings: dict[str, Any] = field(default_factory=dict)
-    """By dotted name; empty where the run did not record them"""
+    """By dotted name; empty if the run did not record them"""
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a metric where it was recorded, possibly nowhere; null reads as NaN."""
+        """Returns steps and values of a metric, empty if it was never recorded; null is read as NaN."""
         points = [(r["step"], r[key]) for r in self.records if key in r]
         return [step for step, _ in points], [math.nan if value is None else value for _, value in points]
 
     def values(self, key: str) -> list[float]:
-        """The finite values of a metric."""
+        """Returns the finite values of a metric."""
         return [value for value in self.series(key)[1] if math.isfinite(value)]
 
 
 def read_run(run_dir: str | Path) -> Run:
-    """The run in a directory; of a step written twice, the later line counts.
+    """Reads the run in a directory; if a step was written twice, the later line counts.
 
-    Raises UserError that names the file if metrics.jsonl is missing, or it or config.yaml is broken.
+    Raises UserError, with the file, if metrics.jsonl is missing, or it or config.yaml is broken.
     """
     path = Path(run_dir) / METRICS_FILE
     by_step = {_step(record, path): _numbers(record, path) for record in read_jsonl(path)}
@@ -44,12 +44,12 @@ def read_run(run_dir: str | Path) -> Run:
 
 
 def read_groups(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The groups in a run's groups.jsonl, by step; empty if it wrote none."""
+    """Reads a run's groups.jsonl, sorted by step; empty if there is no such file."""
     return _by_step(Path(run_dir) / GROUPS_FILE, {"prompt", "rollouts"})
 
 
 def read_layouts(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The packed layouts in a run's layout.jsonl, by step; empty if it wrote none."""
+    """Reads a run's layout.jsonl, sorted by step; empty if there is no such file."""
     return _by_step(Path(run_dir) / LAYOUT_FILE, {"plans", "budget"})
 
 
@@ -70,7 +70,7 @@ def _step(record: dict[str, Any], path: Path) -> int:
 def _numbers(record: dict[str, Any], path: Path) -> dict[str, Any]:
     for key, value in record.items():
         if value is not None and not isinstance(value, int | float):
-            raise UserError(f"{path}, step {record['step']}: {key} is no number: {str(value)[:80]!r}")
+            raise UserError(f"{path}, step {record['step']}: {key} is not a number: {str(value)[:80]!r}")
     return record
 
 
@@ -79,6 +79,6 @@ def _read_settings(path: Path) -> dict[str, Any]:
         return {}
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        raise UserError(f"{path}: not the settings of a run; remove it") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not the settings of a run; remove it") from error
     return flatten(settings) if isinstance(settings, dict) else {}

@@ -1,6 +1,6 @@
-"""Equality by computer algebra: math-verify's verdict on two answers that are equal to hundreds of digits.
+"""Compares two answers by computer algebra: math-verify decides if their values agree to hundreds of digits.
 
-To be called in a process that may be killed (rewards.worker): nothing bounds the time it takes.
+Its time is not bounded: call it only in a process that may be killed (rewards.worker).
 """
 
 import logging
@@ -25,27 +25,28 @@ _TOKEN = re.compile(
     | (?P<letter>[a-zA-Z])(?P<below>_(?:\{\w*\}|\w))?""",
     re.VERBOSE,
 )
-r"""A symbol with a mark (\vec a, y', f^{-1}(x), f^{(2)}), a command, or a letter and its subscript"""
+r"""Matches a symbol with a mark (\vec a, y', f^{-1}(x), f^{(2)}), a command, or a letter and its subscript"""
 DIGITS = 400
-"""Digits to which values are compared; math-verify itself compares 15, and calls 10^-20 and 10^-21 equal."""
+"""Digits to which values are compared; math-verify compares 15, and calls 10^-20 and 10^-21 equal"""
 
 
 def equal(a: str, b: str) -> bool:
-    """Whether two answers, as rewards.normalize spells them, are mathematically the same."""
+    """Returns whether two answers, normalized by rewards.normalize, are mathematically equal."""
     from math_verify import verify
 
     a, b = _distinct(a, b)
     x, y = _parsed(a), _parsed(b)
     if _is_rounding(a, y) or _is_rounding(b, x):
         return True
-    if _differ(x, y):  # much faster to find than that no simplification makes them equal
+    if _differ(x, y):  # much faster than a proof that no simplification makes them equal
         return False
     sets = {"allow_set_relation_comp": True, "timeout_seconds": None}
     return verify(y, x, **sets) or verify(x, y, **sets)
 
 
 def _distinct(a: str, b: str) -> tuple[str, str]:
-    r"""The two with a name of its own for each symbol that math-verify would take for another.
+    r"""Returns the two answers with a unique name for each symbol that math-verify would confuse with
+    another.
 
     It reads X as x, and ignores accents, primes and the difference between f^{-1}(x) and 1/f(x).
     """
@@ -66,7 +67,8 @@ def _distinct(a: str, b: str) -> tuple[str, str]:
 
 
 def understood(text: str) -> bool:
-    """Whether an answer reads as mathematics; takes the time of its evaluation, as a comparison does."""
+    """Returns whether an answer reads as mathematics. Evaluates it, so that one too slow to compare is
+    found."""
     from sympy import Basic, Integer, MatrixBase
 
     parsed = _parsed(text)
@@ -79,10 +81,10 @@ def _parsed(text: str) -> list[Any]:
     from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
-    # A decimal is a fraction: computer algebra would round it to a double.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is disabled
+    # a decimal becomes a fraction: computer algebra would round it to a double
     exact = re.sub(r"(?<![\w.}])(\d*)\.(\d+)(?![\d.])", _fraction, text)
-    # Units are read before (rewards.units); it would take the h of pi r^2 h for one.
+    # units are read before (rewards.quantities); math-verify would read the h of pi r^2 h as one
     normalization = NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last", equations=False
     )
@@ -96,7 +98,7 @@ def _fraction(match: re.Match[str]) -> str:
 
 
 def _is_rounding(text: str, parsed: list[Any]) -> bool:
-    """Whether a text is a decimal with a double's digits, and that the rounding of what was parsed."""
+    """Returns whether a text is a decimal with as many digits as a double that rounds the parsed value."""
     from sympy import Expr
 
     number = read_number(text)
@@ -109,7 +111,8 @@ def _is_rounding(text: str, parsed: list[Any]) -> bool:
 
 
 def _differ(x: list[Any], y: list[Any]) -> bool:
-    """Whether two expressions, at values of their variables, are not the same to DIGITS - 10 digits."""
+    """Returns whether two expressions, at fixed values of their variables, differ within DIGITS - 10
+    digits."""
     from sympy import Expr, Rational
 
     if not x or not y or not isinstance(x[0], Expr) or not isinstance(y[0], Expr):
@@ -124,11 +127,11 @@ def _differ(x: list[Any], y: list[Any]) -> bool:
 
 
 def _evaluated(expression: Any, at: dict[Any, Any]) -> Any | None:
-    """A number: exact where it is rational, else of DIGITS digits; None if it has no value."""
+    """Returns the value, exact if it is rational, else to DIGITS digits; None if it has none."""
     try:
         value = expression.subs(at).doit()
         if not getattr(value, "is_Rational", False):
             value = value.evalf(DIGITS)
         return value if value.is_number and value.is_finite else None
-    except Exception:  # sympy raises many kinds for what it cannot evaluate
+    except Exception:  # sympy raises many kinds of errors for what it cannot evaluate
         return None

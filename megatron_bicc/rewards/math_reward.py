@@ -1,6 +1,8 @@
-""" "The final answer of a response, in one of the styles that prompts ask for.
+"""Scores a response by its final answer: read in one of the styles that prompts ask for, compared as
+mathematics.
 
-Rewards by the final answer: read from the response in a style, compared by mathematics.
+The answer of the response is compared with the ground truth by rewards.verdict: plain numbers in this
+process, all else in the worker process of rewards.worker.
 """
 
 import re
@@ -11,59 +13,31 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_bicc.config import AnswerStyle
+from megatron_bicc.data.boxed import has_box, last_boxed
 from megatron_bicc.rewards import verdict
 from megatron_bicc.rewards.verdict import Reading
-from megatron_bicc.rewards.worker_pool import WORKER, OutOfTimeError
+from megatron_bicc.rewards.worker import WORKER, OutOfTimeError
 
 Style = AnswerStyle
 
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
-_ARGUMENT = re.compile(
-    r"\s*([-+]?\s*\$?\d[\d,]*(?:\.\d+)?%?|-?\\[a-zA-Z]+(?:\s*\{[^{}]*\})*|[a-zA-Z](?![a-zA-Z]))"
-)
 _ANSWER_LINE = re.compile(r"\banswer\b[*_]*[ \t]*[:：][*_]*[ \t]*([^\n]+)", re.IGNORECASE)
 _LAST_LINE = re.compile(r"[^\n]*\banswer\b[*_]*[ \t]*[:：][*_]*[ \t]*([^\n]+)", re.IGNORECASE)
 _HASH = re.compile(r"####[ \t]*([^\n#]+)")
 _NUMBER = re.compile(r"(?<![\w.])-?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|(?<![\w.])-?\.\d+")
 
 
-def last_boxed(text: str) -> str | None:
-    r"""Content of the last \boxed{...} or \fbox{...}, stripped; None if there is none or it does not close.
-
-    Without braces (\boxed 2, as in the published MATH) it is the number, command or letter that follows.
-    """
-    boxes = list(_BOX.finditer(text))
-    if not boxes:
-        return None
-    body = text[boxes[-1].end() :].lstrip()
-    if not body.startswith("{"):
-        argument = _ARGUMENT.match(body)
-        return argument[1].rstrip(",").strip() if argument else None
-    depth = position = 0
-    while position < len(body):
-        character = body[position]
-        if character == "\\":
-            position += 2  # \{ and \} are characters of the answer, not braces
-            continue
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return body[1:position].strip()
-        position += 1
-    return None
-
-
 def final_answer(text: str, style: Style) -> str | None:
-    """The final answer; None if the response has none in that style.
+    """Returns the final answer; None if the response has none in that style.
 
-    Only what follows the last </think> is read, and nothing of a response that was cut off inside <think>:
-    what a model considers on the way is no answer.
+    Only text after the last </think> is read, and nothing if the response was cut off inside <think>: an
+    intermediate result is not an answer.
     """
     _, _, text = text.rpartition("</think>")
     return None if "<think>" in text else STYLES[style].read(text)
 
 
 def asked_styles(prompt: str) -> list[Style]:
-    """The styles whose marker a prompt shows."""
+    """Returns the styles whose marker occurs in a prompt."""
     return [name for name, style in STYLES.items() if style.marker and re.search(style.marker, prompt)]
 
 
@@ -81,14 +55,15 @@ def _last_number(text: str) -> str | None:
 
 
 def _auto(text: str) -> str | None:
-    """A last line `Answer: X`, else the last box, else the last line `Answer: X`, else the last `#### X`.
+    """Reads a last line `Answer: X`, else the last box, else the last line `Answer: X`, else the last `####
+    X`.
 
-    A box in the working does not outrank the answer that a response ends on, nor a heading an answer.
+    So a box in the derivation does not outrank the answer at the end, nor a Markdown heading an answer.
     """
     lines = text.rstrip().splitlines()
     if lines and (ending := _LAST_LINE.fullmatch(lines[-1])):
         return _in_box(ending[1].strip())
-    if _BOX.search(text):
+    if has_box(text):
         return last_boxed(text)
     return _answer_line(text) or _hash(text)
 
@@ -99,20 +74,20 @@ def _last(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def _in_box(answer: str | None) -> str | None:
-    return last_boxed(answer) if answer and _BOX.search(answer) else answer
+    return last_boxed(answer) if answer and has_box(answer) else answer
 
 
 @dataclass(frozen=True)
 class StyleOfAnswer:
-    """How answers of a style are written and read."""
+    """How answers in a style are written and read."""
 
     read: Callable[[str], str | None]
     response: Callable[[str], str]
-    """A response that answers exactly that"""
+    """Ground truth -> a response that gives exactly that answer"""
     marker: str = ""
-    """Pattern of what a prompt asks for; empty if it is nothing particular"""
+    """Pattern of prompts that ask for the style; empty if none do"""
     shown: str = ""
-    """The same for people"""
+    """The marker as messages show it"""
 
 
 STYLES: dict[Style, StyleOfAnswer] = {
@@ -129,16 +104,16 @@ STYLES: dict[Style, StyleOfAnswer] = {
 
 
 MAX_ANSWER_CHARACTERS = 512
-"""A longer final answer is no answer; math-verify's parser is superlinear in the length."""
+"""A longer final answer scores 0: the time of math-verify's parser is superlinear in the length."""
 MAX_QUICK_CHARACTERS = 64
-"""A longer answer is compared in the worker, whose time is limited, even where it is a number."""
+"""A longer answer is compared in the worker, whose time is limited, even if it is a number."""
 
 
 def score(texts: list[str], truths: list[str], style: Style = "auto") -> np.ndarray:
-    """float32 [N]: 1 where the final answer of a text, read in that style, is its truth, else 0.
+    """Returns float32 [R]: 1 if the final answer of a text, read in that style, equals its truth, else 0.
 
-    A response without an answer, with one that does not parse, or with one that takes longer than
-    rewards.worker.CPU_SECONDS of processor time to understand (9^9^9^9) scores 0. From any thread.
+    A response scores 0 if it has no answer, or one that does not parse or takes more than
+    rewards.worker.CPU_SECONDS of processor time to evaluate (9^9^9^9). Thread-safe.
     """
     return np.array(
         [_reward(t, truth, style) for t, truth in zip(texts, truths, strict=True)], dtype=np.float32
@@ -146,13 +121,13 @@ def score(texts: list[str], truths: list[str], style: Style = "auto") -> np.ndar
 
 
 def response(truth: str, style: Style = "auto") -> str:
-    """A response that answers exactly `truth`."""
+    """Returns a response that gives exactly the answer `truth`."""
     return STYLES[style].response(truth)
 
 
 @lru_cache(maxsize=65536)
 def reading(truth: str) -> Reading | None:
-    """What a truth is compared as; None if no answer can be equal to it."""
+    """Returns the form in which a truth is compared; None if no answer can equal it."""
     if len(truth) > MAX_ANSWER_CHARACTERS:
         return None
     if len(truth) <= MAX_QUICK_CHARACTERS and verdict.is_number(truth):

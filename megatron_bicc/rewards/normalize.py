@@ -1,6 +1,6 @@
-r"""One spelling for every way to write an answer: Unicode, Markdown and plain text become simple LaTeX.
+r"""Brings answers to one spelling: Unicode, Markdown and plain text become simple LaTeX.
 
-Only spellings are changed here, never values: what two answers mean is compared in rewards.verdict.
+Only the spelling changes, never the value: rewards.verdict compares the meaning.
 """
 
 import re
@@ -74,12 +74,12 @@ _SPELLINGS = {
 _SYMBOLS = {symbol: latex for latex, symbols in _SPELLINGS.items() for symbol in symbols} | {
     letter: f"\\{name} " for letter, name in _LETTERS.items()
 }
-"""LaTeX by Unicode character; wide forms of ASCII are left to NFKC"""
+"""LaTeX by Unicode character; NFKC handles wide forms of ASCII"""
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n", strict=True))
 
 ATOM = r"(?:\{[^{}]*\}|\\[a-zA-Z]+|[0-9a-zA-Z])"
-"""What a command such as \frac takes where no braces nest: a group, a command or one character"""
+r"""An argument of a command such as \frac without nested braces: a group, a command or one character"""
 
 _LETTER = rf"(?:\\(?:{'|'.join(_LETTERS.values())})(?![a-zA-Z])|[a-zA-Z])"
 
@@ -101,7 +101,7 @@ _SYNONYMS = {
     "no solution": "\\emptyset",
     "no solutions": "\\emptyset",
 }
-"""Whole answers with another spelling"""
+"""Replacements of whole answers"""
 _SYNONYMS |= {
     word: str(value)
     for value, word in enumerate(
@@ -124,7 +124,7 @@ _PHRASES = [
     (r"(?:is )?(?:less|fewer|smaller) than", r"<"),
     (r"(?:is )?not equal to|not", r"\\ne "),
 ]
-"""Relations in words before a number, the longer first"""
+"""Relations in words before a number; longer phrases first"""
 
 _TEMPERATURES = {"C": "celsius", "F": "fahrenheit"}
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
@@ -132,7 +132,7 @@ _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 
 
 @lru_cache(maxsize=65536)
 def normalize(text: str) -> str:
-    """The answer in one spelling; empty if nothing is left of it."""
+    """Returns the answer in one spelling; empty if nothing remains."""
     for _ in range(4):  # wrappers nest: **$\boxed{5}$.**
         before = text
         text = _unwrapped(_characters(text))
@@ -145,7 +145,7 @@ def normalize(text: str) -> str:
 
 
 def unwrap_text(text: str) -> str:
-    r"""The words of an answer that is one \text{...}, else the answer."""
+    r"""Returns the words of an answer that is one \text{...}, else the answer itself."""
     whole = re.fullmatch(r"\\text\{([^{}]*)\}", text)
     return whole[1].strip() if whole else text
 
@@ -166,7 +166,7 @@ def _characters(text: str) -> str:
 
 
 def _compatible(character: str) -> str:
-    """One half as a fraction, wide and styled letters as plain ones, any Unicode space as a space."""
+    """Replaces vulgar fractions, wide and styled letters and Unicode spaces by their plain forms."""
     if character.isspace():
         return " "
     plain = unicodedata.normalize("NFKC", character)
@@ -211,7 +211,7 @@ def _unwrapped(text: str) -> str:
 
 
 def _latex(text: str) -> str:
-    """Layout commands away; one name for each of several."""
+    """Removes layout commands and replaces synonymous commands by one."""
     text = re.sub(r"^\\\\|\\\\$", "", text.strip())  # a line break at an end
     text = re.sub(r"&\s*(?=[=<>]|\\[lgn]e)", "", text)  # where lines are aligned
     text = re.sub(r"\\(?:dfrac|tfrac|cfrac)(?![a-zA-Z])", r"\\frac", text)
@@ -250,7 +250,7 @@ def _latex(text: str) -> str:
 
 
 def _words(text: str) -> str:
-    r"""\text{...} as plain words, but for a single letter: \text{m} is a unit, m a variable."""
+    r"""Replaces \text{...} by its words, except for a single letter: \text{m} is a unit, m a variable."""
     text = unwrap_text(text.strip())
     text = re.sub(r"\\text\s*\{([^{}]*)\}", _plain_words, text)
     text = re.sub(r"\s+", " ", text).strip()
@@ -277,7 +277,7 @@ def _plain_words(match: re.Match[str]) -> str:
 
 
 def _plain_mathematics(text: str) -> str:
-    """What a keyboard writes, in LaTeX: sqrt(2), x**2, 3*4, 3e4, pi."""
+    """Converts plain-text mathematics to LaTeX: sqrt(2), x**2, 3*4, 3e4, pi."""
     text = re.sub(r"(?<!\\)\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<![a-zA-Z\\])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<![a-zA-Z\\])sqrt\s*\{", r"\\sqrt{", text)
@@ -307,7 +307,7 @@ def _scientific(match: re.Match[str]) -> str:
 
 
 def _repeating(text: str) -> str:
-    """A repeating decimal as the fraction that it is: 0.1\\overline{6}, 0.(3), 0.3..., 0.\\dot{3}."""
+    """Replaces a repeating decimal by its fraction: 0.1\\overline{6}, 0.(3), 0.3..., 0.\\dot{3}."""
     number = r"(?<![\d.])(-?)(\d*)\.(\d*)"
     text = re.sub(
         number + r"\\(?:overline|bar|overbar)\s*(?:\{(\d+)\}|(\d))(?!\d)", _fraction_of_repeating, text
@@ -329,7 +329,7 @@ def _fraction_of_dotted(match: re.Match[str]) -> str:
 
 
 def _fraction_of_dots(match: re.Match[str]) -> str:
-    """0.1666... repeats what its digits end on, three times where it is one digit, twice where it is more."""
+    """Reads 0.1666... as repeating if it ends in three equal digits, or twice in a longer period."""
     sign, whole, digits = match.groups()
     for period in range(1, len(digits) // 2 + 1):
         times = 3 if period == 1 else 2
@@ -345,7 +345,7 @@ def _repeating_fraction(sign: str, whole: str, fixed: str, repeated: str) -> str
 
 
 def _mixed(text: str) -> str:
-    """Mixed numbers as one fraction: 1 1/4, 1\\frac14, 1 and 1/4."""
+    """Replaces mixed numbers by one fraction: 1 1/4, 1\\frac14, 1 and 1/4."""
     text = re.sub(r"\\(frac|binom)\s*(\d)\s*(\d)(?!\d)", r"\\\1{\2}{\3}", text)
     text = re.sub(rf"\\frac\s*(\d)\s*(?={ATOM})", r"\\frac{\1}", text)
     text = re.sub(rf"\\(frac|binom)(?![a-zA-Z])\s*({_LETTER})\s*(?={ATOM})", r"\\\1{\2}", text)
@@ -365,12 +365,12 @@ def _one_fraction(match: re.Match[str]) -> str:
 
 
 def _thousands(text: str) -> str:
-    """Spaces and apostrophes between groups of three digits away; a comma may also part two numbers."""
+    """Removes spaces and apostrophes between groups of three digits; a comma may separate numbers."""
     return re.sub(r"(?<![\d.])\d{1,3}(?:[ ']\d{3})+(?![\d])", lambda m: re.sub("[ ']", "", m[0]), text)
 
 
 def _scales(text: str) -> str:
-    """3.2 million as 3.2 times a power of ten."""
+    """Replaces 3.2 million by 3.2 times a power of ten."""
     return re.sub(
         rf"(?<=\d)\s*({'|'.join(_SCALES)})(?![a-zA-Z])",
         lambda m: f" \\times 10^{{{_SCALES[m[1].lower()]}}}",
@@ -380,7 +380,7 @@ def _scales(text: str) -> str:
 
 
 def _ends(text: str) -> str:
-    """A point or comma at the end away, also one before a unit's end: `180,`, `34 apples.`"""
+    """Removes punctuation at the end: `180,`, `34 apples.`"""
     text = text.strip()
     return text if text.endswith("..") else re.sub(r"\s*[.,;:]+$", "", text) or text
 

@@ -1,8 +1,8 @@
-r""" "Plain numbers, read exactly: most answers, and the reason that most verdicts need no computer algebra.
+r"""Reads plain numbers exactly, and quantities: a value and its unit.
 
-An integer, a decimal, a fraction or a power of ten times a decimal, as rewards.normalize spells them.
-
-"Quantities: a value and its unit, in words, as a sign or in \text{}.
+A number is an integer, a decimal, a fraction, or one of these times a power of ten, normalized by
+rewards.normalize. Most answers are numbers, so most comparisons need no computer algebra. A unit may be a
+word, a sign or \text{...}.
 """
 
 import re
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 MAX_EXPONENT = 1000
-"""A larger power of ten is left to computer algebra, which runs under a limit."""
+"""A larger power of ten is left to computer algebra, whose time is limited"""
 DOUBLE_DIGITS = 15
-"""Significant digits from which a decimal counts as its rounding: what a double precision number prints."""
+"""Significant digits from which a decimal may be a rounded value: those of a double"""
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 _NUMBER = re.compile(
@@ -29,17 +29,17 @@ _POWER = re.compile(r"(?P<sign>-?)\s*10\s*\^\s*(?:\{\s*(?P<power>[-+]?\d+)\s*\}|
 
 @dataclass(frozen=True)
 class Number:
-    """A number as it was written."""
+    """A number, with how it was written."""
 
     value: Fraction
     decimals: int | None = None
-    """Digits after the point; None of a number that was written without a point"""
+    """Digits after the point; None if it was written without a point"""
     commas: bool = False
-    """Written with commas between its thousands; it may as well be a list"""
+    """Written with commas between thousands, so it may also be a list"""
 
 
 def read_number(text: str) -> Number | None:
-    """The number that a normalised answer is; None if it is something else."""
+    """Returns the number that a normalized answer is; None if it is something else."""
     text = text.strip()
     while text.startswith("(") and text.endswith(")") and "," not in text and ")" not in text[:-1]:
         text = text[1:-1].strip()
@@ -60,12 +60,13 @@ def read_number(text: str) -> Number | None:
 
 
 def equal(a: Number, b: Number) -> bool:
-    """Exactly, but for a decimal of DOUBLE_DIGITS digits or more that is a fraction's rounding."""
+    """Compares exactly; a decimal of DOUBLE_DIGITS digits or more also equals the value that it rounds."""
     return a.value == b.value or rounds_to(a, b.value) or rounds_to(b, a.value)
 
 
 def rounds_to(number: Number, value: Fraction) -> bool:
-    """Whether a decimal with as many digits as a double is `value` to less than one in its last digit."""
+    """Returns whether a decimal with as many digits as a double is less than one in its last digit from
+    `value`."""
     if number.decimals is None or number.decimals <= 0:
         return False
     scaled, exact = number.value * 10**number.decimals, value * 10**number.decimals
@@ -148,13 +149,13 @@ _SPELLINGS = {
     **dict.fromkeys(("men", "women", "children", "mice", "fish", "sheep", "dice", "geese", "teeth"), ""),
 }
 UNITS = {name: unit for unit, names in _SPELLINGS.items() for name in [unit, *names.split()]}
-"""Unit by spelling"""
+"""Unit by each of its spellings"""
 _COMPOUND = {
     *("hour", "minute", "second", "day", "week", "month", "year", "foot", "inch", "yard", "mile", "degree"),
     *("meter", "centimeter", "kilometer", "gram", "kilogram", "pound", "ounce", "liter", "milliliter"),
     *("dollar", "cent", "gallon", "quart", "cup"),
 }
-"""Units that come in parts: 5 feet 6 inches"""
+"""Units that occur in compounds: 5 feet 6 inches"""
 _NO_UNIT = {
     *("and", "or", "is", "isn't", "not", "no", "never", "but", "if", "for", "to", "than", "more", "less"),
     *("least", "most", "otherwise", "where", "when", "with", "wrong", "false", "incorrect", "mod", "base"),
@@ -170,11 +171,11 @@ _NO_UNIT = {
     *("out", "from", "by", "as", "at", "since", "because", "while", "every", "any", "none"),
     *("negative", "almost", "nearly", "factorial", "factorials", "percentile"),
 }
-"""Words after a value that say more about it than a unit does, or that are a number themselves"""
+"""Words after a value that change it, as a unit does not, or are a number themselves"""
 _ORDINAL = re.compile(
     r"(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie|hundred|thousand|[a-z]+illion)ths?"
 )
-"""The names of fractions: 5 hundredths"""
+"""Names of fractions: 5 hundredths"""
 _UNIT_POWER = r"\s*\^\s*\{?\s*(?P<power>[2-9])\s*\}?"
 _TAIL = re.compile(
     rf"(?P<word>%|\$|\\\$|[€£¥₹¢]|\\text\{{\s*[a-zA-Z]\s*\}}|(?<![a-zA-Z\\])[a-zA-Z][a-zA-Z.'-]*)(?:{_UNIT_POWER})?\s*$"
@@ -186,15 +187,15 @@ _CURRENCY = re.compile(
 
 @dataclass(frozen=True)
 class Quantity:
-    """A value and what it counts."""
+    """A value and its unit."""
 
     value: str
     unit: str
-    """One spelling of each unit; empty if there is none"""
+    """In one spelling; empty if there is none"""
 
 
 def read_quantity(text: str) -> Quantity | None:
-    """Value and unit of a normalised answer; None if it has no unit."""
+    """Returns value and unit of a normalized answer; None if it has no unit."""
     if (currency := _CURRENCY.fullmatch(text)) and "$" not in currency[4]:
         sign = (currency[2] or currency[3]).replace("\\", "").replace("US$", "$").lower().rstrip(".")
         inner = read_quantity(currency[4])
@@ -226,7 +227,7 @@ def read_quantity(text: str) -> Quantity | None:
 
 
 def read_compound(text: str) -> list[Quantity] | None:
-    """The parts of 5 feet 6 inches, as they are written; None if the answer is no such thing."""
+    """Returns the parts of a compound such as 5 feet 6 inches; None if the answer is not one."""
     number = r"-?(?:\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}|\d+/\d+)"
     unit = r"\\text\{\s*[a-zA-Z]\s*\}|[a-zA-Z]+\.?"
     part = rf"({number})\s*({unit})"
@@ -240,10 +241,11 @@ def read_compound(text: str) -> list[Quantity] | None:
 
 
 def _is_unit(word: str, written: str, before: str, described: bool) -> bool:
-    """A sign, a known unit, a plural or, beside a unit (`described`), `of` or `per`, any word of 3 letters.
+    """Returns whether a word is a unit: a sign, a known unit, a plural, or next to a unit, `of` or `per` any
+    word.
 
-    An unknown word that is no plural is no unit: 5 dozen, 5 squared and 5 below are not 5. Of single letters
-    few are units: 5 m, not 5x.
+    described: a unit follows. An unknown word that is not a plural is not a unit: 5 dozen, 5 squared and 5
+    below are not 5. Few single letters are units: 5 m, but not 5x.
     """
     if written.startswith("\\text") or not word[0].isalpha():
         return True
@@ -265,7 +267,7 @@ def _singular(word: str) -> str:
 
 
 def _unit(words: list[str]) -> str:
-    """square meter as meter^2; of several words all count."""
+    """Joins the words of a unit; square meter becomes meter^2."""
     text = " ".join(words)
     text = re.sub(r"(?:^|(?<= ))(?:square|sq) (\S+)", r"\1^2", text)
     return re.sub(r"(?:^|(?<= ))(?:cubic|cu) (\S+)", r"\1^3", text)

@@ -1,8 +1,9 @@
-r"""Whether two final answers are the same: rules by the form of an answer, computer algebra for the rest.
+r"""Decides whether two final answers are equal: rules by the form of an answer, computer algebra for the
+rest.
 
-The rules are tried in the order of RULES; the first that knows both forms decides. Where an answer may leave
-something out (a unit, the name of a variable), either side may be the one that does: the verdict does not
-depend on which of the two is the truth.
+The rules are tried in the order of RULES; the first that applies to both answers decides. An answer may leave
+out a unit or the name of a variable. The result is symmetric: it does not depend on which of the two is the
+truth.
 """
 
 import re
@@ -20,31 +21,31 @@ _RELATION = re.compile(
 )
 _FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
 _NAME = r"(?:\\?[a-zA-Z]+(?:_\{?\w+\}?)?(?:\s*\([^()]*\))?'*|\\text\{[^{}]*\})"
-"""A variable, a function at a point, or what a word stands for"""
+"""A variable, a function at a point, or a word in its place"""
 _CLOCK = re.compile(r"(\d{1,2})\s*:\s*([0-5]\d)")
 _WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
 _PRODUCTS = ("abc", "mn", "pq", "rst", "uv", "xyz")
-"""Letters of which two alone are a product: xy, but not no, up, HT or AB"""
+"""Two letters of one of these are a product: xy, but not no, up, HT or AB"""
 _SHORT_WORDS = {"no", "up", "on", "in", "us", "ok", "he", "me", "we", "it", "so", "pm", "am"}
-"""Words of two letters whose case does not matter"""
+"""Words of two letters, whose case is ignored"""
 _CROSS = re.compile(r"(?<![\w\\}^])([a-zA-Z])\s*\\times\s*([a-zA-Z])(?![\w^({])")
-"""A product of two letters whose order matters if they are sets or vectors"""
+"""A product of two letters, whose order matters if they are sets or vectors"""
 _UNREAD = re.compile(
     r"""\.\.|\?|!!|--|\\(?:cross|equiv|cong|sim|propto)(?![a-zA-Z])|(?<![\w.])0[xX][\da-fA-F]|[\d)}\]]\s*'
     |(?<!\\sqrt)\[\s*(?:\\?[a-zA-Z]+|-?\d*\.\d+)\s*\]|\\\{\s*\\?[a-zA-Z]+\s*\\\}""",
     re.VERBOSE,
 )
-r"""Notations that computer algebra ignores or reads as another: 1,2,...; 3!!; vectors a \times b; 5'; [x]"""
+r"""Notations that computer algebra ignores or misreads: 1,2,...; 3!!; vectors a \times b; 5'; [x]"""
 
 
 def same(answer: str, truth: str) -> bool:
-    """Whether the two mean the same."""
+    """Returns whether the two answers are equal."""
     a, b = normalize(answer), normalize(truth)
     return bool(a and b) and _balanced(a) and _balanced(b) and _same(a, b)
 
 
 def quick(answer: str, truth: str) -> bool | None:
-    """The verdict where it takes no computer algebra: equal texts and two plain numbers; None elsewhere."""
+    """Compares without computer algebra, equal texts and two plain numbers; None if that does not decide."""
     a, b = normalize(answer), normalize(truth)
     if not a or not b or not _balanced(a) or not _balanced(b):
         return False
@@ -54,14 +55,14 @@ def quick(answer: str, truth: str) -> bool | None:
 
 
 def is_number(text: str) -> bool:
-    """Whether an answer is a plain number, its unit aside."""
+    """Returns whether an answer is a plain number, with or without a unit."""
     normal = normalize(text)
     quantity = read_quantity(normal)
     return _balanced(normal) and read_number(quantity.value if quantity else normal) is not None
 
 
 def reading(truth: str) -> Reading | None:
-    """What a truth is compared as; None if nothing can be equal to it."""
+    """Returns the form in which a truth is compared; None if no answer can equal it."""
     text = normalize(truth)
     if (
         not text
@@ -93,7 +94,7 @@ def _same(a: str, b: str) -> bool:
 
 
 def _numbers(a: str, b: str) -> bool | None:
-    """Plain numbers are equal exactly. With commas they may be lists: 100,200."""
+    """Compares plain numbers exactly. Numbers with commas may also be lists: 100,200."""
     x, y = read_number(a), read_number(b)
     if x is None or y is None:
         return None
@@ -103,7 +104,7 @@ def _numbers(a: str, b: str) -> bool | None:
 
 
 def _words(a: str, b: str) -> bool | None:
-    """Words are no products of letters: compared as text. Beside mathematics, letters may be a product."""
+    """Compares words as text, not as products of letters. Opposite mathematics, letters may be a product."""
     words = [_is_words(text) for text in (a, b)]
     if all(words):
         x, y = _spelled(a), _spelled(b)
@@ -117,7 +118,7 @@ def _words(a: str, b: str) -> bool | None:
 
 
 def _angles(a: str, b: str) -> bool | None:
-    """Names of points stand in an order: angle ABC is not angle ACB."""
+    """Compares figures by the order of their points: angle ABC is not angle ACB."""
     figure = r"\\(?:angle|triangle|measuredangle|overline|widehat|parallel)"
     if re.match(figure, a) and re.match(figure, b) and not re.search(r"[=\d]", a + b):
         return re.sub(r"[\s{}]", "", a) == re.sub(r"[\s{}]", "", b)
@@ -125,7 +126,7 @@ def _angles(a: str, b: str) -> bool | None:
 
 
 def _same_choice(a: str, b: str) -> bool | None:
-    """A choice by its letter, its text, or both: (C) 12."""
+    """Compares multiple-choice options by letter, text, or both: (C) 12."""
     x, y = _choice(a), _choice(b)
     if x is None and y is None:
         return None
@@ -136,18 +137,18 @@ def _same_choice(a: str, b: str) -> bool | None:
 
 
 def _choice(text: str) -> tuple[str, str] | None:
-    """Letter and text of a choice; a letter alone is one too."""
+    """Returns letter and text of an option; a letter alone is one too."""
     match = re.fullmatch(r"\(?([A-Z])\)[.:]?\s*(.*)|([A-Z])[.:]\s+(.+)|([A-Z])", text)
     more = r"\([A-Z]\)|^[A-Z]\)?$|^(?:[,;/&]|(?:and|or|but|not)(?![a-zA-Z]))"
     if match and re.search(more, match[2] or match[4] or ""):
-        return None  # two options are no choice
+        return None  # two options are not one
     if not match or (match[2] or "").startswith(("^", "_", "+", "-", "=", "\\cup", "\\cap")):
         return None
     return match[1] or match[3] or match[5], match[2] or match[4] or ""
 
 
 def _conditions(a: str, b: str) -> bool | None:
-    """An inequality is its interval: x > 3 and (3, infinity); x < 1 or x > 2 is a union."""
+    """Compares inequalities as intervals: x > 3 is (3, infinity); x < 1 or x > 2 is a union."""
     x, y = _interval(a), _interval(b)
     if x is None and y is None:
         condition, other = (a, b) if _RELATION.search(a) else (b, a)
@@ -161,7 +162,7 @@ def _conditions(a: str, b: str) -> bool | None:
 
 
 def _interval(text: str) -> tuple[str, str] | None:
-    """Variable (empty if there is none) and interval or union of a condition on one variable."""
+    """Returns the variable, empty if there is none, and the interval or union of a condition on it."""
     text = re.sub(rf"^\\\{{\s*{_NAME}\s*(?:\\in\s*\\mathbb\{{R\}}\s*)?[|:]\s*(.*)\\\}}$", r"\1", text)
     pieces, names = [], set()
     for condition in re.split(r"\s*(?<![a-zA-Z])or(?![a-zA-Z])\s*", text):
@@ -201,7 +202,7 @@ def _bounds(sides: list[str]) -> tuple[str, str] | None:
 
 
 def _same_union(a: str, b: str) -> bool:
-    """Unions of intervals whatever the order; an interval that touches another is left to algebra."""
+    """Compares unions of intervals in any order; computer algebra handles intervals that touch."""
     x, y = (re.split(r"\\cup(?![a-zA-Z])", text) for text in (a, b))
     if len(x) == len(y) and _unordered([part.strip() for part in x], [part.strip() for part in y]):
         return True
@@ -213,14 +214,14 @@ def _is_set(text: str) -> bool:
 
 
 def _membership(a: str, b: str) -> bool | None:
-    """x in a set is the set."""
+    """Compares x in a set as the set."""
     pattern = rf"{_NAME}\s*\\in(?![a-zA-Z])\s*(.+)"
     x, y = re.fullmatch(pattern, a), re.fullmatch(pattern, b)
     return _same(x[1] if x else a, y[1] if y else b) if x or y else None
 
 
 def _lists(a: str, b: str) -> bool | None:
-    """As many elements, one for one: in order in a tuple, in any order in a set or without brackets."""
+    """Compares element by element: tuples in order, sets and lists without brackets in any order."""
     x, y = _listed(a), _listed(b)
     if x is None and y is None:
         return None
@@ -244,7 +245,7 @@ def _lists(a: str, b: str) -> bool | None:
 
 
 def _listed(text: str) -> tuple[str, list[str], str] | None:
-    """Bracket, elements and bracket of a list; (5) and [5,5] are lists of one, their element."""
+    """Returns bracket, elements and bracket of a list; (5) and [5,5] are lists of one element."""
     if matrix := re.fullmatch(r"\\begin\{[pbvBV]?(?:matrix|smallmatrix)\}(.*)\\end\{\w+\}", text.strip()):
         rows = [row.strip() for row in matrix[1].split("\\\\") if row.strip()]
         if len(rows) > 1 and not any("&" in row for row in rows):
@@ -269,7 +270,7 @@ def _listed(text: str) -> tuple[str, list[str], str] | None:
 
 
 def _split(text: str, words: bool = False) -> list[str]:
-    """The elements of a list, parted by commas and the like outside all brackets; 2 \\pm 1 is two."""
+    """Returns the elements of a list, separated outside all brackets; 2 \\pm 1 is two elements."""
     parts, depth, start = [], 0, 0
     separators = r"[,;]|\\\\|\n" + (r"|(?<![a-zA-Z])(?:,?\s*and|,?\s*or)(?![a-zA-Z])" if words else "")
     for match in re.finditer(rf"\\begin\{{|\\end\{{|\\[{{}}]|[{{}}()\[\]]|{separators}", text):
@@ -295,7 +296,7 @@ def _both_signs(text: str) -> list[str]:
 
 
 def _closes_at_end(text: str) -> bool:
-    """Whether the bracket that a text begins with is the one it ends with."""
+    """Returns whether the bracket at the start of a text is closed at its end."""
     depth = 0
     for match in re.finditer(r"\\?[{}]|[()\[\]<>]|\\langle|\\rangle", text):
         depth += 1 if match[0][-1] in "{([<" or match[0] == "\\langle" else -1
@@ -317,7 +318,7 @@ def _unordered(a: list[str], b: list[str]) -> bool:
 
 
 def _equations(a: str, b: str) -> bool | None:
-    """x = 5 is 5, but not y = 5; a calculation or a formula is what it ends in."""
+    """Compares equations: x = 5 equals 5, but not y = 5; a calculation equals its result."""
     x, y = (_RELATION.split(text) for text in (a, b))
     if len(x) == 1 and len(y) == 1:
         return None
@@ -342,7 +343,7 @@ def _equations(a: str, b: str) -> bool | None:
 
 
 def _consistent(sides: list[str]) -> bool:
-    """Whether the sides of an equation that are numbers are all the same: not 2 + 2 = 5."""
+    """Returns whether all sides of an equation that are numbers are equal, unlike in 2 + 2 = 5."""
     if "\\approx" in sides[1::2]:
         return True
     variable = r"\\(?!(?:frac|sqrt|pi|times|cdot|div|binom|sin|cos|tan|log|ln)(?![a-zA-Z]))[a-zA-Z]"
@@ -353,7 +354,7 @@ def _consistent(sides: list[str]) -> bool:
 
 
 def _assigned(sides: list[str]) -> tuple[str, str] | None:
-    """Name and value of an equation; the name is empty where the left side is a calculation."""
+    """Returns name and value of an equation; the name is empty if the left side is a calculation."""
     left, right = sides[0].strip(), sides[-1].strip()
     if re.fullmatch(_NAME, right) and not re.fullmatch(_NAME, left):
         left, right = right, left
@@ -367,7 +368,8 @@ def _has_letters(text: str) -> bool:
 
 
 def _quantities(a: str, b: str) -> bool | None:
-    """A unit may be left out, but not be another one; of 5 feet 6 inches no part may be left out."""
+    """Compares quantities: a unit may be missing, but not differ; of 5 feet 6 inches no part may be
+    missing."""
     compound_a, compound_b = read_compound(a), read_compound(b)
     if compound_a or compound_b:
         x, y = compound_a or [], compound_b or []
@@ -389,7 +391,7 @@ def _same_quantity(a: Quantity, b: Quantity) -> bool:
 
 
 def _bases(a: str, b: str) -> bool | None:
-    """Digits in a base: 1011_2 is neither 1011_3 nor 11; the base may be left out."""
+    """Compares digits in a base: 1011_2 is neither 1011_3 nor 11; the base may be missing."""
     x, y = _in_base(a), _in_base(b)
     if x is None and y is None:
         return None
@@ -409,7 +411,7 @@ def _in_base(text: str) -> tuple[str, str] | None:
 
 
 def _ratios(a: str, b: str) -> bool | None:
-    """2:4 is 1:2 and 1/2; a time of day is its digits."""
+    """Compares ratios, 2:4 with 1:2 and 1/2, and times of day by their digits."""
     clocks = [_CLOCK.fullmatch(text) for text in (a, b)]
     if all(clocks):
         return [int(p) for p in clocks[0].groups()] == [int(p) for p in clocks[1].groups()]  # type: ignore[union-attr]
@@ -427,7 +429,7 @@ def _ratios(a: str, b: str) -> bool | None:
 
 
 def _texts(a: str, b: str) -> bool | None:
-    """What still has words in it has the same words: 5 if x > 0."""
+    """Requires answers with words in them, such as 5 if x > 0, to have the same words."""
     x, y = (sorted(_WORD.findall(re.sub(r"\\(?:begin|end)\{\w+\}", "", text))) for text in (a, b))
     return None if [w.casefold() for w in x] == [w.casefold() for w in y] else False
 
@@ -449,9 +451,10 @@ RULES: list[Callable[[str, str], bool | None]] = [
 
 
 def _is_words(text: str) -> bool:
-    """Letters that are no product: a word of three letters or more, and no digit or sign of mathematics.
+    """Returns whether a text is words and not a product: three letters or more, no digit or mathematical
+    sign.
 
-    Two letters alone are one too, unless they are names of variables that go together (_PRODUCTS).
+    Two letters alone are a word too, unless they are variables that go together (_PRODUCTS).
     """
     plain = unwrap_text(text)
     if len(plain) == 2 and plain.isalpha():
@@ -470,7 +473,7 @@ def _spelled(text: str) -> str:
 
 
 def _parts(text: str) -> list[str]:
-    """What algebra is asked to read of an answer: the elements of its lists, the values of its quantities."""
+    """Returns the parts that computer algebra must read: elements of lists, values of quantities."""
     if (listed := _listed(text)) and listed[1] != [text]:
         return [part for item in listed[1] for part in _parts(item)]
     if quantity := read_quantity(text):

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_bicc.collective import gathered
 from megatron_bicc.data.prompts import Prompt
+from megatron_bicc.errors import UserError
 from megatron_bicc.rewards.math_reward import STYLES, Style, final_answer
-from megatron_bicc.rewards.registry import Verifier
+from megatron_bicc.rewards.registry import Completion, Verifier
 from megatron_bicc.rollout.types import Engine, Group, Request, RolloutError, Sample, Sampling
 
 STEPS = 3
@@ -24,8 +25,8 @@ STEPS = 3
 class ZeroRewardWatch:
     """Looks for steps in a row in which every reward is 0, from this process's first step on."""
 
-    def __init__(self, style: Style, enabled: bool) -> None:
-        """style: reward.answer; enabled: on one process."""
+    def __init__(self, style: Style | None, enabled: bool) -> None:
+        """style: rewards.registry.answer_style; enabled: true on one process."""
         self._style, self._enabled = style, enabled
         self._zero: list[list[Group]] = []
         self._had_rewards = False
@@ -55,12 +56,22 @@ def _has_reward(groups: list[Group]) -> bool:
     return any(group.rewards.any() for group in groups)
 
 
-def why_all_zero(groups: list[Group], style: Style) -> str | None:
-    """The likely reason, in one line; None if a reward is not 0 or there is none."""
+def why_all_zero(groups: list[Group], style: Style | None) -> str | None:
+    """Returns the likely reason, in one line; None if a reward is not 0 or there is none.
+
+    style: how the verifier reads final answers; None for a user's function, of whose reading nothing is
+    known.
+    """
     if not groups or _has_reward(groups):
         return None
     texts = [text for group in groups for text in group.texts]
     cut = sum(sample.finish_reason == "length" for group in groups for sample in group.samples)
+    if style is None:
+        return (
+            f"all {len(texts)} rewards are 0: {cut / len(texts):.0%} of the responses were cut off at "
+            f"rollout.max_new_tokens; one ends in {texts[0][-60:]!r}; check the function that "
+            "reward.verifier names"
+        )
     unread = [text for text in texts if not final_answer(text, style)]
     return (
         f"all {len(texts)} rewards are 0: {len(unread) / len(texts):.0%} of the responses have no answer "
@@ -134,17 +145,23 @@ class GroupSampler:
         if not prompts:  # transformers would decode no samples at all as one sample without tokens
             return []
         texts = self.tokenizer.batch_decode([_without_end(s) for s in samples], skip_special_tokens=True)
-        asked = [prompt for prompt in prompts for _ in range(self.group_size)]
-        answers = [prompt.begun_answer + text for prompt, text in zip(asked, texts, strict=True)]
-        rewards = self.verifier(answers, [prompt.ground_truth for prompt in asked])
-        for i in range(len(samples)):
-            row = prompts[i // self.group_size].index + 1
-            _check(samples[i], rewards[i], f"sample {i % self.group_size} of the prompt of row {row}")
         groups = []
         for i, prompt in enumerate(prompts):
             own = slice(i * self.group_size, (i + 1) * self.group_size)
-            groups.append(Group(prompt, samples[own], texts[own], rewards[own]))
+            group = Group(prompt, samples[own], texts[own], self._rewards(prompt, texts[own]))
+            for j, sample in enumerate(group.samples):
+                _check(sample, group.rewards[j], f"sample {j} of the prompt of row {prompt.index + 1}")
+            groups.append(group)
         return groups
+
+    def _rewards(self, prompt: Prompt, texts: list[str]) -> np.ndarray:
+        """float32 [A]: rewards of the responses to one prompt. Raises RolloutError if the verifier fails."""
+        about = (prompt.ground_truth, prompt.data_source, prompt.extra, prompt.index + 1)
+        try:
+            begun = prompt.begun_answer
+            return self.verifier([Completion(prompt.messages, begun + text, *about) for text in texts])
+        except UserError as error:  # of a user's function
+            raise RolloutError(str(error)) from error
 
 
 def _without_end(sample: Sample) -> np.ndarray:
@@ -166,6 +183,8 @@ def _check(sample: Sample, reward: float, where: str) -> None:
 def exchange(outcome: Outcome | RolloutError) -> list[Outcome]:
     """Every process's outcome, by rank. Collective; raises on every process the first error among them."""
     outcomes = gathered(outcome)
+    if isinstance(outcome, RolloutError):
+        raise outcome  # the copies that were gathered have lost their traceback and cause
     for each in outcomes:
         if isinstance(each, RolloutError):
             raise each

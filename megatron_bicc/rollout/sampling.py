@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_bicc.config import Config
 from megatron_bicc.data.prompts import Prompt, PromptSampler
+from megatron_bicc.rewards.registry import answer_style
 from megatron_bicc.rollout.collect import GroupSampler, why_all_zero
 from megatron_bicc.rollout.streaming_sampler import Search, likely_prompts, search
 from megatron_bicc.rollout.types import Group, RolloutError, Sample, StreamingEngine
@@ -94,7 +95,7 @@ class Collector:
         right = sum(int(self._correct(group).all()) for group in sampled)
         wrong = len(sampled) - found - right
         kind, remedy = ("hard", "easier") if wrong >= right else ("easy", "harder")
-        cause = why_all_zero(sampled, self.config.reward.answer) or (
+        cause = why_all_zero(sampled, answer_style(self.config.reward)) or (
             f"too {kind} for this policy; train on {remedy} prompts, raise rollout.group_size or "
             "rollout.max_prompts_per_step, or set rollout.dynamic_sampling=false"
         )

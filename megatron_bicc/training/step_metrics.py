@@ -32,7 +32,6 @@ from megatron_bicc.algorithms.statistics import (
     ratio_statistics,
 )
 from megatron_bicc.config import Config
-from megatron_bicc.evaluation.results import Evaluation
 from megatron_bicc.metrics import LayoutRecord, MicroBatchRecord, PlanRecord
 from megatron_bicc.packing.plan import StepPlan, packed_sides
 from megatron_bicc.packing.types import MicroBatch
@@ -191,15 +190,6 @@ def _ratios(result: StepResult, config: Config) -> dict[str, float]:
         contrast_R=spread(result.advantages.contrast_G, rollouts.group_offsets_G),
     )
     return ratio_statistics(tokens, config.loss)
-
-
-def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """Of an evaluation on held-out prompts; avg@k is the unbiased pass@1."""
-    return {
-        "eval/pass_at_1_stderr": evaluation.avg.standard_error,
-        "eval/truncated": evaluation.truncated,
-        "eval/length_mean": evaluation.length,
-    } | {f"eval/pass_at_{k}": estimate.value for k, estimate in evaluation.pass_at.items()}
 
 
 def mean_metrics(updates: list[dict[str, float]]) -> dict[str, float]:

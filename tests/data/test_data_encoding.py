@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_bicc.data.encoding import PromptEncoder
 from megatron_bicc.data.prompts import Prompt
 from megatron_bicc.errors import UserError
+from megatron_bicc.rewards.registry import Completion
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.types import Sample, Sampling
 
@@ -142,9 +143,9 @@ def test_a_begun_answer_is_scored_with_its_response():
     sample = Sample(np.asarray([*answer, tokenizer.eos_token_id]), np.zeros(len(answer) + 1), "stop", 0)
     seen: list[str] = []
 
-    def verifier(texts: list[str], truths: list[str]) -> np.ndarray:
-        seen.extend(texts)
-        return np.zeros(len(texts), np.float32)
+    def verifier(completions: list[Completion]) -> np.ndarray:
+        seen.extend(completion.response for completion in completions)
+        return np.zeros(len(completions), np.float32)
 
     groups = GroupSampler(None, verifier, tokenizer, Sampling(1.0, 3), 1).scored(prompts, [sample] * 2)
     assert seen == ["\\boxed{34}", "34}"]

@@ -14,9 +14,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_bicc.data.prompts import Prompt, load_prompts
+from megatron_bicc.data.prompts import Prompt, digest, load_prompts
 from megatron_bicc.errors import UserError
-from megatron_bicc.rewards.registry import get_verifier
+from megatron_bicc.rewards import math_reward
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -154,6 +154,7 @@ def test_the_limit_itself_is_not_overlong(tmp_path, tokenizer):
         (DAPO | {"reward_model": {"style": "rule"}}, r"no ground truth \(reward_model.ground_truth\)"),
         (DAPO | {"reward_model": "2"}, "no ground truth"),
         (GSM8K | {"answer": "One and one.\nIt is 2"}, "no ground truth .*####"),
+        (GSM8K | {"answer": "One and one is <<1+1=2>>2."}, "no ground truth .*####"),
         (MATH | {"solution": "2"}, "no ground truth .*boxed"),
     ],
 )
@@ -225,7 +226,7 @@ def test_a_number_of_json_keeps_its_digits(tmp_path, tokenizer, number, truth):
 def test_a_small_number_is_met_by_its_value(tmp_path, tokenizer):
     (prompt,) = load(write(tmp_path / "a.jsonl", ['{"prompt":"1/100000?","answer":0.00001}']), tokenizer)
     answers = ["\\boxed{0.00001}", "\\boxed{10^{-5}}", "\\boxed{e-5}"]
-    assert get_verifier("math")(answers, [prompt.ground_truth] * 3).tolist() == [1, 1, 0]
+    assert math_reward.score(answers, [prompt.ground_truth] * 3).tolist() == [1, 1, 0]
 
 
 def test_numbers_of_parquet(tmp_path, tokenizer):
@@ -302,3 +303,64 @@ def test_the_instruction_ends_the_last_question(tmp_path, tokenizer):
     assert tokenizer.decode(prompt.token_ids) == text
     with pytest.raises(UserError, match="the prompt has 65 tokens, over"):
         load(path, tokenizer, instruction=" Box it.", max_prompt_tokens=64)
+
+
+@pytest.mark.parametrize("rows", [(GSM8K, "bare"), ("bare", GSM8K), (GSM8K, GSM8K, "bare", GSM8K)])
+def test_a_solution_of_gsm8k_without_its_end_is_not_taken_as_the_answer(tmp_path, tokenizer, rows):
+    """On one line it looks like the bare answer of a benchmark; the rest of the file tells."""
+    bare = GSM8K | {"answer": "One and one is 2."}
+    path = write(tmp_path / "a.jsonl", [bare if row == "bare" else row for row in rows])
+    place, other = rows.index("bare") + 1, rows.index(GSM8K) + 1
+    complaint = f'{path}, row {place}: no "####" in answer, but row {other} has one; end it'
+    with pytest.raises(UserError, match=complaint):
+        load(path, tokenizer)
+
+
+def test_bare_answers_of_a_benchmark_are_taken(tmp_path, tokenizer):
+    rows = [GSM8K | {"answer": answer} for answer in ("2", 2, "x + 1")]
+    assert [p.ground_truth for p in load(write(tmp_path / "a.jsonl", rows), tokenizer)] == ["2", "2", "x + 1"]
+
+
+FILTERS = """
+def hard(prompt):
+    return prompt.extra["pass_rate"] < 0.5 and prompt.data_source == "sums"
+def nothing(prompt):
+    return False
+def forgets(prompt):
+    prompt.ground_truth == "2"
+def fails(prompt):
+    return prompt.extra["passrate"] < 0.5
+"""
+
+
+@pytest.fixture
+def rated(tmp_path: Path) -> Path:
+    """Prompts with a column pass_rate, and FILTERS beside them."""
+    (tmp_path / "filters.py").write_text(FILTERS)
+    sums = PLAIN | {"data_source": "sums"}
+    rows = [sums | {"pass_rate": 0.9}, sums | {"pass_rate": 0.2}, PLAIN | {"pass_rate": 0.1}]
+    return write(tmp_path / "a.jsonl", [*rows, sums | {"pass_rate": 0.4}])
+
+
+def test_a_filter_sees_the_columns_and_says_what_it_dropped(rated, tokenizer, caplog):
+    name = f"{rated.parent}/filters.py:hard"
+    kept = load(rated, tokenizer, keep=name)
+    assert [p.index for p in kept] == [1, 3]
+    assert f"{rated}: data.filter={name} dropped 2 of 4 prompts" in caplog.text
+    assert digest(kept) != digest(load(rated, tokenizer))  # so a resume with another filter is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("nothing", r"a.jsonl: data.filter=\S+:nothing drops all 4 prompts"),
+        ("forgets", r"a.jsonl, row 1: data.filter=\S+ returned 'None'; return True or False"),
+        ("fails", r"a.jsonl, row 1: data.filter=\S+ raised KeyError: 'passrate'"),
+        ("lacks", r"data.filter is .*has no function or class 'lacks'"),
+    ],
+)
+def test_a_filter_that_cannot_be_used_is_named(rated, tokenizer, name, complaint):
+    with pytest.raises(UserError, match=complaint) as caught:
+        load(rated, tokenizer, keep=f"{rated.parent}/filters.py:{name}")
+    assert "\n" not in str(caught.value)
+    assert name != "fails" or isinstance(caught.value.__cause__, KeyError)

@@ -14,6 +14,7 @@ from megatron_bicc.data.encoding import end_token_ids
 from megatron_bicc.data.prompts import Prompt
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.families import supported_config
+from megatron_bicc.rewards.registry import Completion
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.types import Sample, Sampling
 from megatron_bicc.startup import read_tokenizer
@@ -100,9 +101,9 @@ def test_an_end_that_is_no_special_token_is_not_scored() -> None:
     tokenizer, seen = read_tokenizer(str(TINY)), []
     tokens = np.array(tokenizer.encode("1+1=2.", add_special_tokens=False), np.int32)
 
-    def verifier(texts: list[str], truths: list[str]) -> np.ndarray:
-        seen.extend(texts)
-        return np.zeros(len(texts), np.float32)
+    def verifier(completions: list[Completion]) -> np.ndarray:
+        seen.extend(completion.response for completion in completions)
+        return np.zeros(len(completions), np.float32)
 
     log_probs = np.zeros(len(tokens), np.float32)
     samples = [Sample(tokens, log_probs, "stop", 0), Sample(tokens, log_probs, "length", 0)]

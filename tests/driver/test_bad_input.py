@@ -46,8 +46,8 @@ ROWS = {
     json.dumps({"prompt": "1+1="}): "row 2: ",
     json.dumps({"question": "1+1=", "answer": "one and one\nis two"}): "row 2: ",
     json.dumps({"text": "1+1="}): "row 2: ",
-    json.dumps(GOOD_ROW | {"answer": "\\frac{1}{2"}): "row 2: no response can be right",
-    json.dumps(GOOD_ROW | {"answer": "NaN"}): "row 2: no response can be right",
+    json.dumps(GOOD_ROW | {"answer": "\\frac{1}{2"}): "row 2: no response can be correct",
+    json.dumps(GOOD_ROW | {"answer": "NaN"}): "row 2: no response can be correct",
 }
 
 
@@ -113,7 +113,9 @@ def test_what_is_said_of_truths_and_styles(
         read_inputs(parse_config([*arguments, "reward.answer=boxed"]))
     text, styles, mismatch = [record.getMessage().partition(": ")[2] for record in caplog.records]
     assert text == "1 of 3 ground truths are compared as text, such as 'See solution' in row 3"
-    assert styles.startswith("reward.answer=boxed; of the first 3 truths are read: boxed 3, answer_line 3")
+    assert styles.startswith(
+        "reward.answer=boxed; of the first 3 truths, each style reads: boxed 3, answer_line 3"
+    )
     assert mismatch.startswith("reward.answer is boxed, but the prompts ask for Answer: X")
 
 

@@ -15,7 +15,7 @@ from megatron_bicc.data.rows import read_question, read_rows
 from megatron_bicc.errors import UserError
 from megatron_bicc.evaluation.benchmarks import names_of, run_benchmark
 from megatron_bicc.evaluation.results import AnswerFile, Answers, pass_at_k, summarize, write_results
-from megatron_bicc.rewards.registry import get_verifier
+from megatron_bicc.rewards import math_reward
 
 
 def enumerated(samples: int, correct: int, k: int) -> float:
@@ -135,7 +135,7 @@ def test_answers_of_other_settings_are_refused(tmp_path: Path) -> None:
 def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
     paths = [str(tmp_path / p) for p in ("math/test.jsonl", "aime/test.jsonl", "amc.parquet")]
     assert list(names_of(paths)) == ["math_test", "aime_test", "amc"]
-    with pytest.raises(UserError, match="would be called math_test too"):
+    with pytest.raises(UserError, match="would be named math_test too"):
         names_of([paths[0], str(tmp_path / "math/test.parquet")])
 
 
@@ -207,4 +207,4 @@ def test_the_published_format_of_a_benchmark(name: str, tmp_path: Path) -> None:
     asked = row.get("problem") or row.get("Problem") or row.get("question")
     assert question.messages == [{"role": "user", "content": f"{asked}\nBox it."}]
     texts = [rf"So \boxed{{{answer}}}", r"So \boxed{71}"]
-    assert get_verifier("math")(texts, [question.ground_truth] * 2).tolist() == [1.0, 0.0]
+    assert math_reward.score(texts, [question.ground_truth] * 2).tolist() == [1.0, 0.0]

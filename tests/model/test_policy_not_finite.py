@@ -90,6 +90,6 @@ def test_rollouts_are_checked_where_nothing_is_learned_from_them(
     """All are wrong: no step would be taken, and none would look."""
     samples = [Sample(np.zeros(1, np.int32), np.array([p], np.float32), "stop", 0) for p in (-1.0, log_prob)]
     rewards = np.array([0.0, reward], np.float32)
-    sampler = GroupSampler(None, lambda texts, truths: rewards, Words(), Sampling(1.0, 1), 2)
+    sampler = GroupSampler(None, lambda completions: rewards, Words(), Sampling(1.0, 1), 2)
     with pytest.raises(RolloutError, match=said):
         sampler.scored([PROMPTS[7]], samples)

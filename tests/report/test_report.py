@@ -149,7 +149,7 @@ def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture):
     for arguments, named in (
         ([str(tmp_path)], "metrics.jsonl"),
         ([str(run), str(other)], "config.yaml: not the settings of a run"),
-        ([str(run), "--output", str(tmp_path / "no" / "page.html")], "page.html: cannot write it"),
+        ([str(run), "--output", str(tmp_path / "no" / "page.html")], "page.html: cannot be written"),
     ):
         with pytest.raises(SystemExit) as stop:
             command.main(arguments)

@@ -139,11 +139,11 @@ def test_search_filters_and_escape(visit):
     page.get_by_role("combobox", name="Outcome").select_option("all wrong")
     expect(options).to_have_count(3)
     expect(detail).to_contain_text("4 wrong")
-    expect(detail).to_contain_text("No contrast: its advantages are 0.")
+    expect(detail).to_contain_text("No contrast: the advantages are 0.")
     page.locator("#filter-step").select_option("9")
     expect(options).to_have_count(1)
     page.get_by_role("combobox", name="Outcome").select_option("all right")
-    expect(detail).to_have_text("No group matches. Escape clears the search.")
+    expect(detail).to_have_text("No group matches. Press Escape to clear the search.")
     page.get_by_role("searchbox", name="Search prompts").press("Escape")
     expect(options).to_have_count(1)
     expect(detail).to_contain_text("5 right")
@@ -162,7 +162,7 @@ def test_sides_stand_under_the_opposite_context(visit):
     expect(wrong).to_have_count(1)
     page.get_by_role("combobox", name="Run").select_option("grpo")
     page.get_by_role("searchbox", name="Search prompts").fill("")
-    expect(wrong).to_contain_text("Trained on the prompt alone.")
+    expect(wrong).to_contain_text("Trained without a context.")
 
 
 def test_keyboard_alone_is_enough(visit):

@@ -1,4 +1,4 @@
-"""The report's first words: what happened, and under which settings."""
+"""The summary of the report: what happened, and which settings differ."""
 
 from megatron_bicc.report.page import differing_settings, sentences
 from megatron_bicc.report.runs import Run
@@ -18,8 +18,8 @@ def test_the_summary_says_what_happened():
         "far trained 4 steps with algorithm far; held-out pass@1 rose from 0.500 to 0.900.",
         "near trained 8 steps with algorithm near; held-out pass@1 rose from 0.500 to 0.950.",
         "far was ahead of near by 0.400 in held-out pass@1 at step 4, the last that both evaluated; that is "
-        "more than twice the standard error of the difference, 0.014, which knows of the evaluation's "
-        "samples only, not of other seeds.",
+        "more than twice the standard error of the difference, 0.014, which covers the sampling of the "
+        "evaluation only, not the variation between seeds.",
     ]
     close = scored("close", {4: 0.92}, error=0.02)
     assert "close was ahead of far by 0.020" in sentences([far, close])[-1]
@@ -28,7 +28,8 @@ def test_the_summary_says_what_happened():
         "ill", {0: 0.5, 1: 0.4}, **{"contrast/share": 0.1, "rollout/truncated": 0.5, "train/loss": None}
     )
     assert [said.removeprefix("ill: ") for said in sentences([ill])[1:]] == [
-        "only 10% of the last step's groups had both right and wrong rollouts; the others taught nothing.",
+        "only 10% of the last step's groups had both right and wrong rollouts; the others contributed no "
+        "gradient.",
         "50% of the last step's responses were cut at rollout.max_new_tokens.",
         "train/loss was not finite at step 0.",
     ]

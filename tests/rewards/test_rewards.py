@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_bicc.config import RewardConfig
+from megatron_bicc.data.boxed import last_boxed
 from megatron_bicc.errors import UserError
 from megatron_bicc.rewards import math_reward, registry
-from megatron_bicc.rewards.math_reward import last_boxed
-from megatron_bicc.rewards.registry import check_threshold, compared_as_text, get_verifier, unscorable
+from megatron_bicc.rewards.registry import (
+    BUILT_INS,
+    check_threshold,
+    compared_as_text,
+    get_verifier,
+    unscorable,
+)
 from megatron_bicc.rewards.verdict import quick
-from megatron_bicc.rewards.worker_pool import WORKER, Worker
+from megatron_bicc.rewards.worker import WORKER, Worker
 
 balanced = st.recursive(
     st.text(st.characters(exclude_characters="\\{}", exclude_categories=["Cs"]), max_size=8),
@@ -79,7 +87,7 @@ def test_last_boxed_cases(text: str, answer: str | None):
     ],
 )
 def test_math_compares_by_mathematics(response: str, truth: str, reward: float):
-    rewards = get_verifier("math")([response], [truth])
+    rewards = math_reward.score([response], [truth])
     assert rewards.dtype == np.float32
     assert rewards.tolist() == [reward]
 
@@ -101,7 +109,7 @@ def test_math_compares_by_mathematics(response: str, truth: str, reward: float):
 )
 def test_hostile_answers_score_nothing_in_seconds(answer: str):
     start = time.process_time()
-    assert get_verifier("math")([f"\\boxed{{{answer}}}"], ["42"]).tolist() == [0]
+    assert math_reward.score([f"\\boxed{{{answer}}}"], ["42"]).tolist() == [0]
     assert time.process_time() - start < 5
 
 
@@ -115,7 +123,7 @@ def test_a_bad_answer_costs_its_own_time_only_from_any_thread(
 
     def work(i: int) -> None:
         texts = [f"\\boxed{{x+{i}+1}}", f"\\boxed{{{7 + i}^{{9^{{9^{{9^8}}}}}}}}", f"\\boxed{{x+{i}+2}}"]
-        verdicts[i] = get_verifier("math")(texts, [f"{i + 1}+x", "42", f"{i + 2}+x"]).tolist()
+        verdicts[i] = math_reward.score(texts, [f"{i + 1}+x", "42", f"{i + 2}+x"]).tolist()
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for thread in threads:
@@ -131,7 +139,7 @@ def test_a_bad_answer_costs_its_own_time_only_from_any_thread(
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_a_worker_ends_with_its_process_and_prints_nothing(end: signal.Signals):
     code = (
-        "import os, signal, time; from megatron_bicc.rewards.worker_pool import WORKER\n"
+        "import os, signal, time; from megatron_bicc.rewards.worker import WORKER\n"
         # a shell's background job, as a test runner may be, has its children ignore the interrupt
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "WORKER.ask('same', 'x+1', '1+x'); pid = WORKER._process.pid\n"
@@ -199,7 +207,7 @@ commands = st.sampled_from(
 )
 def test_no_answer_makes_the_rules_raise(answer: str, truth: str):
     """A worker in which one does ends, and the run with it."""
-    assert get_verifier("math")([f"\\boxed{{{answer}}}"], [truth])[0] in (0, 1)
+    assert math_reward.score([f"\\boxed{{{answer}}}"], [truth])[0] in (0, 1)
 
 
 VERDICTS = [json.loads(line) for line in (Path(__file__).parent / "verdicts.jsonl").read_text().splitlines()]
@@ -223,7 +231,7 @@ def test_verdicts(kind: str):
 
 def test_a_truth_that_takes_too_long_to_evaluate_is_unscorable():
     """It is refused at start-up by file and row, although it is the same text as the answer."""
-    assert unscorable("math", ["2x+1", "9^{9^{9^9}}", "2^{1000}"], 0.5) == [1]
+    assert unscorable(RewardConfig(), ["2x+1", "9^{9^{9^9}}", "2^{1000}"]) == [1]
 
 
 def test_there_are_enough_pairs():
@@ -232,47 +240,49 @@ def test_there_are_enough_pairs():
 
 
 def test_score_of_nothing_and_of_unequal_lengths():
-    assert get_verifier("math")([], []).shape == (0,)
+    assert math_reward.score([], []).shape == (0,)
     with pytest.raises(ValueError, match="shorter"):
-        get_verifier("math")(["\\boxed{1}"], [])
+        math_reward.score(["\\boxed{1}"], [])
 
 
 def test_unknown_verifier_names_the_nearest():
     with pytest.raises(UserError, match="reward.verifier: unknown 'maths'; did you mean 'math'"):
-        get_verifier("maths")
+        get_verifier(RewardConfig(verifier="maths"))
 
 
 @pytest.mark.parametrize("truth", ["109", "\\frac{1}{2}", "(1,2]", "\\text{east}", "\\{1, 2\\}", "1,000"])
 def test_a_truth_that_can_be_scored(truth: str):
-    assert unscorable("math", ["7", truth], 0.5) == []
+    assert unscorable(RewardConfig(), ["7", truth]) == []
 
 
 @pytest.mark.parametrize(
     "truth", ["1234.", "180,", "34 apples.", "5 \\text{ cm}", "1 1/4", "0.\\overline{3}"]
 )
 def test_a_truth_that_is_a_number(truth: str):
-    assert unscorable("math", [truth], 0.5) == compared_as_text("math", [truth]) == []
+    assert unscorable(RewardConfig(), [truth]) == compared_as_text(RewardConfig(), [truth]) == []
     number = {"1234.": "1234", "180,": "180", "34 apples.": "34", "1 1/4": "1.25"}.get(truth, truth)
-    assert get_verifier("math")([f"\\boxed{{{number}}}"], [truth]).tolist() == [1]
+    assert math_reward.score([f"\\boxed{{{number}}}"], [truth]).tolist() == [1]
 
 
 def test_truths_that_are_compared_as_text():
     truths = ["7", "See solution", "x^2+1", "\\text{east}", "(1,2]", "5 \\text{ cm}", "Evelyn"]
-    assert unscorable("math", truths, 0.5) == []
-    assert compared_as_text("math", truths) == [1, 3, 6]
+    assert unscorable(RewardConfig(), truths) == []
+    assert compared_as_text(RewardConfig(), truths) == [1, 3, 6]
 
 
 @pytest.mark.parametrize("truth", ["\\frac{1}{2", "1+" * 400 + "1", "5\\", "nan", "NaN", "?", "..."])
 def test_a_truth_that_no_response_can_meet(truth: str):
-    assert unscorable("math", ["7", truth, "8"], 0.5) == [1]
+    assert unscorable(RewardConfig(), ["7", truth, "8"]) == [1]
 
 
 def test_a_threshold_that_an_empty_response_passes(monkeypatch: pytest.MonkeyPatch):
-    check_threshold("math", 0.0)
+    check_threshold(RewardConfig(threshold=0.0))
     with pytest.raises(
         UserError, match=r"reward.threshold is -0.1; reward.verifier=math gives 0 to an empty"
     ):
-        check_threshold("math", -0.1)
-    penalty = {"signed": lambda texts, truths, style: np.full(len(texts), -1.0, np.float32)}
-    monkeypatch.setattr(registry, "VERIFIERS", penalty)
-    check_threshold("signed", -0.1)  # rewards of -1 and 1 are split by it
+        check_threshold(RewardConfig(threshold=-0.1))
+    signed = replace(
+        BUILT_INS["math"], score=lambda texts, truths, style: np.full(len(texts), -1.0, np.float32)
+    )
+    monkeypatch.setattr(registry, "BUILT_INS", {"signed": signed})
+    check_threshold(RewardConfig(verifier="signed", threshold=-0.1))  # rewards of -1 and 1 are split by it

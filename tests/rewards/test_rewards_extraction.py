@@ -5,9 +5,11 @@ import re
 import numpy as np
 import pytest
 
+from megatron_bicc.config import RewardConfig
 from megatron_bicc.data.prompts import Prompt
+from megatron_bicc.rewards import math_reward
 from megatron_bicc.rewards.math_reward import STYLES, Style, asked_styles, final_answer
-from megatron_bicc.rewards.registry import describe_styles, get_verifier, style_mismatch, unscorable
+from megatron_bicc.rewards.registry import describe_styles, style_mismatch, unscorable
 from megatron_bicc.rollout.collect import ZeroRewardWatch, why_all_zero
 from megatron_bicc.rollout.types import Group, Sample
 
@@ -38,7 +40,7 @@ def make_prompts(text: str, truths: list[str]) -> list[Prompt]:
     ],
 )
 def test_auto_reads_what_the_prompts_of_dapo_gsm8k_and_math_ask_for(response: str, right: float):
-    assert get_verifier("math")([response], ["34"]).tolist() == [right]
+    assert math_reward.score([response], ["34"]).tolist() == [right]
 
 
 @pytest.mark.parametrize(
@@ -80,8 +82,9 @@ def test_styles(style: Style, text: str, answer: str | None):
 @pytest.mark.parametrize("style", STYLES)
 def test_a_truth_is_read_back_in_every_style(style: Style):
     truths = ["34", "-2.5", "1,000", "3/4"]
-    assert unscorable("math", truths, 0.5, style) == []
-    assert unscorable("math", ["7", "x+1", "east"], 0.5, style) == ([1, 2] if style == "last_number" else [])
+    reward = RewardConfig(answer=style)
+    assert unscorable(reward, truths) == []
+    assert unscorable(reward, ["7", "x+1", "east"]) == ([1, 2] if style == "last_number" else [])
 
 
 def test_prompts_are_searched_for_markers():
@@ -93,11 +96,11 @@ def test_prompts_are_searched_for_markers():
 
 def test_what_is_said_at_start_up():
     prompts = make_prompts(DAPO, ["34"] * 60 + ["x+1"] * 10)
-    assert describe_styles("math", "auto", prompts) == (
-        "reward.answer=auto; of the first 64 truths are read: boxed 64, answer_line 64, hash 64, "
+    assert describe_styles(RewardConfig(), prompts) == (
+        "reward.answer=auto; of the first 64 truths, each style reads: boxed 64, answer_line 64, hash 64, "
         "last_number 60; prompts ask for Answer: X (64)"
     )
-    assert describe_styles("math", "auto", make_prompts("1+1?", ["2"])).endswith(
+    assert describe_styles(RewardConfig(), make_prompts("1+1?", ["2"])).endswith(
         "; no prompt asks for a marked answer"
     )
 
@@ -105,7 +108,7 @@ def test_what_is_said_at_start_up():
 def test_a_style_that_the_prompts_do_not_ask_for():
     prompts = make_prompts(DAPO, ["34"])
     assert style_mismatch("boxed", prompts) == (
-        "reward.answer is boxed, but the prompts ask for Answer: X: an answer that obeys them scores 0; "
+        "reward.answer is boxed, but the prompts ask for Answer: X: a response that follows them scores 0; "
         "set reward.answer=answer_line"
     )
     for style in ("auto", "answer_line", "last_number"):

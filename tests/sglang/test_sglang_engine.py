@@ -30,6 +30,7 @@ from megatron_bicc import device
 from megatron_bicc.config import Config
 from megatron_bicc.data.prompts import Prompt, PromptSampler
 from megatron_bicc.errors import UserError
+from megatron_bicc.rewards.registry import Completion
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.sampling import Collector
 from megatron_bicc.rollout.sglang_engine import SglangEngine
@@ -212,9 +213,9 @@ def test_what_is_not_wanted_any_more_is_aborted(servers: Servers, learner: Learn
     assert_samples_are_the_policys(asked, samples, learner, Sampling(1.0, 8))
 
 
-def every_fourth_length(texts: list[str], truths: list[str]) -> np.ndarray:
+def every_fourth_length(completions: list[Completion]) -> np.ndarray:
     """A verifier that finds some groups all wrong."""
-    return np.array([len(text) % 4 == 0 for text in texts], np.float32)
+    return np.array([len(each.response) % 4 == 0 for each in completions], np.float32)
 
 
 def test_dynamic_sampling(servers: Servers, learner: Learner, tmp_path: Path) -> None:

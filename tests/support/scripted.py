@@ -8,6 +8,7 @@ import numpy as np
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
 from megatron_bicc.data.prompts import Prompt, PromptSampler
+from megatron_bicc.rewards.registry import Completion
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.sampling import Collected, Collector
 from megatron_bicc.rollout.types import Group, Request, RolloutError, Sample, Sampling, StreamingEngine
@@ -70,8 +71,8 @@ class Words:
         return ["".join(map(str, one)) for one in tokens]
 
 
-def score(texts: list[str], truths: list[str]) -> np.ndarray:
-    return np.array([text == truth for text, truth in zip(texts, truths, strict=True)], np.float32)
+def score(completions: list[Completion]) -> np.ndarray:
+    return np.array([each.response == each.ground_truth for each in completions], np.float32)
 
 
 def step(engine: Scripted, collector: Collector, number: int = 1) -> Collected:

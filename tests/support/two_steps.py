@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from megatron_bicc.cli import parse_config
+from megatron_bicc.rewards.registry import Completion
 from megatron_bicc.run_log import RunLog
 from megatron_bicc.startup import Workers, make_engine, read_inputs
 from megatron_bicc.train import finish, run_steps
@@ -47,9 +48,9 @@ def save_tokenizer(directory: Path) -> None:
     fast.save_pretrained(directory)
 
 
-def odd(texts: list[str], truths: list[str]) -> np.ndarray:
+def odd(completions: list[Completion]) -> np.ndarray:
     """A verifier by which about half of a random policy's responses are right."""
-    return np.array([sum(map(ord, text)) % 2 for text in texts], np.float32)
+    return np.array([sum(map(ord, each.response)) % 2 for each in completions], np.float32)
 
 
 def save_prompts(path: Path) -> Path:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_bicc.config import BiccConfig
-from megatron_bicc.rewards.registry import get_verifier
+from megatron_bicc.rewards import math_reward
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = ROOT / "examples/tiny_policy"
@@ -94,7 +94,7 @@ def test_the_committed_policy_is_right_about_half_the_time(right: bool, attempts
         (label + p.solution(right)) * attempts + headers.answer_header * bool(attempts) for p in problems
     ]
     prefixes = [f"<|user|>{p.text}<|assistant|>{c}" for p, c in zip(problems, contexts, strict=True)]
-    rewards = get_verifier("math")(sample(prefixes), [str(p.values()[-1]) for p in problems])
+    rewards = math_reward.score(sample(prefixes), [str(p.values()[-1]) for p in problems])
     # seven attempts are rare among the demonstrations: there the policy leans towards what it sees
     slack = 0.25 if attempts == 7 else 0.15
     assert 0.5 - slack < rewards.mean() < 0.5 + slack
