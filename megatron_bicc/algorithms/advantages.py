@@ -19,7 +19,7 @@ Shape suffix: R rollouts of the optimiser step.
 
 Group-relative advantages (GRPO, arXiv 2402.03300; without the std: Dr. GRPO, arXiv 2503.20783).
 
-Shape suffixes: R rollouts, G groups. `group_offsets_G` holds G + 1 entries into the rollouts.
+Shape suffixes: R rollouts, G groups. `group_offsets_B` holds G + 1 entries into the rollouts.
 
 What the algorithm makes of each rollout: its advantage and the weight of its tokens.
 
@@ -69,31 +69,31 @@ def sequence_delta(
 
 
 def rcc_baseline(
-    rewards_R: np.ndarray, delta_R: np.ndarray, group_offsets_G: np.ndarray, form: RccForm
+    rewards_R: np.ndarray, delta_R: np.ndarray, group_offsets_B: np.ndarray, form: RccForm
 ) -> RccBaseline:
     """The baseline of every group: E[R] + 2 Cov(R, delta) ("first_order") or E[w^2 R] / E[w^2] ("exact").
 
     The exact form lies within [min r, max r] of its group whatever delta is.
     """
-    check_offsets(group_offsets_G, len(rewards_R), "group_offsets_G", "group")
+    check_offsets(group_offsets_B, len(rewards_R), "group_offsets_B", "group")
     check_rewards(rewards_R)
     rewards_R = np.asarray(rewards_R, dtype=np.float64)
-    mean_G = segment_means(rewards_R, group_offsets_G)
-    delta_mean_G = segment_means(delta_R, group_offsets_G)
-    deviation_R = rewards_R - spread(mean_G, group_offsets_G)
-    delta_deviation_R = delta_R - spread(delta_mean_G, group_offsets_G)
-    covariance_G = segment_means(deviation_R * delta_deviation_R, group_offsets_G)
+    mean_G = segment_means(rewards_R, group_offsets_B)
+    delta_mean_G = segment_means(delta_R, group_offsets_B)
+    deviation_R = rewards_R - spread(mean_G, group_offsets_B)
+    delta_deviation_R = delta_R - spread(delta_mean_G, group_offsets_B)
+    covariance_G = segment_means(deviation_R * delta_deviation_R, group_offsets_B)
     if form == "first_order":
         return RccBaseline(mean_G + 2.0 * covariance_G, covariance_G)
-    return RccBaseline(_self_normalised(rewards_R, delta_R, group_offsets_G), covariance_G)
+    return RccBaseline(_self_normalised(rewards_R, delta_R, group_offsets_B), covariance_G)
 
 
-def _self_normalised(rewards_R: np.ndarray, delta_R: np.ndarray, group_offsets_G: np.ndarray) -> np.ndarray:
-    starts_G = group_offsets_G[:-1]
+def _self_normalised(rewards_R: np.ndarray, delta_R: np.ndarray, group_offsets_B: np.ndarray) -> np.ndarray:
+    starts_G = group_offsets_B[:-1]
     largest_G = np.maximum.reduceat(delta_R, starts_G)
     # Shifted by the group's largest delta no weight overflows, and the largest is exactly 1.
-    weight_R = np.exp(2.0 * (delta_R - spread(largest_G, group_offsets_G)))
-    baseline_G = segment_sums(weight_R * rewards_R, group_offsets_G) / segment_sums(weight_R, group_offsets_G)
+    weight_R = np.exp(2.0 * (delta_R - spread(largest_G, group_offsets_B)))
+    baseline_G = segment_sums(weight_R * rewards_R, group_offsets_B) / segment_sums(weight_R, group_offsets_B)
     # A convex combination; only rounding can carry it over an end.
     lowest_G, highest_G = (ufunc.reduceat(rewards_R, starts_G) for ufunc in (np.minimum, np.maximum))
     return np.clip(baseline_G, lowest_G, highest_G)
@@ -142,27 +142,27 @@ ROUNDING = 1e-6
 rounding: KL penalties come of float32 log-probs, rewards of float32."""
 
 
-def has_contrast(rewards_R: np.ndarray, group_offsets_G: np.ndarray, threshold: float) -> np.ndarray:
+def has_contrast(rewards_R: np.ndarray, group_offsets_B: np.ndarray, threshold: float) -> np.ndarray:
     """bool [G]: whether a group holds both a correct rollout (reward > threshold) and an incorrect one.
 
     Raises ValueError for offsets that do not cut the rollouts into non-empty groups and for a reward that is
     not finite.
     """
-    check_offsets(group_offsets_G, len(rewards_R), "group_offsets_G", "group")
+    check_offsets(group_offsets_B, len(rewards_R), "group_offsets_B", "group")
     check_rewards(rewards_R)
-    right_G = segment_sums(np.asarray(rewards_R) > threshold, group_offsets_G)
-    return (right_G > 0) & (right_G < np.diff(group_offsets_G))
+    right_G = segment_sums(np.asarray(rewards_R) > threshold, group_offsets_B)
+    return (right_G > 0) & (right_G < np.diff(group_offsets_B))
 
 
-def mean_baseline(rewards_R: np.ndarray, group_offsets_G: np.ndarray) -> np.ndarray:
+def mean_baseline(rewards_R: np.ndarray, group_offsets_B: np.ndarray) -> np.ndarray:
     """float64 [G]: mean reward of each group, the baseline of GRPO."""
-    check_offsets(group_offsets_G, len(rewards_R), "group_offsets_G", "group")
-    return segment_means(rewards_R, group_offsets_G)
+    check_offsets(group_offsets_B, len(rewards_R), "group_offsets_B", "group")
+    return segment_means(rewards_R, group_offsets_B)
 
 
 def group_advantages(
     rewards_R: np.ndarray,
-    group_offsets_G: np.ndarray,
+    group_offsets_B: np.ndarray,
     baseline_G: np.ndarray,
     kind: Advantage,
     threshold: float,
@@ -176,21 +176,21 @@ def group_advantages(
     length penalty or a KL, say), which must not move the partition.
     """
     outcomes_R = rewards_R if outcomes_R is None else outcomes_R
-    contrast_G = has_contrast(outcomes_R, group_offsets_G, threshold)
-    check_offsets(group_offsets_G, len(rewards_R), "group_offsets_G", "group")
-    centered_R = np.asarray(rewards_R, dtype=np.float64) - spread(np.asarray(baseline_G), group_offsets_G)
-    std_G = _population_std(rewards_R, group_offsets_G)
+    contrast_G = has_contrast(outcomes_R, group_offsets_B, threshold)
+    check_offsets(group_offsets_B, len(rewards_R), "group_offsets_B", "group")
+    centered_R = np.asarray(rewards_R, dtype=np.float64) - spread(np.asarray(baseline_G), group_offsets_B)
+    std_G = _population_std(rewards_R, group_offsets_B)
     sizes_R = np.maximum(np.abs(rewards_R), np.abs(outcomes_R))
-    largest_G = np.maximum.reduceat(sizes_R, group_offsets_G[:-1]) if len(std_G) else std_G
+    largest_G = np.maximum.reduceat(sizes_R, group_offsets_B[:-1]) if len(std_G) else std_G
     scale_G = (contrast_G & (std_G > ROUNDING * largest_G)).astype(np.float64)
     if kind == "normalized":
         scale_G = np.divide(scale_G, std_G, out=np.zeros_like(std_G), where=scale_G > 0)
-    return centered_R * spread(scale_G, group_offsets_G)
+    return centered_R * spread(scale_G, group_offsets_B)
 
 
-def _population_std(rewards_R: np.ndarray, group_offsets_G: np.ndarray) -> np.ndarray:
-    means_R = spread(segment_means(rewards_R, group_offsets_G), group_offsets_G)
-    return np.sqrt(segment_means((np.asarray(rewards_R, dtype=np.float64) - means_R) ** 2, group_offsets_G))
+def _population_std(rewards_R: np.ndarray, group_offsets_B: np.ndarray) -> np.ndarray:
+    means_R = spread(segment_means(rewards_R, group_offsets_B), group_offsets_B)
+    return np.sqrt(segment_means((np.asarray(rewards_R, dtype=np.float64) - means_R) ** 2, group_offsets_B))
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def advantages(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config)
     """
     _check(log_probs, rollouts.offsets_R)
     rewards_R = _rewards(rollouts, log_probs, config)
-    groups_G = rollouts.group_offsets_G
+    groups_G = rollouts.group_offsets_B
     contrast_G = has_contrast(rollouts.rewards_R, groups_G, config.reward.threshold)
     mean_G = baseline_G = mean_baseline(rewards_R, groups_G)
     covariance_G, delta_R = np.zeros_like(mean_G), np.zeros(len(rewards_R))

@@ -138,16 +138,16 @@ def clip_masks(
     return {"low": low_T, "high": high_T, "dual": dual_T}
 
 
-def contrast_statistics(correct_R: np.ndarray, group_offsets_G: np.ndarray) -> dict[str, float]:
+def contrast_statistics(correct_R: np.ndarray, group_offsets_B: np.ndarray) -> dict[str, float]:
     """How the groups split into right and wrong. Keys:
 
     contrast/share                  share of groups with both right and wrong rollouts
     contrast/right_N_wrong_M        share of groups with N right and M wrong rollouts, for every split of
                                     every group size that occurs: a fixed group size has fixed keys
     """
-    check_offsets(group_offsets_G, len(correct_R), "group_offsets_G", "group")
-    sizes_G = np.diff(group_offsets_G)
-    right_G = segment_sums(correct_R, group_offsets_G).astype(np.int64)
+    check_offsets(group_offsets_B, len(correct_R), "group_offsets_B", "group")
+    sizes_G = np.diff(group_offsets_B)
+    right_G = segment_sums(correct_R, group_offsets_B).astype(np.int64)
     result = _mean("contrast/share", (right_G > 0) & (right_G < sizes_G))
     for size in np.unique(sizes_G):
         for right in range(size + 1):

@@ -1,6 +1,6 @@
 """A step that no policy has sampled: lengths and rewards drawn from given statistics, packed like a run's.
 
-Shape suffixes: G groups, R rollouts.
+Shape suffixes: B groups, R rollouts.
 """
 
 import math
@@ -72,31 +72,31 @@ def synthetic_step(
     Raises UserError if the run could not pack it, or if no group would be trained.
     """
     rollouts = draw_rollouts(config, np.random.default_rng(config.seed))
-    contrast_G = has_contrast(rollouts.rewards_R, rollouts.group_offsets_G, config.reward.threshold)
-    taken_G = np.ones_like(contrast_G) if regularises(config) else contrast_G
-    if not taken_G.any():
+    contrast_B = has_contrast(rollouts.rewards_R, rollouts.group_offsets_B, config.reward.threshold)
+    taken_B = np.ones_like(contrast_B) if regularises(config) else contrast_B
+    if not taken_B.any():
         raise UserError(
             f"synthetic.pass_rate is {config.synthetic.pass_rate}; no group has right and wrong rollouts: "
             "choose one nearer to 0.5"
         )
     plain, bilateral = packing_settings(config, hf_config, tokenizer)
     weight = config.bicc.weight if config.bicc.enabled else 0.0
-    size = len(contrast_G) // config.train.updates_per_step
+    size = len(contrast_B) // config.train.updates_per_step
     updates = []
-    for start in range(0, len(contrast_G), size):
-        kept = [g for g in range(start, start + size) if taken_G[g]]
+    for start in range(0, len(contrast_B), size):
+        kept = [g for g in range(start, start + size) if taken_B[g]]
         if not kept:
             continue
         part = _choose(rollouts, kept)
         trained: dict[Layout, StepPlan] = {}
-        if weight > 0 and contrast_G[kept].any():
+        if weight > 0 and contrast_B[kept].any():
             trained["bilateral"] = pack(part, bilateral, data_parallel)
         if weight < 1 or regularises(config):
             trained["plain"] = pack(part, plain, data_parallel)
         updates.append(Update(trained.get("plain") or pack(part, plain, data_parallel), trained))
     return SyntheticStep(
-        groups=len(contrast_G),
-        groups_with_contrast=int(contrast_G.sum()),
+        groups=len(contrast_B),
+        groups_with_contrast=int(contrast_B.sum()),
         prompt_tokens=len(rollouts.prompt_tokens),
         response_tokens=len(rollouts.tokens),
         longest_response=int(np.diff(rollouts.offsets_R).max()),
@@ -123,10 +123,10 @@ def _lengths(rng: np.random.Generator, count: int, mean: float, sigma: float, lo
 
 def _choose(rollouts: RolloutBatch, groups: list[int]) -> RolloutBatch:
     """Returns the given groups of a drawn batch."""
-    bounds = rollouts.group_offsets_G
+    bounds = rollouts.group_offsets_B
     members = np.concatenate([np.arange(bounds[g], bounds[g + 1]) for g in groups])
     return _batch(
-        np.diff(rollouts.prompt_offsets_G)[groups],
+        np.diff(rollouts.prompt_offsets_B)[groups],
         np.diff(rollouts.offsets_R)[members],
         np.concatenate([[0], np.cumsum(np.diff(bounds)[groups])]),
         rollouts.rewards_R[members],
@@ -134,14 +134,14 @@ def _choose(rollouts: RolloutBatch, groups: list[int]) -> RolloutBatch:
 
 
 def _batch(
-    prompts_G: np.ndarray, lengths_R: np.ndarray, group_offsets_G: np.ndarray, rewards_R: np.ndarray
+    prompts_G: np.ndarray, lengths_R: np.ndarray, group_offsets_B: np.ndarray, rewards_R: np.ndarray
 ) -> RolloutBatch:
     offsets = lambda lengths: np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)  # noqa: E731
     return RolloutBatch(
         prompt_tokens=np.zeros(prompts_G.sum(), np.int32),
-        prompt_offsets_G=offsets(prompts_G),
+        prompt_offsets_B=offsets(prompts_G),
         tokens=np.zeros(lengths_R.sum(), np.int32),
         offsets_R=offsets(lengths_R),
-        group_offsets_G=group_offsets_G.astype(np.int64),
+        group_offsets_B=group_offsets_B.astype(np.int64),
         rewards_R=rewards_R,
     )

@@ -51,10 +51,10 @@ def step_batch(groups: list[Group]) -> StepBatch:
     prompts = [group.prompt.token_ids for group in groups]
     rollouts = RolloutBatch(
         prompt_tokens=_concatenate(prompts, np.int32),
-        prompt_offsets_G=_offsets([len(p) for p in prompts]),
+        prompt_offsets_B=_offsets([len(p) for p in prompts]),
         tokens=_concatenate([s.token_ids for s in samples], np.int32),
         offsets_R=_offsets([len(s.token_ids) for s in samples]),
-        group_offsets_G=_offsets([len(group.samples) for group in groups]),
+        group_offsets_B=_offsets([len(group.samples) for group in groups]),
         rewards_R=_concatenate([group.rewards for group in groups], np.float32),
     )
     return StepBatch(rollouts, _concatenate([s.log_probs for s in samples], np.float32))

@@ -125,14 +125,14 @@ class Learner:
             everything.lengths_R, self.config.loss.aggregation, self.config.rollout.max_new_tokens
         )
         contrast_G = has_contrast(
-            everything.rollouts.rewards_R, everything.rollouts.group_offsets_G, self.config.reward.threshold
+            everything.rollouts.rewards_R, everything.rollouts.group_offsets_B, self.config.reward.threshold
         )
         taken_G = np.ones_like(contrast_G) if self.regularises else contrast_G
         if not taken_G.any():
             return None
         taken = np.flatnonzero(taken_G)
         batch = step_batch([groups[i] for i in taken])
-        weight_R = weight_R[np.repeat(taken_G, np.diff(everything.rollouts.group_offsets_G))]
+        weight_R = weight_R[np.repeat(taken_G, np.diff(everything.rollouts.group_offsets_B))]
         with clock("pack"):
             plain = pack(batch.rollouts, self.plain, self.dp_size)
             plans = self._plans(batch, plain)

@@ -138,7 +138,7 @@ def rollout_metrics(collected: Collected, config: Config) -> dict[str, float]:
         "rollout/carried": collected.carried,
         "rollout/leftover": collected.leftover,
         "rollout/aborted": collected.aborted,
-    } | contrast_statistics(correct_R, batch.rollouts.group_offsets_G)
+    } | contrast_statistics(correct_R, batch.rollouts.group_offsets_B)
 
 
 def update_metrics(result: StepResult, config: Config) -> dict[str, float]:
@@ -187,7 +187,7 @@ def _ratios(result: StepResult, config: Config) -> dict[str, float]:
         ref_logp_T=result.log_probs.ref_T,
         rollout_logp_T=result.log_probs.rollout_T,
         plain_logp_T=result.log_probs.old_T,
-        contrast_R=spread(result.advantages.contrast_G, rollouts.group_offsets_G),
+        contrast_R=spread(result.advantages.contrast_G, rollouts.group_offsets_B),
     )
     return ratio_statistics(tokens, config.loss)
 
@@ -211,7 +211,7 @@ def report_groups(
     """
     right_shares = [float((group.rewards > config.reward.threshold).mean()) for group in groups]
     plan, shown = result.plans.get(True), []
-    offsets_G = result.batch.rollouts.group_offsets_G
+    offsets_G = result.batch.rollouts.group_offsets_B
     with_contrast = np.flatnonzero(result.advantages.contrast_G)
     for place in with_contrast[: config.monitoring.report_groups]:
         group, members = groups[result.taken[place]], range(*offsets_G[place : place + 2])
