@@ -114,16 +114,6 @@ def _is_date(text: str) -> bool:
         return False
 
 
-Advantage = Literal["normalized", "centered"]
-Aggregation = Literal["sequence_mean", "constant", "token_mean"]
-KlEstimator = Literal["k1", "k2", "k3"]
-RccForm = Literal["first_order", "exact"]
-DeltaKind = Literal["token_mean", "sequence_sum"]
-ContextSource = Literal["partition", "pair"]
-Truncation = Literal["equal", "in_order"]
-Keep = Literal["head", "tail", "both_ends"]
-
-
 @dataclass
 class RewardConfig:
     """Scoring of a finished response."""

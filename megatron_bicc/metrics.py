@@ -6,9 +6,11 @@ What a run writes down: its settings, metrics.jsonl, groups.jsonl, layout.jsonl,
 """
 
 import importlib
+import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +42,22 @@ class Stopwatch:
     def metrics(self) -> dict[str, float]:
         """Seconds of every stage as time/STAGE_s."""
         return {f"time/{stage}_s": seconds for stage, seconds in self.seconds.items()}
+
+
+SLOW_S = 10.0
+"""Seconds after which a wait is logged"""
+
+
+@contextmanager
+def log_if_slow(log: logging.Logger, message: str, *args: object) -> Iterator[None]:
+    """Logs the message at INFO if the block takes longer than SLOW_S, so that a slow start is not silence."""
+    timer = threading.Timer(SLOW_S, log.info, (message, *args))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class ProgressBar:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -29,11 +28,11 @@ from megatron_bicc.rewards.registry import (
     check_truths,
     get_verifier,
 )
-from megatron_bicc.rollout.local import LocalEngine, check_names
+from megatron_bicc.rollout.engines import make_engine
 from megatron_bicc.rollout.sampling import Collector
-from megatron_bicc.rollout.sglang_engine import SglangEngine
-from megatron_bicc.rollout.types import Engine
-from megatron_bicc.sglang.checks import check_model_files, server_positions
+from megatron_bicc.rollout.sglang_engine import check_model_files
+from megatron_bicc.rollout.types import Engine, unscored
+from megatron_bicc.sglang.checks import server_positions
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.validation import validate
 from megatron_bicc.weights.hf_files import (
@@ -43,6 +42,7 @@ from megatron_bicc.weights.hf_files import (
     warn_of_index,
 )
 from megatron_bicc.weights.hf_weights import load_policy
+from megatron_bicc.weights.sync import WeightSync, make_weight_sync
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ class Workers:
     policy: Policy
     learner: Learner
     engine: Engine
+    weight_sync: WeightSync
 
 
 def read_inputs(config: Config) -> Inputs:
@@ -118,7 +119,16 @@ def start_workers(inputs: Inputs) -> Workers:
     policy = load_policy(config, inputs.tensors)
     warn_of_model(config, policy.hf_config)
     learner = Learner(config, policy, inputs.tokenizer)
-    return Workers(policy, learner, make_engine(config, inputs.tokenizer, learner, inputs.tensors))
+    return make_workers(config, policy, learner, inputs.tokenizer)
+
+
+def make_workers(
+    config: Config, policy: Policy, learner: Learner, tokenizer: PreTrainedTokenizerBase
+) -> Workers:
+    """Returns them with an engine and its weight sync. Collective. Raises UserError."""
+    engine = make_engine(config, tokenizer)
+    sync = make_weight_sync(config, policy, engine, lambda some: learner.log_probs(unscored(some)))
+    return Workers(policy, learner, engine, sync)
 
 
 def hold_output_dir(config: Config) -> None:
@@ -134,27 +144,6 @@ def hold_output_dir(config: Config) -> None:
             error = str(refusal)
     for refusal in filter(None, gathered(error)):
         raise UserError(refusal)
-
-
-def make_engine(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    learner: Learner | None = None,
-    tensors: HfTensors | None = None,
-) -> Engine:
-    """The engine that rollout.engine names. Collective.
-
-    It has the weights of model.path, and takes others where there is a learner for them to be proven against.
-    Raises UserError, one line, if a rollout server does not come up or serves another model, or if
-    transformers' model could not take the policy's weights.
-    """
-    if config.rollout.engine == "sglang":
-        return SglangEngine(config, tokenizer, learner)
-    path, dtype = config.model.path, getattr(torch, config.model.dtype)
-    engine = LocalEngine(path, tokenizer, dtype, device.device(), config.rollout.batch_size, tensors)
-    if learner:
-        check_names(engine.model, learner.policy.hf_config)
-    return engine
 
 
 def _check_output_dir(config: Config) -> None:

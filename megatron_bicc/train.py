@@ -49,7 +49,6 @@ from megatron_bicc.training.step_metrics import (
     rollout_metrics,
     update_metrics,
 )
-from megatron_bicc.weights.sync import sync_weights
 from megatron_bicc.weights.transport import WeightSyncError
 
 _log = logging.getLogger(__name__)
@@ -107,6 +106,7 @@ def train(inputs: Inputs, workers: Workers, first_step: int) -> None:
     with RunLog(inputs.config, first_step, enabled=dist.get_rank() == 0) as log:
         run_steps(inputs, workers, first_step, log)
         finish(inputs, workers, log)
+    workers.weight_sync.close()
     workers.engine.close()
 
 
@@ -115,7 +115,7 @@ def run_steps(inputs: Inputs, workers: Workers, first_step: int, log: RunLog) ->
     config = inputs.config
     writer = CheckpointWriter(config.output_dir, config.checkpoint.keep)
     mismatch = MismatchCheck(config, bool(workers.policy.megatron_config.num_moe_experts))
-    sync_weights(workers.policy, workers.engine, first_step)
+    workers.weight_sync.sync(first_step)
     watch = ZeroRewardWatch(answer_style(config.reward), enabled=dist.get_rank() == 0)
     if first_step == 0:
         log.step(0, held_out(inputs, workers))
@@ -129,7 +129,7 @@ def run_steps(inputs: Inputs, workers: Workers, first_step: int, log: RunLog) ->
             with released_memory(inputs, workers):
                 updates = learn(inputs, workers, rollouts, clock, log, step, mismatch)
             with clock("sync"):
-                num_bytes = sync_weights(workers.policy, workers.engine, step)
+                num_bytes = workers.weight_sync.sync(step)
             if why := watch.see(rollouts.sampled):
                 _log.warning(why)
             metrics = rollout_metrics(rollouts, config) | mean_metrics(updates)

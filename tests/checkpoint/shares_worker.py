@@ -19,8 +19,9 @@ from megatron_bicc import device, evaluate
 from megatron_bicc.cli import parse_config
 from megatron_bicc.model.policy import start_model_parallel
 from megatron_bicc.rollout.collect import GroupSampler
+from megatron_bicc.rollout.engines import make_engine
 from megatron_bicc.rollout.types import Group, Sampling
-from megatron_bicc.startup import Inputs, Workers, make_engine, read_inputs
+from megatron_bicc.startup import Inputs, make_workers, read_inputs
 from megatron_bicc.train import restore, train
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.weights.hf_weights import load_policy
@@ -89,7 +90,7 @@ def run(*settings: str) -> None:
     inputs = read_inputs(parse_config([*SETTINGS, *settings]))
     policy = load_policy(inputs.config)
     learner = Learner(inputs.config, policy, inputs.tokenizer)
-    workers = Workers(policy, learner, make_engine(inputs.config, inputs.tokenizer))
+    workers = make_workers(inputs.config, policy, learner, inputs.tokenizer)
     train(inputs, workers, restore(inputs, workers))
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_bicc.cli import parse_config
-from megatron_bicc.startup import Workers, make_engine, read_inputs
+from megatron_bicc.startup import make_workers, read_inputs
 from megatron_bicc.train import restore, train
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.weights.hf_weights import load_policy
@@ -41,7 +41,7 @@ def run(out: Path, *settings: str) -> list[dict]:
     inputs = read_inputs(parse_config([*SETTINGS, f"output_dir={out}", *settings]))
     policy = load_policy(inputs.config)
     learner = Learner(inputs.config, policy, inputs.tokenizer)
-    workers = Workers(policy, learner, make_engine(inputs.config, inputs.tokenizer))
+    workers = make_workers(inputs.config, policy, learner, inputs.tokenizer)
     train(inputs, workers, restore(inputs, workers))
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_bicc.cli import parse_config
 from megatron_bicc.rewards.registry import Completion
 from megatron_bicc.run_log import RunLog
-from megatron_bicc.startup import Workers, make_engine, read_inputs
+from megatron_bicc.startup import make_workers, read_inputs
 from megatron_bicc.train import finish, run_steps
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.weights.hf_weights import load_policy
@@ -72,12 +72,13 @@ def train_two_steps(model: Path, root: Path, *settings: str) -> list[dict]:
     inputs = replace(read_inputs(parse_config([*SETTINGS, *where, *settings])), verifier=odd)
     policy = load_policy(inputs.config)
     learner = Learner(inputs.config, policy, inputs.tokenizer)
-    workers = Workers(policy, learner, make_engine(inputs.config, inputs.tokenizer, learner))
+    workers = make_workers(inputs.config, policy, learner, inputs.tokenizer)
     try:
         with RunLog(inputs.config, 0, enabled=True) as log:
             run_steps(inputs, workers, 0, log)
             finish(inputs, workers, log)
     finally:
+        workers.weight_sync.close()
         workers.engine.close()
     return metrics(root / "run")
 
