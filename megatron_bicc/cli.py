@@ -4,7 +4,6 @@ import argparse
 import difflib
 import functools
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import docstring_parser
 import jsonargparse
 import yaml
 
+from megatron_bicc import launcher
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
@@ -26,6 +26,8 @@ PROGRAM = "python -m megatron_bicc.train"
 FLAGS = ("-h", "--help", "--print-config")
 DRY_RUN = ("--dry-run", "--dry_run")
 COMMAND_LINE = "command line"
+TURN_S = 2.0
+"""Seconds in which torchrun kills the other ranks"""
 CUTS = ("top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 """Settings of other systems that there are none of here."""
 
@@ -97,26 +99,26 @@ def parse_config(argv: list[str], program: str = PROGRAM) -> Config:
         abort(str(error), program)
 
 
-def abort(message: str, program: str = PROGRAM, everywhere: bool = False) -> NoReturn:
+def abort(message: str, program: str = PROGRAM) -> NoReturn:
     """Ends the process with one line on stderr and exit status 2.
 
-    everywhere: every process of the job has a line of its own to say, not only the first.
+    The first rank that has the error prints it: rank 0 at once. The others wait for their turn, in which
+    torchrun kills them if another rank has exited; who is still alive then has an error of its own.
     """
-    line = f"{program}: error: {' '.join(message.split())}\n"
-    if everywhere:
-        print(line, end="", file=sys.stderr, flush=True)
-    else:
-        speak_once(line, sys.stderr)
+    where = ""
+    if launcher.rank() > 0:
+        time.sleep(TURN_S + 0.25 * launcher.local_rank())
+        where = f"{launcher.place()}: "
+    print(f"{program}: error: {where}{' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 def speak_once(text: str, stream: Any) -> None:
-    """Of the processes of a torchrun only rank 0 speaks; the others give it the time to do so first, as
-    torchrun kills all processes once one has failed."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    """Prints on rank 0; the other ranks wait, because torchrun kills all processes once one has exited."""
+    if launcher.rank() == 0:
         print(text, end="", file=stream, flush=True)
     else:
-        time.sleep(2)
+        time.sleep(TURN_S)
 
 
 @functools.cache

@@ -9,7 +9,6 @@ What an evaluation tells: results.json and a table.
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_bicc.errors import UserError
-from megatron_bicc.files import append_jsonl, keep_jsonl, read_jsonl
+from megatron_bicc.files import append_jsonl, atomic_file, keep_jsonl, read_jsonl
 from megatron_bicc.rollout.types import Group
 
 
@@ -172,8 +171,12 @@ def write_results(folder: Path, settings: dict[str, Any], evaluations: dict[str,
     benchmarks = {name: _plain(evaluation) for name, evaluation in evaluations.items()}
     record = {"settings": settings, "benchmarks": benchmarks}
     text = table(evaluations)
-    _replace(folder / "results.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
-    _replace(folder / "results.md", text)
+    for name, content in (
+        ("results.json", json.dumps(record, indent=1, allow_nan=False) + "\n"),
+        ("results.md", text),
+    ):
+        with atomic_file(folder / name) as draft:
+            draft.write_text(content)
     return text
 
 
@@ -203,9 +206,3 @@ def _plain(evaluation: Evaluation) -> dict[str, Any]:
     }
     counts = {"prompts": evaluation.prompts, "samples": evaluation.samples}
     return counts | plain | {"truncated": evaluation.truncated, "length": evaluation.length}
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(path.name + ".new")
-    draft.write_text(text)
-    os.replace(draft, path)

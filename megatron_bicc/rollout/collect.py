@@ -59,7 +59,7 @@ def why_all_zero(groups: list[Group], style: Style) -> str | None:
     """The likely reason, in one line; None if a reward is not 0 or there is none."""
     if not groups or _has_reward(groups):
         return None
-    texts = [text for group in groups for text in group.texts]
+    texts = [group.prompt.begun_answer + text for group in groups for text in group.texts]
     cut = sum(sample.finish_reason == "length" for group in groups for sample in group.samples)
     unread = [text for text in texts if not final_answer(text, style)]
     return (

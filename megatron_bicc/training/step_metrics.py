@@ -32,6 +32,7 @@ from megatron_bicc.algorithms.statistics import (
     ratio_statistics,
 )
 from megatron_bicc.config import Config
+from megatron_bicc.errors import UserError
 from megatron_bicc.evaluation.results import Evaluation
 from megatron_bicc.metrics import LayoutRecord, MicroBatchRecord, PlanRecord
 from megatron_bicc.packing.plan import StepPlan, packed_sides
@@ -44,8 +45,8 @@ from megatron_bicc.training.learner import StepResult
 logger = logging.getLogger(__name__)
 
 
-class EngineMismatch(RuntimeError):
-    """Engine and policy compute different models; the message is one line."""
+class EngineMismatch(UserError):
+    """Rollout engine and policy compute different models: one line that says what to compare."""
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,25 @@ def _raise_first(faults: list[str]) -> None:
             raise WeightSyncError(fault)
 
 
+class EngineSync:
+    """Until w-rollout is merged: its interface over Engine.update_weights."""
+
+    def __init__(self, policy: Policy, engine: Engine) -> None:
+        self._policy, self._engine = policy, engine
+
+    def sync(self, version: int) -> int:
+        """As sync_weights."""
+        return sync_weights(self._policy, self._engine, version)
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def make_weight_sync(config: Config, policy: Policy, engine: Engine, log_probs: object) -> EngineSync:
+    """Until w-rollout is merged."""
+    return EngineSync(policy, engine)
+
+
 def sync_weights(policy: Policy, engine: Engine, version: int) -> int:
     """Streams every parameter, whole and under its Hugging Face name, into the engine. Collective.
 

@@ -17,12 +17,11 @@ from support import forked
 
 from megatron_bicc import device, evaluate
 from megatron_bicc.cli import parse_config
-from megatron_bicc.model.policy import Policy, start_model_parallel
+from megatron_bicc.model.policy import start_model_parallel
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.types import Group, Sampling
-from megatron_bicc.startup import Inputs, Workers, make_engine, read_inputs
-from megatron_bicc.train import restore, train
-from megatron_bicc.training.learner import Learner
+from megatron_bicc.startup import Inputs, make_engine, read_inputs
+from megatron_bicc.train import build_trainer
 
 HELD_OUT = "examples/data/heldout.parquet"
 COUNTS, GROUP_SIZE = (1, 2, 4), 2
@@ -86,10 +85,9 @@ def evaluated(out: Path) -> list[list]:
 def run(*settings: str) -> None:
     """A whole run."""
     inputs = read_inputs(parse_config([*SETTINGS, *settings]))
-    policy = Policy(inputs.config)
-    learner = Learner(inputs.config, policy, inputs.tokenizer)
-    workers = Workers(policy, learner, make_engine(inputs.config, inputs.tokenizer))
-    train(inputs, workers, restore(inputs, workers))
+    trainer = build_trainer(inputs)
+    trainer.restore()
+    trainer.run()
 
 
 def job(out: Path, pipeline: int, runs: tuple[str, ...]) -> None:

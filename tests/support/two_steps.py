@@ -3,6 +3,7 @@
 import json
 import shutil
 import string
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from megatron_bicc.cli import parse_config
-from megatron_bicc.model.policy import Policy
-from megatron_bicc.run_log import RunLog
-from megatron_bicc.startup import Workers, make_engine, read_inputs
-from megatron_bicc.train import finish, run_steps
-from megatron_bicc.training.learner import Learner
+from megatron_bicc.startup import read_inputs
+from megatron_bicc.train import build_trainer
 from support.finished_runs import metrics
 from support.models import VOCAB
 
@@ -69,15 +67,8 @@ def train_two_steps(model: Path, root: Path, *settings: str) -> list[dict]:
     prompts = save_prompts(root / "train.jsonl")
     where = [f"model.path={root}/model", f"output_dir={root}/run", f"data.train={prompts}"]
     inputs = replace(read_inputs(parse_config([*SETTINGS, *where, *settings])), verifier=odd)
-    policy = Policy(inputs.config)
-    learner = Learner(inputs.config, policy, inputs.tokenizer)
-    workers = Workers(policy, learner, make_engine(inputs.config, inputs.tokenizer, learner))
-    try:
-        with RunLog(inputs.config, 0, enabled=True) as log:
-            run_steps(inputs, workers, 0, log)
-            finish(inputs, workers, log)
-    finally:
-        workers.engine.close()
+    with closing(build_trainer(inputs)) as trainer:
+        trainer.run()
     return metrics(root / "run")
 
 
