@@ -1,10 +1,14 @@
-"""Two exchanges between all ranks: gather small Python objects, and raise one rank's error on every rank."""
+"""Collective operations: gather small Python objects, raise one rank's error on all, write one directory."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
+
+from megatron_bicc.errors import UserError
+from megatron_bicc.files import atomic_directory, os_error_named, partial_name
 
 T = TypeVar("T")
 
@@ -38,3 +42,20 @@ def raised_on_all_ranks(*kinds: type[Exception], group: dist.ProcessGroup | None
         raise own
     for kind, text in filter(None, found):
         raise kind(text)
+
+
+@contextmanager
+def shared_atomic_directory(target: Path) -> Iterator[Path]:
+    """`files.atomic_directory` for all ranks: rank 0 makes it, and renames it at the end. Collective.
+
+    Raises UserError on every rank if `target` exists or cannot be made. An exception of the block leaves it
+    at once on the rank that raised it; rank 0 removes the directory, or the next call does.
+    """
+    with ExitStack() as stack:
+        with raised_on_all_ranks(UserError):
+            is_first = dist.get_rank() == 0
+            partial = stack.enter_context(atomic_directory(target)) if is_first else partial_name(target)
+        with os_error_named(target):
+            yield partial
+        dist.barrier()  # rank 0 must not rename it while another rank writes
+    dist.barrier()  # `target` is there when any rank goes on

@@ -1,7 +1,7 @@
-"""Whether all processes run the same program, on the same settings and files.
+"""Checks that all processes run the same code, on the same settings, libraries and files.
 
-Hosts drift apart: one was not updated, one reads an older copy of the data. Their collectives would still fit
-together, and the run would quietly be another one.
+Hosts drift apart: one was not updated, one reads an older copy of the data. Their collectives would still
+match, and training would silently use mixed inputs.
 """
 
 import hashlib
@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_bicc.checkpoint.resume import contents
-from megatron_bicc.collective import gathered
+from megatron_bicc.collective import gathered, raised_on_all_ranks
 from megatron_bicc.config import Config, flatten
 from megatron_bicc.errors import UserError
 
@@ -23,27 +22,27 @@ PACKAGE = Path(__file__).parent
 LIBRARIES = ("torch", "megatron-core", "transformers", "numpy")
 
 
-def check_agreement(config: Config, prompt_digests: dict[str, str]) -> None:
-    """Collective. Raises UserError naming the first setting, source file, library or input that differs.
+def check_agreement(config: Config, contents: dict[str, str]) -> None:
+    """Raises UserError that names the first setting, source file, library or input that differs. Collective.
 
-    prompt_digests: setup_run.Inputs.
+    contents: startup.Inputs.contents.
     """
-    _check_same(_facts(config, prompt_digests))
+    _check_same(_facts(config, contents))
     _check_shared(Path(config.output_dir))
 
 
-def _facts(config: Config, prompt_digests: dict[str, str]) -> dict[str, str]:
-    """What has to be the same everywhere, by its name."""
+def _facts(config: Config, contents: dict[str, str]) -> dict[str, str]:
+    """Returns what has to be the same on every rank, by name."""
     facts = {f"setting {name}": repr(value) for name, value in flatten(asdict(config)).items()}
     for file in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.glob("_C.*")]):
         facts[f"code megatron_bicc/{file.relative_to(PACKAGE)}"] = _sha256(file)
     facts |= {f"library {name}": version(name) for name in LIBRARIES}
     facts["library python"] = platform.python_version()
-    found = contents(config) | prompt_digests
-    return facts | {f"content of {name}": digest[:12] for name, digest in found.items()}
+    return facts | {f"content of {name}": digest[:12] for name, digest in contents.items()}
 
 
 def _check_same(facts: dict[str, str]) -> None:
+    # one digest per rank first: the facts of thousands of ranks would be megabytes
     digest = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
     digests = gathered(digest)
     odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
@@ -62,17 +61,16 @@ def _check_same(facts: dict[str, str]) -> None:
 
 
 def _check_shared(output_dir: Path) -> None:
-    """Rank 0 writes a file that every process must see: checkpoints need one file system."""
-    name: list[str | None] = [f".shared_{secrets.token_hex(4)}"]
-    dist.broadcast_object_list(name)
-    probe = output_dir / str(name[0])
-    if dist.get_rank() == 0:
-        try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-        except OSError as error:
-            raise UserError(f"output_dir: {output_dir} cannot be written: {error.strerror}") from error
-    dist.barrier()
+    """Checks that every rank sees a file that rank 0 writes: checkpoints need one shared file system."""
+    name = gathered(f".shared_{secrets.token_hex(4)}")[0]
+    probe = output_dir / name
+    with raised_on_all_ranks(UserError):
+        if dist.get_rank() == 0:
+            try:
+                output_dir.mkdir(parents=True, exist_ok=True)
+                probe.touch()
+            except OSError as error:
+                raise UserError(f"output_dir: {output_dir} cannot be written: {error.strerror}") from error
     seen = gathered((probe.exists(), socket.gethostname()))
     if dist.get_rank() == 0:
         probe.unlink()

@@ -1,19 +1,34 @@
-"""Errors that a user can cause, and how a command reports them. Standard library only."""
+"""Which exceptions end a run, and how each is printed. Standard library only.
 
-import os
+UserError: the user has to change settings, files or surroundings. One line, exit status 2. Those of a run in
+progress are CheckpointError, NotFiniteError, EngineMismatch and NoContrastError.
+
+RolloutError, WeightSyncError and a lost peer (device.is_connection_loss): servers, hosts or links failed.
+One line that says how to resume, then the traceback, on every rank; exit status 1.
+
+Any other: a fault of the program. The traceback with its cause, on the rank that raised it; exit status 1.
+
+`train.main` and `evaluate.main` hold the only `except UserError`. After an error of the first two kinds a run
+can be resumed from its newest checkpoint.
+"""
+
 import sys
 import time
 from typing import NoReturn, TextIO
 
+from megatron_bicc import launcher
+
 PROGRAM = "python -m megatron_bicc.train"
 """The command that an error line names, unless another is given."""
+TURN_S = 2.0
+"""Seconds in which torchrun kills the other ranks"""
 
 
 class UserError(Exception):
     """Something the user got wrong or has to act on, in one line: name, value and remedy.
 
-    Raised only by our own checks. A command prints its text without a traceback and exits with status 2; any
-    other exception is a fault of the program and keeps its traceback and its cause.
+    Only checks of this package raise it. The command prints its text without a traceback and exits with
+    status 2; any other exception is a fault of the program and keeps its traceback and its cause.
     """
 
 
@@ -22,31 +37,28 @@ class NotFiniteError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, at most 300 characters; its type if it has no message."""
+    """Returns the first line of the message, at most 300 characters; the error's type if it has none."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)[:300]
 
 
-def abort(message: str, program: str = PROGRAM, everywhere: bool = False) -> NoReturn:
+def abort(message: str, program: str = PROGRAM) -> NoReturn:
     """Ends the process with one line on stderr and exit status 2.
 
-    everywhere: every process of the job prints its line, not only rank 0.
+    The first rank that has the error prints it: rank 0 at once. The others wait for their turn, in which
+    torchrun kills them if another rank has exited; who is still alive then has an error of its own.
     """
-    line = f"{program}: error: {' '.join(message.split())}\n"
-    if everywhere:
-        print(line, end="", file=sys.stderr, flush=True)
-    else:
-        print_rank0(line, sys.stderr)
+    where = ""
+    if launcher.rank() > 0:
+        time.sleep(TURN_S + 0.25 * launcher.local_rank())
+        where = f"{launcher.place()}: "
+    print(f"{program}: error: {where}{' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 def print_rank0(text: str, stream: TextIO) -> None:
-    """Prints text on rank 0 of a torchrun; the other ranks wait 2 seconds instead.
-
-    torchrun kills all processes as soon as one has failed, so the others must not fail before rank 0's output
-    is flushed.
-    """
-    if int(os.environ.get("RANK", "0")) == 0:
+    """Prints on rank 0; the other ranks wait, because torchrun kills all processes once one has exited."""
+    if launcher.rank() == 0:
         print(text, end="", file=stream, flush=True)
     else:
-        time.sleep(2)
+        time.sleep(TURN_S)

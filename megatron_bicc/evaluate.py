@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -27,11 +28,12 @@ from megatron_bicc.cli import parse_config
 from megatron_bicc.config import Config, flatten, settings
 from megatron_bicc.data.prompts import Prompt, digest
 from megatron_bicc.evaluation.benchmarks import ask, names_of, run_benchmark
-from megatron_bicc.evaluation.results import AnswerFile, Answers, Evaluation, summarize, write_results
+from megatron_bicc.evaluation.results import AnswerFile, Evaluation, summarize, write_results
+from megatron_bicc.metrics import phase, waiting_for
 from megatron_bicc.rewards.registry import Verifier, check_threshold, get_verifier
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.engines import make_engine
-from megatron_bicc.rollout.types import Engine, RolloutError, Sampling
+from megatron_bicc.rollout.types import RolloutError, Sampling
 from megatron_bicc.startup import (
     check_policy,
     engine_positions,
@@ -50,46 +52,63 @@ NO_SETTINGS = {
     "output_dir": "--out",
     "dry_run": "nothing",
 }
-"""Settings of a run that an evaluation takes otherwise, and how"""
+"""Settings of a run that an evaluation does not take, and what to give instead"""
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark file, read."""
+
+    path: str
+    prompts: list[Prompt]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an evaluation reads from files; by the benchmark's name where there is one a benchmark."""
+    """What an evaluation reads from files, checked."""
 
     config: Config
     tokenizer: PreTrainedTokenizerBase
     verifier: Verifier
-    paths: dict[str, str]
-    prompts: dict[str, list[Prompt]]
+    benchmarks: dict[str, Benchmark]
+    """By name (evaluation.benchmarks.names_of)"""
 
 
 def main(argv: list[str]) -> None:
-    """An evaluation from its command line. A mistake in it is one line on stderr and exit status 2."""
-    options, overrides = _arguments(argv)
-    if not options.k.isdigit() or int(options.k) < 1:
-        abort(f"--k is {options.k}; it must be a whole number from 1", PROGRAM)
-    for name, instead in NO_SETTINGS.items():
-        if any(word.lstrip("-").replace("-", "_").partition("=")[0] == name for word in overrides):
-            abort(f"{name} is no setting of an evaluation; give {instead} instead", PROGRAM)
-    out = Path(options.out or f"runs/evaluation/{Path(options.model).resolve().name}")
-    given = [f"model.path={options.model}", f"evaluation.samples={options.k}", f"output_dir={out}"]
-    config = parse_config([*overrides, *given], PROGRAM)
+    """Runs a command line. errors.py lists which exception ends in what on stderr."""
     try:
-        inputs = read_inputs(config, options.benchmark)
-        device.start_distributed()
-        hold_output_dir(config)
-        evaluations = evaluate_benchmarks(inputs)
-    except (UserError, RolloutError) as error:
+        run(*_parse(argv))
+    except UserError as error:
         abort(str(error), PROGRAM)
     except KeyboardInterrupt:
-        abort("stopped; the same command goes on", PROGRAM)
+        abort("interrupted; the same command resumes from the answers that are kept", PROGRAM)
+    except RolloutError as error:
+        logger.error("%s: error: %s; the same command resumes from the answers that are kept", PROGRAM, error)
+        raise
+    except RuntimeError as error:
+        if device.is_connection_loss(error):
+            logger.error("%s: error: %s", PROGRAM, device.lost_connection(error))
+        raise
+
+
+def run(config: Config, paths: list[str]) -> None:
+    """Evaluates model.path on benchmark files; rank 0 writes the results to output_dir and prints a table."""
+    inputs = read_inputs(config, paths)
+    with phase("process group"):
+        device.start_distributed()
+        hold_output_dir(config)
+    evaluations = evaluate_benchmarks(inputs)
     if dist.get_rank() == 0:
         run_lock.check()
+        out = Path(config.output_dir)
         print(write_results(out, decisive(inputs.config), evaluations), end="")
         print(f"\nfigures  {out / 'results.json'}")
         print(f"answers  {', '.join(str(out / f'{name}.jsonl') for name in evaluations)}")
-    device.end_distributed()
+    with waiting_for("the other processes at the end of the evaluation"):
+        device.end_distributed()
 
 
 def read_inputs(config: Config, paths: list[str]) -> Inputs:
@@ -100,29 +119,31 @@ def read_inputs(config: Config, paths: list[str]) -> Inputs:
     tokenizer = read_tokenizer(config.model.path)
     hf_config, _ = check_policy(config)
     config = with_date(config, tokenizer, _kept_date(config, named))
-    prompts = {name: heldout_prompts(config, path, tokenizer) for name, path in named.items()}
-    _check_lengths(config, hf_config, named, prompts)
+    benchmarks = {}
+    for name, path in named.items():
+        with phase(f"benchmark {name}") as sizes:
+            benchmarks[name] = Benchmark(path, heldout_prompts(config, path, tokenizer))
+            sizes.append(f"{len(benchmarks[name].prompts)} prompts")
+    _check_lengths(config, hf_config, benchmarks)
     warn_of_index(config.model.path)
-    return Inputs(config, tokenizer, get_verifier(config.reward), named, prompts)
+    return Inputs(config, tokenizer, get_verifier(config.reward), benchmarks)
 
 
 def _kept_date(config: Config, named: dict[str, str]) -> str:
-    """data.date under which the answers that are already there were asked for; empty if there are none."""
+    """Returns data.date of the answers that are kept in output_dir; empty if there are none."""
     files = [AnswerFile(Path(config.output_dir) / f"{name}.jsonl", {}) for name in named]
     return next((day for file in files if (day := file.kept_settings().get("data.date"))), "")
 
 
-def _check_lengths(
-    config: Config, hf_config: PretrainedConfig, paths: dict[str, str], prompts: dict[str, list[Prompt]]
-) -> None:
-    """Raises UserError where an answer can be longer than the model, or its server, has positions for."""
+def _check_lengths(config: Config, hf_config: PretrainedConfig, benchmarks: dict[str, Benchmark]) -> None:
+    """Raises UserError if an answer can be longer than the positions of the model or of its server."""
     response, most = config.rollout.max_new_tokens, engine_positions(config, hf_config)
-    for name, own in prompts.items():
-        longest = max(own, key=lambda prompt: len(prompt.token_ids))
+    for benchmark in benchmarks.values():
+        longest = max(benchmark.prompts, key=lambda prompt: len(prompt.token_ids))
         tokens = len(longest.token_ids)
         if tokens + response > most:
             raise UserError(
-                f"{paths[name]}, row {longest.index + 1}: the prompt's {tokens} tokens + "
+                f"{benchmark.path}, row {longest.index + 1}: the prompt's {tokens} tokens + "
                 f"rollout.max_new_tokens = {response} make {tokens + response}; {config.model.path} has "
                 f"{most} positions (max_position_embeddings in config.json, --context-length of a server): "
                 "lower rollout.max_new_tokens"
@@ -130,30 +151,30 @@ def _check_lengths(
 
 
 def evaluate_benchmarks(inputs: Inputs) -> dict[str, Evaluation]:
-    """The figures of every benchmark by its name; answers are kept in output_dir, NAME.jsonl. Collective.
+    """Returns the figures of every benchmark by name; keeps the answers in output_dir/NAME.jsonl. Collective.
 
-    Raises UserError, one line, where that holds answers of other settings, before anything is generated,
-    RolloutError when no rollout server does its work.
+    Raises UserError, one line and before anything is generated, if a file there holds answers of other
+    settings; RolloutError if no rollout server answers.
     """
     config = inputs.config
-    files = {name: _answer_file(inputs, name) for name in inputs.paths}
-    disable_progress_bar()  # the evaluation has one of its own
-    with closing(make_engine(config, inputs.tokenizer)) as engine:
-        answers = _answers(inputs, files, engine)
+    files = {name: _answer_file(inputs, name) for name in inputs.benchmarks}
+    disable_progress_bar()  # the evaluation has its own
+    with phase(f"rollout engine {config.rollout.engine}"):
+        engine = make_engine(config, inputs.tokenizer)
+    with closing(engine):
+        sampling = Sampling(config.evaluation.temperature, config.rollout.max_new_tokens)
+        sampler = GroupSampler(engine, inputs.verifier, inputs.tokenizer, sampling, config.evaluation.samples)
+        question = partial(ask, sampler=sampler, seed=config.seed)
+        at_once = max(1, config.rollout.batch_size * dist.get_world_size() // config.evaluation.samples)
+        answers = {
+            name: run_benchmark(name, benchmark.prompts, question, files[name], at_once)
+            for name, benchmark in inputs.benchmarks.items()
+        }
     return {name: summarize(own, config.reward.threshold) for name, own in answers.items()}
 
 
-def _answers(inputs: Inputs, files: dict[str, AnswerFile], engine: Engine) -> dict[str, list[Answers]]:
-    config = inputs.config
-    sampling = Sampling(config.evaluation.temperature, config.rollout.max_new_tokens)
-    sampler = GroupSampler(engine, inputs.verifier, inputs.tokenizer, sampling, config.evaluation.samples)
-    question = partial(ask, sampler=sampler, seed=config.seed)
-    at_once = max(1, config.rollout.batch_size * dist.get_world_size() // config.evaluation.samples)
-    return {n: run_benchmark(n, own, question, files[n], at_once) for n, own in inputs.prompts.items()}
-
-
 def decisive(config: Config) -> dict[str, Any]:
-    """What, beside the files, decides the figures."""
+    """Returns the settings and the policy's files that decide the figures."""
     values = {
         name: value for name, value in flatten(asdict(config)).items() if settings()[name].rule.decides_score
     }
@@ -161,16 +182,16 @@ def decisive(config: Config) -> dict[str, Any]:
 
 
 def _answer_file(inputs: Inputs, name: str) -> AnswerFile:
-    path, out = inputs.paths[name], Path(inputs.config.output_dir)
-    stat = Path(path).stat()
+    benchmark, out = inputs.benchmarks[name], Path(inputs.config.output_dir)
+    stat = Path(benchmark.path).stat()
     settings = decisive(inputs.config) | {
-        "benchmark": [path, stat.st_size, stat.st_mtime_ns],
-        "token ids of the prompts": digest(inputs.prompts[name])[:12],
+        "benchmark": [benchmark.path, stat.st_size, stat.st_mtime_ns],
+        "token ids of the prompts": digest(benchmark.prompts)[:12],
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out is {out}; no such directory can be made: {error.strerror}") from error
+        raise UserError(f"--out is {out}; the directory cannot be made: {error.strerror}") from error
     file = AnswerFile(out / f"{name}.jsonl", settings)
     if dist.get_rank() == 0:
         file.load()
@@ -178,14 +199,27 @@ def _answer_file(inputs: Inputs, name: str) -> AnswerFile:
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line for a mistake, and one process to say it."""
+    """Raises UserError for a mistake: argparse would print two lines on every rank."""
 
     def error(self, message: str) -> NoReturn:
-        abort(message, PROGRAM)
+        raise UserError(message)
+
+
+def _parse(argv: list[str]) -> tuple[Config, list[str]]:
+    """Returns (settings, benchmark files) of a command line."""
+    options, overrides = _arguments(argv)
+    if not options.k.isdigit() or int(options.k) < 1:
+        raise UserError(f"--k is {options.k}; it must be a whole number from 1")
+    for name, instead in NO_SETTINGS.items():
+        if any(word.lstrip("-").replace("-", "_").partition("=")[0] == name for word in overrides):
+            raise UserError(f"{name} is not a setting of an evaluation; give {instead} instead")
+    out = options.out or f"runs/evaluation/{Path(options.model).resolve().name}"
+    given = [f"model.path={options.model}", f"evaluation.samples={options.k}", f"output_dir={out}"]
+    return parse_config([*overrides, *given], PROGRAM), options.benchmark
 
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """This command's own options, and the settings."""
+    """Returns (this command's own options, the settings)."""
     lines = [
         f"  {name}  {setting.usage}"
         for name, setting in settings().items()
@@ -207,11 +241,12 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="FILE",
         help=".jsonl or .parquet: MATH-500, AMC 2023, AIME 2024 and 2025, or what data.train takes",
     )
-    parser.add_argument("--k", default="32", help="samples a prompt [32]")
+    parser.add_argument("--k", default="32", help="samples per prompt [32]")
     parser.add_argument("--out", metavar="DIR", help="answers and results [runs/evaluation/NAME OF MODEL]")
     return parser.parse_known_args(argv)
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    main(sys.argv[1:])
+    logging.getLogger("megatron_bicc").setLevel(logging.INFO)
+    record(main)(sys.argv[1:])  # torchrun's error file gets the exception of the first rank that fails

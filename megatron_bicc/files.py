@@ -1,7 +1,4 @@
-"""Files of one JSON object a line that survive a process killed in the middle of a line.
-
-A directory that is written aside, and has its name only when it is whole.
-"""
+"""Files that survive a killed process: JSON lines; files and directories that appear whole or not at all."""
 
 import json
 import os
@@ -11,15 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_bicc.errors import UserError
 
 
 def append_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Adds the records and returns once they are on disk; an unfinished last line is cut off first.
+    """Appends one line per record and syncs the file; an unfinished last line is cut off first.
 
-    Raises UserError for a number that JSON does not have (NaN, infinity).
+    Raises ValueError for a number that JSON does not have (NaN, infinity).
     """
     text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     _repair(path)
@@ -30,29 +25,27 @@ def append_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Every record; an unfinished last line is left out.
+    """Returns every record; an unfinished last line is left out.
 
     Raises UserError that names the file and the line of anything else that is not a JSON object.
     """
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise UserError(f"{path}: cannot read it: {error.strerror}") from None
+        raise UserError(f"{path}: cannot read it: {error.strerror}") from error
     records = [_parse(line, f"{path} line {i}") for i, line in enumerate(lines[:-1], 1) if line.strip()]
     return records + ([json.loads(lines[-1])] if _is_object(lines[-1]) else [])
 
 
 def keep_jsonl(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Drops the other records; the file is either the old one or the new one, whenever the process dies."""
-    if not path.exists():
-        return
-    draft = path.with_name(path.name + ".new")
-    draft.unlink(missing_ok=True)
-    append_jsonl(draft, filter(wanted, read_jsonl(path)))
-    os.replace(draft, path)
+    """Drops all records but the wanted ones, atomically. Does nothing if there is no such file."""
+    if path.exists():
+        with atomic_file(path) as draft:
+            append_jsonl(draft, filter(wanted, read_jsonl(path)))
 
 
 def _repair(path: Path) -> None:
+    """Ends the last line if it is a whole record, else removes it: a killed process left it unfinished."""
     content = path.read_bytes() if path.exists() else b""
     complete, _, rest = content.rpartition(b"\n")
     if not rest:
@@ -79,7 +72,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
 
 
 def check_disk(target: Path, needed: int) -> None:
-    """Raises UserError if there is less space than `needed` bytes where `target` is to be."""
+    """Raises UserError if less than `needed` bytes are free where `target` will be written."""
     place = next(parent for parent in target.absolute().parents if os.path.exists(parent))
     free = shutil.disk_usage(place).free
     if free < needed:
@@ -87,7 +80,7 @@ def check_disk(target: Path, needed: int) -> None:
 
 
 def check_target(target: Path) -> None:
-    """Raises UserError if no directory can be made under this name, or something has it."""
+    """Raises UserError if `target` exists, or cannot be the name of a directory."""
     if not target.name or "\0" in str(target):
         raise UserError(f"{str(target)!r}: cannot be the name of a new directory; choose another")
     if os.path.lexists(target):
@@ -118,18 +111,31 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     Raises UserError if `target` exists or cannot be made; an OSError of the block becomes one.
     """
     check_target(target)
-    partial = target.with_name(target.name + ".partial")
+    partial = partial_name(target)
     try:
+        with os_error_named(target):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            partial.rename(target)
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(target)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            where = f": {error.filename}" if error.filename else ""
-            raise UserError(f"{target}: cannot be written: {error.strerror or error}{where}") from error
         raise
+
+
+@contextmanager
+def os_error_named(target: Path) -> Iterator[None]:
+    """Turns an OSError of the block, such as a full disk, into a UserError that names `target`."""
+    try:
+        yield
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        raise UserError(f"{target}: cannot be written: {error.strerror or error}{where}") from error
+
+
+def partial_name(target: Path) -> Path:
+    """Returns the name under which `atomic_directory` writes."""
+    return target.with_name(target.name + ".partial")
 
 
 def _sync(path: Path) -> None:
@@ -138,30 +144,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
-    """An empty directory beside `target` that takes its name once the block has ended well. Collective.
-
-    It is removed if the block fails. Raises UserError if `target` exists or cannot be made.
-    """
-    check_target(target)
-    partial = target.with_name(target.name + ".partial")
-    dist.barrier()
-    try:
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        yield partial
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            where = f": {error.filename}" if error.filename else ""
-            raise UserError(f"{target}: cannot be written: {error.strerror or error}{where}") from error
-        raise
-    dist.barrier()
-    if dist.get_rank() == 0:
-        partial.rename(target)
-    dist.barrier()

@@ -1,6 +1,7 @@
-"""Ends a worker when what launched it is gone. Standard library only: it runs before anything is imported.
+"""What launched this process (torchrun, SLURM, a shell): its variables, and the end of a worker without it.
 
-torchrun that is killed with -9 ends no worker: they would train on, beside the run that is started in their
+Standard library only: `end_with_launcher` runs before anything else is imported. A torchrun that is killed
+with SIGKILL does not end its workers. They would keep training beside the run that is started in their
 place, or wait at the rendezvous for half an hour.
 """
 
@@ -15,22 +16,38 @@ from itertools import takewhile
 
 from megatron_bicc.processes import Process, ancestors
 
-LOOK_S = 0.5
+POLL_S = 0.5
 EXIT_STATUS = 3
 VARIABLES = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "SLURM_PROCID")
-"""Of each a launcher sets one at least"""
+"""Every launcher sets at least one of these"""
+
+
+def rank() -> int:
+    """Returns the rank of this process in the job; 0 without a launcher. Known before the processes meet."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Returns the rank of this process on its host; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def place() -> str:
+    """Returns "process RANK on host NAME", for messages."""
+    return f"process {rank()} on host {socket.gethostname()}"
 
 
 def end_with_launcher() -> None:
-    """From now on this process ends, with a line on stderr and status 3, soon after its launcher has ended.
+    """Starts a thread that ends this process, with one line and status 3, when its launcher has ended.
 
-    The launcher is torchrun, which starts each worker in a session of its own, under SLURM the step's
-    slurmstepd, else the parent and those before it in its process group, such as a script that was called by
-    a script; what stands between is watched with it. A process has none if no variable of a launcher is set,
-    or if SIGHUP is ignored, as by nohup, and it was neither torchrun nor SLURM: such a one is to outlive its
-    shell. A thread looks: the kernel's own signal at a parent's death (prctl) would come when the parent's
-    thread ends, and to those alone whose parent it is.
+    The launcher is torchrun, which starts every worker in its own session; under SLURM the step's
+    slurmstepd; else the parent and the processes before it in the same process group, such as a script
+    that was called by a script. All processes between launcher and worker are watched too. Nothing is
+    started if no launcher has set its variables, or if SIGHUP is ignored, as under nohup, and the launcher is
+    neither torchrun nor SLURM: such a process should outlive its shell.
     """
+    # A thread, not prctl(PR_SET_PDEATHSIG): that signal comes when the parent's *thread* ends, and only from
+    # the direct parent.
     if any(name in os.environ for name in VARIABLES):
         parent, chain = os.getppid(), ancestors(os.getpid())
         watched = _up_to_launcher(chain)
@@ -39,7 +56,10 @@ def end_with_launcher() -> None:
 
 
 def _up_to_launcher(chain: list[Process]) -> list[Process] | None:
-    """The launcher and what stands between; None without one. chain: this process's ancestors."""
+    """Returns the launcher and all processes between; None if there is no launcher.
+
+    chain: this process's ancestors, the parent first.
+    """
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     ends = [i for i, process in enumerate(chain) if process.name == "slurmstepd"][:1]
     if by_torchrun:
@@ -52,12 +72,12 @@ def _up_to_launcher(chain: list[Process]) -> list[Process] | None:
 
 
 def _watch(parent: int, watched: list[Process]) -> None:
-    # the parent is known everywhere, and is another one at once when it ends
+    # getppid works on every platform, and changes at once when the parent ends
     while os.getppid() == parent and all(process.is_running() for process in watched):
-        time.sleep(LOOK_S)
-    place = f"process {os.environ.get('RANK', '0')} on host {socket.gethostname()}"
-    line = f"\nmegatron_bicc: error: {place}: its launcher, process {parent}, has ended, so it ends too\n"
+        time.sleep(POLL_S)
+    line = f"\nmegatron_bicc: error: {place()}: its launcher, process {parent}, has ended, so it ends too\n"
     with contextlib.suppress(OSError, ValueError):
-        if select.select([], [2], [], 0)[1]:  # else whoever reads is gone or stopped
+        # written only if it does not block: the reader of stderr may be gone or stopped
+        if select.select([], [2], [], 0)[1]:
             os.write(2, line.encode())
     os._exit(EXIT_STATUS)

@@ -1,4 +1,4 @@
-"""What the kernel says about other processes. Standard library only; nothing is known outside Linux."""
+"""Processes as /proc shows them. Standard library only; on other systems than Linux nothing is found."""
 
 import contextlib
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Process:
-    """A process, told from a later one of the same id by its start."""
+    """A process; its start time distinguishes it from a later one with the same id."""
 
     pid: int
     name: str
@@ -14,18 +14,18 @@ class Process:
     group: int
     session: int
     start: int
-    """Clock ticks since the machine started"""
+    """Clock ticks from the boot of the machine to the start of the process"""
 
     def is_running(self) -> bool:
-        """Whether it has not ended; a zombie has."""
+        """Returns whether the process is still running; a zombie is not."""
         now = process(self.pid)
         return now is not None and now.start == self.start
 
 
 def process(pid: int) -> Process | None:
-    """The process of that id; None if it has ended, is a zombie, or cannot be looked at."""
+    """Returns the process with this id; None if it has ended, is a zombie, or may not be read."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
-        # proc(5): pid (name) state ppid pgrp session ... starttime, the name with any characters
+        # proc(5): pid (name) state ppid pgrp session ... starttime; the name may hold any characters
         head, _, rest = stat.read().rpartition(")")
         fields = rest.split()
         if fields[0] not in ("Z", "X"):
@@ -35,7 +35,7 @@ def process(pid: int) -> Process | None:
 
 
 def ancestors(pid: int) -> list[Process]:
-    """Its parent, the parent's parent, and so on, as far as they can be looked at."""
+    """Returns the parent, the parent's parent and so on, as far as they can be read."""
     found: list[Process] = []
     own = process(pid)
     while own and (own := process(own.parent)):

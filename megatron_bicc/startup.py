@@ -1,4 +1,7 @@
-"""Everything that a run is made of, checked and built before the first step."""
+"""Start-up: settings and files are read and checked, then the processes meet and check each other.
+
+In this order, so that a mistake is found in seconds, before any process waits for another or loads weights.
+"""
 
 import logging
 import os
@@ -13,27 +16,33 @@ from transformers.utils.logging import disable_progress_bar
 
 from megatron_bicc import device, run_lock
 from megatron_bicc.algorithms.presets import kl_warning, resolve
-from megatron_bicc.checkpoint.resume import HELD_OUT_IDS, TRAIN_IDS, date_of_checkpoint
-from megatron_bicc.collective import gathered
+from megatron_bicc.checkpoint.checkpoint import checkpoints
+from megatron_bicc.checkpoint.resume import (
+    HELD_OUT_IDS,
+    TRAIN_IDS,
+    ResumePoint,
+    check_resume,
+    digests_of_files,
+    resume_point,
+)
+from megatron_bicc.collective import raised_on_all_ranks
 from megatron_bicc.config import Config
 from megatron_bicc.consistency import check_agreement
 from megatron_bicc.data.encoding import asks_for_date, end_token_ids, fix_date
 from megatron_bicc.data.prompts import Prompt, PromptSampler, digest, load_prompts
 from megatron_bicc.errors import UserError, first_line
+from megatron_bicc.metrics import phase
 from megatron_bicc.model.families import positions, supported_config
-from megatron_bicc.model.policy import Policy, start_model_parallel
+from megatron_bicc.model.policy import start_model_parallel
 from megatron_bicc.rewards.registry import (
     Verifier,
     check_threshold,
     check_truths,
     get_verifier,
 )
-from megatron_bicc.rollout.engines import make_engine
 from megatron_bicc.rollout.sampling import Collector
 from megatron_bicc.rollout.sglang_engine import check_model_files
-from megatron_bicc.rollout.types import Engine, unscored
 from megatron_bicc.sglang.checks import server_positions
-from megatron_bicc.training.learner import Learner
 from megatron_bicc.validation import validate
 from megatron_bicc.weights.hf_files import (
     HfTensors,
@@ -41,57 +50,65 @@ from megatron_bicc.weights.hf_files import (
     has_safetensors,
     warn_of_index,
 )
-from megatron_bicc.weights.hf_weights import load_policy
-from megatron_bicc.weights.sync import WeightSync, make_weight_sync
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads from files."""
+    """What a run reads from files, checked."""
 
     config: Config
-    """Resolved: presets filled in, and the date where the chat template asks for one"""
+    """Resolved: presets filled in, and data.date if the chat template needs it"""
     tokenizer: PreTrainedTokenizerBase
+    verifier: Verifier
     prompts: list[Prompt]
     heldout: list[Prompt]
-    prompt_digests: dict[str, str]
-    """Of training and held-out prompts, by what training.resume calls their token ids"""
+    contents: dict[str, str]
+    """SHA-256 sums of files and token ids by name: the same on every rank, and at a resume"""
     collector: Collector
-    verifier: Verifier
+    """At its state in the resume point"""
+    resume: ResumePoint | None
+    """The checkpoint to resume from; None: the run starts at step 0"""
     tensors: HfTensors | None
     """The policy's initial weights, opened and checked"""
 
 
-@dataclass(frozen=True)
-class Workers:
-    """What a run holds in this process."""
-
-    policy: Policy
-    learner: Learner
-    engine: Engine
-    weight_sync: WeightSync
-
-
 def read_inputs(config: Config) -> Inputs:
-    """Reads and checks every setting and file. Raises UserError, one line, for the first mistake."""
+    """Reads and checks every setting and file. Not collective.
+
+    Raises UserError, one line, for the first mistake, and for a checkpoint that the run may not resume from.
+    """
     config = check_settings(config)
-    verifier = get_verifier(config.reward)
-    tokenizer = read_tokenizer(config.model.path)
+    with phase("tokenizer"):
+        tokenizer = read_tokenizer(config.model.path)
     hf_config, tensors = check_policy(config)
     check_lengths(config, hf_config)
-    config = with_date(config, tokenizer, date_of_checkpoint(config))
-    prompts = _prompts(config, config.data.train, tokenizer, config.data.instruction, config.data.filter)
-    heldout = heldout_prompts(config, config.evaluation.data, tokenizer) if config.evaluation.data else []
+    return read_prompts(config, tokenizer, tensors)
+
+
+def read_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, tensors: HfTensors | None) -> Inputs:
+    """`read_inputs` for settings, policy and tokenizer that have been checked."""
+    is_first = device.is_first()
+    found = resume_point(config, is_first)
+    config = with_date(config, tokenizer, found.date if found else "")
+    verifier = get_verifier(config.reward)
+    with phase("prompts") as sizes:
+        prompts = _prompts(config, config.data.train, tokenizer, config.data.instruction, config.data.filter)
+        heldout = heldout_prompts(config, config.evaluation.data, tokenizer) if config.evaluation.data else []
+        sizes += [f"{len(prompts)} for training", f"{len(heldout)} held out"]
+    contents = digests_of_files(config) | {TRAIN_IDS: digest(prompts)}
+    contents |= {HELD_OUT_IDS: digest(heldout)} if heldout else {}
     sampler = PromptSampler(len(prompts), config.rollout.prompts_per_step, config.seed)
-    digests = {TRAIN_IDS: digest(prompts)} | ({HELD_OUT_IDS: digest(heldout)} if heldout else {})
     collector = Collector(config, prompts, sampler)
-    return Inputs(config, tokenizer, prompts, heldout, digests, collector, verifier, tensors)
+    if found:
+        check_resume(found.progress, config, contents, is_first)
+        collector.load_state_dict(found.progress.sampler)
+    return Inputs(config, tokenizer, verifier, prompts, heldout, contents, collector, found, tensors)
 
 
 def check_settings(config: Config) -> Config:
-    """Checks settings, and that files and the run's directory are there; returns them with presets filled in.
+    """Checks settings, and that files and the run's directory exist; returns them with presets filled in.
 
     Raises UserError, one line, for the first mistake.
     """
@@ -101,49 +118,44 @@ def check_settings(config: Config) -> Config:
     return resolve(config)
 
 
-def start_workers(inputs: Inputs) -> Workers:
-    """Joins the other processes and builds policy, learner and engine. Collective.
+def join_processes(inputs: Inputs) -> None:
+    """Makes the process groups, locks output_dir, and checks that all ranks run the same. Collective.
 
-    Raises UserError, one line, for an architecture or weights that cannot be used.
+    Raises UserError, one line, if the processes cannot meet, another run has output_dir, or the ranks differ.
     """
     config = inputs.config
-    disable_progress_bar()  # the run has one of its own
-    device.start_distributed()
-    hold_output_dir(config)
-    check_agreement(config, inputs.prompt_digests)
-    warning = kl_warning(config.loss)
-    if warning and device.is_first():
-        logger.warning(warning)
-    device.watch_hosts(config.parallel.heartbeat_timeout_s)
-    start_model_parallel(config)
-    policy = load_policy(config, inputs.tensors)
-    warn_of_model(config, policy.hf_config)
-    learner = Learner(config, policy, inputs.tokenizer)
-    return make_workers(config, policy, learner, inputs.tokenizer)
-
-
-def make_workers(
-    config: Config, policy: Policy, learner: Learner, tokenizer: PreTrainedTokenizerBase
-) -> Workers:
-    """Returns them with an engine and its weight sync. Collective. Raises UserError."""
-    engine = make_engine(config, tokenizer)
-    sync = make_weight_sync(config, policy, engine, lambda some: learner.log_probs(unscored(some)))
-    return Workers(policy, learner, engine, sync)
+    disable_progress_bar()  # the run has its own
+    with phase("process group") as sizes:
+        device.start_distributed()
+        sizes.append(f"{dist.get_world_size()} processes")
+    with phase("lock and agreement of all processes"):
+        hold_output_dir(config)
+        _check_resume_point(inputs)
+        check_agreement(config, inputs.contents)
+        device.watch_hosts(config.parallel.heartbeat_timeout_s)
+    with phase("model-parallel groups"):
+        start_model_parallel(config)
 
 
 def hold_output_dir(config: Config) -> None:
-    """Locks the directory that the run writes to. Collective.
+    """Locks the directory that the run writes to, until the process ends. Collective.
 
-    Raises UserError, one line, on every process if another run has it or nothing can be written there.
+    Raises UserError, one line, on every rank if another run has it or nothing can be written there.
     """
-    error = ""
-    if dist.get_rank() == 0:
-        try:
+    with raised_on_all_ranks(UserError):
+        if dist.get_rank() == 0:
             run_lock.hold(config.output_dir)
-        except UserError as refusal:
-            error = str(refusal)
-    for refusal in filter(None, gathered(error)):
-        raise UserError(refusal)
+
+
+def _check_resume_point(inputs: Inputs) -> None:
+    """Raises UserError if a checkpoint was written between reading the resume point and taking the lock."""
+    config, expected = inputs.config, inputs.resume.path if inputs.resume else None
+    newest = next(reversed(checkpoints(config.output_dir)), None)
+    if config.checkpoint.resume and newest != expected:
+        raise UserError(
+            f"checkpoint.resume: {newest} was written while this run started, by another run in output_dir; "
+            "start again"
+        )
 
 
 def _check_output_dir(config: Config) -> None:
@@ -155,37 +167,37 @@ def _check_output_dir(config: Config) -> None:
         nearest = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"output_dir is {config.output_dir[:200]!r}; no such directory can be: {error}"
-        ) from None
+            f"output_dir is {config.output_dir[:200]!r}; it cannot be a directory: {error}"
+        ) from error
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(
-            f"output_dir is {config.output_dir!r}; {str(nearest)!r} is no directory that can be written to"
-        )
+        raise UserError(f"output_dir is {config.output_dir!r}; {str(nearest)!r} is not a writable directory")
     run_lock.refuse_if_alive(config.output_dir)
     if used and not config.checkpoint.resume:
         raise UserError(
             f"output_dir is {config.output_dir}; it already holds a run: choose another directory, "
-            "delete it, or go on with that run by checkpoint.resume=true"
+            "delete it, or resume that run with checkpoint.resume=true"
         )
 
 
 def check_policy(config: Config) -> tuple[PretrainedConfig, HfTensors | None]:
     """Checks the configuration and the tensors of model.path, and returns both.
 
-    Without weights a dry run gets None for them. Raises UserError, one line, for a model that is unsupported
-    or damaged, or that a rollout server would read differently.
+    A dry run needs no weights. Raises UserError, one line, for a model that is not supported or damaged, or
+    that a rollout server would read differently.
     """
     path = Path(config.model.path)
     hf_config, tensors = supported_config(path), None
     if has_safetensors(path) or not config.dry_run:
-        tensors = checked_tensors(path, hf_config)
+        with phase("headers of the policy's files") as sizes:
+            tensors = checked_tensors(path, hf_config)
+            sizes.append(f"{len(tensors.file_of)} tensors")
         if config.rollout.engine == "sglang" and config.rollout.launch == "spawn":
             check_model_files(path, hf_config, set(tensors.file_of.values()))
     return hf_config, tensors
 
 
 def check_lengths(config: Config, hf_config: PretrainedConfig) -> None:
-    """Raises UserError where a rollout can be longer than the model, or its server, has positions for."""
+    """Raises UserError if a rollout can be longer than the positions of the model or of its server."""
     prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
     most = engine_positions(config, hf_config)
     if prompt + response > most:
@@ -197,7 +209,7 @@ def check_lengths(config: Config, hf_config: PretrainedConfig) -> None:
 
 
 def engine_positions(config: Config, hf_config: PretrainedConfig) -> int:
-    """Tokens of the longest sequence that the model is made for and the rollout engine takes."""
+    """Returns the tokens of the longest sequence that both the model and the rollout engine take."""
     most = positions(hf_config)
     if config.rollout.engine == "sglang":
         return min(most, server_positions(hf_config, config.rollout))
@@ -205,12 +217,15 @@ def engine_positions(config: Config, hf_config: PretrainedConfig) -> int:
 
 
 def warn_of_model(config: Config, hf_config: PretrainedConfig) -> None:
-    """What can be meant but deserves a line each, on the first process."""
+    """Logs, on rank 0, settings that are allowed and likely not meant. `config` is resolved."""
     warn_of_index(config.model.path)
+    warning = kl_warning(config.loss)
+    if warning and device.is_first():
+        logger.warning(warning)
     longest, most = config.train.max_sequence_tokens, positions(hf_config)
     if device.is_first() and config.bicc.enabled and longest > most:
         logger.warning(
-            "train.max_sequence_tokens is %d; %s has %d positions: longer contexts than that train positions "
+            "train.max_sequence_tokens is %d; %s has %d positions: longer contexts would train positions "
             "that it has never seen",
             longest,
             config.model.path,
@@ -219,12 +234,15 @@ def warn_of_model(config: Config, hf_config: PretrainedConfig) -> None:
 
 
 def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises UserError, one line, where it does not fit the model's config.json, or
-    an end token of the directory is none of the vocabulary."""
+    """Reads the model's tokenizer.
+
+    Raises UserError, one line, if it is damaged or does not fit the model's config.json, or if an end token
+    is not in the vocabulary.
+    """
     hf_config = supported_config(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # and as many for a damaged tokenizer
+    except Exception as error:  # tokenizers and transformers raise any type for a damaged file
         raise UserError(f"model.path is {path}; its tokenizer cannot be read: {first_line(error)}") from error
     if len(tokenizer) > hf_config.vocab_size:
         raise UserError(
@@ -245,9 +263,9 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def with_date(config: Config, tokenizer: PreTrainedTokenizerBase, first_start: str) -> Config:
-    """Fixes the date that the tokenizer's chat template sees, if it asks for one; data.date says which.
+    """Fixes the date that the chat template sees, if it asks for one; returns config with data.date.
 
-    first_start: data.date of what is resumed; empty: nothing is.
+    first_start: data.date of the run that is resumed; empty for a new run.
     """
     if not asks_for_date(tokenizer):
         return config
@@ -264,7 +282,7 @@ def with_date(config: Config, tokenizer: PreTrainedTokenizerBase, first_start: s
 
 
 def heldout_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """The prompts of a file, with evaluation.instruction, as many as evaluation.prompts says.
+    """Reads the first evaluation.prompts prompts of a file, with evaluation.instruction.
 
     Raises UserError for a row that no response could answer.
     """

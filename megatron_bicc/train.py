@@ -1,4 +1,4 @@
-"""The driver: rollouts, learning, weight sync, evaluation, checkpoints; top to bottom.
+"""Training: rollouts, learning, weight sync, evaluation and checkpoints, step by step.
 
 torchrun --nproc-per-node 2 -m megatron_bicc.train --config examples/configs/tiny.yaml train.steps=60
 """
@@ -11,15 +11,15 @@ if __name__ == "__main__":
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from megatron_bicc import device
 from megatron_bicc.checkpoint.checkpoint import (
-    CheckpointError,
     CheckpointWriter,
     Progress,
     check_writable,
@@ -27,21 +27,21 @@ from megatron_bicc.checkpoint.checkpoint import (
     load_checkpoint,
 )
 from megatron_bicc.checkpoint.export import export, export_step, forget_exports
-from megatron_bicc.checkpoint.resume import contents, resume_point
 from megatron_bicc.cli import parse_config
 from megatron_bicc.config import Config
-from megatron_bicc.errors import NotFiniteError, UserError, abort, print_rank0
+from megatron_bicc.errors import PROGRAM, NotFiniteError, UserError, abort, print_rank0
 from megatron_bicc.evaluation.benchmarks import evaluate
 from megatron_bicc.evaluation.results import evaluation_metrics
-from megatron_bicc.metrics import Stopwatch
+from megatron_bicc.metrics import RunLog, Stopwatch, phase, waiting_for
+from megatron_bicc.model.policy import Policy
 from megatron_bicc.rewards.registry import answer_style
 from megatron_bicc.rollout.collect import GroupSampler, ZeroRewardWatch
+from megatron_bicc.rollout.engines import make_engine
 from megatron_bicc.rollout.sampling import Collected
-from megatron_bicc.rollout.types import RolloutError, Sampling
-from megatron_bicc.run_log import RunLog
-from megatron_bicc.startup import Inputs, Workers, read_inputs, start_workers
+from megatron_bicc.rollout.types import Engine, RolloutError, Sampling, unscored
+from megatron_bicc.startup import Inputs, join_processes, read_inputs, warn_of_model
+from megatron_bicc.training.learner import Learner, StepResult
 from megatron_bicc.training.step_metrics import (
-    EngineMismatch,
     MismatchCheck,
     mean_metrics,
     report_groups,
@@ -49,214 +49,234 @@ from megatron_bicc.training.step_metrics import (
     rollout_metrics,
     update_metrics,
 )
+from megatron_bicc.weights.hf_weights import load_policy
+from megatron_bicc.weights.sync import WeightSync, make_weight_sync
 from megatron_bicc.weights.transport import WeightSyncError
 
-_log = logging.getLogger(__name__)
+RESUME = "resume from the newest checkpoint with checkpoint.resume=true"
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> None:
-    """A run from its command line. What ends it early is one line on stderr and exit status 2."""
-    config = parse_config(argv)
+    """Runs a command line. errors.py lists which exception ends in what on stderr."""
     try:
-        run(config)
-    except KeyboardInterrupt:
-        abort(f"stopped; checkpoint.resume=true goes on from the newest checkpoint in {config.output_dir}")
-    except RuntimeError as error:
-        if not device.is_connection_loss(error):
-            raise
-        abort(f"{device.lost_connection(error)}; checkpoint.resume=true goes on", everywhere=True)
-
-
-def run(config: Config) -> None:
-    """A run: inputs, workers, every step."""
-    try:
-        if config.dry_run:
-            print_dry_run(config)
-            return
-        inputs = read_inputs(config)
-        workers = start_workers(inputs)
-        first_step = restore(inputs, workers)
+        run(parse_config(argv))
     except UserError as error:
         abort(str(error))
-    try:
-        train(inputs, workers, first_step)
-    except (CheckpointError, EngineMismatch) as error:
-        abort(str(error))
-    except NotFiniteError as error:
-        abort(
-            f"{error}; look at train/grad_norm, ratio/* and kl/* of the steps before in metrics.jsonl, and "
-            "change what made them grow, such as optimizer.lr: the same settings lead to the same step; "
-            "checkpoint.resume=true resumes from the newest checkpoint"
-        )
+    except KeyboardInterrupt:
+        abort(f"interrupted; {RESUME}")
     except (RolloutError, WeightSyncError) as error:
-        abort(f"{error}; checkpoint.resume=true goes on from the newest checkpoint")
-    device.end_distributed()
-
-
-def print_dry_run(config: Config) -> None:
-    """Everything but the run. Raises UserError, one line."""
-    # Imported late: a run has no use for it.
-    from megatron_bicc.planning.dry_run import dry_run, summary
-
-    print_rank0(summary(dry_run(config, device.world_size())) + "\n", sys.stdout)
-
-
-def train(inputs: Inputs, workers: Workers, first_step: int) -> None:
-    """Every step of a run after the `first_step` that are finished. Collective."""
-    with RunLog(inputs.config, first_step, enabled=dist.get_rank() == 0) as log:
-        run_steps(inputs, workers, first_step, log)
-        finish(inputs, workers, log)
-    workers.weight_sync.close()
-    workers.engine.close()
-
-
-def run_steps(inputs: Inputs, workers: Workers, first_step: int, log: RunLog) -> None:
-    """Every step and checkpoint of `train`. Collective."""
-    config = inputs.config
-    writer = CheckpointWriter(config.output_dir, config.checkpoint.keep)
-    mismatch = MismatchCheck(config, bool(workers.policy.megatron_config.num_moe_experts))
-    workers.weight_sync.sync(first_step)
-    watch = ZeroRewardWatch(answer_style(config.reward), enabled=dist.get_rank() == 0)
-    if first_step == 0:
-        log.step(0, held_out(inputs, workers))
-
-    for step in range(first_step + 1, config.train.steps + 1):
-        clock = Stopwatch()
-        with clock("step"), ending_well(step, writer):
-            with clock("rollout"):
-                rollouts = roll_out(inputs, workers, step)
-            learning_rate = workers.policy.learning_rate()
-            with released_memory(inputs, workers):
-                updates = learn(inputs, workers, rollouts, clock, log, step, mismatch)
-            with clock("sync"):
-                num_bytes = workers.weight_sync.sync(step)
-            if why := watch.see(rollouts.sampled):
-                _log.warning(why)
-            metrics = rollout_metrics(rollouts, config) | mean_metrics(updates)
-            metrics["train/lr"] = learning_rate
-            metrics |= workers.engine.counts()
-            metrics["sync/gb"] = num_bytes / 1e9
-            if is_due(step, config.evaluation.every, config):
-                with clock("eval"):
-                    metrics |= held_out(inputs, workers)
-            writer.check()
-            if config.export.every and step % config.export.every == 0 and step < config.train.steps:
-                with clock("export"):
-                    export_step(workers.policy, config, step)
-            if is_due(step, config.checkpoint.every, config):
-                with clock("save"):
-                    writer.snapshot(workers.policy, progress(inputs, workers, step))
-        log.step(step, metrics | clock.metrics())
-        # once the step's metrics are on disk: a run that goes on from its checkpoint lacks none
-        writer.start()
-    writer.wait()
-
-
-@contextmanager
-def ending_well(step: int, writer: CheckpointWriter) -> Iterator[None]:
-    """What ends the run inside it is raised once the checkpoint that is being written is whole.
-
-    A number that is not finite gets the step's number.
-    """
-    try:
-        yield
-    except NotFiniteError as error:
-        writer.wait()
-        raise NotFiniteError(f"step {step}: {error}") from error
-    except (RolloutError, WeightSyncError):
-        writer.wait()
+        logger.error("%s: error: %s; %s", PROGRAM, error, RESUME)
+        raise
+    except RuntimeError as error:
+        if device.is_connection_loss(error):
+            logger.error("%s: error: %s; %s", PROGRAM, device.lost_connection(error), RESUME)
         raise
 
 
-def roll_out(inputs: Inputs, workers: Workers, step: int) -> Collected:
-    """G scored rollouts of each of the step's prompts."""
-    c = inputs.config.rollout
-    sampling = Sampling(c.temperature, c.max_new_tokens)
-    sampler = GroupSampler(workers.engine, inputs.verifier, inputs.tokenizer, sampling, c.group_size)
-    return inputs.collector.step(step, sampler)
+def run(config: Config) -> None:
+    """Trains, or checks a run on paper with dry_run."""
+    if config.dry_run:
+        # Imported late: a run does not need it.
+        from megatron_bicc.planning.dry_run import dry_run, summary
+
+        print_rank0(summary(dry_run(config, device.world_size())) + "\n", sys.stdout)
+        return
+    inputs = read_inputs(config)
+    join_processes(inputs)
+    with closing(build_trainer(inputs)) as trainer:
+        trainer.restore()
+        trainer.run()
+    with waiting_for("the other processes at the end of the run"):
+        device.end_distributed()
 
 
-def released_memory(inputs: Inputs, workers: Workers) -> AbstractContextManager[None]:
-    """The engine's memory is the trainer's inside it, if the two share their devices."""
-    return workers.engine.memory_released() if inputs.config.rollout.colocate else nullcontext()
+def build_trainer(inputs: Inputs) -> "Trainer":
+    """Builds policy, learner and rollout engine, after `join_processes`. Collective.
 
-
-def learn(
-    inputs: Inputs,
-    workers: Workers,
-    rollouts: Collected,
-    clock: Stopwatch,
-    log: RunLog,
-    step: int,
-    mismatch: MismatchCheck,
-) -> list[dict[str, float]]:
-    """The step's optimiser steps, each on its share of the groups; their metrics."""
-    config, groups, metrics = inputs.config, rollouts.groups, []
-    size = len(groups) // config.train.updates_per_step
-    starts = range(0, len(groups), size)
-    prepared = [workers.learner.prepare(groups[i : i + size], clock, moves=i > 0) for i in starts]
-    if not rollouts.carried:  # groups of an earlier step were sampled with other weights
-        mismatch.step(step, [share.log_probs for share in prepared if share is not None])
-    for start, share in zip(starts, prepared, strict=True):
-        if share is None:
-            continue
-        result = workers.learner.update(share, clock)
-        metrics.append(update_metrics(result, config))
-        if start == 0 and is_due(step, config.evaluation.every, config):
-            log.groups(step, report_groups(result, groups[:size], inputs.tokenizer, config))
-            log.layout(step, report_layout(result, config))
-    return metrics
-
-
-def held_out(inputs: Inputs, workers: Workers) -> dict[str, float]:
-    """pass@1 and pass@k on the held-out prompts; nothing without any."""
-    c = inputs.config
-    if not inputs.heldout:
-        return {}
-    sampling = Sampling(c.evaluation.temperature, c.rollout.max_new_tokens)
-    sampler = GroupSampler(workers.engine, inputs.verifier, inputs.tokenizer, sampling, c.evaluation.samples)
-    result = evaluate(inputs.heldout, sampler, c.seed, c.reward.threshold)
-    return evaluation_metrics(result)
-
-
-def is_due(step: int, every: int, config: Config) -> bool:
-    """Whether something done every so many steps, and at the last, is done at this one."""
-    return step == config.train.steps or (every > 0 and step % every == 0)
-
-
-def progress(inputs: Inputs, workers: Workers, step: int) -> Progress:
-    """Where the run stands after this step."""
-    c = inputs.config
-    state = workers.policy.scheduler.state_dict()
-    found = contents(c) | inputs.prompt_digests
-    return Progress(step, inputs.collector.state_dict(), state, asdict(c), found)
-
-
-def restore(inputs: Inputs, workers: Workers) -> int:
-    """Loads the newest checkpoint if the run is to go on from one; returns the number of finished steps.
-
-    Exports after it are removed, as RunLog removes the metrics.
+    Raises UserError, one line, for weights, an engine or a server that cannot be used.
     """
-    config, first_process = inputs.config, dist.get_rank() == 0
-    check_writable(config.output_dir)
-    found = resume_point(config, inputs.prompt_digests, inputs.collector, first_process)
-    step = found.progress.step if found else 0
-    if found:
-        load_checkpoint(found.path, workers.policy, found.progress)
-    if config.checkpoint.resume and first_process:
-        forget_exports(config.output_dir, step)
-    return step
-
-
-def finish(inputs: Inputs, workers: Workers, log: RunLog) -> None:
-    """The trained policy as a Hugging Face directory, the report, and where to look."""
     config = inputs.config
-    target = Path(config.output_dir) / "hf"
-    export(workers.policy, config, target)
-    log.finish(last_checkpoint=checkpoints(config.output_dir)[-1], export=target)
+    with phase("policy") as sizes:
+        policy = load_policy(config, inputs.tensors)
+        local = sum(parameter.numel() for module in policy.modules for parameter in module.parameters())
+        sizes.append(f"{local:,} parameters on rank 0")
+    warn_of_model(config, policy.hf_config)
+    with phase("learner"):
+        learner = Learner(config, policy, inputs.tokenizer)
+    with phase(f"rollout engine {config.rollout.engine}"):
+        engine = make_engine(config, inputs.tokenizer)
+        weight_sync = make_weight_sync(
+            config, policy, engine, lambda sequences: learner.log_probs(unscored(sequences))
+        )
+    return Trainer(inputs, policy, learner, engine, weight_sync)
+
+
+class Trainer:
+    """The state of a run and its steps. Every method is collective."""
+
+    def __init__(
+        self, inputs: Inputs, policy: Policy, learner: Learner, engine: Engine, weight_sync: WeightSync
+    ) -> None:
+        config, is_first = inputs.config, dist.get_rank() == 0
+        self.inputs, self.config = inputs, config
+        self.policy, self.learner = policy, learner
+        self.engine, self.weight_sync = engine, weight_sync
+        self.collector = inputs.collector
+        self.step = inputs.resume.progress.step if inputs.resume else 0
+        """The step in progress; between steps, the number of finished ones"""
+        self.log = RunLog(config, enabled=is_first)
+        self.writer = CheckpointWriter(config.output_dir, config.checkpoint.keep)
+        self.mismatch = MismatchCheck(config, bool(policy.megatron_config.num_moe_experts))
+        self.zero_rewards = ZeroRewardWatch(answer_style(config.reward), enabled=is_first)
+
+    def restore(self) -> None:
+        """Loads the checkpoint to resume from, if there is one, and removes the exports after it.
+
+        Raises CheckpointError if the checkpoint is damaged or output_dir cannot be written.
+        """
+        config, found = self.config, self.inputs.resume
+        check_writable(config.output_dir)
+        if found:
+            with phase("resume point") as sizes:
+                load_checkpoint(found.path, self.policy, found.progress)
+                sizes.append(f"step {found.progress.step} of {found.path}")
+        if config.checkpoint.resume and dist.get_rank() == 0:
+            forget_exports(config.output_dir, self.step)
+
+    def run(self) -> None:
+        """Trains to the last step, exports the policy and writes the report."""
+        with self.log.open(self.step):
+            # the engine started with the weights of model.path; a restored policy has others
+            with phase("first weight sync"):
+                self.sync()
+            if self.step == 0:
+                self.log.step(0, self.evaluate())
+            while self.step < self.config.train.steps:
+                self.step += 1
+                with self._raised_after_checkpoint():
+                    self.train_step()
+            self.writer.wait()
+            target = Path(self.config.output_dir) / "hf"
+            export(self.policy, self.config, target)
+            self.log.finish(last_checkpoint=checkpoints(self.config.output_dir)[-1], export=target)
+
+    def train_step(self) -> None:
+        """Samples, learns, hands the weights to the engine; evaluates, exports and saves if they are due."""
+        config, clock = self.config, Stopwatch()
+        with clock("step"):
+            with clock("rollout"):
+                rollouts = self.roll_out()
+            metrics = rollout_metrics(rollouts, config) | {"train/lr": self.policy.learning_rate()}
+            # a colocated engine lends its memory; the sync after this gives it new weights
+            with self.engine.memory_released() if config.rollout.colocate else nullcontext():
+                results = self.learn(rollouts, clock)
+            metrics |= mean_metrics([update_metrics(result, config) for result in results])
+            with clock("sync"):
+                metrics["sync/gb"] = self.sync() / 1e9
+            if why := self.zero_rewards.see(rollouts.sampled):
+                logger.warning(why)
+            metrics |= self.engine.counts()
+            if self._is_due(config.evaluation.every):
+                # the report shows the first update of a step that evaluates
+                if results:
+                    size = len(rollouts.groups) // config.train.updates_per_step
+                    shown = report_groups(results[0], rollouts.groups[:size], self.inputs.tokenizer, config)
+                    self.log.groups(self.step, shown)
+                    self.log.layout(self.step, report_layout(results[0], config))
+                with clock("eval"):
+                    metrics |= self.evaluate()
+            self.writer.check()
+            # the last step's export is written to hf/ at the end
+            if self.step < config.train.steps and self._is_due(config.export.every):
+                with clock("export"):
+                    export_step(self.policy, config, self.step)
+            if self._is_due(config.checkpoint.every):
+                with clock("save"):
+                    self.save()
+        self.log.step(self.step, metrics | clock.metrics())
+        # not before the metrics are on disk: a run that resumes from this checkpoint must not lack any
+        self.writer.start()
+
+    def roll_out(self) -> Collected:
+        """Samples and scores the step's groups."""
+        c = self.config.rollout
+        return self.collector.step(self.step, self._sampler(c.temperature, c.group_size))
+
+    def learn(self, rollouts: Collected, clock: Stopwatch) -> list[StepResult]:
+        """Takes the step's optimizer steps, each on its share of the groups; none if nothing can be learned.
+
+        Raises EngineMismatch, before the first, if the engine computes another model.
+        """
+        groups, results = rollouts.groups, []
+        size = len(groups) // self.config.train.updates_per_step
+        starts = range(0, len(groups), size)
+        prepared = [self.learner.prepare(groups[i : i + size], clock, moves=i > 0) for i in starts]
+        # groups of an earlier step were sampled with other weights: their log-probs may differ
+        if not rollouts.carried:
+            self.mismatch.step(self.step, [share.log_probs for share in prepared if share is not None])
+        for share in prepared:
+            if share is not None:
+                results.append(self.learner.update(share, clock))
+        return results
+
+    def sync(self) -> int:
+        """Hands the policy's weights to the engine as version `step`; returns their bytes."""
+        return self.weight_sync.sync(self.step)
+
+    def evaluate(self) -> dict[str, float]:
+        """Returns pass@1 and pass@k on the held-out prompts; nothing if there are none."""
+        c = self.config
+        if not self.inputs.heldout:
+            return {}
+        sampler = self._sampler(c.evaluation.temperature, c.evaluation.samples)
+        return evaluation_metrics(evaluate(self.inputs.heldout, sampler, c.seed, c.reward.threshold))
+
+    def save(self) -> None:
+        """Copies the run's state for a checkpoint of this step; `writer.start` writes it."""
+        self.writer.snapshot(self.policy, self.progress())
+
+    def progress(self) -> Progress:
+        """Returns the run's state beside weights and optimizer."""
+        schedule = self.policy.scheduler.state_dict()
+        collector = self.collector.state_dict()
+        return Progress(self.step, collector, schedule, asdict(self.config), self.inputs.contents)
+
+    def close(self) -> None:
+        """Ends the rollout engine. The checkpoint that is being written is not waited for."""
+        self.weight_sync.close()
+        self.engine.close()
+
+    def _sampler(self, temperature: float, group_size: int) -> GroupSampler:
+        sampling = Sampling(temperature, self.config.rollout.max_new_tokens)
+        return GroupSampler(self.engine, self.inputs.verifier, self.inputs.tokenizer, sampling, group_size)
+
+    def _is_due(self, every: int) -> bool:
+        """Returns whether something that is done every so many steps, and at the last step, is done now."""
+        return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
+
+    @contextmanager
+    def _raised_after_checkpoint(self) -> Iterator[None]:
+        """Lets a checkpoint that is being written become whole before an error ends the run.
+
+        For the errors that every rank raises: the first rank that exits makes torchrun kill the others.
+        """
+        try:
+            yield
+        except NotFiniteError as error:
+            self.writer.wait()
+            raise NotFiniteError(
+                f"step {self.step}: {error}; look at train/grad_norm, ratio/* and kl/* of the steps before "
+                "in metrics.jsonl, and change what made them grow, such as optimizer.lr: the same settings "
+                "lead to the same step; checkpoint.resume=true resumes from the newest checkpoint"
+            ) from error
+        except (UserError, RolloutError, WeightSyncError):
+            self.writer.wait()
+            raise
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("megatron_bicc").setLevel(logging.INFO)
-    main(sys.argv[1:])
+    record(main)(sys.argv[1:])  # torchrun's error file gets the exception of the first rank that fails

@@ -1,12 +1,11 @@
-"""Checkpoints by megatron-core's dist_checkpointing: what they hold, and loading one.
+"""Training checkpoints in megatron-core's dist_checkpointing format: background writing, loading.
 
-OUTPUT_DIR/checkpoints/step_00000050/    weights and optimizer, sharded, progress.json and manifest.json
+OUTPUT_DIR/checkpoints/step_00000050/    weights and optimizer, sharded; progress.json; manifest.json
 OUTPUT_DIR/checkpoints/latest            symbolic link to the newest
 
-Writing checkpoints while the run goes on: by a thread, aside, renamed when whole.
-
-A step that saves waits until weights and optimizer are copied to host memory, and no longer. The thread's
-collectives have a process group of their own, so that they never mix with the run's.
+A step that saves waits only until weights and optimizer are copied to host memory. A thread writes them, to
+a directory aside that is renamed when it is whole. The thread's collectives have their own process group,
+so that they never mix with those of the run.
 """
 
 import gc
@@ -34,45 +33,48 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_bicc import device, run_lock
 from megatron_bicc.checkpoint.megatron_files import cause
 from megatron_bicc.checkpoint.verify import check_file, check_manifest, describe_share, write_manifest
-from megatron_bicc.collective import gathered
+from megatron_bicc.collective import gathered, raised_on_all_ranks
 from megatron_bicc.errors import NotFiniteError, UserError, first_line
+from megatron_bicc.metrics import waiting_for
 from megatron_bicc.model.policy import Policy
 
 PROGRESS, LATEST, PARTIAL = "progress.json", "latest", ".partial"
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
+"""Words of the RuntimeErrors in which torch's zip writer loses the system's error, such as a full disk"""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written or read, in one line that names the file."""
+    """A checkpoint that cannot be written or read: one line that names the file and what to do."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands, beside its weights."""
+    """State of a run beside its weights and optimizer: what progress.json holds."""
 
     step: int
     """Finished steps"""
     sampler: dict[str, Any]
-    """The state of rollout.dynamic.Collector: the position in the data, and groups left over"""
+    """State of rollout.sampling.Collector: the position in the data, and groups left over"""
     scheduler: dict[str, Any]
-    """The learning-rate scheduler's state"""
+    """State of the learning-rate schedule"""
     config: dict[str, Any]
     """The configuration that the run was started with"""
     contents: dict[str, str]
-    """training.resume.contents: what the files that the configuration names hold"""
+    """startup.Inputs.contents: digests of the files that the configuration names"""
 
 
 def checkpoints(output_dir: str) -> list[Path]:
-    """Finished checkpoints of a run, oldest first.
+    """Returns the finished checkpoints of a run, oldest first.
 
-    One has its name only when it is whole: what it may have lost since is damage, found where it is read.
+    A checkpoint gets its name when it is whole; damage after that is found when it is read.
     """
     root = Path(output_dir) / "checkpoints"
     return sorted(p for p in root.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name) and p.is_dir())
 
 
 def check_writable(output_dir: str) -> None:
-    """Raises CheckpointError if no checkpoint can be written there: before the first step, not after it."""
+    """Raises CheckpointError if no checkpoint can be written there. To be called before the first step."""
     root = Path(output_dir) / "checkpoints"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,7 @@ def check_writable(output_dir: str) -> None:
 
 
 def read_progress(path: Path) -> Progress:
-    """Where the run of a checkpoint stood. Raises CheckpointError if it is damaged."""
+    """Reads progress.json of a checkpoint. Raises CheckpointError if it is damaged."""
     try:
         check_file(path, PROGRESS)
         return Progress(**json.loads((path / PROGRESS).read_text()))
@@ -92,10 +94,10 @@ def read_progress(path: Path) -> Progress:
 
 
 def load_checkpoint(path: Path, policy: Policy, progress: Progress) -> None:
-    """Fills the policy, its optimizer and its schedule, under any layout. Collective.
+    """Loads the policy, its optimizer and its schedule, under any parallel layout. Collective.
 
-    progress: `read_progress` of the same checkpoint. Raises CheckpointError that names the file that is
-    damaged, or the tensor that is not there or not finite, and what to go on from.
+    progress: `read_progress` of the same checkpoint. Raises CheckpointError that names the damaged file, or
+    the tensor that is missing or not finite, and the checkpoint to resume from instead.
     """
     try:
         check_manifest(path)
@@ -110,7 +112,8 @@ def load_checkpoint(path: Path, policy: Policy, progress: Progress) -> None:
             chunk.module.load_state_dict(state[f"model{i}"], strict=False)
         settings = [_settings(group) for group in policy.optimizer.param_groups]
         policy.optimizer.load_state_dict(state["optimizer"])
-        # it took Adam's decays and epsilon from the checkpoint, too: this run's settings count
+        # load_state_dict also takes Adam's decays and epsilon from the checkpoint: restore this run's
+        # settings
         for group, own in zip(policy.optimizer.param_groups, settings, strict=True):
             group |= own
     try:
@@ -121,8 +124,11 @@ def load_checkpoint(path: Path, policy: Policy, progress: Progress) -> None:
 
 
 def _check_tensors(state: dict[str, Any], path: Path) -> None:
-    """Earlier versions kept the optimizer of a policy with experts under other names, and trained the experts
-    wrongly under tensor parallel alone."""
+    """Raises CheckpointError if the checkpoint lacks a tensor; megatron-core would report it in many lines.
+
+    Earlier versions kept the optimizer of a policy with experts under other names, and trained the experts
+    wrongly under tensor parallel alone.
+    """
     held = dist_checkpointing.load_tensors_metadata(str(path))
     for entry in nested_values(state):
         if isinstance(entry, ShardedTensor) and entry.key not in held:
@@ -133,9 +139,9 @@ def _check_tensors(state: dict[str, Any], path: Path) -> None:
 
 
 def host_state(policy: Policy) -> dict[str, Any]:
-    """What a checkpoint holds of the policy, in memory that training does not touch. Collective."""
+    """Returns the policy's part of a checkpoint, in host memory that training does not change. Collective."""
     model = _model_state(policy)
-    # megatron-core has gathered the optimizer's part in host memory of its own
+    # megatron-core gathers the optimizer's part into new host memory; only the weights are still live tensors
     optimizer = _optimizer_state(policy, model, is_loading=False)
     for entry in nested_values(model):
         if isinstance(entry.data, Tensor) and is_main_replica(entry.replica_id):
@@ -144,7 +150,7 @@ def host_state(policy: Policy) -> dict[str, Any]:
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """What a parameter group of an optimizer holds beside its parameters and the count of its steps."""
+    """Returns a parameter group's settings, without its parameters and its step count."""
     return {name: value for name, value in group.items() if name not in ("params", "step")}
 
 
@@ -158,7 +164,7 @@ def _optimizer_state(policy: Policy, model: dict[str, Any], is_loading: bool) ->
 
 def _remedy(path: Path) -> str:
     earlier = [p for p in checkpoints(str(path.parents[1])) if p.name < path.name]
-    return f"delete {path} to " + (f"go on from {earlier[-1]}" if earlier else "start again")
+    return f"delete {path} to " + (f"resume from {earlier[-1]}" if earlier else "start again")
 
 
 T = TypeVar("T")
@@ -167,24 +173,25 @@ T = TypeVar("T")
 class CheckpointWriter:
     """Writes a run's checkpoints, one at a time. Its methods are collective.
 
-    Whenever the processes are killed, the checkpoints that had their names are whole, and `latest` is one.
-    A checkpoint that cannot be written is a CheckpointError on every process; the earlier ones stay.
+    Whenever the processes are killed, every checkpoint with a final name is whole, and `latest` is one of
+    them. A checkpoint that cannot be written raises CheckpointError on every rank; the earlier ones stay.
     """
 
     def __init__(self, output_dir: str, keep: int) -> None:
-        """keep: how many of the newest checkpoints stay."""
+        """keep: number of the newest checkpoints that are not removed."""
         self._root, self._keep = Path(output_dir) / "checkpoints", keep
         self._group = dist.new_group(backend="gloo", timeout=device.TIMEOUT)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._snapshot: tuple[Path, dict[str, Any]] | None = None
         self._writing: Future[None] | None = None
-        # megatron-core collects garbage at every save: not among all that was loaded before the first step
+        # megatron-core runs the garbage collector at every save: exempt all that was loaded before the
+        # first step
         gc.freeze()
 
     def snapshot(self, policy: Policy, progress: Progress) -> None:
-        """Copies what the next checkpoint holds to host memory, once the last one is written.
+        """Waits until the last checkpoint is written, then copies the next one's state to host memory.
 
-        Raises CheckpointError for either.
+        Raises CheckpointError if either fails.
         """
         self.wait()
         final = self._root / f"step_{progress.step:08d}"
@@ -194,48 +201,45 @@ class CheckpointWriter:
             raise _failure(final, error) from error
 
     def start(self) -> None:
-        """Begins to write the snapshot, if there is one."""
+        """Begins to write the snapshot, if there is one. Does not wait."""
         if self._snapshot:
             self._writing = self._thread.submit(self._write, *self._snapshot)
             self._snapshot = None
 
     def check(self) -> None:
-        """Raises CheckpointError for a checkpoint that failed, on all processes at the same call."""
+        """Raises CheckpointError if a checkpoint failed, at the same call on every rank. Does not wait."""
         if self._writing:
+            # a rank whose thread has failed must not raise while another one's has not: they would part ways
             done = torch.tensor(int(self._writing.done()), device=device.device())
             dist.all_reduce(done, dist.ReduceOp.MIN)
             if done:
                 self.wait()
 
     def wait(self) -> None:
-        """Returns when nothing is being written. Raises CheckpointError for a checkpoint that failed."""
+        """Waits until nothing is being written. Raises CheckpointError for a checkpoint that failed."""
         if self._writing:
             writing, self._writing = self._writing, None
-            writing.result()
+            with waiting_for("the checkpoint that is being written"):
+                writing.result()
 
     def _write(self, final: Path, tensors: dict[str, Any]) -> None:
-        """The thread's work."""
+        """Runs in the thread."""
         aside = _aside(final)
         try:
             write_tensors(aside, tensors, self._group)
-            parts = self._together(lambda: describe_share(aside))
+            parts = gathered(self._together(lambda: describe_share(aside)), self._group)
             self._together(lambda: _publish(final, parts, self._keep) if dist.get_rank() == 0 else None)
-        except (OSError, RuntimeError, CheckpointException) as error:
-            if isinstance(error, RuntimeError) and device.is_connection_loss(error):
-                raise
+        except (OSError, CheckpointException) as error:
+            if not _is_of_disk(error):
+                raise  # a lost peer or a fault of the program keeps its own words
             shutil.rmtree(aside, ignore_errors=True)
             raise _failure(final, error) from error
 
-    def _together(self, task: Callable[[], T]) -> list[T]:
-        """What `task` returns on each process; OSError on all of them if it fails on one."""
-        try:
-            outcome: tuple[Any, str | None] = (task(), None)
-        except OSError as error:
-            outcome = (None, str(error))
-        outcomes = gathered(outcome, self._group)
-        for failure in (failure for _, failure in outcomes if failure):
-            raise OSError(failure)
-        return [result for result, _ in outcomes]
+    def _together(self, task: Callable[[], T]) -> T:
+        """Returns what `task` returns; an OSError of any rank is raised on every rank."""
+        with raised_on_all_ranks(OSError, group=self._group):
+            result = task()
+        return result
 
 
 def _aside(final: Path) -> Path:
@@ -243,7 +247,11 @@ def _aside(final: Path) -> Path:
 
 
 def _take(aside: Path, policy: Policy, progress: Progress) -> dict[str, Any]:
-    """Writes what is small at once; returns the tensors, in host memory, as torch is to write them."""
+    """Writes the small files; returns the tensors, in host memory and in the form that torch writes.
+
+    No `files.atomic_directory`: the directory is begun here, in the run, and gets its name in the thread.
+    What a killed run has left is removed.
+    """
     if dist.get_rank() == 0:
         run_lock.check()
         for leftover in aside.parent.glob(f"*{PARTIAL}"):
@@ -258,20 +266,21 @@ def _take(aside: Path, policy: Policy, progress: Progress) -> dict[str, Any]:
 
 
 def collect_tensors(directory: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Writes all but the tensors of a state in megatron-core's format; returns these. Collective."""
+    """Writes a state in megatron-core's format except for its tensors, which it returns. Collective."""
     later = _Later("torch_dist", 1)
     dist_checkpointing.save(state, str(directory), sharded_strategy=later)
     return later.tensors
 
 
 def write_tensors(directory: Path, tensors: dict[str, Any], group: dist.ProcessGroup) -> None:
-    """Writes what `collect_tensors` returned, by torch's own writer. Collective over `group`.
+    """Writes what `collect_tensors` returned. Collective over `group`.
 
-    megatron-core's writer starts a process that loads the whole program again, and outlives a killed run.
+    By torch's writer: megatron-core's starts a process that loads the whole program again, and that
+    outlives a killed run.
     """
     dcp.save(
         tensors,
-        # of two threads torch would lose the second one's error
+        # one thread: of two, torch loses the second one's error
         storage_writer=dcp.FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0),
         planner=torch_strategy.MCoreSavePlanner(flatten_state_dict=False),
         process_group=group,
@@ -279,7 +288,7 @@ def write_tensors(directory: Path, tensors: dict[str, Any], group: dist.ProcessG
 
 
 class _Later(torch_strategy.TorchDistSaveShardedStrategy):
-    """Keeps the tensors that are to be written."""
+    """A save strategy that keeps the tensors instead of writing them."""
 
     tensors: dict[str, Any]
 
@@ -291,12 +300,13 @@ class _Later(torch_strategy.TorchDistSaveShardedStrategy):
 
 
 def _publish(final: Path, parts: list[dict[str, Any]], keep: int) -> None:
-    """Gives a whole checkpoint its name; at every moment the newest one is whole, and `latest` names one."""
+    """Gives a whole checkpoint its name. At every moment the newest one is whole, and `latest` names one."""
     run_lock.check()
     write_manifest(_aside(final), parts)
     if final.exists():
         _remove(final)
     _aside(final).rename(final)
+    # as `files.atomic_file` does for a file; a symbolic link cannot be synced
     link = final.with_name(LATEST + ".new")
     link.unlink(missing_ok=True)
     link.symlink_to(final.name)
@@ -306,17 +316,25 @@ def _publish(final: Path, parts: list[dict[str, Any]], keep: int) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Under another name first: half a checkpoint must not look like one."""
+    """Renames a checkpoint and removes it: half a checkpoint must not look like a whole one."""
     doomed = checkpoint.with_name(checkpoint.name + ".old" + PARTIAL)
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)
 
 
+def _is_of_disk(error: BaseException) -> bool:
+    """Returns whether all failures are failed writes: the system's error, or torch's words for it."""
+    failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
+    return all(
+        isinstance(own, OSError) or any(words in str(own) for words in TORCH_WRITER) for own, _ in failures
+    )
+
+
 def _failure(final: Path, error: BaseException) -> CheckpointError:
-    """One line, by what failed on whichever process."""
-    error = cause(error)
-    hint = "; is the disk full?" if isinstance(error, RuntimeError) else ""
+    """Returns the one line about a checkpoint that could not be written, by what failed on whichever rank."""
+    own = cause(error)
+    hint = "; is the disk full?" if isinstance(own, RuntimeError) else ""
     return CheckpointError(
-        f"{final}: cannot be written: {first_line(error)}{hint}; "
-        "free space and go on by checkpoint.resume=true"
+        f"{final}: cannot be written: {first_line(own)}{hint}; "
+        "free space and resume with checkpoint.resume=true"
     )

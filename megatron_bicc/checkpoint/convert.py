@@ -19,9 +19,9 @@ from transformers import PretrainedConfig
 from megatron_bicc import device
 from megatron_bicc.checkpoint.megatron_files import MegatronCheckpoint, Slot, slots_of, write_checkpoint
 from megatron_bicc.checkpoint.verify import check_if_listed, describe_share, write_manifest
-from megatron_bicc.collective import gathered
+from megatron_bicc.collective import gathered, shared_atomic_directory
 from megatron_bicc.errors import UserError
-from megatron_bicc.files import check_disk, check_target, written_aside
+from megatron_bicc.files import check_disk, check_target
 from megatron_bicc.model.families import supported_config
 from megatron_bicc.weights.hf_files import (
     EMBEDDING,
@@ -56,7 +56,7 @@ def import_hf(source: Path, target: Path, allow_pickle: bool) -> None:
     _check_types(source, slots, found)
     check_disk(target, sum(tensor.nbytes for tensor in found.values()))
     own = slots[dist.get_rank() :: dist.get_world_size()]
-    with written_aside(target) as partial, _bar(f"import {source}", own, found) as bar:
+    with shared_atomic_directory(target) as partial, _bar(f"import {source}", own, found) as bar:
 
         def read(slot: Slot) -> Tensor:
             parameter = slot.to_megatron([tensors.read(name) for name in slot.hf_names], hf_config)
@@ -99,7 +99,7 @@ def export_hf(source: Path, target: Path, side_files: Path | None) -> None:
     _check_index(beside, file_of, tensors)
     check_disk(target, sum(tensor.nbytes for tensor in tensors.values()))
     files = sorted(set(file_of.values()))
-    with written_aside(target) as partial:
+    with shared_atomic_directory(target) as partial:
         own = files[dist.get_rank() :: dist.get_world_size()]
         for file in tqdm(own, f"export {source}", unit="file", disable=device.quiet()):
             names = {name: tensor for name, tensor in tensors.items() if file_of[name] == file}

@@ -1,6 +1,6 @@
-"""The policy as a Hugging Face directory, which transformers and the engines that read its format load.
+"""Exports the policy as a Hugging Face directory, for transformers and every engine that reads the format.
 
-OUTPUT_DIR/exports/step_00000050    while it is trained
+OUTPUT_DIR/exports/step_00000050    during training
 OUTPUT_DIR/hf                       at the end
 """
 
@@ -31,10 +31,10 @@ def export_step(policy: Policy, config: Config, step: int) -> None:
 
 
 def forget_exports(output_dir: str, step: int) -> None:
-    """Removes the exports after a step, and their leftovers: before a run goes on from its checkpoint.
+    """Removes the exports after a step, unfinished ones included, before a run resumes from its checkpoint.
 
-    They are of a branch that is given up, and would count as the newest. For one process of the run.
-    Raises CheckpointError if one cannot be removed.
+    They belong to a branch that is given up, and would count as the newest. For one rank only. Raises
+    CheckpointError if one cannot be removed.
     """
     for path in (Path(output_dir) / "exports").glob("step_*"):
         found = re.match(r"step_(\d{8})(\.|$)", path.name)
@@ -50,4 +50,4 @@ def export(policy: Policy, config: Config, target: Path) -> None:
     try:
         save_hf(policy.modules, policy.hf_config, Path(config.model.path), target, dist.get_rank() == 0)
     except UserError as error:
-        raise CheckpointError(f"{error}; free space and go on by checkpoint.resume=true") from error
+        raise CheckpointError(f"{error}; free space and resume with checkpoint.resume=true") from error

@@ -6,10 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from megatron_bicc import device
-from megatron_bicc.algorithms.presets import kl_warning
 from megatron_bicc.checkpoint.checkpoint import check_writable, checkpoints
-from megatron_bicc.checkpoint.resume import resume_point
 from megatron_bicc.config import Config
 from megatron_bicc.model.build import describe
 from megatron_bicc.planning.shards import Shard, build_shards, data_parallel_size
@@ -21,7 +18,7 @@ from megatron_bicc.startup import (
     check_policy,
     check_settings,
     heldout_prompts,
-    read_inputs,
+    read_prompts,
     read_tokenizer,
     warn_of_model,
 )
@@ -92,7 +89,7 @@ def _check_prompts(
     if (train or heldout) and isinstance(tokenizer, UnknownTokenizer):
         unchecked.append("prompts: they cannot be read without a tokenizer")
     elif train:
-        _check_resume(read_inputs(config), unchecked)
+        _check_resume(read_prompts(config, tokenizer), unchecked)
         return
     elif heldout:
         heldout_prompts(config, heldout, tokenizer)
@@ -102,19 +99,16 @@ def _check_prompts(
 
 def _check_resume(inputs: Inputs, unchecked: list[str]) -> None:
     config = inputs.config
-    if (Path(config.output_dir) / "checkpoints").exists():  # a dry run creates nothing
+    if (Path(config.output_dir) / "checkpoints").exists():  # a dry run makes no directory
         check_writable(config.output_dir)
-    found = resume_point(config, inputs.prompt_digests, inputs.collector, device.is_first())
-    if found:
-        unchecked.append(f"checkpoint: weights and optimizer in {found.path}")
+    if inputs.resume:
+        unchecked.append(f"checkpoint: weights and optimizer in {inputs.resume.path}")
 
 
 def summary(found: DryRun) -> str:
     """Formats the results: layout, distinct shards, the synthetic step, what was not checked, warnings."""
     lines = [*_layout_lines(found), *_shard_lines(found.shards), *_step_lines(found)]
     lines += [f"not checked: {line}" for line in found.unchecked]
-    warning = kl_warning(found.config.loss)
-    lines += [f"warning: {warning}"] if warning else []
     return "\n".join(lines)
 
 

@@ -155,7 +155,7 @@ def why_all_zero(groups: list[Group], style: Style | None) -> str | None:
     """
     if not groups or _has_reward(groups):
         return None
-    texts = [text for group in groups for text in group.texts]
+    texts = [group.prompt.begun_answer + text for group in groups for text in group.texts]
     cut = sum(sample.finish_reason == "length" for group in groups for sample in group.samples)
     if style is None:
         return (

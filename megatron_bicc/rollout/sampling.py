@@ -12,13 +12,14 @@ import numpy as np
 
 from megatron_bicc.config import Config
 from megatron_bicc.data.prompts import Prompt, PromptSampler
+from megatron_bicc.errors import UserError
 from megatron_bicc.rewards.registry import answer_style
 from megatron_bicc.rollout.collect import GroupSampler, why_all_zero
 from megatron_bicc.rollout.streaming_sampler import Search, likely_prompts, search
-from megatron_bicc.rollout.types import Group, RolloutError, Sample, StreamingEngine
+from megatron_bicc.rollout.types import Group, Sample, StreamingEngine
 
 
-class NoContrastError(RolloutError):
+class NoContrastError(UserError):
     """Not enough groups with mixed outcomes. One line: how many, why, and a remedy."""
 
 

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from megatron_bicc.config import RolloutConfig
 from megatron_bicc.errors import UserError
-from megatron_bicc.metrics import log_if_slow
+from megatron_bicc.metrics import waiting_for
 from megatron_bicc.sglang.client import ServerClient, ServerError, ServerRefusal
 from megatron_bicc.sglang.settings import context_length
 
@@ -41,7 +41,7 @@ async def wait_until_ready(
     server that is not ready within timeout_s seconds or refuses the requests.
     """
     end = time.monotonic() + timeout_s
-    with log_if_slow(log, "waiting up to %g s for rollout server %s to start", timeout_s, client.url):
+    with waiting_for(f"rollout server {client.url} to start, for up to {timeout_s:g} s"):
         while True:
             check_starting()
             try:

@@ -32,6 +32,7 @@ from megatron_bicc.algorithms.statistics import (
     ratio_statistics,
 )
 from megatron_bicc.config import Config
+from megatron_bicc.errors import UserError
 from megatron_bicc.metrics import LayoutRecord, MicroBatchRecord, PlanRecord
 from megatron_bicc.packing.plan import StepPlan, packed_sides
 from megatron_bicc.packing.types import MicroBatch
@@ -43,8 +44,8 @@ from megatron_bicc.training.learner import StepResult
 logger = logging.getLogger(__name__)
 
 
-class EngineMismatch(RuntimeError):
-    """Engine and policy compute different models; the message is one line."""
+class EngineMismatch(UserError):
+    """Rollout engine and policy compute different models: one line that says what to compare."""
 
 
 @dataclass(frozen=True)

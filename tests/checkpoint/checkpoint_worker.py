@@ -20,15 +20,15 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_bicc import device, train
+from megatron_bicc import device
 from megatron_bicc.checkpoint.checkpoint import CheckpointWriter
 from megatron_bicc.checkpoint.convert import export_hf
 from megatron_bicc.cli import parse_config
 from megatron_bicc.config import Config
 from megatron_bicc.metrics import Stopwatch
 from megatron_bicc.model.policy import Policy, start_model_parallel
-from megatron_bicc.startup import Inputs, Workers, read_inputs
-from megatron_bicc.train import main
+from megatron_bicc.startup import read_inputs
+from megatron_bicc.train import Trainer, main
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -187,17 +187,15 @@ def poison_gradient() -> None:
 
 def poison_weight() -> None:
     """In the third step nothing is learned, and a weight becomes NaN."""
-    learn = train.learn
+    learn = Trainer.learn
 
-    def poisoned(
-        inputs: Inputs, workers: Workers, rollouts: Any, clock: Any, log: Any, step: int, mismatch: Any
-    ) -> list[dict[str, float]]:
-        if step < 3:
-            return learn(inputs, workers, rollouts, clock, log, step, mismatch)
-        workers.policy.modules[0].decoder.final_layernorm.weight.data[0] = torch.nan
+    def poisoned(trainer: Trainer, rollouts: Any, clock: Any) -> list:
+        if trainer.step < 3:
+            return learn(trainer, rollouts, clock)
+        trainer.policy.modules[0].decoder.final_layernorm.weight.data[0] = torch.nan
         return []
 
-    train.learn = poisoned
+    Trainer.learn = poisoned
 
 
 def scenarios(out: Path, kills: int) -> dict:

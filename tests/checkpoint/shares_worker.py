@@ -21,10 +21,8 @@ from megatron_bicc.model.policy import start_model_parallel
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.engines import make_engine
 from megatron_bicc.rollout.types import Group, Sampling
-from megatron_bicc.startup import Inputs, make_workers, read_inputs
-from megatron_bicc.train import restore, train
-from megatron_bicc.training.learner import Learner
-from megatron_bicc.weights.hf_weights import load_policy
+from megatron_bicc.startup import Inputs, read_inputs
+from megatron_bicc.train import build_trainer
 
 HELD_OUT = "examples/data/heldout.parquet"
 COUNTS, GROUP_SIZE = (1, 2, 4), 2
@@ -88,10 +86,9 @@ def evaluated(out: Path) -> list[list]:
 def run(*settings: str) -> None:
     """A whole run."""
     inputs = read_inputs(parse_config([*SETTINGS, *settings]))
-    policy = load_policy(inputs.config)
-    learner = Learner(inputs.config, policy, inputs.tokenizer)
-    workers = make_workers(inputs.config, policy, learner, inputs.tokenizer)
-    train(inputs, workers, restore(inputs, workers))
+    trainer = build_trainer(inputs)
+    trainer.restore()
+    trainer.run()
 
 
 def job(out: Path, pipeline: int, runs: tuple[str, ...]) -> None:

@@ -60,7 +60,7 @@ def test_flipped_bit_is_found(found: dict) -> None:
     line = one_line(found["flipped"])
     assert f"{found['flipped']['file']} is damaged" in line
     assert "delete " in line
-    assert line.endswith("to go on from " + str(found["out"] / "copy/checkpoints/step_00000005"))
+    assert line.endswith("to resume from " + str(found["out"] / "copy/checkpoints/step_00000005"))
 
 
 def test_previous_checkpoint_goes_on(found: dict) -> None:

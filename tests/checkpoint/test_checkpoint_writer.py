@@ -5,15 +5,19 @@ import resource
 import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.finished_runs import state
 from support.models import make_model
+from support.scripted import Scripted
+from support.steps import HEADERS, TOKENIZER
+from support.two_steps import odd
 from torch import Tensor
 
+from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.checkpoint.checkpoint import (
     CheckpointError,
     CheckpointWriter,
@@ -22,13 +26,24 @@ from megatron_bicc.checkpoint.checkpoint import (
     load_checkpoint,
     read_progress,
 )
-from megatron_bicc.checkpoint.resume import HELD_OUT_IDS, TRAIN_IDS, WEIGHTS, check_resume, date_of_checkpoint
+from megatron_bicc.checkpoint.resume import (
+    HELD_OUT_IDS,
+    TRAIN_IDS,
+    WEIGHTS,
+    check_resume,
+    digests_of_files,
+    resume_point,
+)
 from megatron_bicc.config import Config, OptimizerConfig
+from megatron_bicc.data.prompts import Prompt, PromptSampler
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.policy import Policy
-from megatron_bicc.train import progress as progress_of
-from megatron_bicc.train import restore
+from megatron_bicc.rollout.sampling import Collector
+from megatron_bicc.startup import Inputs
+from megatron_bicc.train import Trainer
+from megatron_bicc.training.learner import Learner
 from megatron_bicc.weights.hf_weights import load_policy
+from megatron_bicc.weights.sync import make_weight_sync
 
 
 @pytest.fixture
@@ -57,25 +72,47 @@ def held(policy: Policy) -> list[Tensor]:
     return [x.detach().clone() for x in (*policy.modules[0].parameters(), *adam)]
 
 
-def run_in(directory: Path, policy: Policy) -> tuple[SimpleNamespace, SimpleNamespace]:
-    """Inputs and workers of a run there that may go on: as far as checkpoints look at them."""
+def settings_in(directory: Path) -> Config:
+    """Of a run there that resumes."""
     config = Config()
     config.model.path, config.data.train = str(directory / "hf"), str(directory / "train.jsonl")
     config.output_dir, config.checkpoint.resume = str(directory), True
+    config.bicc.wrong_header, config.bicc.right_header, config.bicc.answer_header = HEADERS
     (directory / "train.jsonl").write_text("{}")
-    collector = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
-    inputs = SimpleNamespace(config=config, collector=collector, prompt_digests={TRAIN_IDS: "these"})
-    return inputs, SimpleNamespace(policy=policy)
+    return config
 
 
-def save(run: tuple[SimpleNamespace, SimpleNamespace], *steps: int) -> list[Path]:
+def trainer_of(config: Config, policy: Policy, **token_ids: str) -> Trainer:
+    """A run's trainer, not restored; `train` and `heldout` stand for digests of its prompts' token ids."""
+    names = {"train": TRAIN_IDS, "heldout": HELD_OUT_IDS}
+    contents = digests_of_files(config) | {names[k]: v for k, v in ({"train": "these"} | token_ids).items()}
+    prompts = [Prompt(i, [], np.array([2, 3], np.int32), "", "", {}) for i in range(2)]
+    collector = Collector(config, prompts, PromptSampler(2, 1, config.seed))
+    found = resume_point(config, first_process=True)
+    if found:
+        check_resume(found.progress, config, contents, first_process=True)
+    inputs = Inputs(config, TOKENIZER, odd, prompts, [], contents, collector, found)
+    engine = Scripted(rights=lambda prompt: 0)  # generates nothing here
+    learner = Learner(resolve(config), policy, TOKENIZER)
+    return Trainer(
+        inputs, policy, learner, engine, make_weight_sync(config, policy, engine, learner.log_probs)
+    )
+
+
+def restore(config: Config, policy: Policy, **token_ids: str) -> int:
+    """The step that a run resumes from."""
+    trainer = trainer_of(config, policy, **token_ids)
+    trainer.restore()
+    return trainer.step
+
+
+def save(trainer: Trainer, *steps: int) -> list[Path]:
     """Checkpoints after these steps."""
-    writer = CheckpointWriter(run[0].config.output_dir, keep=9)
-    for step in steps:
-        writer.snapshot(run[1].policy, progress_of(*run, step))
-        writer.start()
-    writer.wait()
-    return checkpoints(run[0].config.output_dir)
+    for trainer.step in steps:
+        trainer.save()
+        trainer.writer.start()
+    trainer.writer.wait()
+    return checkpoints(trainer.config.output_dir)
 
 
 def progress(policy: Policy, step: int) -> Progress:
@@ -149,7 +186,7 @@ def test_weights_that_are_not_finite_are_not_resumed_from(policy: Policy, tmp_pa
     with pytest.raises(CheckpointError, match="not finite: model.layers.0.mlp.down_proj.weight") as raised:
         load_checkpoint(second, policy, read_progress(second))
     assert str(raised.value).startswith(f"{second}: ")
-    assert str(raised.value).endswith(f"delete {second} to go on from {first}")
+    assert str(raised.value).endswith(f"delete {second} to resume from {first}")
 
 
 def test_one_at_a_time(policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,132 +245,129 @@ def test_a_kill_between_two_names_of_latest_is_mended(policy: Policy, tmp_path: 
 def test_exports_of_a_branch_given_up_are_removed(
     saved: tuple[int, ...], kept: list[int], policy: Policy, tmp_path: Path
 ) -> None:
-    run = run_in(tmp_path, policy)
-    save(run, *saved)
+    config = settings_in(tmp_path)
+    save(trainer_of(config, policy), *saved)
     for name in ("step_00000001", "step_00000002", "step_00000003", "step_00000004.partial", "step_mine"):
         (tmp_path / "exports" / name).mkdir(parents=True)
         (tmp_path / "exports" / name / "config.json").write_text("{}")
-    assert restore(*run) == sum(saved)
+    assert restore(config, policy) == sum(saved)
     left = sorted(path.name for path in (tmp_path / "exports").iterdir())
     assert left == [*(f"step_{step:08d}" for step in kept), "step_mine"]
-    run[0].config.checkpoint.resume = False
+    config.checkpoint.resume = False
     (tmp_path / "exports/step_00000007").mkdir()
-    restore(*run)
+    restore(config, policy)
     assert (tmp_path / "exports/step_00000007").is_dir()
 
 
 @pytest.mark.parametrize("lost", ["progress.json", "manifest.json", "*"])
 def test_newest_checkpoint_without_its_files_is_named(lost: str, policy: Policy, tmp_path: Path) -> None:
-    run = run_in(tmp_path, policy)
-    earlier, newest = save(run, 1, 2)
+    config = settings_in(tmp_path)
+    earlier, newest = save(trainer_of(config, policy), 1, 2)
     for file in newest.glob(lost):
         file.unlink()
-    words = rf"{newest}/\w+.json cannot be read: .*; delete {newest} to go on from {earlier}$"
+    words = rf"{newest}/\w+.json cannot be read: .*; delete {newest} to resume from {earlier}$"
     with pytest.raises(CheckpointError, match=words):
-        restore(*run)
+        restore(config, policy)
     newest.rename(tmp_path / "deleted")
-    assert restore(*run) == 1
+    assert restore(config, policy) == 1
 
 
-def test_a_start_instead_of_a_resume_is_told(
+def test_a_start_instead_of_a_resume_is_logged(
     policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = run_in(tmp_path, policy)
+    config = settings_in(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("{}")
-    assert restore(*run) == 0
+    assert restore(config, policy) == 0
     [line] = caplog.messages
-    assert f"no checkpoint in {tmp_path}/checkpoints; starting at step 0, and metrics.jsonl anew" in line
+    assert f"no checkpoint in {tmp_path}/checkpoints; starting at step 0 with a new metrics.jsonl" in line
     (tmp_path / "metrics.jsonl").unlink()
-    restore(*run)
+    restore(config, policy)
     assert caplog.messages[1].endswith("starting at step 0")
-    run[0].config.checkpoint.resume = False
-    restore(*run)
+    config.checkpoint.resume = False
+    restore(config, policy)
     assert len(caplog.messages) == 2
 
 
 def test_other_weights_of_the_same_size_are_refused(policy: Policy, tmp_path: Path) -> None:
-    run = run_in(tmp_path, policy)
-    save(run, 1)
+    config = settings_in(tmp_path)
+    save(trainer_of(config, policy), 1)
     shutil.copytree(tmp_path / "hf", tmp_path / "moved")
-    run[0].config.model.path = str(tmp_path / "moved")
-    assert restore(*run) == 1
+    config.model.path = str(tmp_path / "moved")
+    assert restore(config, policy) == 1
     file = tmp_path / "moved/model.safetensors"
     size, tensors = file.stat().st_size, load_file(file)
     save_file({name: 1.01 * x for name, x in tensors.items()}, file, metadata={"format": "pt"})
     assert file.stat().st_size == size
     refused = r"not the settings of step 1: model.path \(weights\): its content"
     with pytest.raises(UserError, match=refused):
-        restore(*run)
+        restore(config, policy)
     data = bytearray((tmp_path / "hf/model.safetensors").read_bytes())
     data[-1] ^= 4
     file.write_bytes(data)
     with pytest.raises(UserError, match=refused):
-        restore(*run)
-    run[0].config.checkpoint.force = True
-    assert restore(*run) == 1
+        restore(config, policy)
+    config.checkpoint.force = True
+    assert restore(config, policy) == 1
 
 
 def test_checkpoints_of_older_versions_hold_nothing_of_the_weights_and_the_token_ids(
     policy: Policy, tmp_path: Path
 ) -> None:
-    run = run_in(tmp_path, policy)
-    saved = progress_of(*run, 1)
+    trainer = trainer_of(settings_in(tmp_path), policy)
+    contents = dict(trainer.inputs.contents)
+    saved = trainer.progress()
     del saved.contents[WEIGHTS], saved.contents[TRAIN_IDS]
-    check_resume(saved, run[0].config, run[0].prompt_digests, first_process=True)
+    check_resume(saved, trainer.config, contents, first_process=True)
     saved.contents["data.train"] = "another"
-    with pytest.raises(UserError, match="not the settings of step 1: data.train: its content has changed; "):
-        check_resume(saved, run[0].config, run[0].prompt_digests, first_process=True)
+    with pytest.raises(UserError, match="not the settings of step 0: data.train: its content has changed; "):
+        check_resume(saved, trainer.config, contents, first_process=True)
 
 
 def test_other_token_ids_of_the_same_files_are_refused(
     policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Those of held-out prompts change no weights: they are logged, as the settings of an evaluation are."""
-    run = run_in(tmp_path, policy)
-    run[0].prompt_digests[HELD_OUT_IDS] = "those"
-    save(run, 1)
-    run[0].prompt_digests[HELD_OUT_IDS] = "others"
+    config = settings_in(tmp_path)
+    save(trainer_of(config, policy, heldout="those"), 1)
     caplog.clear()
-    assert restore(*run) == 1
-    assert [
-        m.partition(", as")[0] for m in caplog.messages if "evaluation.data (token ids): its prompts" in m
-    ]
-    run[0].prompt_digests[TRAIN_IDS] = "others"
+    assert restore(config, policy, heldout="others") == 1
+    assert [m for m in caplog.messages if "evaluation.data (token ids): its prompts" in m]
     refused = r"not the settings of step 1: data.train \(token ids\): its prompts have other token ids"
     with pytest.raises(UserError, match=refused) as raised:
-        restore(*run)
+        restore(config, policy, heldout="those", train="others")
     assert "\n" not in str(raised.value)
 
 
 def test_a_setting_that_is_newer_than_the_checkpoint_was_at_its_default(
     policy: Policy, tmp_path: Path
 ) -> None:
-    run = run_in(tmp_path, policy)
-    saved = progress_of(*run, 1)
+    trainer = trainer_of(settings_in(tmp_path), policy)
+    saved, contents = trainer.progress(), trainer.inputs.contents
     assert saved.config["data"].pop("date") == ""
-    check_resume(saved, run[0].config, run[0].prompt_digests, first_process=True)
-    run[0].config.data.date = "2026-01-14"
+    check_resume(saved, trainer.config, contents, first_process=True)
+    trainer.config.data.date = "2026-01-14"
     with pytest.raises(UserError, match="data.date: was , is 2026-01-14"):
-        check_resume(saved, run[0].config, run[0].prompt_digests, first_process=True)
+        check_resume(saved, trainer.config, contents, first_process=True)
 
 
 def test_the_date_of_the_first_start_is_in_the_checkpoint(policy: Policy, tmp_path: Path) -> None:
-    run = run_in(tmp_path, policy)
-    assert date_of_checkpoint(run[0].config) == ""
-    run[0].config.data.date = "2026-01-14"
-    save(run, 1, 2)
-    run[0].config.data.date = ""
-    assert date_of_checkpoint(run[0].config) == "2026-01-14"
-    run[0].config.checkpoint.resume = False
-    assert date_of_checkpoint(run[0].config) == ""
+    config = settings_in(tmp_path)
+    assert resume_point(config, first_process=True) is None
+    config.data.date = "2026-01-14"
+    save(trainer_of(config, policy), 1, 2)
+    config.data.date = ""
+    found = resume_point(config, first_process=True)
+    assert (found.progress.step, found.date) == (2, "2026-01-14")
+    config.checkpoint.resume = False
+    assert resume_point(config, first_process=True) is None
 
 
 def test_contexts_of_another_length_are_refused(policy: Policy, tmp_path: Path) -> None:
-    run = run_in(tmp_path, policy)
-    saved = progress_of(*run, 1)
-    run[0].config.train.max_sequence_tokens = 256
+    trainer = trainer_of(settings_in(tmp_path), policy)
+    saved = trainer.progress()
+    trainer.config.train.max_sequence_tokens = 256
     with pytest.raises(UserError, match="train.max_sequence_tokens: was 4096, is 256; set them back"):
-        check_resume(saved, run[0].config, run[0].prompt_digests, first_process=True)
+        check_resume(saved, trainer.config, trainer.inputs.contents, first_process=True)
 
 
 def test_a_checkpoint_of_other_tensors_is_one_line(

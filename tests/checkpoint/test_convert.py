@@ -15,9 +15,10 @@ from support.models import make_model
 
 from megatron_bicc.checkpoint.convert import export_hf, import_hf
 from megatron_bicc.checkpoint.verify import largest_difference
+from megatron_bicc.collective import shared_atomic_directory
 from megatron_bicc.config import ParallelConfig
 from megatron_bicc.errors import UserError
-from megatron_bicc.files import check_disk, written_aside
+from megatron_bicc.files import check_disk
 from megatron_bicc.model.families import check_layout, supported_config
 from megatron_bicc.weights.hf_files import side_files
 
@@ -286,15 +287,15 @@ def test_damaged_checkpoints(tmp_path: Path, single_process: None) -> None:
 
 
 def test_interrupted_writes_leave_nothing_under_the_name(tmp_path: Path, single_process: None) -> None:
-    with pytest.raises(KeyboardInterrupt), written_aside(tmp_path / "out") as partial:
+    with pytest.raises(KeyboardInterrupt), shared_atomic_directory(tmp_path / "out") as partial:
         (partial / "half").write_text("a")
         raise KeyboardInterrupt
     assert not list(tmp_path.glob("out*"))
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial/half").write_text("left by a kill")
-    with written_aside(tmp_path / "out") as partial:
+    with shared_atomic_directory(tmp_path / "out") as partial:
         assert not list(partial.iterdir())
-    with pytest.raises(UserError, match="already exists"), written_aside(tmp_path / "out"):
+    with pytest.raises(UserError, match="already exists"), shared_atomic_directory(tmp_path / "out"):
         pass
 
 
@@ -357,7 +358,7 @@ def test_file_that_cannot_be_read_is_named(tmp_path: Path, single_process: None)
     (tmp_path / "hf").mkdir()
     with (
         pytest.raises(UserError, match=f"out: cannot be written: No such file .*: {tmp_path}/hf/token$"),
-        written_aside(tmp_path / "out") as partial,
+        shared_atomic_directory(tmp_path / "out") as partial,
     ):
         shutil.copyfile(tmp_path / "hf/token", partial / "token")
 
@@ -406,5 +407,8 @@ def test_pickle_of_something_else(tmp_path: Path, single_process: None) -> None:
 
 def test_directory_that_cannot_be_made(tmp_path: Path, single_process: None) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"), written_aside(tmp_path / "file" / "out"):
+    with (
+        pytest.raises(UserError, match="cannot be written"),
+        shared_atomic_directory(tmp_path / "file" / "out"),
+    ):
         pass

@@ -97,7 +97,7 @@ def test_a_date_that_is_set_is_the_date(settings: list[str], caplog: pytest.LogC
     assert text(inputs).startswith("04.01.2026 ")
     assert not caplog.records
     other = read_inputs(parse_config([*settings, "data.date=2026-01-05"]))
-    assert inputs.prompt_digests != other.prompt_digests
+    assert inputs.contents != other.contents
     with pytest.raises(UserError, match="data.date is '4.1.2026'; write a date as YYYY-MM-DD"):
         read_inputs(parse_config([*settings, "data.date=4.1.2026"]))
 
@@ -113,5 +113,5 @@ def test_an_evaluation_goes_on_with_the_date_of_its_answers(settings: list[str],
     inputs = evaluate.read_inputs(parse_config(settings), [str(tmp_path / "prompts.jsonl")])
     assert inputs.config.data.date == DAY
     assert "data.date" in evaluate.DECISIVE
-    (prompt,) = inputs.prompts["prompts"]
+    (prompt,) = inputs.benchmarks["prompts"].prompts
     assert inputs.tokenizer.decode(prompt.token_ids).startswith("04.01.2026 ")

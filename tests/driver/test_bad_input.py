@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from megatron_bicc.checkpoint.checkpoint import PROGRESS, Progress
-from megatron_bicc.checkpoint.resume import contents
 from megatron_bicc.cli import parse_config
 from megatron_bicc.startup import read_inputs
 from megatron_bicc.train import main
@@ -35,8 +34,8 @@ SETTINGS = {
     "rollout.prompts_per_step=9": "rollout.prompts_per_step=9 must be within 1 and the number of prompts",
     "seed=-1": "seed is -1; it must be at least 0",
     "output_dir=": "output_dir is empty",
-    "output_dir=/etc/hostname/x": "'/etc/hostname' is no directory that can be written to",
-    f"output_dir={'x' * 300}": "no such directory can be",
+    "output_dir=/etc/hostname/x": "'/etc/hostname' is not a writable directory",
+    f"output_dir={'x' * 300}": "it cannot be a directory",
     "data.max_prompt_tokens=3": "row 1: the prompt has 6 tokens, over data.max_prompt_tokens=3",
 }
 ROWS = {
@@ -111,7 +110,8 @@ def test_what_is_said_of_truths_and_styles(
     (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     with caplog.at_level("INFO", logger="megatron_bicc"):
         read_inputs(parse_config([*arguments, "reward.answer=boxed"]))
-    text, styles, mismatch = [record.getMessage().partition(": ")[2] for record in caplog.records]
+    said = [record.getMessage() for record in caplog.records if record.name == "megatron_bicc.startup"]
+    text, styles, mismatch = [line.partition(": ")[2] for line in said]
     assert text == "1 of 3 ground truths are compared as text, such as 'See solution' in row 3"
     assert styles.startswith(
         "reward.answer=boxed; of the first 3 truths, each style reads: boxed 3, answer_line 3"
@@ -169,8 +169,7 @@ def test_what_a_run_would_not_go_on_from_is_found_on_paper(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     inputs = read_inputs(parse_config(arguments))
-    found = contents(inputs.config) | inputs.prompt_digests
-    saved = Progress(1, inputs.collector.state_dict(), {}, asdict(inputs.config), found)
+    saved = Progress(1, inputs.collector.state_dict(), {}, asdict(inputs.config), inputs.contents)
     checkpoint = tmp_path / "run/checkpoints/step_00000001"
     checkpoint.mkdir(parents=True)
     text = json.dumps(asdict(saved)).encode()

@@ -1,5 +1,6 @@
 """The command line: precedence, types, and one line for every mistake."""
 
+import socket
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass, replace
@@ -184,14 +185,16 @@ def test_printed_config_is_resolved_and_reads_back(capsys, yaml_file, tmp_path: 
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_only_rank_0_speaks(monkeypatch, capsys, rank: str):
+def test_rank_0_ends_at_once_and_the_others_after_torchrun_could_kill_them(monkeypatch, capsys, rank: str):
+    waited = []
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("time.sleep", waited.append)
     with pytest.raises(SystemExit) as stop:
         abort("two\nlines")
     assert stop.value.code == 2
-    expected = "python -m megatron_bicc.train: error: two lines\n" if rank == "0" else ""
-    assert capsys.readouterr().err == expected
+    place = "" if rank == "0" else f"process 1 on host {socket.gethostname()}: "
+    assert capsys.readouterr().err == f"python -m megatron_bicc.train: error: {place}two lines\n"
+    assert waited == ([] if rank == "0" else [2.0])
 
 
 @pytest.mark.parametrize("spelling", [["--dry-run"], ["--dry_run"], ["--dry_run", "true"], ["dry_run=true"]])

@@ -10,10 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_bicc.cli import parse_config
-from megatron_bicc.startup import make_workers, read_inputs
-from megatron_bicc.train import restore, train
-from megatron_bicc.training.learner import Learner
-from megatron_bicc.weights.hf_weights import load_policy
+from megatron_bicc.startup import read_inputs
+from megatron_bicc.train import build_trainer
 
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS = [
@@ -39,10 +37,9 @@ SETTINGS = [
 def run(out: Path, *settings: str) -> list[dict]:
     """The run's metrics.jsonl without the times, which differ from run to run."""
     inputs = read_inputs(parse_config([*SETTINGS, f"output_dir={out}", *settings]))
-    policy = load_policy(inputs.config)
-    learner = Learner(inputs.config, policy, inputs.tokenizer)
-    workers = make_workers(inputs.config, policy, learner, inputs.tokenizer)
-    train(inputs, workers, restore(inputs, workers))
+    trainer = build_trainer(inputs)
+    trainer.restore()
+    trainer.run()
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 

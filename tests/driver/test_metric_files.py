@@ -51,7 +51,7 @@ def test_not_finite_becomes_null_and_reads_as_nan(writer: MetricsWriter, tmp_pat
 
 
 def test_what_is_no_number_is_named(writer: MetricsWriter, tmp_path: Path):
-    with pytest.raises(UserError, match="metric train/loss is 'high'"):
+    with pytest.raises(TypeError, match="metric train/loss is 'high'"):
         writer.write(1, {"train/loss": "high"})
     assert not (tmp_path / "metrics.jsonl").exists()
 

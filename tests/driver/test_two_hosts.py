@@ -50,7 +50,7 @@ def test_a_cut_cable_is_named_on_both_sides(found: dict) -> None:
     assert found["cut"]["seconds"] < 60
     here, there = found["cut"]["err"]
     assert "process 1 on host" in here and "is silent for 8 seconds" in here
-    assert "10.213.77.1:29511, where the processes met, does not answer for 8 seconds" in there
+    assert "the rendezvous store at 10.213.77.1:29511 does not answer for 8 seconds" in there
     assert 0 not in found["cut"]["status"]
 
 

@@ -82,9 +82,9 @@ def test_experts(results: dict[str, dict]) -> None:
 
 
 def test_an_estimator_of_another_gradient_is_warned_of(results: dict[str, dict]) -> None:
-    lines = [line for line in results["no data"]["out"].splitlines() if line.startswith("warning: ")]
+    lines = [line for line in results["no data"]["err"].splitlines() if "loss.kl_estimator is" in line]
     assert len(lines) == 1 and "loss.kl_estimator is k3" in lines[0]
-    assert "warning" not in results["tiny"]["out"]
+    assert "loss.kl_estimator" not in results["tiny"]["err"]
 
 
 def test_of_a_torchrun_only_the_first_process_speaks(results: dict[str, dict]) -> None:

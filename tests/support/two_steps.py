@@ -3,6 +3,7 @@
 import json
 import shutil
 import string
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_bicc.cli import parse_config
 from megatron_bicc.rewards.registry import Completion
-from megatron_bicc.run_log import RunLog
-from megatron_bicc.startup import make_workers, read_inputs
-from megatron_bicc.train import finish, run_steps
-from megatron_bicc.training.learner import Learner
-from megatron_bicc.weights.hf_weights import load_policy
+from megatron_bicc.startup import read_inputs
+from megatron_bicc.train import build_trainer
 from support.finished_runs import metrics
 from support.models import VOCAB
 
@@ -70,16 +68,8 @@ def train_two_steps(model: Path, root: Path, *settings: str) -> list[dict]:
     prompts = save_prompts(root / "train.jsonl")
     where = [f"model.path={root}/model", f"output_dir={root}/run", f"data.train={prompts}"]
     inputs = replace(read_inputs(parse_config([*SETTINGS, *where, *settings])), verifier=odd)
-    policy = load_policy(inputs.config)
-    learner = Learner(inputs.config, policy, inputs.tokenizer)
-    workers = make_workers(inputs.config, policy, learner, inputs.tokenizer)
-    try:
-        with RunLog(inputs.config, 0, enabled=True) as log:
-            run_steps(inputs, workers, 0, log)
-            finish(inputs, workers, log)
-    finally:
-        workers.weight_sync.close()
-        workers.engine.close()
+    with closing(build_trainer(inputs)) as trainer:
+        trainer.run()
     return metrics(root / "run")
 
 

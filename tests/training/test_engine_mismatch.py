@@ -2,26 +2,27 @@
 
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from support.models import make_model
 from support.steps import TOKENIZER, make_config
+from support.two_steps import odd
 
 from megatron_bicc.algorithms.advantages import TokenLogProbs
 from megatron_bicc.config import Config
-from megatron_bicc.data.prompts import Prompt
+from megatron_bicc.data.prompts import Prompt, PromptSampler
 from megatron_bicc.metrics import Stopwatch
 from megatron_bicc.rollout.local import LocalEngine
-from megatron_bicc.rollout.sampling import Collected
+from megatron_bicc.rollout.sampling import Collected, Collector
 from megatron_bicc.rollout.types import Group, Request, Sampling
-from megatron_bicc.startup import Workers
-from megatron_bicc.train import learn
+from megatron_bicc.startup import Inputs
+from megatron_bicc.train import Trainer
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.training.step_metrics import EngineMismatch, MismatchCheck
 from megatron_bicc.weights.hf_weights import load_policy
+from megatron_bicc.weights.sync import make_weight_sync
 
 
 def configured(dtype: str, temperature: float = 1.0) -> Config:
@@ -112,22 +113,25 @@ def test_a_cache_that_drops_tokens(
     caplog.set_level(logging.WARNING, "megatron_bicc")
     make_model("llama3").save_pretrained(tmp_path)
     config = make_config(tmp_path, "grpo", rollout__temperature=temperature)
-    learner = Learner(config, load_policy(config), TOKENIZER)
+    config.output_dir = str(tmp_path)
+    policy = load_policy(config)
+    learner = Learner(config, policy, TOKENIZER)
     tokenizer = type("Tokenizer", (), {"eos_token_id": 1, "pad_token_id": 0, "get_added_vocab": dict})
     engine = LocalEngine(str(tmp_path), tokenizer, torch.float32, torch.device("cpu"), 8)
+    collector = Collector(config, [], PromptSampler(1, 1, 0))
+    inputs = Inputs(config, TOKENIZER, odd, [], [], {}, collector, None)
+    sync = make_weight_sync(config, policy, engine, learner.log_probs)
 
     def step(carried: int = 0) -> None:
+        trainer = Trainer(inputs, policy, learner, engine, sync)
         groups = sampled(engine, temperature)
-        rollouts = Collected(groups, groups, carried, leftover=0, aborted=0)
-        check = MismatchCheck(config, experts=False)
-        learn(SimpleNamespace(config=config), workers, rollouts, Stopwatch(), None, 1, check)
+        trainer.learn(Collected(groups, groups, carried, leftover=0, aborted=0), Stopwatch())
 
-    workers = Workers(learner.policy, learner, engine)
     step()
     assert not caplog.messages
     engine.model.config.sliding_window = 8
     step(carried=1)  # sampled with earlier weights: they may differ
-    before = learner.policy.scheduler.num_steps
+    before = policy.scheduler.num_steps
     with pytest.raises(EngineMismatch, match="they compute different models"):
         step()
-    assert learner.policy.scheduler.num_steps == before
+    assert policy.scheduler.num_steps == before
