@@ -7,7 +7,7 @@ import shlex
 import shutil
 import socket
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, pairwise
 from urllib.parse import urlsplit
 
 from megatron_bicc.config import RolloutConfig
@@ -155,8 +155,7 @@ def _check_arguments(server_args: str) -> None:
 
 def _options(server_args: str) -> Iterator[tuple[str, str]]:
     """Yields each argument with the value after its "=", or else the argument that follows it."""
-    arguments = shlex.split(server_args)
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in pairwise([*shlex.split(server_args), ""]):
         given, equals, value = argument.partition("=")
         yield given, value if equals else following
 
