@@ -120,7 +120,10 @@ def test_mistakes_on_the_command_line(capsys, argv: list[str], parts: list[str])
         ("rollout:\n  group_sze: 4\n", ["line 2", "rollout.group_sze", "did you mean rollout.group_size"]),
         ("rollout:\n  top_p: 0.9\n", ["line 2", "no setting rollout.top_p", "whole distribution"]),
         ("rolout:\n  group_size: 4\n", ["line 2", "rolout.group_size", "did you mean rollout.group_size"]),
-        ("seed: 1\nrollout:\n  engine: vllm\n", ["line 3", "rollout.engine is 'vllm'", "it must be local, sglang or an import path"]),
+        (
+            "seed: 1\nrollout:\n  engine: vllm\n",
+            ["line 3", "rollout.engine is 'vllm'", "it must be local, sglang or"],
+        ),
         ("rollout:\n  engine: sglan\n", ["line 2", "rollout.engine is 'sglan'", "did you mean sglang?"]),
         ("data:\n  filter: mine\n", ["line 2", "data.filter is 'mine'", "empty or an import path"]),
         ("loss:\n  baseline: men\n", ["line 2", "loss.baseline is 'men'", "did you mean mean?"]),
