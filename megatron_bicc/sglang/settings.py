@@ -46,7 +46,7 @@ def server_urls(servers: str) -> list[str]:
 
 def context_length(server_args: str) -> int | None:
     """Returns the value of --context-length in arguments that `check_servers` accepts; None without one."""
-    for given, value in _options(server_args):
+    for given, value in _options(shlex.split(server_args)):
         if _stands_for(given, "--context-length") and value.isdecimal():
             return int(value)
     return None
@@ -139,10 +139,10 @@ def _check_host(host: str) -> None:
 
 def _check_arguments(server_args: str) -> None:
     try:
-        options = list(_options(server_args))
+        arguments = shlex.split(server_args)
     except ValueError as error:  # an open quotation mark
         raise UserError(f"rollout.sglang.server_args is {server_args!r}: {error}") from error
-    for given, value in options:
+    for given, value in _options(arguments):
         for name, reason in REFUSED.items():
             if _stands_for(given, name):
                 raise UserError(f"rollout.sglang.server_args has {_spelling(given, name)}; {reason}")
@@ -153,9 +153,9 @@ def _check_arguments(server_args: str) -> None:
             )
 
 
-def _options(server_args: str) -> Iterator[tuple[str, str]]:
+def _options(arguments: list[str]) -> Iterator[tuple[str, str]]:
     """Yields each argument with the value after its "=", or else the argument that follows it."""
-    for argument, following in pairwise([*shlex.split(server_args), ""]):
+    for argument, following in pairwise([*arguments, ""]):
         given, equals, value = argument.partition("=")
         yield given, value if equals else following
 

@@ -30,7 +30,7 @@ SETTINGS = {
     "parallel.context=2": "parallel.context is 2; context parallel is not supported",
     "bicc.weight=1.5": "bicc.weight is 1.5; it must be within 0 and 1",
     "reward.threshold=-0.1": "reward.threshold is -0.1; reward.verifier=math gives 0 to an empty response",
-    "reward.verifier=maths": "reward.verifier is 'maths'; it must be math or an import path, module:name; did you mean math?",
+    "reward.verifier=maths": "it must be math or an import path, module:name; did you mean math?",
     "rollout.prompts_per_step=9": "rollout.prompts_per_step=9 must be within 1 and the number of prompts",
     "seed=-1": "seed is -1; it must be at least 0",
     "output_dir=": "output_dir is empty",

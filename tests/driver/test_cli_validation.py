@@ -22,7 +22,7 @@ def good(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def message(capsys: pytest.CaptureFixture) -> Callable[[list[str]], str]:
-    """Returns the line that refuses overrides, either when they are parsed or when they are checked together."""
+    """Returns the line that refuses overrides, be it when they are parsed or when they are checked."""
 
     def refusal(overrides: list[str]) -> str:
         try:

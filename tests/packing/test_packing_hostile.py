@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from packing.cases import Group, Rollout, assert_same_plan, make_batch, make_settings, pack_every_rank
 
 from megatron_bicc import _C
+from megatron_bicc.config import ContextSource, OverlongAction, Truncation, TruncationSide, settings
 from megatron_bicc.packing.pack import pack
 from megatron_bicc.packing.types import RolloutBatch
 
@@ -135,6 +137,35 @@ BAD_SETTINGS = [
 def test_a_bad_setting_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         pack_every_rank(valid_batch(), make_settings(**changes), dp_size=1)
+
+
+CHOICES = {
+    "context_source": ContextSource,
+    "truncation": Truncation,
+    "keep": TruncationSide,
+    "overlong": OverlongAction,
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_packers_choices_are_those_of_the_settings(name):
+    choices = get_args(CHOICES[name])
+    for choice in choices:
+        pack(valid_batch(), make_settings(**{name: choice}), dp_size=1)
+    with pytest.raises(ValueError, match=f"{name} is 'x'; it must be one of {', '.join(choices)}$"):
+        pack(valid_batch(), make_settings(**{name: "x"}), dp_size=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["bicc.context_ratio", "train.max_sequence_tokens", "train.max_tokens_per_microbatch"]
+)
+def test_the_packers_limits_are_those_of_the_settings(name):
+    rule, field = settings()[name].rule, name.partition(".")[2]
+    above = rule.below if rule.at_most is None else np.nextafter(rule.at_most, 2)
+    below = rule.at_least - 1 if rule.at_most is None else np.nextafter(rule.at_least, -1)
+    for value in (below, above):
+        with pytest.raises(ValueError, match=f"{field} is .*; it must be in"):
+            pack(valid_batch(), make_settings(**{field: value}), dp_size=1)
 
 
 @pytest.mark.parametrize("dp_size", [0, -1, 2**20])
