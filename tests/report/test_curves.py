@@ -34,14 +34,14 @@ def test_curves_are_the_recorded_points(tmp_path: Path):
     }
     assert list(points("rcc/cov", run, other)) == ["a"]
     assert points("tokens/packed", run) == {
-        "one row a rollout": [(step, 2600) for step in range(1, 11)],
+        "one row per rollout": [(step, 2600) for step in range(1, 11)],
         "packed": [(step, 1000) for step in range(1, 11)],
     }
     assert list(points("tokens/packed", run, other)) == [
         "a packed",
-        "a one row a rollout",
+        "a one row per rollout",
         "b packed",
-        "b one row a rollout",
+        "b one row per rollout",
     ]
 
 
