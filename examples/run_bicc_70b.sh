@@ -4,17 +4,17 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
-# BICC with RCC on a Llama-3.x-70B or Qwen2.5-72B policy, 8 nodes of 8 GPUs of 80 GB unless told otherwise.
+# Trains a Llama-3.x-70B or Qwen2.5-72B policy with BICC and RCC, by default on 8 nodes of 8 GPUs of 80 GB.
 #
-#   MODEL=llama|qwen                                   which of the two; MODEL_PATH must be of that kind
-#   DRY_RUN=1 examples/run_bicc_70b.sh                 on paper, on any machine
+#   MODEL=llama|qwen                                   which of the two; MODEL_PATH must match
+#   DRY_RUN=1 examples/run_bicc_70b.sh                 check the run on any machine
 #   sbatch --export=ALL,MODEL_PATH=...,TRAIN_DATA=... examples/run_bicc_70b.sh
 #   NNODES=8 NODE_RANK=i MASTER_ADDR=host0 MODEL_PATH=... TRAIN_DATA=... examples/run_bicc_70b.sh
 #
-# The other variables are in examples/common.sh.
+# examples/common.sh lists the other variables.
 set -Eeuo pipefail
 SCRIPT=examples/run_bicc_70b.sh
-# SLURM runs a copy of this file from a directory of its own
+# SLURM runs a copy of this file from another directory
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 [[ -f $SCRIPT ]] || { echo "$SCRIPT: submit the job from the repository's root" >&2 && exit 1; }
 # shellcheck source=examples/common.sh
@@ -26,13 +26,11 @@ qwen) settings=(--config examples/configs/qwen2.5_72b.yaml) ;;
 *) fail "MODEL is $MODEL; it must be llama or qwen" ;;
 esac
 
-settings+=("${SHARED_SETTINGS[@]}")
 if [[ $ROLLOUT == split ]]; then
     : "${SERVER_GPUS:=$((GPUS_PER_NODE / 2))}" # half of each node serves
-    settings+=(parallel.tensor=4 parallel.pipeline=4) # tensor parallel within the half that trains
+    settings+=(parallel.tensor=4)              # tensor parallel within the half that trains
 else
-    : "${SERVER_GPUS:=8}"                   # one server over all GPUs of a node
-    settings+=(parallel.tensor=8 parallel.pipeline=4) # tensor parallel within a node, pipeline over four
+    : "${SERVER_GPUS:=8}"                      # one server on all GPUs of a node
 fi
 
 launch 8 "$@"

@@ -13,9 +13,9 @@ settings=(--config examples/configs/tiny.yaml)
 [[ -z ${ENGINE:-} ]] || settings+=("rollout.engine=$ENGINE")
 [[ -z ${OUT:-} ]] || settings+=("output_dir=$OUT")
 
-# A mistake is one line here, before torchrun adds pages of its own.
+# checks the run; an error is one line here, before torchrun's long output
 WORLD_SIZE=2 "$PYTHON" -m megatron_bicc.train "${settings[@]}" "$@" dry_run=true
 
-# Two processes; any free port, so that two runs can share a machine.
+# --standalone takes any free port, so that two runs can share a machine
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 \
     -m megatron_bicc.train "${settings[@]}" "$@"

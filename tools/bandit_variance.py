@@ -1,14 +1,15 @@
-"""Measure what RCC does to gradient variance where everything is known: a small softmax bandit.
+"""Measures the effect of RCC on gradient variance in a case where everything is known: a small softmax
+bandit.
 
     python tools/bandit_variance.py --output docs/bandit_variance.md
 
-The policy is pi = softmax(theta) over K arms with binary rewards R and expected reward J, the reference is
+The policy is pi = softmax(theta) over V arms with binary rewards R and expected reward J, the reference is
 another softmax, delta = log pi - log pi_ref and g(a) = grad log pi(a) = e_a - pi. Two estimators of grad J:
 
-    weighted    arms drawn from pi_ref, w (R - b) g with w = exp(delta): the one that RCC is derived for
-    on-policy   arms drawn from pi, (R - b) g: the one that a GRPO step starts from
+    weighted    arms drawn from pi_ref, w (R - b) g with w = exp(delta): the one for which RCC is derived
+    on-policy   arms drawn from pi, (R - b) g: the one of an on-policy GRPO step
 
-Shape suffixes: K arms, G rollouts of a group, B groups.
+Shape suffixes: V arms (the vocabulary of responses of one token), R rollouts of a group, B groups.
 """
 
 import argparse
@@ -27,94 +28,95 @@ BASELINES = ("zero", "mean", "first_order", "exact", "optimal")
 
 @dataclass(frozen=True)
 class Bandit:
-    """One bandit with its estimator; every expectation over an arm can be enumerated."""
+    """A bandit with its estimator; every expectation over arms can be enumerated."""
 
-    policy_K: np.ndarray
-    sampler_K: np.ndarray
+    policy_V: np.ndarray
+    sampler_V: np.ndarray
     """The distribution that arms are drawn from: pi_ref (weighted) or pi (on-policy)."""
-    weight_K: np.ndarray
-    delta_K: np.ndarray
-    reward_K: np.ndarray
+    weight_V: np.ndarray
+    delta_V: np.ndarray
+    reward_V: np.ndarray
 
-    def mean(self, values_K: np.ndarray) -> float:
-        """Expectation over drawn arms."""
-        return float(self.sampler_K @ values_K)
+    def mean(self, values_V: np.ndarray) -> float:
+        """Returns the expectation over drawn arms."""
+        return float(self.sampler_V @ values_V)
 
     def score_norms(self) -> np.ndarray:
-        """[K]: |g(a)|^2"""
-        return 1.0 - 2.0 * self.policy_K + (self.policy_K**2).sum()
+        """[V]: |g(a)|^2"""
+        return 1.0 - 2.0 * self.policy_V + (self.policy_V**2).sum()
 
     def gradient(self) -> np.ndarray:
-        """[K]: grad J in theta"""
-        return self.policy_K * (self.reward_K - self.policy_K @ self.reward_K)
+        """[V]: grad J in theta"""
+        return self.policy_V * (self.reward_V - self.policy_V @ self.reward_V)
 
     def baseline(self, name: str) -> float:
-        """The baseline with population expectations in place of the group's."""
-        squared_K = np.exp(2 * self.delta_K)
+        """Returns the baseline with population expectations instead of those of a group."""
+        squared_V = np.exp(2 * self.delta_V)
         if name == "optimal":  # w^2 |g|^2 in place of RCC's w^2: the true optimum among constants
-            squared_K = self.weight_K**2 * self.score_norms()
+            squared_V = self.weight_V**2 * self.score_norms()
         if name in ("exact", "optimal"):
-            return self.mean(squared_K * self.reward_K) / self.mean(squared_K)
-        mean = self.mean(self.reward_K)
-        covariance = self.mean((self.reward_K - mean) * self.delta_K)
+            return self.mean(squared_V * self.reward_V) / self.mean(squared_V)
+        mean = self.mean(self.reward_V)
+        covariance = self.mean((self.reward_V - mean) * self.delta_V)
         return {"zero": 0.0, "mean": mean, "first_order": mean + 2 * covariance}[name]
 
     def variance(self, baseline: float) -> float:
-        """Trace of the covariance of one draw's estimate, by enumeration."""
-        second_moment_K = (self.weight_K * (self.reward_K - baseline)) ** 2 * self.score_norms()
-        return self.mean(second_moment_K) - (self.gradient() ** 2).sum()
+        """Returns the trace of the covariance of one draw's estimate, by enumeration."""
+        second_moment_V = (self.weight_V * (self.reward_V - baseline)) ** 2 * self.score_norms()
+        return self.mean(second_moment_V) - (self.gradient() ** 2).sum()
 
 
-def softmax(logits_K: np.ndarray) -> np.ndarray:
-    """[K]: probabilities"""
-    exp_K = np.exp(logits_K - logits_K.max())
-    return exp_K / exp_K.sum()
+def softmax(logits_V: np.ndarray) -> np.ndarray:
+    """[V]: probabilities"""
+    exp_V = np.exp(logits_V - logits_V.max())
+    return exp_V / exp_V.sum()
 
 
 def make_bandit(rng: np.random.Generator, estimator: str, drift: str, scale: float) -> Bandit:
-    """A bandit whose policy left the reference by logits of standard deviation `scale`.
+    """Makes a bandit whose policy differs from the reference by logits of standard deviation `scale`.
 
-    drift "learned": towards the rewarded arms, as training moves it; "random": in no relation to reward.
+    drift "learned": towards the rewarded arms, as in training; "random": independent of the reward.
     """
-    reward_K = (rng.permutation(ARMS) < ARMS // 2).astype(np.float64)
-    reference_K = rng.standard_normal(ARMS)
-    step_K = (2 * reward_K - 1) if drift == "learned" else rng.standard_normal(ARMS)
-    policy_K, reference_K = softmax(reference_K + scale * step_K), softmax(reference_K)
-    delta_K = np.log(policy_K / reference_K)
+    reward_V = (rng.permutation(ARMS) < ARMS // 2).astype(np.float64)
+    reference_V = rng.standard_normal(ARMS)
+    step_V = (2 * reward_V - 1) if drift == "learned" else rng.standard_normal(ARMS)
+    policy_V, reference_V = softmax(reference_V + scale * step_V), softmax(reference_V)
+    delta_V = np.log(policy_V / reference_V)
     if estimator == "weighted":
-        return Bandit(policy_K, reference_K, np.exp(delta_K), delta_K, reward_K)
-    return Bandit(policy_K, policy_K, np.ones(ARMS), delta_K, reward_K)
+        return Bandit(policy_V, reference_V, np.exp(delta_V), delta_V, reward_V)
+    return Bandit(policy_V, policy_V, np.ones(ARMS), delta_V, reward_V)
 
 
 def estimates(bandit: Bandit, name: str, in_group: bool, groups: int, seed: int) -> Iterator[np.ndarray]:
-    """[CHUNK, K] at a time: the gradient estimate of each group; the same seed draws the same arms."""
+    """Yields [CHUNK, V], the gradient estimate of each group; the same seed draws the same arms."""
     rng, offsets_B = np.random.default_rng(seed), np.arange(CHUNK + 1) * GROUP_SIZE
     for _ in range(groups // CHUNK):
-        arms_BG = rng.choice(ARMS, (CHUNK, GROUP_SIZE), p=bandit.sampler_K)
-        reward_BG, delta_BG = bandit.reward_K[arms_BG], bandit.delta_K[arms_BG]
+        arms_BR = rng.choice(ARMS, (CHUNK, GROUP_SIZE), p=bandit.sampler_V)
+        reward_BR, delta_BR = bandit.reward_V[arms_BR], bandit.delta_V[arms_BR]
         baseline_B = np.full(CHUNK, bandit.baseline(name))
         if in_group and name == "mean":
-            baseline_B = reward_BG.mean(axis=1)
+            baseline_B = reward_BR.mean(axis=1)
         elif in_group and name in ("first_order", "exact"):
-            baseline_B = rcc_baseline(reward_BG.ravel(), delta_BG.ravel(), offsets_B, name).baseline_G
-        coefficient_BG = bandit.weight_K[arms_BG] * (reward_BG - baseline_B[:, None]) / GROUP_SIZE
-        estimate_BK = -coefficient_BG.sum(axis=1)[:, None] * bandit.policy_K
-        np.add.at(estimate_BK, (np.arange(CHUNK)[:, None], arms_BG), coefficient_BG)
-        yield estimate_BK
+            baseline_B = rcc_baseline(reward_BR.ravel(), delta_BR.ravel(), offsets_B, name).baseline_G
+        coefficient_BR = bandit.weight_V[arms_BR] * (reward_BR - baseline_B[:, None]) / GROUP_SIZE
+        estimate_BV = -coefficient_BR.sum(axis=1)[:, None] * bandit.policy_V
+        np.add.at(estimate_BV, (np.arange(CHUNK)[:, None], arms_BR), coefficient_BR)
+        yield estimate_BV
 
 
 def measure(bandit: Bandit, name: str, in_group: bool, groups: int, seed: int) -> tuple[float, float, float]:
-    """(variance a draw, its standard error, |mean - grad J| / |grad J|), over at least two chunks."""
+    """Returns (variance per draw, its standard error, |mean - grad J| / |grad J|) from at least two
+    chunks."""
     chunks = list(estimates(bandit, name, in_group, groups, seed))
-    variances = [GROUP_SIZE * chunk_BK.var(axis=0, ddof=1).sum() for chunk_BK in chunks]
-    gradient_K = bandit.gradient()
-    bias_K = np.mean([chunk_BK.mean(axis=0) for chunk_BK in chunks], axis=0) - gradient_K
+    variances = [GROUP_SIZE * chunk_BV.var(axis=0, ddof=1).sum() for chunk_BV in chunks]
+    gradient_V = bandit.gradient()
+    bias_V = np.mean([chunk_BV.mean(axis=0) for chunk_BV in chunks], axis=0) - gradient_V
     error = np.std(variances, ddof=1) / np.sqrt(len(variances))
-    return float(np.mean(variances)), float(error), float(np.linalg.norm(bias_K) / np.linalg.norm(gradient_K))
+    return float(np.mean(variances)), float(error), float(np.linalg.norm(bias_V) / np.linalg.norm(gradient_V))
 
 
 def measured_rows(groups: int, seed: int) -> Iterator[str]:
-    """One bandit, every baseline: variance by enumeration and measured, population and in-group."""
+    """Yields the rows of one bandit: variance by enumeration and measured, population and in-group."""
     for estimator in ("weighted", "on-policy"):
         bandit = make_bandit(np.random.default_rng(seed), estimator, "learned", 0.5)
         for name in BASELINES:
@@ -131,7 +133,8 @@ def measured_rows(groups: int, seed: int) -> Iterator[str]:
 
 
 def enumerated_rows(bandits: int, seed: int) -> Iterator[str]:
-    """Many bandits: variance relative to that of the mean baseline, median, and how often it is smaller."""
+    """Yields the rows of many bandits: median variance relative to the mean baseline, and how often it is
+    smaller."""
     for estimator in ("weighted", "on-policy"):
         for drift in ("learned", "random"):
             for scale in (0.1, 0.3, 1.0):
@@ -148,15 +151,17 @@ def enumerated_rows(bandits: int, seed: int) -> Iterator[str]:
 
 DOCUMENT = """# Gradient variance of the baselines on a softmax bandit
 
-Made by `python tools/bandit_variance.py --groups {groups} --bandits {bandits} --seed {seed}`; its docstring
-defines the bandit ({arms} arms, half of them rewarded) and the two estimators. Variance is the trace of the
-covariance of one draw's gradient estimate. `optimal` is the true best constant, E[w² |g|² R] / E[w² |g|²].
+Written by `python tools/bandit_variance.py --groups {groups} --bandits {bandits} --seed {seed}`.
+Its docstring defines the bandit ({arms} arms, half of them rewarded) and the two estimators. Variance is the
+trace of the covariance of one draw's gradient estimate. `optimal` is the true best constant,
+E[w² |g|² R] / E[w² |g|²].
 
 ## One bandit, measured
 
-The policy has learned: logits of the rewarded arms up by 0.5, of the others down by 0.5. "Population" puts
-the expectation over all arms in the baseline: a constant, so the estimate is unbiased. "In group" computes it
-from the {group_size} draws themselves, as training does: variance times {group_size}, and the bias beside it.
+The policy has learned: its logits are 0.5 above the reference's at rewarded arms and 0.5 below at others.
+"Population" uses expectations over all arms in the baseline: a constant, so the estimate is unbiased. "In
+group" computes it from the {group_size} draws themselves, as in training: the table has the variance times
+{group_size} and the bias.
 
 | estimator | baseline | b | variance, enumerated | measured, population | measured, in group | bias |
 |---|---|---|---|---|---|---|
@@ -165,8 +170,8 @@ from the {group_size} draws themselves, as training does: variance times {group_
 ## {bandits} random bandits, enumerated
 
 Variance relative to that of the mean baseline (median over bandits; below 1 is better) and the share of
-bandits where it is smaller. `scale` is how far the policy's logits left the reference's: towards the
-rewarded arms (learned) or anywhere (random).
+bandits where it is smaller. `scale` is the distance of the policy's logits from the reference's: towards the
+rewarded arms (learned) or in a random direction (random).
 
 | estimator | drift | scale | first_order | better in | exact | better in | optimal |
 |---|---|---|---|---|---|---|---|
@@ -175,7 +180,7 @@ rewarded arms (learned) or anywhere (random).
 
 
 def main(arguments: list[str]) -> None:
-    """Write the two tables as Markdown."""
+    """Writes the two tables as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("docs/bandit_variance.md"), help="file to write")
     parser.add_argument("--groups", type=int, default=200_000, help=f"groups to draw, in chunks of {CHUNK}")

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Whether a host can take part in a run: GPUs and driver, NCCL, port, shared directory, clock.
+"""Checks that a host can take part in a run: GPUs and driver, NCCL, port, shared directory, clock.
 
 tools/check_environment.py --gpus 8 --nodes 4 --node-rank 0 --master-addr host0 --shared runs/x
 
-Every host of the run calls it at the same time. One line on stderr for each failure, exit status 1; else 0.
+Run it on all hosts at the same time. It prints one line per failure on stderr and exits with status 1; else
+with 0.
 """
 
 import argparse
@@ -19,15 +20,15 @@ OLDEST_DRIVER = 525
 """The oldest driver branch that runs CUDA 12"""
 OLDEST_NCCL = (2, 18)
 STALE_S = 900.0
-"""A host's mark in the shared directory that is so much older than one's own is of an earlier start"""
+"""A file of another host that is this much older than one's own is from an earlier start"""
 
 
 class Failure(Exception):
-    """One line: what is wrong and what to do."""
+    """A failed check, one line: what is wrong and what to do."""
 
 
 def main(argv: list[str]) -> int:
-    """Runs the checks in order; those on NCCL need a GPU and are left out without one."""
+    """Runs the checks in order; the NCCL check needs a GPU and is skipped without one."""
     arguments = _parser().parse_args(argv)
     failures: list[str] = []
     if _run(check_gpus, arguments, failures):
@@ -52,16 +53,16 @@ def _run(
 
 
 def check_gpus(arguments: argparse.Namespace) -> None:
-    """The driver answers, is new enough, and sees enough GPUs."""
+    """Checks that the driver answers, is new enough, and sees enough GPUs."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         raise Failure(
             "no NVIDIA GPU: nvidia-smi is not installed; DRY_RUN=1 checks the run without one"
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise Failure("nvidia-smi does not answer within 60 s: restart the host or its driver") from None
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise Failure("nvidia-smi does not answer within 60 s: restart the host or its driver") from error
     if done.returncode:
         reason = (done.stdout + done.stderr).strip().partition("\n")[0]
         raise Failure(f"nvidia-smi fails: {reason}: install or restart the NVIDIA driver")
@@ -73,18 +74,16 @@ def check_gpus(arguments: argparse.Namespace) -> None:
 
 
 def check_nccl(arguments: argparse.Namespace) -> None:
-    """torch is a CUDA build, reaches the GPUs, and has a usable NCCL."""
-    # Imported late: it takes seconds, and a host without a driver is told so at once.
+    """Checks that torch is a CUDA build, sees the GPUs, and has a recent NCCL."""
+    # imported late: it takes seconds, and a host without a driver fails before
     import torch
 
     if torch.version.cuda is None:
-        raise Failure(
-            "torch is a CPU build: install a CUDA build (make setup takes one where it finds a GPU)"
-        )
+        raise Failure("torch is a CPU build: install a CUDA build (make setup takes one if it finds a GPU)")
     if torch.cuda.device_count() < arguments.gpus:
         raise Failure(
             f"torch sees {torch.cuda.device_count()} GPUs, {arguments.gpus} needed: "
-            "look at CUDA_VISIBLE_DEVICES and at whether the driver is new enough for "
+            "check CUDA_VISIBLE_DEVICES, and that the driver is new enough for "
             f"CUDA {torch.version.cuda}"
         )
     if not torch.distributed.is_nccl_available():
@@ -97,50 +96,50 @@ def check_nccl(arguments: argparse.Namespace) -> None:
 
 
 def check_port(arguments: argparse.Namespace) -> None:
-    """On the first host the port of torchrun's rendezvous is free; the others can look up that host."""
+    """Checks that every host resolves host 0, and that the rendezvous port is free there."""
     address, port = arguments.master_addr, arguments.master_port
     try:
         host = socket.gethostbyname(address)
-    except OSError:
-        raise Failure(f"MASTER_ADDR is {address}: no host of that name can be found") from None
+    except OSError as error:
+        raise Failure(f"MASTER_ADDR is {address}: the name cannot be resolved") from error
     if arguments.node_rank:
         return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OverflowError:
-            raise Failure(f"MASTER_PORT is {port}: it must be within 1 and 65535") from None
-        except PermissionError:
-            raise Failure(f"MASTER_PORT is {port}: not allowed; choose one from 1024 on") from None
+        except OverflowError as error:
+            raise Failure(f"MASTER_PORT is {port}: it must be within 1 and 65535") from error
+        except PermissionError as error:
+            raise Failure(f"MASTER_PORT is {port}: not allowed; choose one from 1024 on") from error
         except OSError as error:
             raise Failure(
                 f"MASTER_ADDR:MASTER_PORT is {address}:{port}: cannot be bound here ({error.strerror}): "
                 "choose a free port, and as address one of node 0's own"
-            ) from None
+            ) from error
 
 
 def check_shared_directory(arguments: argparse.Namespace) -> None:
-    """Every host's mark appears in the shared directory."""
+    """Checks that a file from every host appears in the shared directory."""
     mark = _mark(arguments, arguments.node_rank)
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.write_text(repr(time.time()))
     except OSError as error:
-        raise Failure(f"{arguments.shared} cannot be written to: {error.strerror}: set OUT") from None
+        raise Failure(f"{arguments.shared} cannot be written to: {error.strerror}: set OUT") from error
     deadline, missing = time.monotonic() + arguments.wait, [0]
     while missing:
         missing = [n for n in range(arguments.nodes) if not _is_fresh(_mark(arguments, n), mark)]
         if missing and time.monotonic() > deadline:
             raise Failure(
                 f"nodes {missing} did not show up in {arguments.shared} within {arguments.wait:.0f} s: "
-                "start the script on all nodes together, and put OUT on a file system that they share"
+                "start the script on all nodes at the same time, with OUT on a file system that they share"
             )
         time.sleep(0.2 if missing else 0)
 
 
 def check_clocks(arguments: argparse.Namespace) -> None:
-    """No host's clock is far from node 0's, each compared with that of the file server."""
+    """Checks that no clock is far from node 0's; each is compared with that of the file server."""
     offsets = []
     for node in range(arguments.nodes):
         mark = _mark(arguments, node)
@@ -148,7 +147,7 @@ def check_clocks(arguments: argparse.Namespace) -> None:
     for node, offset in enumerate(offsets):
         skew = offset - offsets[0]
         if abs(skew) > arguments.max_skew:
-            raise Failure(f"node {node}'s clock is {skew:+.1f} s from node 0's: synchronise them (NTP)")
+            raise Failure(f"node {node}'s clock is {skew:+.1f} s from node 0's: synchronize them (NTP)")
 
 
 def _mark(arguments: argparse.Namespace, node: int) -> Path:
@@ -157,7 +156,7 @@ def _mark(arguments: argparse.Namespace, node: int) -> Path:
 
 def _is_fresh(mark: Path, own: Path) -> bool:
     try:
-        # a mark may be seen before it is filled
+        # the file may be visible before its content
         return mark.stat().st_size > 0 and mark.stat().st_mtime > own.stat().st_mtime - STALE_S
     except OSError:
         return False
@@ -167,14 +166,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs that this host must have")
-    parser.add_argument("--nodes", type=int, default=1, help="hosts of the run")
-    parser.add_argument("--node-rank", type=int, default=0, help="number of this host, from 0")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs that this host needs")
+    parser.add_argument("--nodes", type=int, default=1, help="number of hosts")
+    parser.add_argument("--node-rank", type=int, default=0, help="rank of this host, from 0")
     parser.add_argument("--master-addr", default="127.0.0.1", help="address of host 0")
     parser.add_argument("--master-port", type=int, default=29500, help="port of host 0 that must be free")
-    parser.add_argument("--shared", default=os.curdir, help="directory that all hosts must share")
-    parser.add_argument("--wait", type=float, default=60, help="seconds for the other hosts to appear")
-    parser.add_argument("--max-skew", type=float, default=5, help="seconds between two hosts' clocks")
+    parser.add_argument("--shared", default=os.curdir, help="directory shared by all hosts")
+    parser.add_argument("--wait", type=float, default=60, help="seconds to wait for the other hosts")
+    parser.add_argument(
+        "--max-skew", type=float, default=5, help="largest difference of two clocks in seconds"
+    )
     return parser
 
 

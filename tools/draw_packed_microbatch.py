@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Draws a packed micro-batch: who attends to whom, positions, labels. Writes docs/packed_microbatch.svg.
+"""Draws a packed micro-batch: attention mask, positions, labels. Writes docs/packed_microbatch.svg.
 
-The picture is made of nothing but what the packer returned for a small group: the mask follows from the
+Everything in the picture comes from the packer's output for a small group; the mask follows from the
 cumulative lengths that the attention kernels get.
 """
 
@@ -72,7 +72,7 @@ def pack_example() -> tuple[MicroBatch, list[str]]:
 
 
 def visibility(micro_batch: MicroBatch) -> np.ndarray:
-    """Returns how each row (first axis) sees each other: OWN segment, its PREFIX, PADDING, or 0."""
+    """Returns int [N, N]: row i attends to row j in its OWN segment, its PREFIX, as PADDING, or not (0)."""
     rows = len(micro_batch.tokens_N)
     seen = np.zeros((rows, rows), int)
     key, query = 0, micro_batch.num_prefix_rows
@@ -116,7 +116,7 @@ def draw(micro_batch: MicroBatch, names: list[str]) -> pyplot.Figure:
 
 
 def annotate(figure: pyplot.Figure, axes: pyplot.Axes, micro_batch: MicroBatch) -> pyplot.Figure:
-    """Names the segments beside the mask and the colours below it."""
+    """Labels the segments beside the mask and the colours below it."""
     sides = packed_sides(micro_batch)
     texts = [f"prefix {number}" for number in range(1, len(sides) + 1)]
     texts += [f"response {rollout + 1}" for side in sides for rollout in side.rollouts]

@@ -1,10 +1,10 @@
-"""Write arithmetic prompts to train on and held-out ones, in the schema of DAPO-Math-17k.
+"""Writes arithmetic prompts for training and held-out ones, in the schema of DAPO-Math-17k.
 
     python tools/make_arithmetic_prompts.py --out examples/data
 
-A problem is two steps from a two-digit number, `47+8-6=`, chosen so that every result has two digits and that
-forgetting every carry and borrow gives another answer. Whether a problem is held out depends on its text
-alone, so nothing that draws from the other part ever trains on one.
+A problem is two steps from a two-digit number, `47+8-6=`, such that every result has two digits and
+forgetting every carry and borrow gives another answer. A hash of its text decides whether it is held out, so
+the two parts never overlap, whoever draws from them.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 HELD_OUT_SHARE = 10
-"""One problem in so many is held out."""
+"""One problem in this many is held out"""
 
 
 def add(a: int, b: int, carry: bool = True) -> int:
@@ -44,7 +44,7 @@ class Problem:
 
     @property
     def text(self) -> str:
-        """The question as the policy reads it."""
+        """The question as the policy sees it."""
         return f"{self.first}{''.join(f'{op}{x}' for op, x in self.rest)}="
 
     def values(self, right: bool = True) -> list[int]:
@@ -64,12 +64,12 @@ class Problem:
 
     @property
     def held_out(self) -> bool:
-        """Whether the problem belongs to the held-out part."""
+        """True if the problem is held out."""
         return zlib.crc32(self.text.encode()) % HELD_OUT_SHARE == 0
 
 
 def draw_problem(rng: random.Random, held_out: bool, steps: int = 2) -> Problem:
-    """A problem of the asked part with two-digit results at every step and another wrong result."""
+    """Draws a problem with two-digit results at every step and a wrong result that differs."""
     while True:
         rest = tuple((rng.choice("+-"), rng.randint(2, 9)) for _ in range(steps))
         problem = Problem(rng.randint(10, 99), rest)
@@ -80,7 +80,7 @@ def draw_problem(rng: random.Random, held_out: bool, steps: int = 2) -> Problem:
 
 
 def draw_distinct(rng: random.Random, count: int, held_out: bool) -> list[Problem]:
-    """`count` different problems in the order drawn."""
+    """Draws `count` distinct problems."""
     problems: dict[Problem, None] = {}
     while len(problems) < count:
         problems[draw_problem(rng, held_out)] = None
@@ -88,7 +88,7 @@ def draw_distinct(rng: random.Random, count: int, held_out: bool) -> list[Proble
 
 
 def table(problems: list[Problem]) -> pa.Table:
-    """The columns of DAPO-Math-17k."""
+    """Returns the problems in the columns of DAPO-Math-17k."""
     return pa.table(
         {
             "data_source": ["arithmetic"] * len(problems),
@@ -101,10 +101,10 @@ def table(problems: list[Problem]) -> pa.Table:
 
 
 def main(arguments: list[str]) -> None:
-    """Write train.parquet and heldout.parquet."""
+    """Writes train.parquet and heldout.parquet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("examples/data"), help="folder to write to")
-    parser.add_argument("--train", type=int, default=10_000, help="prompts to train on")
+    parser.add_argument("--out", type=Path, default=Path("examples/data"), help="directory to write to")
+    parser.add_argument("--train", type=int, default=10_000, help="training prompts")
     parser.add_argument("--heldout", type=int, default=500, help="held-out prompts")
     parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same files")
     options = parser.parse_args(arguments)

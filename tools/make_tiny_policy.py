@@ -1,13 +1,12 @@
-"""Make the tiny policy of the demo from nothing: a tokenizer and a Qwen3 model of 0.6 M parameters.
+"""Makes the tiny policy of the demo from scratch: a tokenizer and a Qwen3 model of 0.6 M parameters.
 
     python tools/make_tiny_policy.py --out examples/tiny_policy
 
-A supervised warm start on generated arithmetic (tools/make_arithmetic_prompts.py). Half of the
-demonstrations forget every carry and borrow, so that the policy, trained to convergence, knows the right
-procedure and a wrong one and uses each about half the time: the ability is latent, the errors are
-systematic. Half carry labelled attempts before the answer, in the token form of bilateral contexts
-(BiccConfig's headers), so that the policy can read one. Whether the answer is right does not depend on the
-attempts.
+The policy is trained on generated arithmetic (tools/make_arithmetic_prompts.py). Half of the demonstrations
+forget every carry and borrow, so that the policy, trained to convergence, uses the right procedure and a
+wrong one about half of the time each: the ability is latent, the errors are systematic. Half of them have
+labelled attempts before the answer, in the token form of bilateral contexts (BiccConfig's headers), so that
+the policy can read a context. The correctness of the answer is independent of the attempts.
 """
 
 import argparse
@@ -36,12 +35,12 @@ CHAT_TEMPLATE = (
 )
 MAX_ATTEMPTS = 7
 WRONG_SHARE = 0.5
-"""Of the answers; what the attempts before them are makes no difference."""
+"""Share of wrong answers, independent of the attempts before them"""
 IGNORED = -100
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, so every digit is one and any text can be encoded; the demo's phrases whole."""
+    """Returns a tokenizer with one token per byte, so per digit, and one per phrase of the demo."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -61,7 +60,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """Freshly initialised; every size divides by 2, for tensor and pipeline parallel."""
+    """Returns a freshly initialized model; every size divides by 2, for tensor and pipeline parallel."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -81,7 +80,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 class Demonstrations:
-    """Draws batches of token ids with the labels of what is to be learned."""
+    """Draws batches of token ids with labels."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int):
         def encode(text: str) -> list[int]:
@@ -94,9 +93,9 @@ class Demonstrations:
         self._answer_header = encode(headers.answer_header)
 
     def one(self, attempts: int) -> tuple[list[int], list[int]]:
-        """Tokens and labels of a demonstration: prompt, labelled attempts of one class, answer.
+        """Returns tokens and labels of a demonstration: prompt, labelled attempts of one class, answer.
 
-        The attempts are learned too: that ties each header to its procedure.
+        The attempts are learned too, which ties each header to its procedure.
         """
         problem = draw_problem(self._rng, held_out=False)
         parts = [(self._encode(f"{USER}{problem.text}{ASSISTANT}"), [])]
@@ -112,7 +111,7 @@ class Demonstrations:
         return tokens, labels
 
     def batch(self, size: int, attempts: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 tokens and labels [size, longest], padded on the right."""
+        """Returns int64 tokens and labels [size, longest], padded on the right."""
         rows = [self.one(attempts) for _ in range(size)]
         width = max(len(tokens) for tokens, _ in rows)
         tokens = torch.tensor([t + [self._pad] * (width - len(t)) for t, _ in rows])
@@ -120,14 +119,15 @@ class Demonstrations:
         return tokens, labels
 
     def step(self, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Two batches: without attempts, and with one to MAX_ATTEMPTS of them, most often few."""
+        """Returns two batches: without attempts, and with one to MAX_ATTEMPTS of them, usually few."""
         counts = range(1, MAX_ATTEMPTS + 1)
         attempts = self._rng.choices(counts, [1 / n**2 for n in counts])[0]
         return [self.batch(size // 2, 0), self.batch(size // 2, attempts)]
 
 
 def make_optimizers(model: Qwen3ForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, which it trains in a third of AdamW's steps; AdamW else."""
+    """Returns Muon for the matrices of the layers, which needs a third of AdamW's steps, and AdamW for the
+    rest."""
     hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
     inside = {id(p) for p in hidden}
     other = [p for p in model.parameters() if id(p) not in inside]
@@ -138,14 +138,15 @@ def make_optimizers(model: Qwen3ForCausalLM, lr: float) -> list[torch.optim.Opti
 
 
 def mean_loss(model: Qwen3ForCausalLM, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats at the labelled tokens; padding is on the right, so causality hides it."""
+    """Returns the mean cross-entropy at the labelled tokens, in nats. Padding is on the right: causality
+    hides it."""
     hidden = model.model(input_ids=tokens).last_hidden_state[:, :-1]
     learned = labels[:, 1:] != IGNORED
     return cross_entropy(model.lm_head(hidden[learned]), labels[:, 1:][learned])
 
 
 def train(model: Qwen3ForCausalLM, demonstrations: Demonstrations, steps: int, size: int, lr: float) -> None:
-    """Supervised training to convergence, cosine schedule after a short warm-up."""
+    """Trains to convergence, with a cosine schedule after a short warm-up."""
     optimizers = make_optimizers(model, lr)
     shape = partial(_schedule, steps=steps)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, shape) for optimizer in optimizers]
@@ -165,11 +166,13 @@ def _schedule(step: int, steps: int, warmup: int = 40) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    """Train and write the policy."""
+    """Trains and writes the policy."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("examples/tiny_policy"), help="folder to write to")
+    parser.add_argument(
+        "--out", type=Path, default=Path("examples/tiny_policy"), help="directory to write to"
+    )
     parser.add_argument("--steps", type=int, default=350, help="training steps")
-    parser.add_argument("--batch", type=int, default=128, help="demonstrations a step")
+    parser.add_argument("--batch", type=int, default=128, help="demonstrations per step")
     parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same policy")
     options = parser.parse_args(arguments)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The development environment, one stage a call; the Makefile decides which stages are stale.
+# Sets up the development environment, one stage per call; the Makefile decides which stages are stale.
 #   setup.sh packages   .venv with the packages of requirements.lock
 #   setup.sh build      csrc built in place, the package installed editable
-#   setup.sh browser    Chromium for the tests of report.html, where none is there and root can install it
+#   setup.sh browser    Chromium for the tests of report.html, if there is none and root can install it
 #   setup.sh sglang     .venv-sglang with SGLang, the rollout server
-# An interrupted call leaves nothing that the next one would take for finished work.
+# After an interruption, the next call does not mistake unfinished work for finished.
 set -Eeuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -35,7 +35,7 @@ make_venv() {
     "$PYTHON" -m venv --clear "$venv"
 }
 
-# pip writes INSTALLER last: without it the package was cut off, and pip would take it for installed.
+# pip writes INSTALLER last: without it the package is incomplete, but pip considers it installed.
 forget_unfinished_packages() {
     find "$venv/lib" -maxdepth 3 -name '*.dist-info' ! -exec test -e '{}/INSTALLER' ';' -prune -exec rm -r '{}' +
 }
@@ -68,14 +68,14 @@ install_sglang() {
         "${pip_install_many[@]}" "$(grep -E '^sglang==' $locked)"
         return
     fi
-    # torch alone brings its dependencies: they are none for a CPU build and many for a CUDA build.
+    # only torch is installed with its dependencies: a CPU build has none, a CUDA build many
     "${pip_install_many[@]}" "$(grep -oE '^torch==[^ ]+' $locked)" --constraint $locked
     "${pip_install_many[@]}" --no-deps -r $locked
     local packages
     packages=$("$venv_python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     cp -R tools/sglang_cpu/sgl_kernel tools/sglang_cpu/torchvision_operators.py "$packages/"
     echo "import torchvision_operators" >"$packages/torchvision_operators.pth"
-    # What a server imports is imported once, so that its start compiles nothing, and to see that it can be.
+    # imports once what a server imports: checks that it works, and compiles it
     env -u PYTHONDONTWRITEBYTECODE SGLANG_USE_CPU_ENGINE=1 "$venv_python" -W ignore -c \
         'import sglang.srt.entrypoints.http_server, sglang.srt.managers.scheduler'
 }

@@ -1,6 +1,7 @@
 """Curves: their points, and how they are drawn."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -34,14 +35,14 @@ def test_curves_are_the_recorded_points(tmp_path: Path):
     }
     assert list(points("rcc/cov", run, other)) == ["a"]
     assert points("tokens/packed", run) == {
-        "one row a rollout": [(step, 2600) for step in range(1, 11)],
+        "one row per rollout": [(step, 2600) for step in range(1, 11)],
         "packed": [(step, 1000) for step in range(1, 11)],
     }
     assert list(points("tokens/packed", run, other)) == [
         "a packed",
-        "a one row a rollout",
+        "a one row per rollout",
         "b packed",
-        "b one row a rollout",
+        "b one row per rollout",
     ]
 
 
@@ -90,7 +91,7 @@ def test_more_runs_than_colours_are_all_drawn(tmp_path: Path):
     assert len({(entry.color, entry.dash_array) for entry in drawing.legend}) == 7
 
 
-def test_plot_tool_draws_a_picture(tmp_path: Path):
+def test_plot_tool_draws_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     runs = [str(make_run(tmp_path / name, steps=3)) for name in "ab"]
     tool = [sys.executable, str(REPOSITORY / "tools" / "plot_run.py")]
     subprocess.run([*tool, *runs, str(tmp_path / "out.png")], check=True, cwd=REPOSITORY)
@@ -98,10 +99,8 @@ def test_plot_tool_draws_a_picture(tmp_path: Path):
     assert picture.shape[:2] == (540, 1500)
     assert picture[..., :3].std() > 0.05
     (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 1}\n')
-    failed = subprocess.run(
-        [*tool, *runs, str(tmp_path / "out.png")], capture_output=True, text=True, cwd=REPOSITORY
-    )
-    assert failed.returncode == 2
-    assert (
-        failed.stderr == "tools/plot_run.py: error: a: neither reward/mean nor eval/pass_at_1 was recorded\n"
-    )
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(tool[1])["main"]([*runs, str(tmp_path / "out.png")])
+    assert stop.value.code == 2
+    complaint = "tools/plot_run.py: error: a: neither reward/mean nor eval/pass_at_1 was recorded\n"
+    assert capsys.readouterr().err == complaint

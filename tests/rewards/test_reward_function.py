@@ -1,11 +1,13 @@
 """reward.verifier by import path: what a user's function is given, and what becomes of its mistakes."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.scripted import Words
 
+from megatron_bicc import plugins
 from megatron_bicc.config import RewardConfig
 from megatron_bicc.data.prompts import Prompt
 from megatron_bicc.errors import UserError
@@ -51,6 +53,7 @@ def not_a_number(completions): return [0.0, float("nan")]
 def too_large(completions): return [0.0, 1e300]
 def one_number(completions): return 1.0
 """
+PAGE = (Path(__file__).parents[2] / "docs/extending.md").read_text()
 MESSAGES = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1?"}]
 PROMPT = Prompt(6, MESSAGES, np.array([1], np.int32), "1", "sums", {"max_characters": 4})
 
@@ -60,6 +63,13 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "rewards.py"
     path.write_text(REWARDS)
     return path
+
+
+def documented(name: str, folder: Path) -> Path:
+    """The example of docs/extending.md whose first line is a comment with this name, as a file."""
+    (code,) = re.findall(rf"```python\n(# {re.escape(name)}\n.*?)```", PAGE, re.DOTALL)
+    (folder / name).write_text(code)
+    return folder / name
 
 
 def rewards_of(name: str, prompt: Prompt = PROMPT) -> list[float]:
@@ -81,6 +91,20 @@ def test_a_function_sees_prompt_truth_and_columns(file: Path) -> None:
     assert all(vars(each).items() >= expected.items() for each in seen)
     assert seen[0].extra == {"max_characters": 4} and seen[0].prompt == "Add.\n1+1?"
     assert [each.response for each in seen] == ["1", "11"]
+
+
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    verifier = get_verifier(RewardConfig(verifier=f"{documented('my_rewards.py', tmp_path)}:concise"))
+    texts = ["\\boxed{2}", "\\boxed{2}" + " " * 3, "\\boxed{2}" * 3, "\\boxed{3}"]
+    found = verifier([Completion(MESSAGES, text, "2", extra={"max_characters": 10}) for text in texts])
+    assert found.tolist() == pytest.approx([1.0, 0.8, 0.6, 0.0])
+
+
+def test_the_documented_filter(tmp_path: Path) -> None:
+    keep = plugins.load("data.filter", f"{documented('my_filters.py', tmp_path)}:learnable")
+    rates = (0.0, 0.1, 0.5, 1.0)
+    prompts = [Prompt(0, MESSAGES, np.array([1], np.int32), "2", "", {"pass_rate": rate}) for rate in rates]
+    assert [keep(prompt) for prompt in prompts] == [False, True, True, False]
 
 
 def test_a_begun_answer_stands_before_the_response(file: Path) -> None:

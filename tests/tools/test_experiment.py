@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from experiment import figures, page, probes
 from experiment.arms import COMMON, MAIN, VARIANTS, Job, jobs
 from experiment.paired import interval, paired
-from experiment.runner import DONE, Runner
+from experiment.runner import DONE, RunError, Runner
 
 from megatron_bicc.errors import UserError
 
@@ -96,7 +96,7 @@ def test_a_run_that_is_finished_is_not_run_again(tmp_path: Path) -> None:
     fail = tmp_path / "grpo/fail"
     fail.parent.mkdir()
     fail.touch()
-    with pytest.raises(RuntimeError, match=r"seed=[12] output_dir=.* ended with status 3; see .*output.txt"):
+    with pytest.raises(RunError, match=r"seed=[12] output_dir=.* ended with status 3; see .*output.txt"):
         runner.run(pair)
     fail.unlink()
     (tmp_path / "grpo/log").unlink()

@@ -1,6 +1,6 @@
-"""The launch scripts: on paper, on a machine without GPUs, and what they hand to torchrun.
+"""The launch scripts: dry runs, errors on a machine without GPUs, and the command that they give to torchrun.
 
-Where a test needs GPUs or SLURM, `PYTHON`, `srun` and `scontrol` are test doubles that print their arguments.
+If a test needs GPUs or SLURM, `PYTHON`, `srun` and `scontrol` are test doubles that print their arguments.
 """
 
 import os
@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from megatron_bicc.algorithms.presets import resolve
+from megatron_bicc.cli import parse_config
 
 REPOSITORY = Path(__file__).parents[2]
 # several processes or many shards; a busy machine needs minutes for that
@@ -52,13 +55,19 @@ def run(script: str, *arguments: str, path: Path | None = None, **variables: str
     return done.returncode, done.stdout, done.stderr
 
 
-def launched(path: Path, script: str, *arguments: str, **variables: str) -> dict[str, str]:
-    """The settings of the training command, with those of torchrun under their option's names."""
+def command(path: Path, script: str, *arguments: str, **variables: str) -> list[str]:
+    """The arguments of torchrun, those of the training command among them."""
     env = files(path) | {"PYTHON": str(path / "python")} | variables
     status, out, err = run(script, *arguments, path=path, **env)
     assert status == 0, err
     last = re.findall(r"<([^>]*)>", out.splitlines()[-1])
     assert last[:2] == ["-m", "torch.distributed.run"]
+    return last
+
+
+def launched(path: Path, script: str, *arguments: str, **variables: str) -> dict[str, str]:
+    """The settings of the training command, with those of torchrun under their option's names."""
+    last = command(path, script, *arguments, **variables)
     options = {last[i]: last[i + 1] for i in range(2, last.index("megatron_bicc.train") - 1, 2)}
     return options | dict(setting.split("=", 1) for setting in last if "=" in setting)
 
@@ -100,13 +109,26 @@ def test_plain_hosts(doubles: Path) -> None:
     assert found["checkpoint.resume"] == "true"
     assert found["model.path"] == f"{doubles}/model" and found["data.train"] == f"{doubles}/train.parquet"
     assert found["rollout.colocate"] == "true" and found["rollout.sglang.gpus"] == "0,1,2,3,4,5,6,7"
-    paper = {
-        "optimizer.lr": "1e-6",
-        "rollout.group_size": "8",
-        "loss.clip_low": "0.2",
-        "loss.clip_high": "0.2",
-    }
-    assert found.items() >= {**paper, "bicc.context_ratio": "0.4", "seed": "5"}.items()
+    assert found["seed"] == "5"
+
+
+@pytest.mark.parametrize(("script", "layout"), [(SCRIPTS[0], (8, 4)), (SCRIPTS[1], (2, 1))])
+def test_the_papers_settings(
+    doubles: Path, script: str, layout: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that the run resolves, wherever they are written: in the script, its file or the defaults."""
+    arguments = command(doubles, script, MASTER_ADDR="host0")
+    monkeypatch.chdir(REPOSITORY)
+    config = resolve(parse_config(arguments[arguments.index("megatron_bicc.train") + 1 :]))
+    assert (config.bicc.enabled, config.rcc.enabled, config.bicc.weight) == (True, True, 1.0)
+    assert (config.optimizer.lr, config.bicc.context_ratio) == (1e-6, 0.4)
+    assert (config.loss.clip_low, config.loss.clip_high) == (0.2, 0.2)
+    assert (config.rollout.prompts_per_step, config.rollout.group_size) == (32, 8)
+    assert (config.rollout.max_new_tokens, config.train.max_sequence_tokens) == (8192, 16384)
+    assert (config.train.max_tokens_per_microbatch, config.model.recompute) == (16384, "full")
+    assert (config.parallel.tensor, config.parallel.pipeline) == layout
+    assert config.checkpoint.resume and config.rollout.colocate
+    assert (config.rollout.launch, config.weight_sync.method) == ("spawn", "tensor")
 
 
 def test_the_environment_is_checked_first(doubles: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is compared: every arm gets the same prompts, rollouts and optimiser steps, seed by seed."""
+"""The arms of the experiment: all get the same prompts, rollouts and optimizer steps, seed by seed."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ COMMON = (
     "rollout.prompts_per_step=16",
     "rollout.group_size=8",
     f"train.steps={STEPS}",
-    # contexts of 0.2, 0.4 and 0.6 of it hold about two, four and all seven opposite rollouts
+    # contexts of 0.2, 0.4 and 0.6 of it have room for about two, four and all seven opposite rollouts
     "train.max_sequence_tokens=256",
     "evaluation.every=3",
     "evaluation.prompts=75",
@@ -22,15 +22,15 @@ CONFIG = "examples/configs/tiny.yaml"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training."""
+    """An algorithm with its settings."""
 
     name: str
     settings: tuple[str, ...]
-    """Beside COMMON"""
+    """In addition to COMMON"""
     seeds: int
-    """Seeds 1 to this one"""
+    """Number of seeds, from 1"""
     against: str = "grpo"
-    """The arm it is tested against, on the seeds that both have"""
+    """The arm it is tested against, on their common seeds"""
 
 
 MAIN = (
@@ -48,7 +48,7 @@ VARIANTS = (
     Arm("bicc+rcc, weight 0.5", ("algorithm=grpo+bicc+rcc", "bicc.weight=0.5"), 4, "bicc+rcc"),
 )
 HALFWAY = Arm("grpo, 5 steps", ("algorithm=grpo", "train.steps=5", "evaluation.every=5"), 4)
-"""Not compared: its policies, half-way up, are what tools/experiment/probes.py looks at."""
+"""Not compared: tools/experiment/probes.py examines its half-trained policies"""
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,16 @@ class Job:
 
     @property
     def folder(self) -> str:
-        """Where it lies in the experiment's directory."""
+        """Its path in the experiment's directory."""
         return f"{self.arm.name.replace(', ', '_').replace(' ', '_')}/seed_{self.seed}"
 
     def settings(self) -> tuple[str, ...]:
-        """Command line of megatron_bicc.train but for output_dir."""
+        """Returns the arguments of megatron_bicc.train, without output_dir."""
         return ("--config", CONFIG, *COMMON, *self.arm.settings, f"seed={self.seed}")
 
 
 def jobs() -> list[Job]:
-    """Every run, the main four first and seed by seed, so that a run cut short is a smaller experiment."""
+    """Returns every run, the main four first, seed by seed: an interrupted experiment is a smaller one."""
     by_arm = [Job(arm, seed) for arm in (*MAIN, HALFWAY, *VARIANTS) for seed in range(1, arm.seeds + 1)]
     late = {arm.name: arm not in MAIN for arm in (*MAIN, HALFWAY, *VARIANTS)}
     return sorted(by_arm, key=lambda job: (job.seed > 4, late[job.arm.name], job.seed))

@@ -1,4 +1,4 @@
-"""The figures of every run: read from metrics.jsonl, kept in one CSV file, summed up by seed."""
+"""Figures of every run: read from metrics.jsonl, kept in one CSV file, summarized by seed."""
 
 import csv
 from collections import defaultdict
@@ -27,15 +27,15 @@ METRICS = {
     "clip_wrong_dual": "clip/wrong/dual",
     "context_tokens": "tokens/context",
 }
-"""Column: metric of docs/metrics.md. Beside them `tokens`, the training tokens so far."""
+"""Column: metric of docs/metrics.md. A further column is `tokens`, the training tokens so far"""
 COLUMNS = ("arm", "seed", "step", "tokens", *METRICS)
 THRESHOLD = 0.85
-"""Held-out pass@1 that "steps to" and "tokens to" ask for."""
+"""Held-out pass@1 that "steps to" and "tokens to" refer to"""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One run; every array has an entry a step, from step 0, NaN where a metric was not recorded."""
+    """One run; every array has one entry per step, from step 0, NaN if the metric was not recorded."""
 
     arm: str
     seed: int
@@ -43,12 +43,12 @@ class Curve:
     """float64 [steps + 1]"""
 
     def at_evaluations(self, column: str) -> np.ndarray:
-        """float64 [evaluations]: a column where the run was evaluated."""
+        """Returns float64 [evaluations]: the column at the steps with an evaluation."""
         return self.columns[column][np.isfinite(self.columns["pass_at_1"])]
 
 
 def collect(out: Path) -> list[Curve]:
-    """The curves of the finished runs of arms that are compared."""
+    """Returns the curves of the finished runs of all compared arms."""
     compared = [Job(arm, seed) for arm in (*MAIN, *VARIANTS) for seed in range(1, arm.seeds + 1)]
     return [_curve(job, out / job.folder) for job in compared if is_finished(out, job)]
 
@@ -65,7 +65,7 @@ def _curve(job: Job, folder: Path) -> Curve:
 
 
 def write(curves: list[Curve], path: Path) -> None:
-    """One row a run and step, six significant digits."""
+    """Writes one row per run and step, with six significant digits."""
     with path.open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -76,7 +76,7 @@ def write(curves: list[Curve], path: Path) -> None:
 
 
 def read(path: Path) -> list[Curve]:
-    """What `write` wrote."""
+    """Reads a file of `write`."""
     rows = defaultdict(list)
     with path.open(newline="") as stream:
         for row in csv.DictReader(stream):
@@ -88,7 +88,7 @@ def read(path: Path) -> list[Curve]:
 
 
 def summary(curve: Curve) -> dict[str, float]:
-    """The numbers of a run that are compared."""
+    """Returns the numbers of a run that are compared."""
     steps, tokens, passed = (curve.at_evaluations(name) for name in ("step", "tokens", "pass_at_1"))
     early = slice(1, 9)
     cov = curve.columns["cov"][1:]
@@ -111,7 +111,7 @@ def summary(curve: Curve) -> dict[str, float]:
 
 
 def crossing(x: np.ndarray, passed: np.ndarray) -> float:
-    """Where pass@1 first reaches THRESHOLD, linear between evaluations; NaN if it never does."""
+    """Returns x where pass@1 first reaches THRESHOLD, interpolated linearly; NaN if it never does."""
     above = np.flatnonzero(passed >= THRESHOLD)
     if not len(above):
         return float("nan")

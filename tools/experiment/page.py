@@ -1,4 +1,4 @@
-"""docs/results.md, from docs/results: the raw figures of every run, the probes, and what made them."""
+"""Writes docs/results.md from docs/results: the raw figures of every run, the probes, and their origin."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from megatron_bicc import device
 
 RAW, ORIGIN, PROBES, DISCUSSION = "runs.csv", "origin.json", "probes.json", "discussion.md"
 READERS = ("grpo", "bicc", "bicc, conditioned", "bicc+rcc, weight 0.5")
-"""Arms whose trained policies the first probe looks at."""
+"""Arms whose trained policies the first probe examines"""
 PROBE_SEEDS = (1, 2, 3, 4)
 READ_GROUPS = 40
 START, HELD_OUT = REPOSITORY / "examples/tiny_policy", REPOSITORY / "examples/data/heldout.parquet"
@@ -31,7 +31,7 @@ MEASURES = {
 
 
 def collect_figures(out: Path, folder: Path) -> None:
-    """Writes into `folder` all that the page is made of, from the finished runs in `out`."""
+    """Writes all data of the page into `folder`, from the finished runs in `out`."""
     folder.mkdir(parents=True, exist_ok=True)
     figures.write(figures.collect(out), folder / RAW)
     finished = [job for job in arms.jobs() if is_finished(out, job)]
@@ -42,7 +42,7 @@ def collect_figures(out: Path, folder: Path) -> None:
 
 
 def _probed(out: Path) -> dict[str, Any]:
-    """Both probes of the finished runs; kept beside them, as they take minutes."""
+    """Returns both probes of the finished runs; they take minutes, so the result is kept in `out`."""
     probed_jobs = [job for job in arms.jobs() if job.seed in PROBE_SEEDS and is_finished(out, job)]
     policies = [job.folder for job in probed_jobs if job.arm.name in (*READERS, HALFWAY.name)]
     kept = out / PROBES
@@ -56,7 +56,7 @@ def _probed(out: Path) -> dict[str, Any]:
 
 
 def _readings(out: Path) -> dict[str, list[dict[str, dict[str, float]]]]:
-    """By policy: probes.reading of each seed, all on the same texts of the start policy."""
+    """Returns probes.reading by policy and seed, all on the same texts of the initial policy."""
     groups, headers = probes.draw_groups(START, HELD_OUT, seed=1)
     groups = groups[:READ_GROUPS]
     found = {"start": [probes.reading(probes.load(START), groups, headers)]}
@@ -69,7 +69,8 @@ def _readings(out: Path) -> dict[str, list[dict[str, dict[str, float]]]]:
 
 
 def _estimators(out: Path) -> dict[str, list[dict[str, dict[str, float]]]]:
-    """probes.estimators of the start policy and of the half-way ones, each on its own rollouts, by seed."""
+    """Returns probes.estimators of the initial and the half-trained policies, each on its own rollouts, by
+    seed."""
     start = probes.load(START)
     found: dict[str, list[dict[str, dict[str, float]]]] = {"start": [], "halfway": []}
     for seed in PROBE_SEEDS:
@@ -80,7 +81,7 @@ def _estimators(out: Path) -> dict[str, list[dict[str, dict[str, float]]]]:
 
 
 def write_page(docs: Path) -> Path:
-    """Draws the pictures and writes results.md from what collect_figures wrote."""
+    """Draws the pictures and writes results.md from the data of collect_figures."""
     folder = docs / "results"
     curves = figures.read(folder / RAW)
     pictures.draw_all(curves, folder)
@@ -164,7 +165,7 @@ def _reading_rows(reading: dict[str, list[dict[str, dict[str, float]]]]) -> list
 
 
 def _estimator_rows(by_policy: dict[str, list[dict[str, dict[str, float]]]]) -> list[dict[str, str]]:
-    """Each estimator against GRPO's on the same rollouts: ratios of variances, by seed."""
+    """Compares each estimator with GRPO's on the same rollouts: ratios of variances, by seed."""
     rows = []
     for policy, by_seed in by_policy.items():
         for name in probes.ESTIMATORS:
@@ -179,7 +180,7 @@ def _estimator_rows(by_policy: dict[str, list[dict[str, dict[str, float]]]]) -> 
 
 
 def _discussion(folder: Path, commits: list[str]) -> str:
-    """What was written by hand about these very runs: its first line names their commit."""
+    """Returns the hand-written discussion if its first line names the commits of these runs; else nothing."""
     path = folder / DISCUSSION
     if not path.exists():
         return ""

@@ -1,4 +1,4 @@
-"""Intervals over seeds, and tests of one arm against another seed by seed."""
+"""Confidence intervals over seeds, and paired tests of one arm against another."""
 
 import math
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ from megatron_bicc.errors import UserError
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % interval by Student's t."""
+    """A mean with its 95 % confidence interval by Student's t."""
 
     mean: float
     half_width: float
 
     @property
     def text(self) -> str:
-        """Two significant digits of the half width."""
+        """The interval, with two significant digits of the half width."""
         digits = 3 if self.half_width == 0 else max(0, 1 - math.floor(math.log10(self.half_width)))
         return f"{self.mean:.{digits}f} ± {self.half_width:.{digits}f}"
 
 
 @dataclass(frozen=True)
 class Paired:
-    """A difference between two arms over the seeds that both have."""
+    """The difference between two arms over their common seeds."""
 
     difference: Interval
     p_t: float
@@ -41,20 +41,20 @@ class Paired:
 
     @property
     def verdict(self) -> str:
-        """What the t interval says at 5 %."""
+        """The result of the t test at 5 %."""
         if not self.p_t < 0.05:
             return "no difference shown"
         return "higher" if self.difference.mean > 0 else "lower"
 
 
 def interval(values: list[float]) -> Interval:
-    """Of at least two finite values."""
+    """Returns the interval of at least two finite values."""
     spread = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
     return Interval(float(np.mean(values)), float(spread))
 
 
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> Paired:
-    """Ours minus theirs, by seed. Raises UserError where they share fewer than two seeds."""
+    """Tests ours minus theirs, by seed. Raises UserError if they share fewer than two seeds."""
     seeds = sorted(ours.keys() & theirs.keys())
     if len(seeds) < 2:
         raise UserError(f"{len(seeds)} seeds in common; a paired test needs at least two")

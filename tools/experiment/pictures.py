@@ -1,4 +1,4 @@
-"""The pictures of docs/results.md, from the curves of all runs."""
+"""Draws the pictures of docs/results.md from the curves of all runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +54,8 @@ def _save(path: Path, curves: list[Curve], panels: Sequence[tuple[list[str], str
 
 
 def _curve(axes: Axes, curves: list[Curve], column: str, x: str, color: str, name: str) -> None:
-    """Mean over seeds with its 95 % interval; over `tokens`, at the mean of the seeds' token counts."""
+    """Draws the mean over seeds with its 95 % interval; x may be `tokens`, then the mean of the token
+    counts."""
     of_runs = np.stack([curve.columns[column] for curve in curves])
     counted = np.isfinite(of_runs).sum(0) >= 2
     intervals = [interval(list(values[np.isfinite(values)])) for values in of_runs[:, counted].T]

@@ -1,9 +1,10 @@
-"""Why it came out so: what a context does to the policy, and how noisy each estimator is on equal rollouts.
+"""Probes that explain the results: how the policy reads a context, and how noisy each estimator is on equal
+rollouts.
 
-Plain transformers forward passes, one row a response, and autograd; no step is taken. The rollouts of both
-probes are drawn from one policy, so whatever is compared is compared on the same texts.
+They use transformers' forward passes, one row per response, and autograd; no step is taken. The rollouts of a
+probe are drawn from one policy, so all comparisons are on the same texts.
 
-Shape suffixes: G groups with contrast, R rollouts of a group, L tokens of the longest row, P parameters.
+Shape suffixes: B groups with contrast, R rollouts of a group, W parameters.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from megatron_bicc.rollout.types import Group, Sampling
 PROMPTS, GROUP_SIZE, MAX_PROMPT, MAX_NEW = 64, 8, 32, 32
 CONTEXTS = ("none", "own", "shuffled")
 RCC = tuple((form, delta) for delta in ("token_mean", "sequence_sum") for form in ("first_order", "exact"))
-"""Settings rcc.form and rcc.delta"""
+"""Pairs of the settings rcc.form and rcc.delta"""
 ESTIMATORS = ("grpo", *(f"rcc {form}, {delta}" for form, delta in RCC), "bicc plain", "bicc conditioned")
 
 
@@ -54,7 +55,7 @@ class Headers:
 
 
 def draw_groups(policy: Path, data: Path, seed: int) -> tuple[list[Texts], Headers]:
-    """Rollouts of the first PROMPTS prompts of a file by a Hugging Face policy, temperature 1. Collective."""
+    """Samples the first PROMPTS prompts of a file with a Hugging Face policy, temperature 1. Collective."""
     tokenizer = AutoTokenizer.from_pretrained(policy)
     prompts = load_prompts(data, tokenizer, MAX_PROMPT)[:PROMPTS]
     engine = LocalEngine(str(policy), tokenizer, torch.float32, device.device(), batch_size=256)
@@ -79,15 +80,15 @@ def _headers(tokenizer: PreTrainedTokenizerBase) -> Headers:
 
 
 def context(source: Texts, for_right: bool, headers: Headers) -> list[int]:
-    """What BICC shows the right (wrong) responses of a group: its wrong (right) attempts, whole."""
+    """Returns the context of the right (wrong) responses of a group: its wrong (right) attempts, uncut."""
     header = headers.wrong if for_right else headers.right
     opposite = [o for o, right in zip(source.responses, source.right_R, strict=True) if right != for_right]
-    # an attempt's last token ends the sequence; it stays out of contexts
+    # an attempt's last token is the end token, which contexts leave out
     return [token for o in opposite for token in header + o[:-1]] + headers.answer
 
 
 def log_probs(model: PreTrainedModel, prefixes: list[list[int]], responses: list[list[int]]) -> list[Tensor]:
-    """Log-prob of every token of each response after its prefix; float32 [its length] each."""
+    """Returns the log-prob of every token of each response after its prefix: float32 [its length] each."""
     rows = [torch.tensor(p + o) for p, o in zip(prefixes, responses, strict=True)]
     ids = pad_sequence(rows, batch_first=True)
     # padding is on the right, so causality hides it
@@ -99,37 +100,38 @@ def log_probs(model: PreTrainedModel, prefixes: list[list[int]], responses: list
 
 
 def load(policy: Path) -> PreTrainedModel:
-    """A Hugging Face directory, in float32."""
+    """Loads a Hugging Face directory in float32."""
     return AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
 def reading(model: PreTrainedModel, groups: list[Texts], headers: Headers) -> dict[str, dict[str, float]]:
-    """By what stands before the response: log-prob of a whole right and of a whole wrong response, and the
-    first minus the second within a group; means over groups, in nats.
+    """Returns, by context, the log-prob of a right and of a wrong response and their difference within a
+    group.
 
-    own: the group's own opposite attempts, as in training. shuffled: those of the next group.
+    Means over groups, in nats. none: the prompt only. own: the group's own opposite attempts, as in training.
+    shuffled: those of the next group.
     """
     return {kind: _reading(model, groups, headers, kind) for kind in CONTEXTS}
 
 
 def _reading(model: PreTrainedModel, groups: list[Texts], headers: Headers, kind: str) -> dict[str, float]:
-    right_G, wrong_G = [], []
+    right_B, wrong_B = [], []
     for group, following in zip(groups, groups[1:] + groups[:1], strict=True):
         source = following if kind == "shuffled" else group
         shown = [[] if kind == "none" else context(source, bool(right), headers) for right in group.right_R]
         logp = log_probs(model, [group.prompt + c for c in shown], group.responses)
         total_R = np.array([float(x.sum()) for x in logp])
-        right_G.append(total_R[group.right_R].mean())
-        wrong_G.append(total_R[~group.right_R].mean())
-    right, wrong = float(np.mean(right_G)), float(np.mean(wrong_G))
+        right_B.append(total_R[group.right_R].mean())
+        wrong_B.append(total_R[~group.right_R].mean())
+    right, wrong = float(np.mean(right_B)), float(np.mean(wrong_B))
     return {"right": right, "wrong": wrong, "margin": right - wrong}
 
 
 def estimators(
     model: PreTrainedModel, start: PreTrainedModel, groups: list[Texts], headers: Headers
 ) -> dict[str, dict[str, float]]:
-    """Noise and direction of the first on-policy gradient of each of ESTIMATORS; the reference is `start`.
+    """Measures noise and direction of the first on-policy gradient of ESTIMATORS; the reference is `start`.
 
     variance: trace of the covariance over groups of a group's gradient; relative: that over the squared norm
     of the expected gradient; cosine: of the expected gradient with GRPO's. Norm and inner products of
@@ -137,33 +139,33 @@ def estimators(
     """
     parts = {name: [] for name in ESTIMATORS}
     for group in groups:
-        for name, gradient_P in zip(ESTIMATORS, _gradients(model, start, group, headers), strict=True):
-            parts[name].append(gradient_P)
+        for name, gradient_W in zip(ESTIMATORS, _gradients(model, start, group, headers), strict=True):
+            parts[name].append(gradient_W)
     return _moments({name: torch.stack(gradients) for name, gradients in parts.items()})
 
 
 def _moments(parts: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """parts [G, P] of each estimator -> its figures."""
-    grpo_GP = parts["grpo"]
+    """Returns the figures of each estimator; parts: [B, W] by name."""
+    grpo_BW = parts["grpo"]
     moments = {}
-    for name, own_GP in parts.items():
-        norm2 = _between(own_GP, own_GP)
-        variance = float(own_GP.var(0).sum())
-        cosine = _between(own_GP, grpo_GP) / (norm2 * _between(grpo_GP, grpo_GP)) ** 0.5
+    for name, own_BW in parts.items():
+        norm2 = _between(own_BW, own_BW)
+        variance = float(own_BW.var(0).sum())
+        cosine = _between(own_BW, grpo_BW) / (norm2 * _between(grpo_BW, grpo_BW)) ** 0.5
         moments[name] = {"variance": variance, "relative": variance / norm2, "cosine": cosine}
     return moments
 
 
-def _between(a_GP: Tensor, b_GP: Tensor) -> float:
-    """Unbiased inner product of the expectations of a and b."""
-    count = len(a_GP)
-    return float((a_GP.sum(0) @ b_GP.sum(0) - (a_GP * b_GP).sum()) / (count * (count - 1)))
+def _between(a_BW: Tensor, b_BW: Tensor) -> float:
+    """Returns the unbiased inner product of the expectations of a and b."""
+    count = len(a_BW)
+    return float((a_BW.sum(0) @ b_BW.sum(0) - (a_BW * b_BW).sum()) / (count * (count - 1)))
 
 
 def _gradients(
     model: PreTrainedModel, start: PreTrainedModel, group: Texts, headers: Headers
 ) -> list[Tensor]:
-    """One group's gradient [P] under each of ESTIMATORS."""
+    """Returns one group's gradient [W] of each of ESTIMATORS."""
     plain = [group.prompt] * len(group.responses)
     shown = [group.prompt + context(group, bool(right), headers) for right in group.right_R]
     new = log_probs(model, plain, group.responses)
@@ -186,7 +188,7 @@ def _gradients(
 def _baseline(
     rewards_R: np.ndarray, old: list[Tensor], reference: list[Tensor], form: RccForm, delta: DeltaKind
 ) -> float:
-    """The group's b*."""
+    """Returns the group's b* of RCC."""
     offsets_R = np.cumsum([0] + [len(x) for x in old])
     delta_R = sequence_delta(torch.cat(old).numpy(), torch.cat(reference).numpy(), offsets_R, delta)
     return float(rcc_baseline(rewards_R, delta_R, np.array([0, len(old)]), form).baseline_G[0])
@@ -195,7 +197,8 @@ def _baseline(
 def _gradient(
     model: PreTrainedModel, logp: list[Tensor], old: list[Tensor], advantage_R: np.ndarray
 ) -> Tensor:
-    """Gradient [P] of the group's loss as the bicc preset clips it; on-policy GRPO has nothing to clip."""
+    """Returns the gradient [W] of the group's loss, clipped as by the bicc preset; on-policy GRPO clips
+    nothing."""
     lengths = torch.tensor([len(x) for x in logp])
     rows = LossRows(
         old_logp=torch.cat(old),

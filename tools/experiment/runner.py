@@ -1,4 +1,4 @@
-"""Runs the jobs, some at a time; what is finished is not run again, what was cut off starts anew."""
+"""Runs the jobs, several at a time; finished ones are not repeated, interrupted ones start anew."""
 
 import json
 import os
@@ -20,19 +20,25 @@ DONE = "finished.json"
 PROGRAM = (sys.executable, "-W", "ignore", "-m", "megatron_bicc.train")
 
 
+class RunError(Exception):
+    """A run of the experiment failed. One line: its command, and where its output is."""
+
+
 class Runner:
-    """The running processes, so that none outlives this one."""
+    """Runs training processes and ends them before it ends itself."""
 
     def __init__(self, out: Path, workers: int, program: Sequence[str] = PROGRAM) -> None:
-        """program: what is started with a job's settings and its output_dir."""
+        """program: the command that is started with a job's settings and output_dir."""
         self.out, self.workers, self.program = out, workers, program
         self._commit = commit()
         self._running: set[subprocess.Popen] = set()
         self._stopped = threading.Event()
 
     def run(self, jobs: list[Job]) -> None:
-        """Every job that is not finished. Raises RuntimeError for one that fails, ValueError for one that was
-        made with other settings."""
+        """Runs every unfinished job.
+
+        Raises RunError for a job that fails, UserError for a finished one with other settings.
+        """
         self._stopped.clear()
         waiting = [job for job in jobs if not self._finished(job)]
         bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="experiment", unit="run")
@@ -71,7 +77,7 @@ class Runner:
             status = process.wait()
             self._running.discard(process)
         if status:
-            raise RuntimeError(f"{' '.join(command)} ended with status {status}; see {folder}/output.txt")
+            raise RunError(f"{' '.join(command)} ended with status {status}; see {folder}/output.txt")
         record = {"settings": list(job.settings()), "commit": self._commit}
         (folder / DONE).write_text(json.dumps(record) + "\n")
 
@@ -82,12 +88,12 @@ class Runner:
 
 
 def is_finished(out: Path, job: Job) -> bool:
-    """Whether a job's run in the experiment's directory has come to its end."""
+    """Returns whether a job in the experiment's directory is finished."""
     return (out / job.folder / DONE).exists()
 
 
 def commit() -> str:
-    """The commit of the working tree; "-modified" behind it where tracked files differ from it."""
+    """Returns the commit of the working tree, with "-modified" appended if tracked files differ from it."""
     git = ["git", "-C", str(REPOSITORY)]
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False)
