@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -32,6 +33,7 @@ from megatron_bicc.cli import abort, parse_config, speak_once
 from megatron_bicc.config import Config
 from megatron_bicc.errors import NotFiniteError, UserError
 from megatron_bicc.evaluation.benchmarks import evaluate
+from megatron_bicc.evaluation.results import evaluation_metrics
 from megatron_bicc.metrics import Stopwatch
 from megatron_bicc.rollout.collect import GroupSampler, ZeroRewardWatch
 from megatron_bicc.rollout.sampling import Collected
@@ -41,7 +43,6 @@ from megatron_bicc.startup import Inputs, Workers, read_inputs, start_workers
 from megatron_bicc.training.step_metrics import (
     EngineMismatch,
     MismatchCheck,
-    evaluation_metrics,
     mean_metrics,
     report_groups,
     report_layout,
@@ -190,21 +191,14 @@ def learn(
     mismatch: MismatchCheck,
 ) -> list[dict[str, float]]:
     """The step's optimiser steps, each on its share of the groups; their metrics."""
-    config, groups, metrics = inputs.config, rollouts.groups, []
-    size = len(groups) // config.train.updates_per_step
-    starts = range(0, len(groups), size)
-    prepared = [workers.learner.prepare(groups[i : i + size], clock, moves=i > 0) for i in starts]
-    if not rollouts.carried:  # groups of an earlier step were sampled with other weights
-        mismatch.step(step, [share.log_probs for share in prepared if share is not None])
-    for start, share in zip(starts, prepared, strict=True):
-        if share is None:
-            continue
-        result = workers.learner.update(share, clock)
-        metrics.append(update_metrics(result, config))
-        if start == 0 and is_due(step, config.evaluation.every, config):
-            log.groups(step, report_groups(result, groups[:size], inputs.tokenizer, config))
-            log.layout(step, report_layout(result, config))
-    return metrics
+    config = inputs.config
+    # groups carried over from an earlier step were sampled with other weights
+    check = None if rollouts.carried else partial(mismatch.step, step)
+    results = workers.learner.step(rollouts.groups, clock, check)
+    if results and is_due(step, config.evaluation.every, config):
+        log.groups(step, report_groups(results[0], inputs.tokenizer, config))
+        log.layout(step, report_layout(results[0], config))
+    return [update_metrics(result, config) for result in results]
 
 
 def held_out(inputs: Inputs, workers: Workers) -> dict[str, float]:

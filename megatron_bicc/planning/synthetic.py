@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from megatron_bicc.algorithms.advantages import has_contrast, regularises
 from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
-from megatron_bicc.packing.pack import pack
+from megatron_bicc.packing.pack import plan_step
 from megatron_bicc.packing.plan import StepPlan
 from megatron_bicc.packing.types import RolloutBatch
 from megatron_bicc.training.batch import packing_settings
@@ -86,14 +86,14 @@ def synthetic_step(
             continue
         part = _choose(rollouts, kept)
         plans = {
-            conditioned: pack(part, settings, data_parallel)
+            conditioned: plan_step(part, settings, data_parallel)
             for conditioned, settings, trained in (
                 (True, bilateral, weight > 0 and contrast_G[kept].any()),
                 (False, plain, weight < 1 or regularises(config)),
             )
             if trained
         }
-        updates.append(Update(plans.get(False) or pack(part, plain, data_parallel), plans))
+        updates.append(Update(plans.get(False) or plan_step(part, plain, data_parallel), plans))
     return SyntheticStep(
         groups=len(contrast_G),
         groups_with_contrast=int(contrast_G.sum()),
