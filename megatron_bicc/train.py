@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -181,9 +182,7 @@ class Trainer:
             if self._is_due(config.evaluation.every):
                 # the report shows the first update of a step that evaluates
                 if results:
-                    size = len(rollouts.groups) // config.train.updates_per_step
-                    shown = report_groups(results[0], rollouts.groups[:size], self.inputs.tokenizer, config)
-                    self.log.groups(self.step, shown)
+                    self.log.groups(self.step, report_groups(results[0], self.inputs.tokenizer, config))
                     self.log.layout(self.step, report_layout(results[0], config))
                 with clock("eval"):
                     metrics |= self.evaluate()
@@ -209,17 +208,9 @@ class Trainer:
 
         Raises EngineMismatch, before the first, if the engine computes another model.
         """
-        groups, results = rollouts.groups, []
-        size = len(groups) // self.config.train.updates_per_step
-        starts = range(0, len(groups), size)
-        prepared = [self.learner.prepare(groups[i : i + size], clock, moves=i > 0) for i in starts]
-        # groups of an earlier step were sampled with other weights: their log-probs may differ
-        if not rollouts.carried:
-            self.mismatch.step(self.step, [share.log_probs for share in prepared if share is not None])
-        for share in prepared:
-            if share is not None:
-                results.append(self.learner.update(share, clock))
-        return results
+        # groups carried over from an earlier step were sampled with other weights: their log-probs may differ
+        check = None if rollouts.carried else partial(self.mismatch.step, self.step)
+        return self.learner.step(rollouts.groups, clock, check)
 
     def sync(self) -> int:
         """Hands the policy's weights to the engine as version `step`; returns their bytes."""

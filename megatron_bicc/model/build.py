@@ -241,10 +241,10 @@ class PolicyModel(GPTModel):
     def run(self, packed: PackedBatch) -> Tensor:
         """Runs the forward pass of a packed micro-batch."""
         return self(
-            input_ids=packed.tokens_T[None],
-            position_ids=packed.positions_T[None],
+            input_ids=packed.tokens_N[None],
+            position_ids=packed.positions_N[None],
             attention_mask=None,
-            labels=packed.labels_N,
+            labels=packed.labels_A,
             packed_seq_params=packed,
         )
 
@@ -263,7 +263,7 @@ class PolicyModel(GPTModel):
     def _preprocess(self, *, packed_seq_params: PackedBatch, **inputs: Any) -> tuple[Any, ...]:
         """Adds the rotary angles of each row's own position: a response's positions continue its prompt's."""
         decoder_input, _, *others = super()._preprocess(packed_seq_params=packed_seq_params, **inputs)
-        return (decoder_input, self.rotary(packed_seq_params.positions_T), *others)
+        return (decoder_input, self.rotary(packed_seq_params.positions_N), *others)
 
     def _postprocess(
         self, hidden_states: Tensor, labels: Tensor, packed_seq_params: PackedBatch, **_: Any

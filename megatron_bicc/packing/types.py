@@ -1,7 +1,7 @@
 """The packer's input and output: a batch of rollouts, its settings, packed micro-batches.
 
-Shape suffixes: B groups, R rollouts, T response tokens of the batch; N rows, A response rows, S response segments
-of a micro-batch; C channels. All arrays are C-contiguous NumPy arrays.
+Shape suffixes: B groups, R rollouts, T response tokens of the batch; N rows, A response rows and S response
+segments of a micro-batch; C channels. All arrays are C-contiguous NumPy arrays.
 """
 
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from megatron_bicc.algorithms.advantages import has_contrast, regularises
 from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
-from megatron_bicc.packing.pack import pack
+from megatron_bicc.packing.pack import plan_step
 from megatron_bicc.packing.plan import StepPlan
 from megatron_bicc.packing.types import RolloutBatch
 from megatron_bicc.training.batch import packing_settings
@@ -90,10 +90,10 @@ def synthetic_step(
         part = _choose(rollouts, kept)
         trained: dict[Layout, StepPlan] = {}
         if weight > 0 and contrast_B[kept].any():
-            trained["bilateral"] = pack(part, bilateral, data_parallel)
+            trained["bilateral"] = plan_step(part, bilateral, data_parallel)
         if weight < 1 or regularises(config):
-            trained["plain"] = pack(part, plain, data_parallel)
-        updates.append(Update(trained.get("plain") or pack(part, plain, data_parallel), trained))
+            trained["plain"] = plan_step(part, plain, data_parallel)
+        updates.append(Update(trained.get("plain") or plan_step(part, plain, data_parallel), trained))
     return SyntheticStep(
         groups=len(contrast_B),
         groups_with_contrast=int(contrast_B.sum()),
