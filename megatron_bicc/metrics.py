@@ -44,20 +44,30 @@ class Stopwatch:
         return {f"time/{stage}_s": seconds for stage, seconds in self.seconds.items()}
 
 
-SLOW_S = 10.0
-"""Seconds after which a wait is logged"""
+logger = logging.getLogger(__name__)
+WAIT_S, WAIT_AGAIN_S = 10.0, 60.0
+"""Seconds after which a wait is logged, and after which it is logged again"""
 
 
 @contextmanager
-def log_if_slow(log: logging.Logger, message: str, *args: object) -> Iterator[None]:
-    """Logs the message at INFO if the block takes longer than SLOW_S, so that a slow start is not silence."""
-    timer = threading.Timer(SLOW_S, log.info, (message, *args))
-    timer.daemon = True
-    timer.start()
+def waiting_for(what: str, after_s: float = WAIT_S) -> Iterator[None]:
+    """Logs what this process waits for, once the block has taken `after_s` seconds, and every minute after.
+
+    what: a noun phrase, such as "the other processes at 10.0.0.1:29500".
+    """
+    ended = threading.Event()
+
+    def report() -> None:
+        begin, pause = time.monotonic(), after_s
+        while not ended.wait(pause):
+            logger.info("still waiting for %s (%.0f s)", what, time.monotonic() - begin)
+            pause = WAIT_AGAIN_S
+
+    threading.Thread(target=report, name=f"waiting for {what}", daemon=True).start()
     try:
         yield
     finally:
-        timer.cancel()
+        ended.set()
 
 
 class ProgressBar:

@@ -1,7 +1,6 @@
 """Checks of the rollout servers: their settings, and whether a running one serves the policy's model."""
 
 import ipaddress
-import logging
 import os
 import re
 import shutil
@@ -17,11 +16,12 @@ from transformers import PretrainedConfig
 
 from megatron_bicc.config import RolloutConfig
 from megatron_bicc.errors import UserError
-from megatron_bicc.metrics import log_if_slow
+from megatron_bicc.metrics import waiting_for
 from megatron_bicc.sglang.client import ServerClient, ServerError, ServerRefusal
 from megatron_bicc.sglang.process import check_arguments, context_length
 
-log = logging.getLogger(__name__)
+WAIT_S = 10.0
+"""Seconds of waiting for a server after which the wait is logged"""
 POLL_S = 0.2
 """Seconds between two attempts to reach a server that starts"""
 
@@ -175,7 +175,7 @@ async def wait_until_ready(
     server that is not ready within timeout_s seconds or refuses the requests.
     """
     end = time.monotonic() + timeout_s
-    with log_if_slow(log, "waiting up to %g s for rollout server %s to start", timeout_s, client.url):
+    with waiting_for(f"rollout server {client.url} to start, at most {timeout_s:g} s", WAIT_S):
         while True:
             check_starting()
             try:

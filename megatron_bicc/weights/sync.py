@@ -20,7 +20,7 @@ from megatron_bicc import device
 from megatron_bicc.collective import gathered, raised_on_all_ranks
 from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
-from megatron_bicc.metrics import log_if_slow
+from megatron_bicc.metrics import waiting_for
 from megatron_bicc.model.policy import Policy
 from megatron_bicc.sglang.client import ServerClient, ServerError
 from megatron_bicc.sglang.pool import ServerPool
@@ -207,9 +207,7 @@ class ServerWeightSync:
         if not receivers:
             return {}, []
         try:
-            with log_if_slow(
-                log, "weight sync: still sending version %d to %d servers", version, len(receivers)
-            ):
+            with waiting_for(f"weights of version {version} to reach {len(receivers)} rollout servers"):
                 each(run, receivers, lambda receiver: receiver.begin(explicit))
                 self._stream(receivers, stream, version)
                 probes = each(run, receivers, lambda receiver: self._complete(receiver, version))
