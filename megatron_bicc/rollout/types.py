@@ -11,7 +11,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 
 from megatron_bicc.data.prompts import Prompt
-from megatron_bicc.weights.verify import TokenSequence
+from megatron_bicc.weights.verify import TokenGroup
 
 
 class RolloutError(Exception):
@@ -62,16 +62,16 @@ class Group:
     """float32 [R]"""
 
 
-def unscored(sequences: Iterable[TokenSequence]) -> list[Group]:
-    """Returns each sequence as a group of one sample without text or reward, for log-probs only."""
+def unscored(groups: Iterable[TokenGroup]) -> list[Group]:
+    """Returns the same as groups without log-probs, texts and rewards: for the policy's log-probs of them."""
     return [
         Group(
-            Prompt(0, [], sequence.prompt, "", "", {}),
-            [Sample(sequence.response, np.zeros(len(sequence.response), np.float32), "length", 0)],
-            [""],
-            np.zeros(1, np.float32),
+            Prompt(0, [], group.prompt, "", "", {}),
+            [Sample(ids, np.zeros(len(ids), np.float32), "length", 0) for ids in group.responses],
+            [""] * len(group.responses),
+            np.zeros(len(group.responses), np.float32),
         )
-        for sequence in sequences
+        for group in groups
     ]
 
 

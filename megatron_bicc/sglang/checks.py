@@ -1,6 +1,5 @@
 """Checks of the rollout servers: their settings, and whether a running one serves the policy's model."""
 
-import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,8 @@ from megatron_bicc.metrics import waiting_for
 from megatron_bicc.sglang.client import ServerClient, ServerError, ServerRefusal
 from megatron_bicc.sglang.settings import context_length
 
-log = logging.getLogger(__name__)
+WAIT_S = 10.0
+"""Seconds of waiting for a server after which the wait is logged"""
 POLL_S = 0.2
 """Seconds between two attempts to reach a server that starts"""
 
@@ -41,7 +41,7 @@ async def wait_until_ready(
     server that is not ready within timeout_s seconds or refuses the requests.
     """
     end = time.monotonic() + timeout_s
-    with waiting_for(f"rollout server {client.url} to start, for up to {timeout_s:g} s"):
+    with waiting_for(f"rollout server {client.url} to start, at most {timeout_s:g} s", WAIT_S):
         while True:
             check_starting()
             try:

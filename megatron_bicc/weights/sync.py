@@ -207,7 +207,7 @@ class ServerWeightSync:
         if not receivers:
             return {}, []
         try:
-            with waiting_for(f"{len(receivers)} rollout servers to take weight version {version}"):
+            with waiting_for(f"weights of version {version} to reach {len(receivers)} rollout servers"):
                 each(run, receivers, lambda receiver: receiver.begin(explicit))
                 self._stream(receivers, stream, version)
                 probes = each(run, receivers, lambda receiver: self._complete(receiver, version))

@@ -31,17 +31,17 @@ from megatron_bicc.weights.transport import Receiver, WeightSyncError
 
 
 @dataclass(frozen=True)
-class TokenSequence:
-    """A prompt and a response to it."""
+class TokenGroup:
+    """A prompt and responses to it, as tokens."""
 
     prompt: np.ndarray
     """int32 [P]"""
-    response: np.ndarray
-    """int32 [T]"""
+    responses: list[np.ndarray]
+    """int32 [T] each; at least two"""
 
 
-LogProbs = Callable[[list[TokenSequence]], np.ndarray]
-"""Returns the policy's log-probs of all response tokens at rollout.temperature, float32, one sequence after
+LogProbs = Callable[[list[TokenGroup]], np.ndarray]
+"""Returns the policy's log-probs of all response tokens at rollout.temperature, float32, one response after
 the other. Collective."""
 
 PROMPT_TOKENS, SAMPLES, SAMPLED_TOKENS = 8, 2, 16
@@ -58,9 +58,9 @@ class Probe:
     url: str
     dtype: torch.dtype
     """Type of the server's weights"""
-    sequences: list[TokenSequence]
+    group: TokenGroup
     log_probs: np.ndarray
-    """float32: the server's, of all response tokens, one sequence after the other"""
+    """float32: the server's, of all response tokens, one response after the other"""
     unequal: list[str]
     """Parameters whose checksums differ, though the log-probs may agree"""
 
@@ -70,13 +70,13 @@ async def probe(receiver: Receiver, temperature: float, vocabulary: int, unequal
     prompt = np.arange(1, 1 + PROMPT_TOKENS, dtype=np.int32) % vocabulary
     sampling = {"max_new_tokens": SAMPLED_TOKENS, "temperature": temperature, "ignore_eos": True}
     body = {"input_ids": [prompt.tolist()] * SAMPLES, "sampling_params": sampling, "return_logprob": True}
-    sequences, log_probs = [], []
+    responses, log_probs = [], []
     for answer in await receiver.post("/generate", body):
         rows = answer["meta_info"]["output_token_logprobs"]
-        sequences.append(TokenSequence(prompt, np.array([token for _, token, *_ in rows], np.int32)))
+        responses.append(np.array([token for _, token, *_ in rows], np.int32))
         log_probs += [log_prob for log_prob, *_ in rows]
-    url, dtype = receiver.client.url, receiver.dtype
-    return Probe(url, dtype, sequences, np.array(log_probs, np.float32), sorted(unequal))
+    group = TokenGroup(prompt, responses)
+    return Probe(receiver.client.url, receiver.dtype, group, np.array(log_probs, np.float32), sorted(unequal))
 
 
 def disagreeing(probes: list[Probe], log_probs: LogProbs, dtype: torch.dtype) -> list[Probe]:
@@ -84,7 +84,7 @@ def disagreeing(probes: list[Probe], log_probs: LogProbs, dtype: torch.dtype) ->
 
     probes: of all processes, the same on each, and so is the result.
     """
-    ours = log_probs([sequence for one in probes for sequence in one.sequences])
+    ours = log_probs([one.group for one in probes])
     found, end = [], 0
     for one in probes:
         start, end = end, end + len(one.log_probs)

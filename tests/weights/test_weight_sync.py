@@ -26,7 +26,7 @@ from megatron_bicc.weights.transport import (
     expected_shapes,
     request_body,
 )
-from megatron_bicc.weights.verify import Checksums, Probe, TokenSequence, disagreeing, unequal
+from megatron_bicc.weights.verify import Checksums, Probe, TokenGroup, disagreeing, unequal
 
 REPOSITORY = Path(__file__).parents[2]
 EXPECTED = {"a.weight": (2, 3), "b.weight": (4,), "b.bias": (4,)}
@@ -249,8 +249,8 @@ EVEN, ONE = np.ones(9, np.float32), np.eye(9, dtype=np.float32)[4]
 
 def probe(number: int, differences: np.ndarray, dtype: torch.dtype) -> Probe:
     """Two samples, of 4 and 5 tokens, whose log-probs are OURS + number and that much more."""
-    sequences = [TokenSequence(np.arange(3), np.arange(length)) for length in (4, 5)]
-    return Probe(str(number), dtype, sequences, OURS + number + differences, [])
+    group = TokenGroup(np.arange(3), [np.arange(length) for length in (4, 5)])
+    return Probe(str(number), dtype, group, OURS + number + differences, [])
 
 
 @pytest.mark.parametrize(
@@ -271,8 +271,8 @@ def test_probes_agree_or_are_named(ours: str, theirs: str, differences: np.ndarr
     dtype = getattr(torch, theirs)
     probes = [probe(i, differences if i == 1 else 0 * EVEN, dtype) for i in range(3)]
 
-    def log_probs(sequences: list[TokenSequence]) -> np.ndarray:
-        assert [len(one.response) for one in sequences] == 3 * [4, 5]
+    def log_probs(groups: list[TokenGroup]) -> np.ndarray:
+        assert [len(ids) for group in groups for ids in group.responses] == 3 * [4, 5]
         return np.concatenate([OURS + i for i in range(3)])
 
     found = disagreeing(probes, log_probs, getattr(torch, ours))
