@@ -32,13 +32,13 @@ from megatron_bicc.evaluation.results import AnswerFile, Evaluation, summarize, 
 from megatron_bicc.metrics import phase, waiting_for
 from megatron_bicc.rewards.registry import Verifier, check_threshold, get_verifier
 from megatron_bicc.rollout.collect import GroupSampler
+from megatron_bicc.rollout.engines import make_engine
 from megatron_bicc.rollout.types import RolloutError, Sampling
 from megatron_bicc.startup import (
     check_policy,
     engine_positions,
     heldout_prompts,
     hold_output_dir,
-    make_engine,
     read_tokenizer,
     with_date,
 )

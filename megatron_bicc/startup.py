@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -44,15 +43,11 @@ from megatron_bicc.rewards.registry import (
     style_mismatch,
     unscorable,
 )
-from megatron_bicc.rollout.local import LocalEngine, check_names
 from megatron_bicc.rollout.sampling import Collector
-from megatron_bicc.rollout.sglang_engine import SglangEngine
-from megatron_bicc.rollout.types import Engine
-from megatron_bicc.sglang.checks import check_model_files, server_positions
-from megatron_bicc.training.learner import Learner
+from megatron_bicc.rollout.sglang_engine import check_model_files
+from megatron_bicc.sglang.checks import server_positions
 from megatron_bicc.validation import validate
 from megatron_bicc.weights.hf_files import (
-    SafetensorsDirectory,
     checked_tensors,
     has_safetensors,
     supported_config,
@@ -161,22 +156,6 @@ def _check_resume_point(inputs: Inputs) -> None:
             f"checkpoint.resume: {newest} was written while this run started, by another run in output_dir; "
             "start again"
         )
-
-
-def make_engine(config: Config, tokenizer: PreTrainedTokenizerBase, learner: Learner | None = None) -> Engine:
-    """The engine that rollout.engine names. Collective.
-
-    It has the weights of model.path, and takes others where there is a learner for them to be proven against.
-    Raises UserError, one line, if a rollout server does not come up or serves another model, or if
-    transformers' model could not take the policy's weights.
-    """
-    if config.rollout.engine == "sglang":
-        return SglangEngine(config, tokenizer, learner)
-    path, dtype = config.model.path, getattr(torch, config.model.dtype)
-    engine = LocalEngine(path, tokenizer, dtype, device.device(), config.rollout.batch_size)
-    if learner:
-        check_names(engine.model, SafetensorsDirectory(path))
-    return engine
 
 
 def _check_output_dir(config: Config) -> None:

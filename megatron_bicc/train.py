@@ -34,9 +34,10 @@ from megatron_bicc.evaluation.benchmarks import evaluate
 from megatron_bicc.metrics import RunLog, Stopwatch, phase, waiting_for
 from megatron_bicc.model.policy import Policy
 from megatron_bicc.rollout.collect import GroupSampler, ZeroRewardWatch
+from megatron_bicc.rollout.engines import make_engine
 from megatron_bicc.rollout.sampling import Collected
-from megatron_bicc.rollout.types import Engine, RolloutError, Sampling
-from megatron_bicc.startup import Inputs, join_processes, make_engine, read_inputs, warn_of_model
+from megatron_bicc.rollout.types import Engine, RolloutError, Sampling, unscored
+from megatron_bicc.startup import Inputs, join_processes, read_inputs, warn_of_model
 from megatron_bicc.training.learner import Learner, StepResult
 from megatron_bicc.training.step_metrics import (
     MismatchCheck,
@@ -103,8 +104,10 @@ def build_trainer(inputs: Inputs) -> "Trainer":
     with phase("learner"):
         learner = Learner(config, policy, inputs.tokenizer)
     with phase(f"rollout engine {config.rollout.engine}"):
-        engine = make_engine(config, inputs.tokenizer, learner)
-        weight_sync = make_weight_sync(config, policy, engine, learner.log_probs)
+        engine = make_engine(config, inputs.tokenizer)
+        weight_sync = make_weight_sync(
+            config, policy, engine, lambda sequences: learner.log_probs(unscored(sequences))
+        )
     return Trainer(inputs, policy, learner, engine, weight_sync)
 
 

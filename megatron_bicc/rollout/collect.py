@@ -1,43 +1,129 @@
-"""Why every reward of a run is 0: answers that are not read, responses that are cut off, or wrong answers.
+"""From prompts to scored groups: each process generates a share, then all exchange theirs.
 
-From prompts to scored groups: every process generates its share, then all hold all groups.
+Also diagnoses runs in which every reward is 0.
 """
 
 import hashlib
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from megatron_bicc.collective import gathered
+from megatron_bicc.collective import gathered, raised_on_all_ranks
 from megatron_bicc.data.prompts import Prompt
 from megatron_bicc.rewards.math_reward import STYLES, Style, final_answer
 from megatron_bicc.rewards.registry import Verifier
 from megatron_bicc.rollout.types import Engine, Group, Request, RolloutError, Sample, Sampling
 
+
+def sample_seed(*parts: int | str) -> int:
+    """Returns a seed in [0, 2**63) from what identifies a sample, whatever the number of processes."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(frozen=True)
+class GroupSampler:
+    """Samples groups with an engine and scores them."""
+
+    engine: Engine
+    verifier: Verifier
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    group_size: int
+    """R: samples per prompt"""
+
+    def collect(self, prompts: list[Prompt], seed: tuple[int | str, ...]) -> list[Group]:
+        """Returns a group for every prompt, in their order, the same on every process. Collective.
+
+        A sample depends on the weights, its prompt, its place in the group and `seed`. Raises RolloutError
+        on every process if the engine or the verifier of one does.
+        """
+        rank, world = dist.get_rank(), dist.get_world_size()
+        mine = prompts[rank::world]
+        requests = [request for prompt in mine for request in self.requests(prompt, seed)]
+        with raised_on_all_ranks(RolloutError):
+            groups = self.scored(mine, self.engine.generate(requests, self.sampling) if requests else [])
+        shares = exchange(dict(zip(range(rank, len(prompts), world), groups, strict=True)), prompts)
+        return [shares[place] for place in range(len(prompts))]
+
+    def requests(self, prompt: Prompt, seed: tuple[int | str, ...]) -> list[Request]:
+        """Returns the engine's requests for one group."""
+        return [
+            Request(prompt.token_ids, sample_seed(*seed, prompt.index, i)) for i in range(self.group_size)
+        ]
+
+    def scored(self, prompts: list[Prompt], samples: list[Sample]) -> list[Group]:
+        """Returns the groups of prompts from their samples, which come one group after the other.
+
+        Raises RolloutError for a log-prob or reward that is not finite, also in a group without contrast: the
+        policy or the verifier is broken.
+        """
+        if not prompts:  # transformers would decode an empty list as one sample without tokens
+            return []
+        texts = self.tokenizer.batch_decode([_without_end(s) for s in samples], skip_special_tokens=True)
+        asked = [prompt for prompt in prompts for _ in range(self.group_size)]
+        answers = [prompt.begun_answer + text for prompt, text in zip(asked, texts, strict=True)]
+        rewards = self.verifier(answers, [prompt.ground_truth for prompt in asked])
+        for i in range(len(samples)):
+            row = prompts[i // self.group_size].index + 1
+            _check(samples[i], rewards[i], f"sample {i % self.group_size} of the prompt of row {row}")
+        groups = []
+        for i, prompt in enumerate(prompts):
+            own = slice(i * self.group_size, (i + 1) * self.group_size)
+            groups.append(Group(prompt, samples[own], texts[own], rewards[own]))
+        return groups
+
+
+def _without_end(sample: Sample) -> np.ndarray:
+    """int32: the sample's tokens without its end token, which need not be a special token."""
+    return sample.token_ids[:-1] if sample.finish_reason == "stop" else sample.token_ids
+
+
+def _check(sample: Sample, reward: float, where: str) -> None:
+    bad = np.flatnonzero(~np.isfinite(sample.log_probs))
+    if len(bad):
+        raise RolloutError(
+            f"{where}: the engine's log-prob of token {bad[0]} is {sample.log_probs[bad[0]]}: its weights "
+            "are not finite, or the model's numbers overflow in their type"
+        )
+    if not np.isfinite(reward):
+        raise RolloutError(f"{where}: the verifier's reward is {reward}; it must be finite")
+
+
+def exchange(own: dict[int, Group], prompts: list[Prompt]) -> dict[int, Group]:
+    """Returns the groups of all processes, by their prompts' places in `prompts`. Collective.
+
+    Prompts are not sent: every process has them all.
+    """
+    sent = {place: (group.samples, group.texts, group.rewards) for place, group in own.items()}
+    return {
+        place: Group(prompts[place], *parts) for share in gathered(sent) for place, parts in share.items()
+    }
+
+
 STEPS = 3
-"""Steps in a row without a reward after which it is said"""
+"""Consecutive steps without any reward after which the likely reason is reported"""
 
 
 class ZeroRewardWatch:
-    """Looks for steps in a row in which every reward is 0, from this process's first step on."""
+    """Finds the likely reason when every reward has been 0 for several consecutive steps."""
 
     def __init__(self, style: Style, enabled: bool) -> None:
-        """style: reward.answer; enabled: on one process."""
+        """style: reward.answer. enabled: on one process only."""
         self._style, self._enabled = style, enabled
         self._zero: list[list[Group]] = []
         self._had_rewards = False
 
     def see(self, groups: list[Group]) -> str | None:
-        """Takes a step's groups; gives the likely reason, in one line and once per such row."""
+        """Adds a step's groups. Returns the likely reason in one line, once per series of such steps."""
         if not self._enabled:
             return None
         if _has_reward(groups):
             self._zero, self._had_rewards = [], True
             return None
-        if len(self._zero) == STEPS:  # it has been said
+        if len(self._zero) == STEPS:  # reported already
             return None
         self._zero.append(groups)
         if len(self._zero) < STEPS:
@@ -56,7 +142,7 @@ def _has_reward(groups: list[Group]) -> bool:
 
 
 def why_all_zero(groups: list[Group], style: Style) -> str | None:
-    """The likely reason, in one line; None if a reward is not 0 or there is none."""
+    """Returns the likely reason in one line; None if any reward is not 0 or there are no groups."""
     if not groups or _has_reward(groups):
         return None
     texts = [group.prompt.begun_answer + text for group in groups for text in group.texts]
@@ -79,94 +165,3 @@ def _remedy(texts: list[str], unread: list[str], cut: int) -> str:
             return f"set reward.answer={best}, or ask for another form of answer by data.instruction"
         return "ask for a marked answer, such as \\boxed{X}, by data.instruction"
     return "the answers are read and wrong: train on easier prompts, or check the ground truths"
-
-
-Outcome = TypeVar("Outcome")
-
-
-def sample_seed(*parts: int | str) -> int:
-    """A seed in [0, 2**63) from what identifies a sample: the same whatever the number of processes."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-@dataclass(frozen=True)
-class GroupSampler:
-    """Samples groups with an engine and scores them."""
-
-    engine: Engine
-    verifier: Verifier
-    tokenizer: PreTrainedTokenizerBase
-    sampling: Sampling
-    group_size: int
-    """G: samples of each prompt"""
-
-    def collect(self, prompts: list[Prompt], seed: tuple[int | str, ...]) -> list[Group]:
-        """A group of every prompt, in the prompts' order, the same on every process. Collective.
-
-        A sample depends on the weights, its prompt, its place in the group and `seed`. Raises RolloutError
-        on every process if the engine of one does.
-        """
-        rank, world = dist.get_rank(), dist.get_world_size()
-        mine = prompts[rank::world]
-        requests = [request for prompt in mine for request in self.requests(prompt, seed)]
-        outcome: list[Group] | RolloutError
-        try:
-            outcome = self.scored(mine, self.engine.generate(requests, self.sampling) if requests else [])
-        except RolloutError as error:
-            outcome = error
-        shares = exchange(outcome)
-        return [shares[i % world][i // world] for i in range(len(prompts))]
-
-    def requests(self, prompt: Prompt, seed: tuple[int | str, ...]) -> list[Request]:
-        """What the engine is asked for one group."""
-        return [
-            Request(prompt.token_ids, sample_seed(*seed, prompt.index, i)) for i in range(self.group_size)
-        ]
-
-    def scored(self, prompts: list[Prompt], samples: list[Sample]) -> list[Group]:
-        """The groups of prompts, from their samples one group after the other.
-
-        A process may have no prompts: there is then nothing to decode or to score. Raises RolloutError for a
-        log-prob or a reward that is not finite: whether or not anything is learned from the group, the policy
-        or the verifier is of no more use.
-        """
-        if not prompts:  # transformers would decode no samples at all as one sample without tokens
-            return []
-        texts = self.tokenizer.batch_decode([_without_end(s) for s in samples], skip_special_tokens=True)
-        asked = [prompt for prompt in prompts for _ in range(self.group_size)]
-        answers = [prompt.begun_answer + text for prompt, text in zip(asked, texts, strict=True)]
-        rewards = self.verifier(answers, [prompt.ground_truth for prompt in asked])
-        for i in range(len(samples)):
-            row = prompts[i // self.group_size].index + 1
-            _check(samples[i], rewards[i], f"sample {i % self.group_size} of the prompt of row {row}")
-        groups = []
-        for i, prompt in enumerate(prompts):
-            own = slice(i * self.group_size, (i + 1) * self.group_size)
-            groups.append(Group(prompt, samples[own], texts[own], rewards[own]))
-        return groups
-
-
-def _without_end(sample: Sample) -> np.ndarray:
-    """int32: the sample's tokens but for the one that ended it, which need not be a special token."""
-    return sample.token_ids[:-1] if sample.finish_reason == "stop" else sample.token_ids
-
-
-def _check(sample: Sample, reward: float, where: str) -> None:
-    bad = np.flatnonzero(~np.isfinite(sample.log_probs))
-    if len(bad):
-        raise RolloutError(
-            f"{where}: the engine's log-prob of token {bad[0]} is {sample.log_probs[bad[0]]}: its weights "
-            "are not finite, or the model's numbers overflow in their type"
-        )
-    if not np.isfinite(reward):
-        raise RolloutError(f"{where}: the verifier's reward is {reward}; it must be finite")
-
-
-def exchange(outcome: Outcome | RolloutError) -> list[Outcome]:
-    """Every process's outcome, by rank. Collective; raises on every process the first error among them."""
-    outcomes = gathered(outcome)
-    for each in outcomes:
-        if isinstance(each, RolloutError):
-            raise each
-    return outcomes

@@ -1,7 +1,6 @@
-"""The engine inside the training processes: transformers' generate on a Hugging Face copy of the policy."""
+"""The engine inside the training processes: transformers' `generate` on a Hugging Face copy of the policy."""
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -14,18 +13,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from megatron_bicc import device
+from megatron_bicc.config import Config
 from megatron_bicc.data.encoding import end_token_ids
 from megatron_bicc.errors import UserError
-from megatron_bicc.rollout.types import Request, Sample, Sampling
-from megatron_bicc.weights.hf_files import HfTensors, load_transformers
+from megatron_bicc.rollout.types import Engine, Request, Sample, Sampling
+from megatron_bicc.weights.hf_files import HfTensors, SafetensorsDirectory, load_transformers
 from megatron_bicc.weights.hf_weights import is_finite
 
 FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""What transformers joins to one parameter of all experts of a layer, [experts, out, in], gate before up"""
+"""Parameters in which transformers fuses a layer's experts, [experts, out, in], and their parts in order"""
 
 
-class LocalEngine:
-    """Every process holds a whole copy of the model and serves its own requests."""
+class LocalEngine(Engine):
+    """Every process holds a whole copy of the model and generates its own requests."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class LocalEngine:
 
     @torch.inference_mode()
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
-        """One sample a request, in the requests' order, batches of similar prompt length."""
+        """Returns one sample per request, in the requests' order. Batches have similar prompt lengths."""
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].token_ids), i))
         samples: dict[int, Sample] = {}
         for start in range(0, len(order), self.batch_size):
@@ -63,8 +64,8 @@ class LocalEngine:
         return [samples[i] for i in range(len(requests))]
 
     @torch.no_grad()
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copies every tensor, by its name in a Hugging Face directory, into the model.
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copies every tensor, under its name in a Hugging Face directory, into the model.
 
         Raises UserError for a missing or an unknown name.
         """
@@ -76,17 +77,6 @@ class LocalEngine:
         if missing:
             raise UserError(f"weight sync: no new weights came for {', '.join(sorted(missing))}")
         self.version = version
-
-    def memory_released(self) -> AbstractContextManager[None]:
-        """Releases nothing: the model stays where it is."""
-        return nullcontext()
-
-    def counts(self) -> dict[str, float]:
-        """Nothing goes wrong that could be made good."""
-        return {}
-
-    def close(self) -> None:
-        """Ends nothing."""
 
     def _generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
         input_ids, mask = _left_padded([r.token_ids for r in requests], self.tokenizer.pad_token_id)
@@ -111,8 +101,20 @@ class LocalEngine:
         return Sample(tokens[:length].copy(), log_probs[:length].copy(), reason, self.version)
 
 
+def make_local_engine(config: Config, tokenizer: PreTrainedTokenizerBase) -> LocalEngine:
+    """Returns the engine with the weights of model.path.
+
+    Raises UserError if they cannot be read, are not finite, or if transformers' model has other parameters
+    than the directory and so could not be given the policy's weights.
+    """
+    path, dtype = config.model.path, getattr(torch, config.model.dtype)
+    engine = LocalEngine(path, tokenizer, dtype, device.device(), config.rollout.batch_size)
+    check_names(engine.model, SafetensorsDirectory(path))
+    return engine
+
+
 def weights_by_file_name(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's weights under the names that they have in a Hugging Face directory; nothing is copied."""
+    """Returns views of the model's weights under their names in a Hugging Face directory."""
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         experts, _, kind = name.rpartition(".")
@@ -127,9 +129,9 @@ def weights_by_file_name(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def check_names(model: PreTrainedModel, files: HfTensors) -> None:
-    """Raises UserError naming a weight of the model that a directory does not hold, or in another shape.
+    """Raises UserError naming a weight of the model that a directory lacks, or has in another shape.
 
-    The policy's weights come by the directory's names: one that it does not hold would never come.
+    The policy's weights come under the directory's names, so a weight that it lacks would never be updated.
     """
     held = files.describe()
     for name, weight in weights_by_file_name(model).items():
@@ -141,10 +143,10 @@ def check_names(model: PreTrainedModel, files: HfTensors) -> None:
 
 
 class SeededSampler(LogitsProcessor):
-    """Samples inside generate's greedy search, every row from a random stream of its own.
+    """Samples inside generate's greedy search, each row from its own random stream.
 
-    argmax(p / noise) with exponential noise is a draw from p, so the row that greedy search picks is a sample
-    which depends on its seed alone, not on the rows beside it.
+    argmax(p / noise) with exponential noise is a draw from p (the Gumbel-max trick), so the token that greedy
+    search picks is a sample that depends on the row's seed alone, not on the other rows of the batch.
     """
 
     def __init__(self, seeds: list[int], temperature: float) -> None:
@@ -153,7 +155,7 @@ class SeededSampler(LogitsProcessor):
         self.log_probs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [rows, vocabulary] -> scores that are 0 at the sampled token and -inf elsewhere."""
+        """Maps scores [rows, V] to scores that are 0 at the sampled token and -inf elsewhere."""
         log_p = torch.log_softmax(scores.float() / self.temperature, dim=-1)
         noise = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=g) for g in self.streams])
         chosen = (log_p - noise.to(log_p.device).log()).argmax(-1, keepdim=True)

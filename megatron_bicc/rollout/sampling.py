@@ -1,8 +1,8 @@
-"""The groups of a step. With dynamic sampling (DAPO, arXiv 2503.14476): prompts until enough have contrast.
+"""The groups of a step. Dynamic sampling (DAPO, arXiv 2503.14476) draws prompts until enough have contrast.
 
-An engine that streams is asked for more prompts while others are answered (rollout/streaming_sampler.py).
-Any other is asked in rounds; what a round asks for follows from the rounds before it alone, so every process
-asks for the same, and a run that is resumed asks for what it would have asked for.
+A group has contrast if it holds right and wrong rollouts. An engine that streams is given more prompts while
+others are generated (rollout/streaming_sampler.py). Any other engine works in rounds; a round's prompts
+depend only on the rounds before it, so they are the same on every process and in a resumed run.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from megatron_bicc.rollout.types import Group, Sample, StreamingEngine
 
 
 class NoContrastError(UserError):
-    """Too few groups with both right and wrong rollouts: one line with the remedy."""
+    """Not enough groups with mixed outcomes. One line: how many, why, and a remedy."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,19 @@ class Collected:
     """The rollouts of a step."""
 
     groups: list[Group]
-    """To learn from: as many as rollout.prompts_per_step"""
+    """The groups to train on: rollout.prompts_per_step of them"""
     sampled: list[Group]
-    """All that were sampled in this step, whether learned from or not"""
+    """All groups sampled in this step, trained on or not"""
     carried: int
-    """Groups among those to learn from that an earlier step sampled"""
+    """Number of `groups` that an earlier step sampled"""
     leftover: int
-    """Groups with contrast that were not needed: kept for the next step, or dropped"""
+    """Number of groups with contrast that were not needed: kept for the next step, or dropped"""
     aborted: int
-    """Groups that were asked for and given up unfinished"""
+    """Number of groups aborted before they finished"""
 
 
 class Collector:
-    """Draws prompts and has them sampled; holds the position in the data and the groups left over."""
+    """Draws prompts and collects their groups; keeps the position in the data and the groups left over."""
 
     def __init__(self, config: Config, prompts: list[Prompt], sampler: PromptSampler) -> None:
         """`config` is resolved (algorithms.presets.resolve)."""
@@ -47,7 +47,7 @@ class Collector:
         self.leftover: list[Group] = []
 
     def step(self, step: int, sampler: GroupSampler) -> Collected:
-        """The groups of a step. Raises NoContrastError at the cap on prompts. Collective."""
+        """Returns the groups of a step. Raises NoContrastError at the cap on prompts. Collective."""
         wanted, carried = self.config.rollout.prompts_per_step, self.leftover
         if not self.config.rollout.dynamic_sampling:
             sampled = sampler.collect(self._draw(wanted), (self.config.seed, step))
@@ -63,7 +63,7 @@ class Collector:
         return Collected(groups, sampled, len(carried), len(over), aborted)
 
     def _in_rounds(self, step: int, wanted: int, sampler: GroupSampler) -> tuple[list[Group], int]:
-        """Groups of as many prompts as it takes for `wanted` to have contrast; and 0, as none is aborted."""
+        """Returns the groups of enough prompts for `wanted` to have contrast, and 0: none is aborted."""
         rollout, sampled, found, number = self.config.rollout, [], 0, 0
         # a round no larger than a step leaves less than a step over
         while count := min(
@@ -71,14 +71,14 @@ class Collector:
             rollout.prompts_per_step,
             rollout.max_prompts_per_step - len(sampled),
         ):
-            # without the round's number a prompt that comes again would be answered the same again
+            # with the round's number: a prompt drawn twice in a step gets new seeds
             sampled += sampler.collect(self._draw(count), (self.config.seed, step, number))
             found = sum(self._has_contrast(group) for group in sampled)
             number += 1
         return sampled, 0
 
     def _while_others_run(self, step: int, wanted: int, sampler: GroupSampler) -> tuple[list[Group], int]:
-        """The same, and the number of groups aborted."""
+        """Returns the same from a streaming engine, and the number of groups aborted."""
         rollout = self.config.rollout
         plan = Search(
             prompts=[self.prompts[i] for i in self.sampler.peek(rollout.max_prompts_per_step)],
@@ -88,8 +88,8 @@ class Collector:
             finish=rollout.leftover == "keep",
         )
         found = search(plan, sampler, self._has_contrast)
-        self.sampler.draw(found.asked)
-        return found.groups, found.asked - len(found.groups)
+        self.sampler.draw(found.submitted)
+        return found.groups, found.submitted - len(found.groups)
 
     def _too_few(self, found: int, wanted: int, sampled: list[Group]) -> str:
         right = sum(int(self._correct(group).all()) for group in sampled)
@@ -115,13 +115,13 @@ class Collector:
         return 0 < self._correct(group).sum() < len(group.rewards)
 
     def state_dict(self) -> dict[str, Any]:
-        """What load_state_dict needs, as JSON."""
+        """Returns the state to checkpoint, as JSON values."""
         rows = {prompt.index: i for i, prompt in enumerate(self.prompts)}
         leftover = [_to_json(group, rows[group.prompt.index]) for group in self.leftover]
         return self.sampler.state_dict() | {"leftover": leftover}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on after the last step of a state; raises ValueError if it is of other data or seed."""
+        """Resumes after the last step of a state. Raises UserError for one of other data or another seed."""
         self.sampler.load_state_dict(state)
         self.leftover = [_from_json(group, self.prompts) for group in state["leftover"]]
 

@@ -1,40 +1,140 @@
-"""Groups of samples on their way: asked for by the trainer's thread, awaited in the event loop.
+"""The engine whose samples come from SGLang servers: requests, answers, and groups in flight."""
 
-The engine whose samples come from SGLang servers.
-"""
-
-import ipaddress
-import os
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import Any
 
 import anyio
+import numpy as np
 import torch.distributed as dist
 from anyio.abc import TaskGroup, TaskStatus
-from anyio.from_thread import BlockingPortal, start_blocking_portal
-from torch import Tensor
+from anyio.from_thread import BlockingPortal
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_bicc import device
 from megatron_bicc.collective import gathered
 from megatron_bicc.config import Config
 from megatron_bicc.data.encoding import end_token_ids
 from megatron_bicc.errors import UserError
-from megatron_bicc.rollout.types import Request, Sample, Sampling
-from megatron_bicc.sglang.checks import check_model, server_urls, until_well
-from megatron_bicc.sglang.client import ServerClient, generate_body, read_samples
-from megatron_bicc.sglang.pool import UNTOUCHED, ServerPool
-from megatron_bicc.sglang.process import SpawnedServer
-from megatron_bicc.training.learner import Learner
-from megatron_bicc.weights.hf_files import supported_config
-from megatron_bicc.weights.sync import WeightSync
-from megatron_bicc.weights.verify import WeightSyncError
+from megatron_bicc.rollout.types import Request, RolloutError, Sample, Sampling, Stream
+from megatron_bicc.sglang.client import ServerError
+from megatron_bicc.sglang.pool import BadAnswer, RequestFailed, ServerPool, StaleWeights, start_servers
+from megatron_bicc.weights.hf_files import INDEX, SINGLE, supported_config, weight_map
 
+LEAST_LOG_PROB = float(np.finfo(np.float32).min)
+LOG_PROB_ROUNDING = 1e-3
+"""How far above 0 rounding may put the log of a probability of 1"""
+ACCEPTED: dict[str, Any] = {
+    "rope_is_neox_style": True,
+    "dual_chunk_attention_config": None,
+    "scale_emb": None,
+    "original_num_attention_heads": None,
+}
+"""Entries of config.json that SGLang reads and transformers does not, and the value without effect"""
 SampleGroup = Callable[[list[Request]], Awaitable[list[Sample]]]
+
+
+class SglangEngine:
+    """Sends each group as one request to one server of the pool."""
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, pool: ServerPool) -> None:
+        """pool: servers of the model of model.path; `close` closes it."""
+        self.pool = pool
+        hf_config = supported_config(config.model.path)
+        self._vocab_size = hf_config.vocab_size
+        self._ends = end_token_ids(hf_config, tokenizer, config.model.path)
+        self._per_process = max(1, config.rollout.sglang.max_concurrency // dist.get_world_size())
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
+        """Returns one sample per request, in their order. Adjacent requests of one prompt go together.
+
+        Raises RolloutError when no server has answered for rollout.sglang.retry_s seconds, UserError for a
+        token that is not in the vocabulary.
+        """
+        groups = [list(group) for _, group in groupby(requests, key=lambda r: r.token_ids.tobytes())]
+        samples: dict[int, list[Sample]] = {}
+        with (
+            self.stream(sampling) as stream,
+            tqdm(total=len(requests), desc="rollouts", leave=False, disable=device.quiet()) as bar,
+        ):
+            for i, group in enumerate(groups):
+                stream.submit(i, group)
+            while stream.outstanding():
+                i, samples[i] = stream.next(None)
+                bar.update(len(samples[i]))
+        return [sample for i in range(len(groups)) for sample in samples[i]]
+
+    def stream(self, sampling: Sampling) -> AbstractContextManager[Stream]:
+        """Returns a context with a stream. Unfinished groups are aborted on the servers when it ends."""
+        self.pool.resume()
+        return group_stream(self.pool.portal, partial(self._group, sampling=sampling), self._per_process)
+
+    @contextmanager
+    def memory_released(self) -> Iterator[None]:
+        """Frees the servers' memory inside the context; after it they need new weights.
+
+        They get their memory back also when the block raises, as attached servers outlive the run.
+        Raises RolloutError if a server fails.
+        """
+        with _server_errors():
+            self.pool.release_memory()
+        try:
+            yield
+        except BaseException:
+            with suppress(ServerError):  # the first error counts
+                self.pool.take_memory()
+            raise
+        with _server_errors():
+            self.pool.take_memory()
+
+    def counts(self) -> dict[str, float]:
+        """Returns the rollouts of all processes since the last call that were requested again after a failure
+        (rollout/resent), among them those that stale weights had made (rollout/stale). Collective."""
+        parts = gathered(self.pool.drain_counts())
+        resent, stale = (float(sum(column)) for column in zip(*parts, strict=True))
+        return {"rollout/resent": resent, "rollout/stale": stale}
+
+    def close(self) -> None:
+        """Closes the connections and ends the servers that the run started."""
+        self.pool.close()
+
+    async def _group(self, group: list[Request], sampling: Sampling) -> list[Sample]:
+        prompt = group[0].token_ids
+        if prompt.min() < 0 or prompt.max() >= self._vocab_size:
+            raise UserError(
+                f"a prompt has token {prompt.max()}; the policy's vocabulary has {self._vocab_size} tokens, "
+                "and the rollout server would crash on it"
+            )
+        # the version now: weights that arrive while the request runs make its answer stale
+        read = partial(
+            read_samples,
+            count=len(group),
+            version=self.pool.version,
+            vocab_size=self._vocab_size,
+            ends=self._ends,
+        )
+        try:
+            return await self.pool.ask(generate_body(group, sampling, self._ends), read)
+        except RequestFailed as error:
+            raise RolloutError(str(error)) from error
+
+
+@contextmanager
+def _server_errors() -> Iterator[None]:
+    try:
+        yield
+    except ServerError as error:
+        raise RolloutError(str(error)) from error
+
+
+def make_sglang_engine(config: Config, tokenizer: PreTrainedTokenizerBase) -> SglangEngine:
+    """Starts or finds the servers and returns their engine. Collective. Raises as start_servers does."""
+    return SglangEngine(config, tokenizer, start_servers(config, supported_config(config.model.path)))
 
 
 class GroupStream:
@@ -43,23 +143,23 @@ class GroupStream:
     def __init__(
         self, portal: BlockingPortal, tasks: TaskGroup, sample: SampleGroup, most_samples: int
     ) -> None:
-        """most_samples: those worked on at a time; a group waits until it fits."""
+        """most_samples: limit on samples in flight; a group waits until it fits."""
         self._portal, self._tasks, self._sample, self._most = portal, tasks, sample, most_samples
         self._slots: anyio.Semaphore | None = None
         self._finished: SimpleQueue[tuple[int, list[Sample] | Exception]] = SimpleQueue()
         self._outstanding = 0
 
-    def ask(self, key: int, requests: list[Request]) -> None:
-        """Asks for the samples of one prompt; `next` gives them under this key. Does not wait."""
+    def submit(self, key: int, requests: list[Request]) -> None:
+        """Submits the requests of one prompt; `next` returns their samples under this key. Does not block."""
         if self._slots is None:
             self._slots = anyio.Semaphore(max(1, self._most // len(requests)))
         self._outstanding += 1
         self._portal.call(self._start, key, requests)
 
     def next(self, seconds: float | None) -> tuple[int, list[Sample]] | None:
-        """The key and the samples of a group that is finished; None if none is within so many seconds.
+        """Returns key and samples of a finished group, or None if none finishes within `seconds`.
 
-        seconds: None waits for as long as it takes. Raises RolloutError for a group that cannot be had.
+        seconds: None waits without limit. Raises RolloutError for a group that failed.
         """
         try:
             key, outcome = self._finished.get(timeout=seconds)
@@ -71,11 +171,11 @@ class GroupStream:
         return key, outcome
 
     def outstanding(self) -> int:
-        """Groups asked for that `next` has not given."""
+        """Returns the number of submitted groups that `next` has not returned."""
         return self._outstanding
 
     def _start(self, key: int, requests: list[Request]) -> None:
-        # gives nothing back: the portal would await a task
+        # returns nothing: the portal would wait for a task
         self._tasks.start_soon(self._run, key, requests)
 
     async def _run(self, key: int, requests: list[Request]) -> None:
@@ -83,14 +183,14 @@ class GroupStream:
         async with self._slots:
             try:
                 outcome = await self._sample(requests)
-            except Exception as error:  # for the thread that asked
+            except Exception as error:  # raised by `next`, in the thread that waits for it
                 outcome = error
         self._finished.put((key, outcome))
 
 
 @contextmanager
 def group_stream(portal: BlockingPortal, sample: SampleGroup, most_samples: int) -> Iterator[GroupStream]:
-    """A stream. What is not finished when the context ends is cancelled, and has ended when it is left."""
+    """Returns a context with a stream. On exit, unfinished groups are cancelled and waited for."""
     ended, tasks = portal.start_task(_task_group)
     try:
         yield GroupStream(portal, tasks, sample, most_samples)
@@ -105,163 +205,115 @@ async def _task_group(*, task_status: TaskStatus[TaskGroup]) -> None:
         await anyio.sleep_forever()
 
 
-class SglangEngine:
-    """Every process asks all servers that it can reach; each server gets its weights from one process: from
-    the first when they were attached, from the first of its node when that started them."""
+def generate_body(requests: list[Request], sampling: Sampling, ends: tuple[int, ...]) -> dict[str, Any]:
+    """Returns the JSON of POST /generate for requests of one prompt. ends: ids of the end tokens.
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, learner: Learner | None) -> None:
-        """Starts or finds the servers and waits for them. Collective.
+    The whole distribution is sampled: top_p and the like, which a server or a generation_config may set by
+    default, are switched off explicitly, since SGLang does not renormalise log-probs for them.
+    """
+    settings = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "stop_token_ids": list(ends),
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "skip_special_tokens": False,
+    }
+    return {
+        "input_ids": [request.token_ids.tolist() for request in requests],
+        "sampling_params": [settings | {"sampling_seed": request.seed} for request in requests],
+        "return_logprob": True,
+        "logprob_start_len": -1,
+    }
 
-        learner: whose weights the servers get; without one they keep those that they started with. Raises
-        ValueError, one line and on every process, for a server that does not come up or that serves
-        another model.
-        """
-        self._settings = config.rollout.sglang
-        self._hf_config = supported_config(config.model.path)
-        self._ends = end_token_ids(self._hf_config, tokenizer, config.model.path)
-        self._loop = start_blocking_portal()
-        self._portal = self._loop.__enter__()
-        self._sync = WeightSync(config, learner, self._portal.call) if learner else None
-        self._spawned: list[SpawnedServer] = []
-        urls, own = self._servers(config)
-        key = os.environ.get(self._settings.api_key_variable) if self._settings.api_key_variable else None
-        clients = {url: ServerClient(url, key) for url in urls}
-        self._own = [clients[url] for url in own]
-        first = dist.get_rank() % len(urls)
-        self._pool = ServerPool(list(clients.values()), self._settings, self._own, self._restore, first)
-        self._per_process = max(1, self._settings.max_concurrency // dist.get_world_size())
-        self._watched = False
-        self._watcher = self._portal.start_task_soon(self._pool.watch)
-        self._start()
 
-    def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
-        """One sample a request, in the requests' order; requests of one prompt, side by side, go together.
+def read_samples(
+    answer: Any, count: int, version: str, vocab_size: int, ends: tuple[int, ...]
+) -> list[Sample]:
+    """Returns the samples in an answer to the `generate_body` of `count` requests.
 
-        Raises RolloutError when no server has done its work for rollout.sglang.retry_s seconds, ValueError
-        for a token that is not in the vocabulary.
-        """
-        groups = [list(group) for _, group in groupby(requests, key=lambda r: r.token_ids.tobytes())]
-        samples: dict[int, list[Sample]] = {}
-        with (
-            self.stream(sampling) as stream,
-            tqdm(total=len(requests), desc="rollouts", leave=False, disable=device.quiet()) as bar,
-        ):
-            for i, group in enumerate(groups):
-                stream.ask(i, group)
-            while stream.outstanding():
-                i, samples[i] = stream.next(None)
-                bar.update(len(samples[i]))
-        return [sample for i in range(len(groups)) for sample in samples[i]]
+    Raises StaleWeights if any token of a sample was generated by another weight version than `version`, and
+    BadAnswer if the answer is incomplete, a token is not in the policy's vocabulary, or a sample stopped at
+    a token that is not one of `ends`.
+    """
+    if not isinstance(answer, list) or len(answer) != count:
+        raise BadAnswer(f"{count} samples were requested, and the answer is {str(answer)[:100]}")
+    try:
+        return [_sample(item["output_ids"], item["meta_info"], version, vocab_size, ends) for item in answer]
+    except (KeyError, IndexError) as error:
+        raise BadAnswer(f"an answer without {error}") from error
+    except (TypeError, AttributeError) as error:
+        raise BadAnswer(f"an answer of another shape: {error}") from error
 
-    def stream(self, sampling: Sampling) -> AbstractContextManager[GroupStream]:
-        """Groups one by one. What is not finished when the context ends is aborted on the servers."""
-        return group_stream(self._portal, partial(self._group, sampling=sampling), self._per_process)
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Streams the tensors to all servers. Collective.
-
-        A server that fails is not used until it has been given them. Raises WeightSyncError for a tensor that
-        is unknown, missing or misshapen, and if a server's weights are not ours afterwards.
-        """
-        self._leave_alone()
-        failed = self._sync.push(self._own, tensors, version)
-        self._pool.hold(str(version), failed)
-        self._watch()
-
-    @contextmanager
-    def memory_released(self) -> Iterator[None]:
-        """Inside it the servers hold no weights and no cache; afterwards new weights must come."""
-        self._leave_alone()
-        self._portal.call(self._each_own, ServerClient.release_memory)
-        yield
-        self._portal.call(self._each_own, ServerClient.take_memory)
-
-    def counts(self) -> dict[str, float]:
-        """Over all processes, since the last call: rollouts that were asked for again after a server failed,
-        and rollouts refused for stale weights. Collective."""
-        parts = gathered((self._pool.resent, self._pool.stale))
-        self._pool.resent = self._pool.stale = 0
-        resent, stale = (float(sum(column)) for column in zip(*parts, strict=True))
-        return {"rollout/resent": resent, "rollout/stale": stale}
-
-    def close(self) -> None:
-        """Ends the servers that this process started, and the connections to the others."""
-        self._watcher.cancel()
-        if self._sync:
-            self._sync.close()
-        for server in self._pool.servers:
-            self._portal.call(server.client.aclose)
-        self._loop.__exit__(None, None, None)
-        for server in self._spawned:
-            server.stop()
-
-    def _servers(self, config: Config) -> tuple[list[str], list[str]]:
-        """URLs of the servers that this process asks, and of those to which it sends weights. Collective."""
-        if config.rollout.launch == "attach":
-            urls = server_urls(self._settings.servers)
-            return urls, urls if dist.get_rank() == 0 else []
-        if device.local_rank() == 0:
-            count = self._settings.servers_per_node
-            self._spawned = [SpawnedServer(config, index) for index in range(count)]
-        own = [server.url for server in self._spawned]
-        nodes = gathered((device.node_rank(), own))
-        alone = ipaddress.ip_address(self._settings.host).is_loopback
-        reachable = (urls for node, urls in nodes if not alone or node == device.node_rank())
-        return [url for urls in reachable for url in urls], own
-
-    def _start(self) -> None:
-        """Waits for own servers and checks them. Raises UserError on every process. Collective."""
-        error = ""
-        try:
-            self._portal.call(self._each_own, self._started)
-            for server in self._spawned:
-                server.ready()
-        except* UserError as errors:
-            error = str(errors.exceptions[0])
-        for fault in filter(None, gathered(error)):
-            self.close()
-            raise UserError(fault)
-        if self._sync is None:
-            self._pool.hold(UNTOUCHED, {})
-            self._watch()
-
-    def _leave_alone(self) -> None:
-        if self._watched:
-            self._portal.call(self._pool.close_gates)
-        self._watched = False
-
-    def _watch(self) -> None:
-        self._portal.call(self._pool.open_gates)
-        self._watched = True
-
-    async def _started(self, client: ServerClient) -> None:
-        spawned = [server for server in self._spawned if server.url == client.url]
-        check_starting = spawned[0].check_starting if spawned else lambda: None
-        await until_well(client, self._settings.start_timeout_s, check_starting)
-        await check_model(client, self._hf_config)
-
-    async def _each_own(self, act: Callable[[ServerClient], Awaitable[None]]) -> None:
-        async with anyio.create_task_group() as tasks:
-            for client in self._own:
-                tasks.start_soon(act, client)
-
-    async def _restore(self, client: ServerClient) -> str:
-        if client not in self._own or self._sync is None:
-            return f"{client.url}: its weights are not of version {self._pool.version}"
-        try:
-            await self._sync.restore(client)
-        except WeightSyncError as error:
-            return str(error)
-        return ""
-
-    async def _group(self, group: list[Request], sampling: Sampling) -> list[Sample]:
-        version, vocab_size, prompt = self._pool.version, self._hf_config.vocab_size, group[0].token_ids
-        if prompt.min() < 0 or prompt.max() >= vocab_size:
-            raise UserError(
-                f"a prompt has token {prompt.max()}; the policy's vocabulary has {vocab_size} tokens, and "
-                "the rollout server would end on it"
-            )
-        read = partial(
-            read_samples, count=len(group), version=version, vocab_size=vocab_size, ends=self._ends
+def _sample(
+    output_ids: Any, meta: dict[str, Any], version: str, vocab_size: int, ends: tuple[int, ...]
+) -> Sample:
+    reason = meta["finish_reason"]["type"]
+    if reason not in ("stop", "length"):
+        raise BadAnswer(f"a sample ended by {meta['finish_reason']}")
+    versions = {str(span["version"]) for span in meta.get("weight_versions") or ()}
+    versions.add(str(meta["weight_version"]))
+    if versions != {version}:
+        raise StaleWeights(f"a sample of weight version {', '.join(sorted(versions))}, not {version}")
+    _check_tokens(output_ids, vocab_size)
+    ended = output_ids[-1] in ends
+    if reason == "stop" and not ended:
+        raise BadAnswer(
+            f"a sample stopped at token {output_ids[-1]}, which is not an end token of model.path: the "
+            "server's model has another generation_config.json or tokenizer"
         )
-        return await self._pool.ask(generate_body(group, sampling, self._ends), read)
+    log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
+    if [entry[1] for entry in meta["output_token_logprobs"]] != output_ids:
+        raise BadAnswer("the log-probs are not those of the tokens")
+    _check_log_probs(log_probs)
+    number = int(version) if version.isdigit() else 0
+    # by the last token, like the local engine: an end token may come exactly at max_new_tokens
+    reason = "stop" if ended else "length"
+    return Sample(np.array(output_ids, np.int32), np.array(log_probs, np.float32), reason, number)
+
+
+def _check_tokens(output_ids: Any, vocab_size: int) -> None:
+    if not isinstance(output_ids, list) or not output_ids:
+        raise BadAnswer(f"a sample whose tokens are {str(output_ids)[:100]}")
+    for token in output_ids:
+        if type(token) is not int:  # isinstance would accept JSON's true as an int
+            raise BadAnswer(f"a sample with {str(token)[:100]} for a token")
+        if not 0 <= token < vocab_size:
+            raise BadAnswer(f"token {str(token)[:100]} was sampled, but the policy has {vocab_size} tokens")
+
+
+def _check_log_probs(log_probs: list[Any]) -> None:
+    for value in log_probs:
+        # a comparison with NaN is false, so NaN is refused
+        if type(value) not in (int, float) or not LEAST_LOG_PROB <= value <= LOG_PROB_ROUNDING:
+            raise BadAnswer(f"a sample with {str(value)[:100]} for a log-prob")
+
+
+def check_model_files(path: Path, hf_config: PretrainedConfig, files: set[str]) -> None:
+    """Raises UserError, one line, if a server would load other files than `files`, or compute another model.
+
+    SGLang loads the files that the index names if there is one, else all safetensors files of the directory.
+    """
+    index = path / INDEX
+    if index.is_file():
+        theirs = set(weight_map(index).values())
+    else:
+        theirs = {file.name for file in path.glob("*.safetensors")}
+        if theirs == {"consolidated.safetensors", SINGLE}:
+            theirs = {SINGLE}
+    for name in sorted(theirs ^ files):
+        named = f"both {SINGLE} and {INDEX} exist: " if index.is_file() else ""
+        reader, other = ("SGLang", "transformers") if name in theirs else ("transformers", "SGLang")
+        raise UserError(f"{path}: {named}{reader} reads {name} and {other} does not; remove the surplus file")
+    for key, value in ACCEPTED.items():
+        found = vars(hf_config).get(key, value)
+        if found != value:
+            raise UserError(
+                f"{path}/config.json: {key} is {found!r}, which SGLang computes and the policy does not; "
+                "remove it or use rollout.engine=local"
+            )

@@ -1,18 +1,21 @@
-"""What an engine is asked for, what it answers, and the protocol that every engine keeps."""
+"""Requests and samples, and the protocol that every rollout engine implements (docs/extending.md).
+
+Shape suffixes: P prompt tokens, T response tokens; R rollouts of a group.
+"""
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
-from torch import Tensor
 
 from megatron_bicc.data.prompts import Prompt
+from megatron_bicc.weights.verify import TokenSequence
 
 
 class RolloutError(Exception):
-    """A step's rollouts cannot be had, such as from an engine that does not answer. One line: why, where."""
+    """The rollouts of a step failed, for example because no server answers. One line: what and why."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +23,14 @@ class Request:
     """One sample to generate."""
 
     token_ids: np.ndarray
-    """int32 [prompt length], chat template included"""
+    """int32 [P], chat template included"""
     seed: int
-    """Fixes the sample: the same weights, prompt, settings and seed give the same tokens."""
+    """The same weights, prompt, settings and seed give the same tokens, where the engine supports it."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings of one call."""
+    """Sampling settings of one call. The whole distribution is sampled: no top-p, top-k or penalties."""
 
     temperature: float
     max_new_tokens: int
@@ -35,68 +38,101 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Sample:
-    """One response, in tokens."""
+    """One response as tokens."""
 
     token_ids: np.ndarray
-    """int32 [length], the end token (policy.end_tokens) included where one was sampled"""
+    """int32 [T], including the end token if one was sampled"""
     log_probs: np.ndarray
-    """float32 [length]: log-prob of each token under the engine's softmax(logits / temperature)"""
+    """float32 [T]: log-prob of each token under the engine's softmax(logits / temperature)"""
     finish_reason: Literal["stop", "length"]
-    """Whether the last token is an end token, or the sample was cut at max_new_tokens"""
+    """stop: the last token is an end token; length: cut off at max_new_tokens"""
     weight_version: int
     """Version of the weights that sampled it"""
 
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt and its G scored samples."""
+    """A prompt and its scored samples."""
 
     prompt: Prompt
     samples: list[Sample]
     texts: list[str]
-    """The responses, decoded, without their end token and special tokens: what was scored"""
+    """The decoded responses without end token and special tokens, as they were scored"""
     rewards: np.ndarray
-    """float32 [G]"""
+    """float32 [R]"""
 
 
+def unscored(sequences: Iterable[TokenSequence]) -> list[Group]:
+    """Returns each sequence as a group of one sample without text or reward, for log-probs only."""
+    return [
+        Group(
+            Prompt(0, [], sequence.prompt, "", "", {}),
+            [Sample(sequence.response, np.zeros(len(sequence.response), np.float32), "length", 0)],
+            [""],
+            np.zeros(1, np.float32),
+        )
+        for sequence in sequences
+    ]
+
+
+@runtime_checkable
 class Engine(Protocol):
-    """Generates samples with the policy's weights."""
+    """Generates samples with the policy's weights. Every process of the run has an engine of its own.
+
+    `rollout.engine=package.module:Class` or `file.py:Class` names a class of yours: it is called as
+    Class(config, tokenizer) on every process, after torch.distributed has started, and must have the weights
+    of model.path then. Subclass Engine to inherit the methods below that do nothing.
+
+    How it gets new weights (weights.sync.make_weight_sync): either it has a method
+    `load_weights(tensors: Iterable[tuple[str, Tensor]], version: int) -> None`, which reads the iterator to
+    its end: every parameter once, whole, under its Hugging Face name. That method is collective: each tensor
+    is gathered from the policy's ranks as it is read, so every process must read all of them. Or it has an
+    attribute `pool: sglang.pool.ServerPool`, whose servers the weight sync then updates. An engine with
+    neither can only evaluate.
+    """
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
-        """One sample a request, in the requests' order. Raises RolloutError."""
+        """Returns one sample per request, in the requests' order. Not collective.
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Takes whole tensors under their Hugging Face names, streamed. Every parameter must come once."""
+        Requests of one group are adjacent and have the same prompt. Sample.weight_version must be the version
+        that came with the weights. Raises RolloutError, on this process alone, if samples cannot be had: the
+        caller raises it on every process.
+        """
 
     def memory_released(self) -> AbstractContextManager[None]:
-        """Inside it training may use the memory of the devices; after it new weights must come."""
+        """Returns a context in which training may use the memory that the engine has on the policy's devices.
+
+        After it the engine need not have weights: a weight sync follows. By default nothing is released.
+        """
+        return nullcontext()
 
     def counts(self) -> dict[str, float]:
-        """What went wrong since the last call and was made good, as metrics of all processes. Collective."""
+        """Returns metrics of all processes since the last call, such as retried requests. Collective."""
+        return {}
 
     def close(self) -> None:
-        """Ends what the engine started."""
+        """Ends what the engine started. Called once, after the weight sync is closed."""
 
 
 class Stream(Protocol):
-    """Groups of samples that are asked for one by one and come back as they are finished."""
+    """Groups of samples that are submitted one by one and come back as they finish."""
 
-    def ask(self, key: int, requests: list[Request]) -> None:
-        """Asks for the samples of one prompt; `next` gives them under this key. Does not wait."""
+    def submit(self, key: int, requests: list[Request]) -> None:
+        """Submits the requests of one prompt; `next` returns their samples under this key. Does not block."""
 
     def next(self, seconds: float | None) -> tuple[int, list[Sample]] | None:
-        """The key and the samples of a group that is finished; None if none is within so many seconds.
+        """Returns key and samples of a finished group, or None if none finishes within `seconds`.
 
-        seconds: None waits for as long as it takes. Raises RolloutError for a group that cannot be had.
+        seconds: None waits without limit. Raises RolloutError for a group that failed.
         """
 
     def outstanding(self) -> int:
-        """Groups asked for that `next` has not given."""
+        """Returns the number of submitted groups that `next` has not returned."""
 
 
 @runtime_checkable
 class StreamingEngine(Engine, Protocol):
-    """An engine that can work on groups while others are scored."""
+    """An engine that generates groups while others are scored, for dynamic sampling."""
 
     def stream(self, sampling: Sampling) -> AbstractContextManager[Stream]:
-        """Groups one by one; what is not finished when the context ends is aborted."""
+        """Returns a context with a Stream; unfinished groups are aborted when the context ends."""

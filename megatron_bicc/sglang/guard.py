@@ -2,10 +2,10 @@
 
 python -m megatron_bicc.sglang.guard LOG COMMAND...
 
-Standard input is a pipe whose other end only the trainer holds, so it closes however the trainer ends. Then
-the server is ended, with every process that it started, and what they left in /dev/shm is removed. A byte on
-the pipe says that the server has become ready: until then its end ends the guard, with its status; from then
-on it is started again.
+Standard input is a pipe whose other end only the trainer holds, so it closes however the trainer ends, even
+by kill -9. The guard then ends the server with every process that it started, and removes the shared memory
+that they left in /dev/shm. A byte on the pipe means that the server is ready. Before that, the guard exits
+with the server's status when the server ends; after it, the guard restarts the server.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ import time
 from collections.abc import Callable
 
 SHM = re.compile(r"/dev/shm/[^\s]+$")
-LOOK_S = 0.5
+POLL_S = 0.5
 TERM_S = 15.0
-"""Time to end by itself."""
+"""Seconds that a server has to end after SIGTERM"""
 LONGEST_PAUSE_S = 60.0
-"""Before the server is started again; the first is a second, and each is twice the one before."""
+"""Longest pause before a restart in seconds; the first is 1 s, doubled each time"""
 PR_SET_PDEATHSIG = 1
 
 
 def main(log: str, command: list[str]) -> int:
-    """Runs `command`, its output appended to `log`, until standard input ends. Returns the exit status."""
+    """Runs `command` with its output appended to `log` until standard input ends. Returns the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        # the pipe says when to end; a handler, unlike SIG_IGN, is not handed down to the server
+        # the pipe decides when to end; a handler, unlike SIG_IGN, is not inherited by the server
         signal.signal(number, lambda *_: None)
     pause_s, ready = 1.0, False
     while True:
@@ -39,27 +39,27 @@ def main(log: str, command: list[str]) -> int:
         left: set[str] = set()
         while server.poll() is None:
             left |= shared_memory(server.pid)
-            trainer = heard(LOOK_S)
-            ready = ready or trainer == b"r"
-            if trainer == b"":
+            byte = read_pipe(POLL_S)
+            ready = ready or byte == b"r"
+            if byte == b"":
                 return finish(server, left, TERM_S)
         finish(server, left, 0.0)
         if not ready:
             return server.returncode or 1
         pause_s = 1.0 if time.monotonic() - began > LONGEST_PAUSE_S else min(2 * pause_s, LONGEST_PAUSE_S)
-        if heard(pause_s) == b"":
+        if read_pipe(pause_s) == b"":
             return 0
 
 
-def heard(timeout_s: float) -> bytes | None:
-    """A byte of the trainer's, b"" if it has ended, None if it said nothing in that time."""
+def read_pipe(timeout_s: float) -> bytes | None:
+    """Returns a byte from the trainer, b"" if the trainer has ended, None if none came within timeout_s."""
     if select.select([0], [], [], timeout_s)[0]:
         return os.read(0, 1)
     return None
 
 
 def start(log: str, command: list[str]) -> subprocess.Popen:
-    """The server, in a session of its own."""
+    """Starts the server in a session of its own."""
     libc = ctypes.CDLL(None)
     with open(log, "ab") as output:
         return subprocess.Popen(
@@ -68,13 +68,13 @@ def start(log: str, command: list[str]) -> subprocess.Popen:
             stdout=output,
             stderr=output,
             start_new_session=True,
-            # should the guard itself be killed
+            # ends the server even if the guard itself is killed
             preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
         )
 
 
 def finish(server: subprocess.Popen, left: set[str], patience_s: float) -> int:
-    """Ends the server's whole session and removes the files in /dev/shm that only it had."""
+    """Ends the server's whole session, then removes those files of `left` that no process maps any more."""
     if server.poll() is None:
         server.send_signal(signal.SIGTERM)
     wait_until(lambda: server.poll() is not None, patience_s)
@@ -90,43 +90,43 @@ def finish(server: subprocess.Popen, left: set[str], patience_s: float) -> int:
 
 
 def wait_until(true: Callable[[], bool], timeout_s: float) -> None:
-    """Returns when it is true, at the latest after that time."""
+    """Waits until `true` returns true, at most timeout_s seconds."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end and not true():
         time.sleep(0.05)
 
 
 def session(leader: int) -> list[int]:
-    """The living processes of a session."""
+    """Returns the living processes of a session."""
     return [pid for pid in processes() if session_of(pid) == leader and not is_zombie(pid)]
 
 
 def shared_memory(leader: int) -> set[str]:
-    """The files in /dev/shm that a session's processes have mapped."""
+    """Returns the files in /dev/shm that a session's processes map."""
     return {path for pid in session(leader) for path in mapped(pid)}
 
 
 def mapped_by_anyone() -> set[str]:
-    """The files in /dev/shm that any process has mapped."""
+    """Returns the files in /dev/shm that any process maps."""
     return {path for pid in processes() for path in mapped(pid)}
 
 
 def mapped(pid: int) -> set[str]:
-    """The files in /dev/shm that a process has mapped."""
+    """Returns the files in /dev/shm that a process maps."""
     try:
         with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as lines:
             return {found.group() for line in lines if (found := SHM.search(line.rstrip()))}
-    except OSError:  # it ended, or is another user's
+    except OSError:  # it has ended, or belongs to another user
         return set()
 
 
 def processes() -> list[int]:
-    """Every process."""
+    """Returns the ids of all processes."""
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
 def session_of(pid: int) -> int:
-    """A process's session; 0 if it has ended."""
+    """Returns a process's session; 0 if it has ended."""
     try:
         return os.getsid(pid)
     except OSError:
@@ -134,7 +134,7 @@ def session_of(pid: int) -> int:
 
 
 def is_zombie(pid: int) -> bool:
-    """Whether a process has ended and waits for its parent to notice."""
+    """Returns whether a process has ended and waits to be reaped."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
             return stat.read().rpartition(")")[2].split()[0] == "Z"

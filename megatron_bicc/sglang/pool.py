@@ -1,6 +1,9 @@
-"""The servers as one process sees them: which can be used, how busy they are, and what if one fails."""
+"""The SGLang servers of a run: start or attach, load balancing, health checks, failover."""
 
+import asyncio
+import ipaddress
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -8,61 +11,73 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 import anyio
+import torch.distributed as dist
+from anyio.from_thread import start_blocking_portal
+from transformers import PretrainedConfig
 
-from megatron_bicc.config import SglangConfig
-from megatron_bicc.rollout.types import RolloutError
-from megatron_bicc.sglang.client import (
-    BadAnswer,
-    ServerClient,
-    ServerError,
-    ServerRefusal,
-    ServerUnavailable,
-    StaleWeights,
-)
+from megatron_bicc import device
+from megatron_bicc.collective import gathered, raised_on_all_ranks
+from megatron_bicc.config import Config, RolloutConfig, SglangConfig
+from megatron_bicc.errors import UserError
+from megatron_bicc.sglang.checks import check_model, server_urls, wait_until_ready
+from megatron_bicc.sglang.client import ServerClient, ServerError, ServerRefusal, ServerUnavailable
+from megatron_bicc.sglang.process import SpawnedServer
 
 log = logging.getLogger(__name__)
-UNTOUCHED = "default"
-"""Weight version of a server that no weights were ever sent to."""
-LOOK_S = 1.0
-"""Pause between two looks at a server."""
+INITIAL = "default"
+"""Weight version of a server that still has the weights that it started with"""
+CHECK_EVERY_S = 1.0
+"""Pause between two health checks of a server"""
 ABORT_S = 5.0
-"""Longest time to tell a server that an answer is not wanted any more."""
-LONGEST_PAUSE_S = 10.0
-"""Between two attempts at one request; the first is half a second, and each is twice the one before."""
+"""Timeout for aborting the requests of an answer that is no longer needed"""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
+"""Pauses between attempts at one request: the first, doubled each time, up to the longest"""
 Result = TypeVar("Result")
 
 
-class RequestTaken(Exception):
-    """A server hangs, and a request was taken from it. One line: which, and how that is known."""
+class RequestFailed(Exception):
+    """No server answered a request. One line: the last reason."""
+
+
+class RequestWithdrawn(Exception):
+    """A server hangs, so a request was withdrawn from it. One line: the server, and how it was found out."""
+
+
+class StaleWeights(Exception):
+    """A server sampled with other weights than the current ones. One line: which."""
+
+
+class BadAnswer(Exception):
+    """An answer that does not fit its request. One line: what is wrong with it."""
 
 
 class Server:
-    """One server."""
+    """One server as this process sees it."""
 
     def __init__(self, client: ServerClient) -> None:
         self.client = client
         self.outstanding = 0
-        """Samples that it is working on for this process"""
-        self.reason = f"{client.url}: it has got no weights yet"
-        """Why it is not used; empty if it is"""
+        """Samples that it is generating for this process"""
+        self.reason = ""
+        """Why it gets no requests; empty if it does"""
         self.gate = anyio.Semaphore(0)
-        """Taken by who looks after it"""
+        """Held by the health check while it talks to the server, and while the pool is paused"""
         self._running: set[anyio.CancelScope] = set()
 
     async def generate(self, body: dict[str, Any], timeout_s: float) -> Any:
-        """The answer; cancelled, the server works no longer on it.
+        """Returns the answer to POST /generate. If cancelled, aborts the request on the server.
 
-        Raises ServerUnavailable, and RequestTaken if `lose` is called before the answer came.
+        Raises ServerError, or RequestWithdrawn if `withdraw` is called before the answer comes.
         """
         samples = len(body["input_ids"])
         self.outstanding += samples
-        # names of this attempt: a server refuses one that it still works on
+        # new ids for each attempt: a server refuses an id that it still works on
         rids = [uuid4().hex for _ in range(samples)]
         try:
             with anyio.CancelScope() as scope:
                 self._running.add(scope)
                 return await self.client.generate(body | {"rid": rids}, timeout_s)
-            raise RequestTaken(self.reason)
+            raise RequestWithdrawn(self.reason)
         except anyio.get_cancelled_exc_class():
             await self._abort(rids)
             raise
@@ -71,81 +86,99 @@ class Server:
             self.outstanding -= samples
 
     async def _abort(self, rids: list[str]) -> None:
-        """Has the server drop these; one that does not answer will see that the connection is gone."""
+        # a server that does not answer notices that the connection is closed
         with anyio.move_on_after(ABORT_S, shield=True), suppress(ServerError):
             for rid in rids:
                 await self.client.abort(rid)
 
     def avoid(self, reason: str) -> None:
-        """Gives it no new requests."""
+        """Sends it no new requests."""
         if not self.reason:
             log.warning("rollout server not used: %s", reason)
         self.reason = reason
 
-    def lose(self, reason: str) -> None:
-        """Gives it no new requests, and takes from it those that it has."""
+    def withdraw(self, reason: str) -> None:
+        """Sends it no new requests, and moves its unfinished ones to other servers."""
         self.avoid(reason)
         for scope in self._running:
             scope.cancel()
 
 
 class ServerPool:
-    """All servers. Everything here runs in one event loop."""
+    """All servers that this process sends requests to, and the event loop that their clients live in.
+
+    Coroutine methods run in that loop; the others may be called from any other thread. A new pool is paused
+    and expects the servers to have the weights that they started with: `resume` begins the health checks.
+    """
 
     def __init__(
         self,
-        clients: list[ServerClient],
+        urls: list[str],
+        own: list[str],
         settings: SglangConfig,
-        own: list[ServerClient],
-        restore: Callable[[ServerClient], Awaitable[str]],
-        first: int,
+        first: int = 0,
+        spawned: list[SpawnedServer] | None = None,
     ) -> None:
-        """own: those that this process gives weights to, watched even when they have nothing to do.
+        """urls: of all servers. own: of those whose weights and memory this process manages.
 
-        restore: gives a server that lacks the current weights those weights, or returns why it does not.
-        first: of equally busy servers this one is taken, so that processes do not all begin with the same.
+        first: of equally busy servers this one is taken, so that processes do not all start with the same.
+        spawned: server processes to end on `close`.
         """
-        self.servers = [Server(client) for client in clients[first:] + clients[:first]]
-        self.version = UNTOUCHED
-        """Of the weights that a server must hold to be used"""
-        self.resent = 0
-        """Samples that were asked for again after a failure"""
-        self.stale = 0
-        """Samples that were refused as other weights had made them"""
+        key = os.environ.get(settings.api_key_variable) if settings.api_key_variable else None
+        clients = [ServerClient(url, key) for url in urls]
+        self.own = [client for client in clients if client.url in own]
+        self.version = INITIAL
+        """Version of the weights that a server must have to be used"""
+        self._resent = 0
+        self._stale = 0
+        self.on_stale: Callable[[ServerClient], Awaitable[str]] = self._no_weights
+        """Called by the health check for one of `own` that lacks the current weights: sends them, or returns
+        why the server cannot be used. The weight sync sets it."""
         self._settings = settings
-        self._own = own
-        self._restore = restore
+        self._spawned = spawned or []
+        self._loop = start_blocking_portal()
+        self.portal = self._loop.__enter__()
+        self.servers = [Server(client) for client in clients[first:] + clients[:first]]
+        self._paused = True
+        self._checks = self.portal.start_task_soon(self._check_health)
+
+    def start(self, hf_config: PretrainedConfig) -> None:
+        """Waits until this process's own servers are ready and checks that they serve this model.
+
+        Raises UserError, one line, for a server that does not start or serves another model.
+        """
+        for client in self.own:
+            self.portal.call(wait_until_ready, client, self._settings.start_timeout_s, self._check_spawned)
+            self.portal.call(check_model, client, hf_config)
+        for server in self._spawned:
+            server.ready()
+
+    def pause(self) -> None:
+        """Waits for the health checks that are running and stops them, so that they do not interfere."""
+        if not self._paused:
+            self.portal.call(self._acquire_gates)
+        self._paused = True
+
+    def resume(self) -> None:
+        """Resumes the health checks."""
+        if self._paused:
+            self.portal.call(self._release_gates)
+        self._paused = False
 
     def hold(self, version: str, failed: dict[str, str]) -> None:
-        """All servers hold the weights of this version, but for those that failed: reasons by URL."""
+        """Sets the weight version that all servers have, except those that failed: reasons by URL."""
         self.version = version
         for server in self.servers:
             reason = failed.get(server.client.url, "")
-            if reason and server.client in self._own:  # others do not need to say it again
+            if reason and server.client in self.own:  # logged once, by the process that sent the weights
                 log.warning("rollout server not used: %s", reason)
             server.reason = reason
 
-    async def watch(self) -> None:
-        """Watches every server, for ever, while the gates are open."""
-        async with anyio.create_task_group() as watchers:
-            for server in self.servers:
-                watchers.start_soon(self._watch, server)
-
-    async def close_gates(self) -> None:
-        """Waits for what the watchers do and stops them, as the servers are to be left alone."""
-        for server in self.servers:
-            await server.gate.acquire()
-
-    async def open_gates(self) -> None:
-        """Lets the watchers go on."""
-        for server in self.servers:
-            server.gate.release()
-
     async def ask(self, body: dict[str, Any], read: Callable[[Any], Result]) -> Result:
-        """What `read` makes of the answer of the least busy server, of another one if that one fails.
+        """Sends a request to the least busy server, to others if that fails. Returns `read` of the answer.
 
-        read: raises StaleWeights or BadAnswer for an answer that cannot be used. Raises RolloutError when all
-        attempts of retry_s seconds have failed, or a well server refuses the request.
+        read: raises StaleWeights or BadAnswer for an answer that cannot be used. Raises RequestFailed when
+        all attempts of retry_s seconds have failed, or a healthy server refuses the request.
         """
         attempts = Attempts(self._settings.retry_s)
         while True:
@@ -157,35 +190,91 @@ class ServerPool:
             try:
                 return read(await server.generate(body, self._settings.request_timeout_s))
             except ServerRefusal as refusal:
-                raise RolloutError(str(refusal)) from None
-            except (ServerUnavailable, RequestTaken, StaleWeights, BadAnswer) as error:
+                raise RequestFailed(str(refusal)) from refusal
+            except (ServerUnavailable, RequestWithdrawn, StaleWeights, BadAnswer) as error:
                 samples = len(body["input_ids"])
-                self.resent += samples
-                self.stale += samples if isinstance(error, StaleWeights) else 0
-                named = isinstance(error, ServerError | RequestTaken)
-                reason = str(error) if named else f"{server.client.url}: {error}"
+                self._resent += samples
+                self._stale += samples if isinstance(error, StaleWeights) else 0
+                names_server = isinstance(error, ServerError | RequestWithdrawn)
+                reason = str(error) if names_server else f"{server.client.url}: {error}"
                 server.avoid(reason)
-                attempts.failed(reason)
+                attempts.failed(reason, error)
 
     def reasons(self) -> str:
-        """Why servers are not used."""
+        """Returns why servers are not used."""
         return "; ".join(server.reason for server in self.servers if server.reason)
 
-    async def _watch(self, server: Server) -> None:
+    def release_memory(self) -> None:
+        """Frees the memory of this process's own servers, which then need new weights. Raises ServerError."""
+        self.pause()
+        for server in self.servers:
+            server.reason = f"{server.client.url}: its memory was released; it needs new weights"
+        self.portal.call(self._each_own, ServerClient.release_memory)
+
+    def take_memory(self) -> None:
+        """Allocates that memory again, for the next weight sync to fill. Raises ServerError."""
+        self.portal.call(self._each_own, ServerClient.take_memory)
+
+    def drain_counts(self) -> tuple[int, int]:
+        """Returns the samples requested again, and of them those rejected as stale, since the last call."""
+        counts = self._resent, self._stale
+        self._resent = self._stale = 0
+        return counts
+
+    def close(self) -> None:
+        """Closes the connections and ends the servers that this process started."""
+        self._checks.cancel()
+        for server in self.servers:
+            self.portal.call(server.client.aclose)
+        self._loop.__exit__(None, None, None)
+        for server in self._spawned:
+            server.stop()
+
+    def _check_spawned(self) -> None:
+        for server in self._spawned:
+            server.check_starting()
+
+    async def _each_own(self, act: Callable[[ServerClient], Awaitable[None]]) -> None:
+        """Runs `act` on all own servers at once. Raises the first error after all have ended."""
+        outcomes = await asyncio.gather(*map(act, self.own), return_exceptions=True)
+        for error in filter(None, outcomes):
+            raise error
+
+    async def _no_weights(self, client: ServerClient) -> str:
+        return f"{client.url}: its weights are not of version {self.version}"
+
+    async def _acquire_gates(self) -> None:
+        for server in self.servers:
+            await server.gate.acquire()
+
+    def _release_gates(self) -> None:
+        for server in self.servers:
+            server.gate.release()
+
+    async def _check_health(self) -> None:
+        async with anyio.create_task_group() as checks:
+            for server in self.servers:
+                checks.start_soon(self._check_server, server)
+
+    async def _check_server(self, server: Server) -> None:
         while True:
             async with server.gate:
-                if server.outstanding or server.reason or server.client in self._own:
+                # an own server is checked when idle, too: others may wait for its weights
+                if server.outstanding or server.reason or server.client in self.own:
                     await self._look(server)
-            await anyio.sleep(LOOK_S)
+            await anyio.sleep(CHECK_EVERY_S)
 
     async def _look(self, server: Server) -> None:
-        """Loses a server that hangs, takes one back that is well again and has the current weights."""
+        """Withdraws the requests of a server that hangs; uses one again that is healthy and up to date."""
         client, seconds = server.client, self._settings.health_timeout_s
         if (server.outstanding or server.reason) and not await client.is_healthy(seconds):
-            return server.lose(f"{client.url}: /health was not answered well within {seconds:g} s")
+            return server.withdraw(f"{client.url}: /health did not succeed within {seconds:g} s")
         try:
             found = str((await client.model_info())["weight_version"])
-            reason = "" if found == self.version else await self._restore(client)
+            reason = ""
+            if found != self.version:
+                restore = self.on_stale if client in self.own else self._no_weights
+                reason = await restore(client)
         except ServerError as error:
             reason = str(error)
         if reason:
@@ -193,6 +282,40 @@ class ServerPool:
         elif server.reason:
             log.warning("rollout server used again: %s", client.url)
             server.reason = ""
+
+
+def start_servers(config: Config, hf_config: PretrainedConfig) -> ServerPool:
+    """Starts the servers, or finds those of rollout.sglang.servers, and waits for them. Collective.
+
+    Every process sends requests to all servers that it can reach. A server's weights and memory are managed
+    by one process: the first if the servers were attached, else the first of its node, which started it.
+    Raises UserError, one line and on every process, for a server that does not start or serves another model.
+    """
+    rollout = config.rollout
+    spawned: list[SpawnedServer] = []
+    if rollout.launch == "spawn" and device.local_rank() == 0:
+        spawned = [SpawnedServer(config, index) for index in range(rollout.sglang.servers_per_node)]
+    urls, own = _urls(rollout, spawned)
+    pool = ServerPool(urls, own, rollout.sglang, dist.get_rank() % len(urls), spawned)
+    try:
+        with raised_on_all_ranks(UserError):
+            pool.start(hf_config)
+    except BaseException:
+        pool.close()
+        raise
+    return pool
+
+
+def _urls(rollout: RolloutConfig, spawned: list[SpawnedServer]) -> tuple[list[str], list[str]]:
+    """Returns the URLs of all servers that this process can reach, and of its own. Collective."""
+    if rollout.launch == "attach":
+        urls = server_urls(rollout.sglang.servers)
+        return urls, urls if dist.get_rank() == 0 else []
+    own = [server.url for server in spawned]
+    nodes = gathered((device.node_rank(), own))
+    on_loopback = ipaddress.ip_address(rollout.sglang.host).is_loopback
+    reachable = (urls for node, urls in nodes if not on_loopback or node == device.node_rank())
+    return [url for urls in reachable for url in urls], own
 
 
 class Attempts:
@@ -205,18 +328,20 @@ class Attempts:
         self._pause_s = 0.0
 
     async def begin(self) -> None:
-        """Waits before the next attempt; not before the first."""
+        """Waits before every attempt but the first."""
         await anyio.sleep(self._pause_s)
-        self._pause_s = min(max(0.5, 2 * self._pause_s), LONGEST_PAUSE_S)
+        self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LONGEST_PAUSE_S)
         self._begun = time.monotonic()
 
-    def failed(self, reason: str) -> None:
-        """Raises RolloutError with the reason if the time is up.
+    def failed(self, reason: str, cause: Exception | None = None) -> None:
+        """Raises RequestFailed with this reason if retry_s seconds of failures have passed.
 
-        An attempt that ran for longer than that time was real work lost: counting begins anew after it.
+        After an attempt that ran longer than that the count restarts: it was real work that was lost.
         """
         now = time.monotonic()
         if self._failing_since is None or now - self._begun > self._retry_s:
             self._failing_since = now
         if now - self._failing_since > self._retry_s:
-            raise RolloutError(f"no answer after {self._retry_s:g} s of attempts; the last: {reason}")
+            raise RequestFailed(
+                f"no answer after {self._retry_s:g} s of attempts; the last: {reason}"
+            ) from cause

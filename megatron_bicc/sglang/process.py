@@ -1,7 +1,4 @@
-"""Whether a server can be started with the arguments of rollout.sglang.server_args.
-
-Servers that the run starts itself: their command, their ports, and a guard for each.
-"""
+"""Servers that the run starts itself: their arguments, ports, processes and logs."""
 
 import os
 import shlex
@@ -74,22 +71,22 @@ CPU_ARGUMENTS = (
 )
 CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
 EVERY_NODE = "0.0.0.0"
-"""As rollout.sglang.host: each node's own address, not all of its interfaces"""
+"""As rollout.sglang.host: the node's own address; the server does not bind to all interfaces"""
 LOG_LINES = 12
-"""Of a server that did not start, in the error."""
+"""Last lines of the log that the error of a failed start quotes"""
 
 
 class SpawnedServer:
-    """A server and its guard (megatron_bicc.sglang.guard), started by this process."""
+    """A server process under its guard (megatron_bicc.sglang.guard), which ends it with this process."""
 
     def __init__(self, config: Config, index: int) -> None:
-        """index: of the server on its node."""
+        """index: number of the server on its node."""
         settings = config.rollout.sglang
         host = device.node_address() if settings.host == EVERY_NODE else settings.host
         self.url = f"http://{host}:{_free_port(host)}"
         self.log = Path(config.output_dir) / f"servers/{socket.gethostname()}_{index}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        # servers of one seed would draw the same numbers
+        # servers with the same seed would sample the same numbers
         seed = config.seed + device.node_rank() * settings.servers_per_node + index
         guard = [sys.executable, "-m", "megatron_bicc.sglang.guard", str(self.log)]
         self._guard = subprocess.Popen(
@@ -99,14 +96,14 @@ class SpawnedServer:
         )
 
     def check_starting(self) -> None:
-        """Raises UserError, with the server's last words, if it has ended."""
+        """Raises UserError, which quotes the end of the log, if the server has ended."""
         if self._guard.poll() is not None:
             with open(self.log, encoding="utf-8", errors="replace") as lines:
                 last = " | ".join(line.strip() for line in deque(lines, LOG_LINES) if line.strip())
-            raise UserError(f"rollout server {self.url} ended while it started, see {self.log}: {last}")
+            raise UserError(f"rollout server {self.url} ended during its start, see {self.log}: {last}")
 
     def ready(self) -> None:
-        """From now on the server is started again when it ends."""
+        """Has the guard restart the server from now on when it ends."""
         self._guard.stdin.write(b"r")
         self._guard.stdin.flush()
 
@@ -130,12 +127,12 @@ def _command(config: Config, url: str, seed: int) -> list[str]:
 
 
 def _environment(config: Config, index: int) -> dict[str, str]:
-    # with torchrun's settings a server would look for its own store at the trainers', and wait for ever
+    # with torchrun's settings a server would wait forever for a store at the trainer's address
     env = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
-    # torchrun's variables are of another job, and log-probs are to be those at the sampling temperature
+    # torchrun's variables describe the trainer's job, not the server's
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
-    env.pop("SGLANG_RETURN_ORIGINAL_LOGPROB", None)
+    env.pop("SGLANG_RETURN_ORIGINAL_LOGPROB", None)  # log-probs must be at the sampling temperature
     if not device.has_cuda():
         env |= CPU_ENVIRONMENT
     if config.rollout.sglang.gpus:

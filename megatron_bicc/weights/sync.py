@@ -1,12 +1,15 @@
-"""The policy's weights on their way to SGLang servers: one stream, every server.
+"""After each optimizer step: the policy's weights into the rollout engine.
 
-The policy's weights on their way to the rollout engine.
+The policy's parameters are gathered one by one from their shards, whole and under their Hugging Face names.
+The stream fills the model of an engine that lives in the training processes, or goes to SGLang servers by one
+of the transports (weights.transport), and the servers' weights are then verified (weights.verify).
 """
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import anyio
 import torch
@@ -14,221 +17,304 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bicc import device
-from megatron_bicc.collective import gathered
+from megatron_bicc.collective import gathered, raised_on_all_ranks
 from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
+from megatron_bicc.metrics import waiting_for
 from megatron_bicc.model.policy import Policy
-from megatron_bicc.rollout.types import Engine
 from megatron_bicc.sglang.client import ServerClient, ServerError
-from megatron_bicc.training.learner import Learner
+from megatron_bicc.sglang.pool import ServerPool
 from megatron_bicc.weights.hf_weights import hf_tensors
 from megatron_bicc.weights.transport import (
-    METHODS,
-    Run,
-    Session,
-    Sessions,
+    TRANSPORTS,
+    Receiver,
     WeightFiles,
     WeightSyncError,
+    abandon,
     buckets,
     checked,
+    each,
     expected_shapes,
-    load_files,
+    live,
 )
-from megatron_bicc.weights.verify import Probe, Proof, differing, mismatch, take, wrong
+from megatron_bicc.weights.verify import (
+    Checksums,
+    LogProbs,
+    Probe,
+    changed_by_files,
+    comparable,
+    disagreeing,
+    listed,
+    mismatch,
+    probe,
+    unequal_parameters,
+)
+
+log = logging.getLogger(__name__)
 
 
-class WeightSync:
-    """Brings weights to this process's servers; every process of the run has one, with servers or without."""
+class WeightSync(Protocol):
+    """Keeps the weights of a rollout engine equal to the policy's. Every process of the run has one."""
 
-    def __init__(self, config: Config, learner: Learner, run: Run) -> None:
-        """`learner` gives the policy's log-probs, for servers whose weights have no checksums.
+    def sync(self, version: int) -> int:
+        """Gives the engine the policy's weights under this version. Returns their bytes. Collective.
 
-        Raises UserError for a model.path that cannot be read.
+        Raises NotFiniteError for weights that are not finite, before anything is sent, and WeightSyncError,
+        on every process, if the engine does not have the policy's weights afterwards.
         """
+
+    def close(self) -> None:
+        """Frees what the syncs kept. Called before the engine is closed."""
+
+
+class LoadsWeights(Protocol):
+    """An engine whose model lives in the training processes."""
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Takes every parameter once, whole, under its Hugging Face name. Collective."""
+
+
+def make_weight_sync(config: Config, policy: Policy, engine: Any, log_probs: LogProbs) -> WeightSync:
+    """Returns the weight sync for an engine, by what the engine has (rollout.types.Engine). Collective.
+
+    log_probs: the policy's, to verify servers with. Raises UserError if the engine cannot take weights or
+    model.path cannot be read.
+    """
+    if isinstance(getattr(engine, "pool", None), ServerPool):
+        return ServerWeightSync(config, policy, engine.pool, log_probs)
+    if callable(getattr(engine, "load_weights", None)):
+        return EngineWeightSync(policy, engine)
+    raise UserError(
+        f"rollout.engine is {config.rollout.engine!r}; it cannot take new weights: give it a method "
+        "load_weights(tensors, version), or a ServerPool as its attribute pool"
+    )
+
+
+class EngineWeightSync:
+    """Fills the model of an engine that lives in the training processes."""
+
+    def __init__(self, policy: Policy, engine: LoadsWeights) -> None:
+        self._policy, self._engine = policy, engine
+
+    def sync(self, version: int) -> int:
+        """As WeightSync.sync; raises what the engine's load_weights raises."""
+        self._policy.check_weights()
+        stream = Measured(hf_tensors(self._policy.modules, self._policy.hf_config))
+        with device.megatron():
+            self._engine.load_weights(iter(stream), version)
+        return stream.nbytes
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+class ServerWeightSync:
+    """Streams the weights to this process's SGLang servers; every process takes part, with servers or not."""
+
+    def __init__(self, config: Config, policy: Policy, pool: ServerPool, log_probs: LogProbs) -> None:
+        """Raises UserError for a model.path that cannot be read."""
         settings = config.weight_sync
         root = Path(settings.path or Path(config.output_dir) / "rollout_weights")
         self.files = WeightFiles(root / f"rank_{dist.get_rank()}", Path(config.model.path))
-        self.expected = expected_shapes(config.model.path, learner.policy.hf_config)
-        self.proof = Proof(learner.policy.hf_config)
-        self.method = METHODS[settings.method]()
-        self.writes_files = settings.keep_files or self.method.reads_files
-        self.config = config
-        self.learner = learner
-        self.run = run
+        self.expected = expected_shapes(config.model.path, policy.hf_config)
+        self.transport = TRANSPORTS[settings.method](pool.portal.call)
+        self.pool = pool
         self.version = -1
         """Version of the newest `push`"""
+        self._config = config
+        self._policy = policy
+        self._log_probs = log_probs
+        self._checksums: dict[Layout, Checksums] = {}
+        """Of the newest weights, for every layout in which comparable servers hold them"""
+        self._confirmed: set[Layout] = set()
+        """Layouts whose checksums have once been equal, so that unequal ones prove wrong weights"""
+        pool.on_stale = self._restore_or_reason
 
-    def push(
-        self, clients: list[ServerClient], tensors: Iterable[tuple[str, Tensor]], version: int
-    ) -> dict[str, str]:
-        """Streams the tensors into `clients`, this process's servers. Collective.
+    def sync(self, version: int) -> int:
+        """As WeightSync.sync. A server that fails is not used until the health check has restored it."""
+        self._policy.check_weights()
+        self.pool.pause()
+        stream = Measured(hf_tensors(self._policy.modules, self._policy.hf_config))
+        with device.megatron():
+            failed = self.push(iter(stream), version)
+        self.pool.hold(str(version), failed)
+        self.pool.resume()
+        return stream.nbytes
 
-        A server that fails is left out, its weights called incomplete; `restore` mends it. Returns the
-        reasons by URL, those of all processes.
+    def push(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> dict[str, str]:
+        """Streams the tensors into this process's servers and verifies their weights. Collective.
 
-        Raises:
-            WeightSyncError: on every process, naming a tensor that is unknown, missing or has the wrong
-                shape, what differs in a server, or a file that could not be written.
+        A server that fails is left out with its version INCOMPLETE; `restore` repairs it. Returns the reasons
+        of all processes by URL. Raises WeightSyncError, on every process, naming a tensor that is unknown,
+        missing or misshapen, what differs in a server, or a file that cannot be written.
         """
         stream = checked(tensors, self.expected)
-        failed: dict[str, str] = {}
-        probes: list[Probe] = []
-        fault = ""
-        try:
-            if clients:
-                failed, probes = self._deliver(clients, stream, version)
-        except OSError as error:
-            fault = f"weight sync: files for rollout servers (weight_sync.path) cannot be written: {error}"
-        except WeightSyncError as error:
-            fault = str(error)
-        except UserError as error:  # of the stream: the same on every process
-            raise WeightSyncError(str(error)) from None
-        _exhaust(stream)
-        outcomes = gathered((failed, probes, fault))
-        _raise_first([fault for _, _, fault in outcomes])
-        self._judge([probe for _, some, _ in outcomes for probe in some], clients)
-        return {url: reason for some, _, _ in outcomes for url, reason in some.items()}
+        with raised_on_all_ranks(WeightSyncError):
+            try:
+                failed, probes = self._deliver(stream, version)
+            except WeightSyncError:
+                _exhaust(stream)
+                raise
+            _exhaust(stream)
+        outcomes = gathered((failed, probes))
+        self._compare_log_probs([one for _, some in outcomes for one in some])
+        return {url: reason for some, _ in outcomes for url, reason in some.items()}
 
     async def restore(self, client: ServerClient) -> None:
         """Gives a server that comes late the weights of the newest `push`, from its files. At any time.
 
-        Raises ServerError if the server fails at it, WeightSyncError if no files are kept or if what it then
-        has is not in them.
+        Verified by checksums only, as the policy may be busy. Raises ServerError if the server fails,
+        WeightSyncError if no files are kept or the server's weights differ afterwards.
         """
         if self.files.complete is None:
             raise WeightSyncError(
                 f"SGLang server {client.url} has no weights of version {self.version} until the next sync; "
                 "weight_sync.keep_files=true would have kept them for it"
             )
-        session = Session(client, self.config.weight_sync.timeout_s)
+        receiver = Receiver(client, self._config.weight_sync.timeout_s)
         try:
-            await session.open(brackets=False)
-            await load_files(session, self.files.complete)
-            await session.end()
-            await self.proof.check(session)
-            await session.close(self.version)
+            await receiver.begin(explicit=False)
+            await receiver.load_files(self.files.complete)
+            await receiver.end()
+            await self._compare_checksums(receiver)
+            await receiver.resume(self.version)
         except BaseException:
             with anyio.CancelScope(shield=True):
-                await session.give_up()
+                await receiver.abandon()
             raise
 
     def close(self) -> None:
-        """Removes the files and leaves the servers' process group."""
-        self.method.close()
+        """Leaves the servers' process group and removes the files."""
+        self.pool.pause()  # no health check may want the files
+        self.transport.close()
         self.files.remove()
-        with contextlib.suppress(OSError):  # another process's files are in it
+        with contextlib.suppress(OSError):  # other processes may have files in it
             self.files.root.parent.rmdir()
 
-    def _deliver(
-        self, clients: list[ServerClient], stream: Iterator[tuple[str, Tensor]], version: int
-    ) -> tuple[dict[str, str], list[Probe]]:
-        sessions = Sessions(clients, self.config.weight_sync.timeout_s, self.run)
-        done = False
+    async def _restore_or_reason(self, client: ServerClient) -> str:
         try:
-            sessions.each(partial(Session.open, brackets=self.method.brackets))
-            self._stream(sessions, stream, version)
-            sessions.each(Session.end)
-            sessions.each(self.proof.check)
-            sessions.each(partial(Session.close, version=version))
-            probes = sessions.each(self._probe)
-            done = True
-        finally:
-            sessions.give_up(everything=not done)
-        return sessions.failed(), [probe for probe in probes if probe]
+            await self.restore(client)
+        except WeightSyncError as error:
+            return str(error)
+        return ""
 
-    async def _probe(self, session: Session) -> Probe | None:
-        differ = self.proof.doubts.get(session.client.url)
-        if differ is None:
-            return None
-        vocabulary = self.learner.policy.hf_config.vocab_size
-        return await take(session, self.config.rollout.temperature, vocabulary, differ)
+    def _deliver(
+        self, stream: Iterator[tuple[str, Tensor]], version: int
+    ) -> tuple[dict[str, str], list[Probe]]:
+        """Brings the stream to this process's servers. Returns why some failed, and the others' probes."""
+        run, explicit = self.pool.portal.call, self.transport.explicit
+        receivers = [Receiver(client, self._config.weight_sync.timeout_s) for client in self.pool.own]
+        if not receivers:
+            return {}, []
+        try:
+            with waiting_for(f"the weights of version {version} to reach {len(receivers)} servers"):
+                each(run, receivers, lambda receiver: receiver.begin(explicit))
+                self._stream(receivers, stream, version)
+                probes = each(run, receivers, lambda receiver: self._complete(receiver, version))
+        except BaseException:
+            abandon(run, receivers)
+            raise
+        failed = [receiver for receiver in receivers if receiver.error]
+        abandon(run, failed)
+        return {receiver.client.url: str(receiver.error) for receiver in failed}, probes
 
-    def _judge(self, probes: list[Probe], clients: list[ServerClient]) -> None:
-        """Raises WeightSyncError for a probe that is not the policy's. Collective."""
+    def _stream(self, receivers: list[Receiver], stream: Iterator[tuple[str, Tensor]], version: int) -> None:
+        settings, hf_config = self._config.weight_sync, self._policy.hf_config
+        # also the layouts of earlier syncs: a server that failed since may come back and be restored
+        layouts = {_layout(receiver) for receiver in live(receivers) if comparable(receiver)}
+        self._checksums = {
+            layout: Checksums(hf_config, *layout) for layout in layouts | self._checksums.keys()
+        }
+        writes_files = settings.keep_files or settings.method == "disk"
+        self.files.remove()
+        if writes_files:
+            self.files.start()
+        for bucket in buckets(stream, int(settings.bucket_mb * 2**20)):
+            if writes_files:
+                self.files.write(bucket)
+            for checksums in self._checksums.values():
+                for name, tensor in bucket.host:
+                    checksums.add(name, tensor)
+            self.transport.send(receivers, bucket)
+        self.version = version
+        self.transport.finish(receivers, self.files.finish(version) if writes_files else None)
+        if not settings.keep_files:
+            self.files.remove()
+
+    async def _complete(self, receiver: Receiver, version: int) -> Probe:
+        """Ends a server's update and resumes it. Raises ServerError, or WeightSyncError for wrong weights."""
+        await receiver.end()
+        unequal = await self._compare_checksums(receiver)
+        await receiver.resume(version)
+        temperature, vocabulary = self._config.rollout.temperature, self._policy.hf_config.vocab_size
+        return await probe(receiver, temperature, vocabulary, unequal)
+
+    async def _compare_checksums(self, receiver: Receiver) -> set[str]:
+        """Returns the parameters whose checksums differ; none for a server that is not comparable.
+
+        Raises WeightSyncError naming them, unless this layout's checksums have never been equal: then the
+        server may hash its weights in another form than the expected one, and the log-probs decide.
+        """
+        layout = _layout(receiver)
+        if layout not in self._checksums or not comparable(receiver):
+            return set()
+        unequal = await unequal_parameters(receiver, self._checksums[layout])
+        if not unequal:
+            self._confirmed.add(layout)
+        elif layout in self._confirmed:
+            raise mismatch(receiver.client.url, unequal)
+        else:
+            log.warning(
+                "SGLang server %s: checksums differ at the first weight sync; the log-probs decide: %s",
+                receiver.client.url,
+                listed(unequal),
+            )
+        return unequal
+
+    def _compare_log_probs(self, probes: list[Probe]) -> None:
+        """Raises WeightSyncError for a probe that does not agree with the policy. Collective."""
         if not probes:
             return
-        dtype = getattr(torch, self.config.model.dtype)
-        faults = [""]
-        for probe in wrong(probes, self.learner.log_probs, dtype):
-            faults += [self._fault(probe, client) for client in clients if client.url == probe.url]
-        _raise_first([fault for some in gathered(faults) for fault in some])
+        wrong = disagreeing(probes, self._log_probs, getattr(torch, self._config.model.dtype))
+        with raised_on_all_ranks(WeightSyncError):
+            for one in wrong:
+                for client in self.pool.own:
+                    if client.url == one.url:
+                        raise mismatch(one.url, self._wrong_parameters(one, client))
 
-    def _fault(self, probe: Probe, client: ServerClient) -> str:
-        names = probe.differ
-        if not names and self.files.complete:
-            session = Session(client, self.config.weight_sync.timeout_s)
-            with contextlib.suppress(ServerError):
-                names = self.run(differing, session, self.files.complete)
-        return str(mismatch(probe.url, names))
+    def _wrong_parameters(self, one: Probe, client: ServerClient) -> Iterable[str]:
+        """Returns the parameters that are wrong in a server, if that can be found out."""
+        if one.unequal or self.files.complete is None:
+            return one.unequal
+        receiver = Receiver(client, self._config.weight_sync.timeout_s)
+        try:
+            return self.pool.portal.call(changed_by_files, receiver, self.files.complete)
+        except ServerError:
+            return []
 
-    def _stream(self, sessions: Sessions, stream: Iterator[tuple[str, Tensor]], version: int) -> None:
-        self.proof.start(sessions.live())
-        self.files.remove()
-        if self.writes_files:
-            self.files.start()
-        for bucket in buckets(stream, self.config.weight_sync.bucket_mb * 2**20):
-            if self.writes_files:
-                self.files.write(bucket)
-            self.proof.add(bucket)
-            self.method.send(sessions, bucket)
-        self.version = version
-        if self.writes_files:
-            directory = self.files.finish(version)
-        if self.method.reads_files:
-            sessions.each(partial(load_files, directory=directory))
-            if not self.config.weight_sync.keep_files:
-                self.files.remove()
+
+Layout = tuple[int, torch.dtype]
+"""Tensor-parallel size and type of a server's weights"""
+
+
+def _layout(receiver: Receiver) -> Layout:
+    return receiver.tensor_parallel, receiver.dtype
 
 
 def _exhaust(stream: Iterator[tuple[str, Tensor]]) -> None:
-    """Takes part in the stream to its end, with those that still need it. Raises WeightSyncError."""
-    try:
-        for _ in stream:
-            pass
-    except UserError as error:
-        raise WeightSyncError(str(error)) from None
+    """Reads a stream to its end: it is collective, and other processes may still need its tensors."""
+    for _ in stream:
+        pass
 
 
-def _raise_first(faults: list[str]) -> None:
-    for fault in faults:
-        if fault:
-            raise WeightSyncError(fault)
+class Measured:
+    """A stream of tensors that counts its bytes."""
 
+    def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self._tensors = tensors
+        self.nbytes = 0
 
-class EngineSync:
-    """Until w-rollout is merged: its interface over Engine.update_weights."""
-
-    def __init__(self, policy: Policy, engine: Engine) -> None:
-        self._policy, self._engine = policy, engine
-
-    def sync(self, version: int) -> int:
-        """As sync_weights."""
-        return sync_weights(self._policy, self._engine, version)
-
-    def close(self) -> None:
-        """Nothing."""
-
-
-def make_weight_sync(config: Config, policy: Policy, engine: Engine, log_probs: object) -> EngineSync:
-    """Until w-rollout is merged."""
-    return EngineSync(policy, engine)
-
-
-def sync_weights(policy: Policy, engine: Engine, version: int) -> int:
-    """Streams every parameter, whole and under its Hugging Face name, into the engine. Collective.
-
-    Returns the bytes of the whole model. Raises UserError naming a parameter that the engine lacks or did
-    not get, NotFiniteError naming one that is not finite, before anything is sent.
-    """
-    policy.check_weights()
-    sizes: list[int] = []
-    with device.megatron():
-        tensors = hf_tensors(policy.modules, policy.hf_config)
-        engine.update_weights(_measured(tensors, sizes), version)
-    return sum(sizes)
-
-
-def _measured(tensors: Iterable[tuple[str, Tensor]], sizes: list[int]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tensors:
-        sizes.append(tensor.nbytes)
-        yield name, tensor
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self._tensors:
+            self.nbytes += tensor.nbytes
+            yield name, tensor

@@ -19,8 +19,9 @@ from megatron_bicc import device, evaluate
 from megatron_bicc.cli import parse_config
 from megatron_bicc.model.policy import start_model_parallel
 from megatron_bicc.rollout.collect import GroupSampler
+from megatron_bicc.rollout.engines import make_engine
 from megatron_bicc.rollout.types import Group, Sampling
-from megatron_bicc.startup import Inputs, make_engine, read_inputs
+from megatron_bicc.startup import Inputs, read_inputs
 from megatron_bicc.train import build_trainer
 
 HELD_OUT = "examples/data/heldout.parquet"

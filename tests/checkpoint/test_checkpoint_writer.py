@@ -42,7 +42,6 @@ from megatron_bicc.rollout.sampling import Collector
 from megatron_bicc.startup import Inputs
 from megatron_bicc.train import Trainer
 from megatron_bicc.training.learner import Learner
-from megatron_bicc.weights.sync import make_weight_sync
 
 
 @pytest.fixture

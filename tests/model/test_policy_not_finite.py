@@ -14,7 +14,7 @@ from megatron_bicc.model.policy import Policy
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.local import LocalEngine
 from megatron_bicc.rollout.types import RolloutError, Sample, Sampling
-from megatron_bicc.weights.sync import sync_weights
+from megatron_bicc.weights.sync import EngineWeightSync
 
 NAN, INF = float("nan"), float("inf")
 
@@ -69,7 +69,7 @@ def test_weights_that_are_not_finite_are_not_sent(model_dirs: dict[str, Path], s
     engine = LocalEngine(str(path), TOKENIZER, torch.float32, torch.device("cpu"), 1)
     policy.modules[0].decoder.layers[1].mlp.linear_fc2.weight.data[0, 0] = INF
     with pytest.raises(NotFiniteError, match=r"not finite: model.layers.1.mlp.down_proj.weight$"):
-        sync_weights(policy, engine, 1)
+        EngineWeightSync(policy, engine).sync(1)
     assert engine.version == 0
     assert all(parameter.isfinite().all() for parameter in engine.model.parameters())
 

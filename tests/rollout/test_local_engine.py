@@ -99,7 +99,7 @@ def test_weights_must_all_be_known_and_all_come(
     engine = make_engine(model_dirs["qwen3_untied"], 1)
     weights = {n: p for n, p in engine.model.named_parameters() if n != "lm_head.weight"}
     with pytest.raises(UserError, match=message):
-        engine.update_weights([*weights.items(), *((n, torch.zeros(1)) for n in names)], 1)
+        engine.load_weights([*weights.items(), *((n, torch.zeros(1)) for n in names)], 1)
 
 
 def test_a_model_that_could_not_take_the_policys_weights_is_refused(model_dirs: dict[str, Path]) -> None:

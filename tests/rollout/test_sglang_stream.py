@@ -15,7 +15,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from megatron_bicc.rollout.sglang_engine import group_stream
 from megatron_bicc.rollout.types import Request, RolloutError, Sample
 from megatron_bicc.sglang.client import ServerClient
-from megatron_bicc.sglang.pool import RequestTaken, Server
+from megatron_bicc.sglang.pool import RequestWithdrawn, Server
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_groups_come_as_they_finish(portal: BlockingPortal) -> None:
     paced = Paced(portal)
     with group_stream(portal, paced.sample, most_samples=100) as stream:
         for number in (1, 2, 3):
-            stream.ask(number, group(number))
+            stream.submit(number, group(number))
         assert stream.next(0.05) is None
         for left, number in ((2, 2), (1, 3), (0, 1)):
             paced.finish(number)
@@ -78,7 +78,7 @@ def test_no_more_samples_at_a_time_than_asked_for(portal: BlockingPortal) -> Non
     paced = Paced(portal)
     with group_stream(portal, paced.sample, most_samples=11) as stream:
         for number in range(5):
-            stream.ask(number, group(number))
+            stream.submit(number, group(number))
         for number in range(5):
             assert stream.next(0.05) is None
             assert len(paced.begun) == min(number + 2, 5)
@@ -92,8 +92,8 @@ def test_an_error_reaches_who_asked_and_the_rest_is_given_up(portal: BlockingPor
         pytest.raises(RolloutError, match="nine"),
         group_stream(portal, paced.sample, most_samples=100) as stream,
     ):
-        stream.ask(1, group(1))
-        stream.ask(9, group(9))
+        stream.submit(1, group(1))
+        stream.submit(9, group(9))
         paced.finish(9)
         stream.next(None)
     assert paced.cancelled == [1], "it has ended once the context is left"
@@ -151,6 +151,6 @@ def test_a_server_is_told_what_is_not_wanted(portal: BlockingPortal, endless: Se
 def test_what_is_taken_from_a_server_says_why_once(portal: BlockingPortal, endless: Server) -> None:
     why = "http://h:1: /health was not answered well within 5 s"
     with pytest.raises(ExceptionGroup) as found:
-        portal.call(until_asked, endless, lambda _: endless.lose(why))
+        portal.call(until_asked, endless, lambda _: endless.withdraw(why))
     (error,) = found.value.exceptions
-    assert isinstance(error, RequestTaken) and str(error) == why
+    assert isinstance(error, RequestWithdrawn) and str(error) == why

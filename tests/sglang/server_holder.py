@@ -10,7 +10,7 @@ from pathlib import Path
 import anyio
 
 from megatron_bicc.config import Config, ModelConfig, RolloutConfig, SglangConfig
-from megatron_bicc.sglang.checks import until_well
+from megatron_bicc.sglang.checks import wait_until_ready
 from megatron_bicc.sglang.client import ServerClient
 from megatron_bicc.sglang.process import SpawnedServer
 
@@ -25,7 +25,7 @@ def main(directory: str) -> None:
     config = Config(output_dir=directory, model=model, rollout=RolloutConfig("sglang", sglang=settings))
     servers = [SpawnedServer(config, index) for index in range(2)]
     for server in servers:
-        anyio.run(until_well, ServerClient(server.url), 600.0, server.check_starting)
+        anyio.run(wait_until_ready, ServerClient(server.url), 600.0, server.check_starting)
         server.ready()
     print(" ".join(server.url for server in servers), flush=True)
     time.sleep(3600)

@@ -1,4 +1,4 @@
-"""What of the SGLang engine can be tested without SGLang: HTTP, answers, settings, the guard of a process."""
+"""The SGLang engine without SGLang: HTTP, answers, settings, the pool, the guard of a process."""
 
 import json
 import os
@@ -24,20 +24,12 @@ from transformers import PretrainedConfig
 
 from megatron_bicc.config import Config, RolloutConfig, SglangConfig
 from megatron_bicc.errors import UserError
+from megatron_bicc.rollout.sglang_engine import SglangEngine, generate_body, read_samples
 from megatron_bicc.rollout.types import Request, RolloutError, Sampling
-from megatron_bicc.sglang.checks import check_model, check_servers, until_well
-from megatron_bicc.sglang.client import (
-    BadAnswer,
-    ServerClient,
-    ServerError,
-    ServerRefusal,
-    ServerUnavailable,
-    StaleWeights,
-    generate_body,
-    read_samples,
-)
+from megatron_bicc.sglang.checks import check_model, check_servers, wait_until_ready
+from megatron_bicc.sglang.client import ServerClient, ServerError, ServerRefusal, ServerUnavailable
 from megatron_bicc.sglang.guard import finish, start
-from megatron_bicc.sglang.pool import Attempts, ServerPool
+from megatron_bicc.sglang.pool import Attempts, BadAnswer, RequestFailed, ServerPool, StaleWeights
 from megatron_bicc.sglang.process import CPU_ARGUMENTS, CPU_ENVIRONMENT, _command
 
 KEY = "a-secret-key"
@@ -141,14 +133,14 @@ NAMED = {"model_path": "m", "weight_version": "default"}
 def test_what_is_no_sglang_server_is_named(info: str, kind: str, status: int) -> None:
     model = PretrainedConfig(architectures=["Qwen3ForCausalLM"], vocab_size=8)
     with serving(info, kind, status) as url, pytest.raises(UserError) as error:
-        anyio.run(until_well, ServerClient(url), 5.0, lambda: None)
+        anyio.run(wait_until_ready, ServerClient(url), 5.0)
         anyio.run(check_model, ServerClient(url), model)
-    assert str(error.value).startswith(f"{url} is no SGLang server: /model_info answered ")
+    assert str(error.value).startswith(f"{url} is not an SGLang server: /model_info answered ")
     assert "\n" not in str(error.value)
 
 
 def test_json_of_endless_depth_is_unavailable() -> None:
-    with serving("[" * 100_000) as url, pytest.raises(ServerUnavailable, match="no JSON"):
+    with serving("[" * 100_000) as url, pytest.raises(ServerUnavailable, match="the answer is not JSON"):
         anyio.run(ServerClient(url).get, "/")
 
 
@@ -161,7 +153,10 @@ def test_architectures_of_another_kind_are_told() -> None:
 
 @pytest.mark.parametrize("ask_for", [ServerClient.server_info, ServerClient.paths])
 def test_facts_of_another_shape_are_unavailable(ask_for: Any) -> None:
-    with serving('["paths"]') as url, pytest.raises(ServerUnavailable, match=f"{url} is no SGLang server"):
+    with (
+        serving('["paths"]') as url,
+        pytest.raises(ServerUnavailable, match=f"{url} is not an SGLang server"),
+    ):
         anyio.run(ask_for, ServerClient(url))
 
 
@@ -244,8 +239,8 @@ def test_log_probs_that_can_be(value: float) -> None:
         (answer(output_token_logprobs=[[-0.5, 7, None]]), BadAnswer, "log-probs"),
         (answer(output_token_logprobs=[[-0.5, 8, None], [-1, 1, None]]), BadAnswer, "log-probs"),
         (answer(output_token_logprobs=[[float("nan"), 7, 0], [-1, 1, 0]]), BadAnswer, "nan for a log-prob"),
-        (answer()[0], BadAnswer, "1 samples were asked for"),
-        (answer() * 2, BadAnswer, "1 samples were asked for"),
+        (answer()[0], BadAnswer, "1 samples were requested"),
+        (answer() * 2, BadAnswer, "1 samples were requested"),
         ([{"output_ids": [7, 1]}], BadAnswer, "meta_info"),
         (["text"], BadAnswer, "another shape"),
         ([{"output_ids": [7, 1], "meta_info": "text"}], BadAnswer, "another shape"),
@@ -259,7 +254,7 @@ def test_log_probs_that_can_be(value: float) -> None:
         (with_tokens(1, -1), BadAnswer, "token -1 was sampled"),
         (with_tokens(), BadAnswer, r"tokens are \[\]"),
         ([answer()[0] | {"output_ids": "71"}], BadAnswer, "tokens are 71"),
-        (with_tokens(7, 2), BadAnswer, "stopped at token 2, which ends no response of model.path"),
+        (with_tokens(7, 2), BadAnswer, "stopped at token 2, which is not an end token of model.path"),
         (with_log_prob("-0.5"), BadAnswer, "with -0.5 for a log-prob"),
         (with_log_prob({}), BadAnswer, "with {} for a log-prob"),
         (with_log_prob(True), BadAnswer, "with True for a log-prob"),
@@ -369,30 +364,59 @@ def test_arguments_that_can_be_given(arguments: str) -> None:
     check_servers(RolloutConfig("sglang", "spawn", sglang=sglang))
 
 
-def test_a_server_that_failed_in_a_sync_is_told_by_who_sent_it_weights(
-    caplog: pytest.LogCaptureFixture,
+@pytest.fixture
+def pool() -> Iterator[ServerPool]:
+    """Two servers that do not exist; the weights of the first are this process's to send."""
+    pool = ServerPool(["http://127.0.0.1:9", "http://127.0.0.1:10"], ["http://127.0.0.1:9"], SglangConfig())
+    yield pool
+    pool.close()
+
+
+def test_a_server_that_failed_in_a_sync_is_logged_by_the_process_that_sent_it_weights(
+    pool: ServerPool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ours, others = ServerClient("http://h:1"), ServerClient("http://h:2")
-
-    async def restore(_: ServerClient) -> str:
-        return ""
-
-    pool = ServerPool([ours, others], SglangConfig(), [ours], restore, 0)
-    pool.hold("3", {ours.url: "http://h:1: out of memory", others.url: "http://h:2: out of memory"})
+    ours, others = (server.client.url for server in pool.servers)
+    pool.hold("3", {ours: f"{ours}: out of memory", others: f"{others}: out of memory"})
     assert [record.getMessage() for record in caplog.records] == [
-        "rollout server not used: http://h:1: out of memory"
+        f"rollout server not used: {ours}: out of memory"
     ]
-    assert pool.reasons() == "http://h:1: out of memory; http://h:2: out of memory"
+    assert pool.reasons() == f"{ours}: out of memory; {others}: out of memory"
 
 
-def test_a_server_that_does_not_come_up_is_told_once(
+def test_memory_is_taken_back_when_training_raises(pool: ServerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attached server outlives the run; and the error of training is the one that is reported."""
+    asked = []
+
+    async def post(client: ServerClient, path: str, *_: Any) -> None:
+        asked.append(path)
+
+    monkeypatch.setattr(ServerClient, "post", post)
+    engine = SglangEngine.__new__(SglangEngine)
+    engine.pool = pool
+    with pytest.raises(KeyError, match="training"), engine.memory_released():
+        assert asked == ["/release_memory_occupation"]
+        raise KeyError("training")
+    assert asked == ["/release_memory_occupation", "/resume_memory_occupation"]
+    assert pool.reasons().count("it needs new weights") == 2
+
+
+def test_memory_that_a_server_does_not_release_is_a_rollout_error(pool: ServerPool) -> None:
+    engine = SglangEngine.__new__(SglangEngine)
+    engine.pool = pool
+    with pytest.raises(RolloutError, match="release_memory_occupation") as error, engine.memory_released():
+        pytest.fail("the memory is not free")
+    assert isinstance(error.value.__cause__, ServerUnavailable)
+
+
+def test_a_server_that_does_not_come_up_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("megatron_bicc.sglang.checks.PATIENCE_S", 0.2)
-    with pytest.raises(UserError, match="it was waited for 1.2 s"):
-        anyio.run(until_well, ServerClient("http://127.0.0.1:9"), 1.2, lambda: None)
+    monkeypatch.setattr("megatron_bicc.metrics.WAIT_S", 0.2)
+    with caplog.at_level("INFO"), pytest.raises(UserError, match="not ready within 1.2 s") as error:
+        anyio.run(wait_until_ready, ServerClient("http://127.0.0.1:9"), 1.2)
+    assert isinstance(error.value.__cause__, ServerUnavailable)
     (line,) = (record.getMessage() for record in caplog.records)
-    assert line.startswith("waiting for a rollout server, 1.2 s at most: SGLang server http://127.0.0.1:9/")
+    assert line == "waiting up to 1.2 s for rollout server http://127.0.0.1:9 to start"
 
 
 def test_the_documented_command_for_a_cpu_is_that_of_the_run() -> None:
@@ -419,7 +443,7 @@ def test_attempts_end_when_the_time_is_up() -> None:
             await attempts.begin()
             attempts.failed("the reason")
 
-    with pytest.raises(RolloutError, match="after 0.6 s of attempts; the last: the reason"):
+    with pytest.raises(RequestFailed, match="after 0.6 s of attempts; the last: the reason"):
         anyio.run(fail_for_ever)
 
 

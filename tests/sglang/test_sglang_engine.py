@@ -24,6 +24,7 @@ import pytest
 import torch
 from support.faulty_proxy import Fault, FaultyProxy
 from support.steps import make_config
+from support.weight_sync import make_sync
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from megatron_bicc import device
@@ -33,13 +34,13 @@ from megatron_bicc.errors import UserError
 from megatron_bicc.model.policy import Policy
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.sampling import Collector
-from megatron_bicc.rollout.sglang_engine import SglangEngine
+from megatron_bicc.rollout.sglang_engine import SglangEngine, make_sglang_engine
 from megatron_bicc.rollout.types import Request, RolloutError, Sample, Sampling
 from megatron_bicc.sglang.checks import check_model
 from megatron_bicc.sglang.client import ServerClient, ServerRefusal
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.weights.hf_weights import hf_tensors
-from megatron_bicc.weights.sync import sync_weights
+from megatron_bicc.weights.sync import ServerWeightSync
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = REPOSITORY / "examples/tiny_policy"
@@ -110,16 +111,18 @@ def attached(
     version: int = 3,
     model: Path = MODEL,
     **settings: float,
-) -> Iterator[SglangEngine]:
+) -> Iterator[tuple[SglangEngine, ServerWeightSync]]:
     """An engine whose servers hold the learner's weights. model: directory of its tokenizer and settings."""
     config = attach_config(urls, **settings)
     config.model.path = str(model)
     config.output_dir = str(directory)
-    engine = SglangEngine(config, AutoTokenizer.from_pretrained(model), learner)
+    engine = make_sglang_engine(config, AutoTokenizer.from_pretrained(model))
+    sync = make_sync(config, learner, engine.pool)
     try:
-        sync_weights(learner.policy, engine, version)
-        yield engine
+        sync.sync(version)
+        yield engine, sync
     finally:
+        sync.close()
         engine.close()
 
 
@@ -174,7 +177,7 @@ def weight_version(url: str) -> str:
 
 def test_samples(servers: Servers, learner: Learner, tmp_path: Path) -> None:
     sampling = Sampling(temperature=0.7, max_new_tokens=24)
-    with attached(servers.urls, learner, tmp_path) as engine:
+    with attached(servers.urls, learner, tmp_path) as (engine, _):
         asked = requests(6, 4)
         samples = engine.generate(asked, sampling)
         assert engine.counts() == {"rollout/resent": 0, "rollout/stale": 0}
@@ -188,7 +191,7 @@ def test_every_end_token_ends_a_sample(servers: Servers, learner: Learner, tmp_p
     model = shutil.copytree(MODEL, tmp_path / "model")
     own, others = learner.policy.hf_config.eos_token_id, list(range(40, 60))
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [own, *others]}))
-    with attached(servers.urls, learner, tmp_path, model=model) as engine:
+    with attached(servers.urls, learner, tmp_path, model=model) as (engine, _):
         samples = engine.generate(requests(6, 4), Sampling(temperature=2.0, max_new_tokens=24))
     for sample in samples:
         ended = [token in (own, *others) for token in sample.token_ids.tolist()]
@@ -200,10 +203,10 @@ def test_every_end_token_ends_a_sample(servers: Servers, learner: Learner, tmp_p
 
 def test_what_is_not_wanted_any_more_is_aborted(servers: Servers, learner: Learner, tmp_path: Path) -> None:
     asked = requests(8, 4)
-    with attached(servers.urls, learner, tmp_path) as engine:
+    with attached(servers.urls, learner, tmp_path) as (engine, _):
         with engine.stream(LONG) as stream:
             for i in range(8):
-                stream.ask(i, asked[4 * i : 4 * i + 4])
+                stream.submit(i, asked[4 * i : 4 * i + 4])
             until(lambda: not all(is_idle(url) for url in servers.urls), 30)
             assert stream.outstanding() > 0, "every group has finished: nothing is left to abort"
         for url in servers.urls:
@@ -224,7 +227,7 @@ def test_dynamic_sampling(servers: Servers, learner: Learner, tmp_path: Path) ->
     prompts = [Prompt(i, [], r.token_ids, "", "", {}) for i, r in enumerate(requests(40, 1))]
     collector = Collector(config, prompts, PromptSampler(len(prompts), 6, seed=1))
     sampling, tokenizer = Sampling(0.8, 24), AutoTokenizer.from_pretrained(MODEL)
-    with attached(servers.urls, learner, tmp_path) as engine:
+    with attached(servers.urls, learner, tmp_path) as (engine, _):
         sampler = GroupSampler(engine, every_fourth_length, tokenizer, sampling, group_size=4)
         found = [collector.step(step, sampler) for step in range(1, 6)]
     for step in found:
@@ -254,7 +257,7 @@ def test_another_model_is_refused(servers: Servers, change: dict, message: str) 
 
 
 def test_an_unknown_token_is_not_sent(servers: Servers, learner: Learner, tmp_path: Path) -> None:
-    with attached(servers.urls[:1], learner, tmp_path) as engine:
+    with attached(servers.urls[:1], learner, tmp_path) as (engine, _):
         with pytest.raises(UserError, match="a prompt has token 264"):
             engine.generate([Request(np.array([3, 264], dtype=np.int32), 1)], LONG)
         assert engine.generate([Request(np.array([3, 263], dtype=np.int32), 1)], Sampling(1.0, 2))
@@ -262,17 +265,17 @@ def test_an_unknown_token_is_not_sent(servers: Servers, learner: Learner, tmp_pa
 
 def test_memory_is_released_and_taken_back(servers: Servers, learner: Learner, tmp_path: Path) -> None:
     asked, sampling = requests(2, 2), Sampling(1.0, 8)
-    with attached(servers.urls, learner, tmp_path) as engine:
+    with attached(servers.urls, learner, tmp_path) as (engine, sync):
         with engine.memory_released():
             pass
-        sync_weights(learner.policy, engine, 3)
+        sync.sync(3)
         assert_samples_are_the_policys(asked, engine.generate(asked, sampling), learner, sampling)
 
 
 @pytest.mark.parametrize("fault", ["500", "half of the JSON", "connection cut"])
 def test_spoiled_answers(fault: Fault, servers: Servers, learner: Learner, tmp_path: Path) -> None:
     proxy = FaultyProxy(servers.urls[0])
-    with attached([proxy.url], learner, tmp_path) as engine:
+    with attached([proxy.url], learner, tmp_path) as (engine, _):
         proxy.spoil(fault, 2)
         asked, sampling = requests(4, 2), Sampling(1.0, 8)
         samples = engine.generate(asked, sampling)
@@ -282,7 +285,7 @@ def test_spoiled_answers(fault: Fault, servers: Servers, learner: Learner, tmp_p
 
 def test_no_server_left(servers: Servers, learner: Learner, tmp_path: Path) -> None:
     proxy = FaultyProxy(servers.urls[0])
-    with attached([proxy.url], learner, tmp_path, retry_s=3.0) as engine:
+    with attached([proxy.url], learner, tmp_path, retry_s=3.0) as (engine, _):
         proxy.close()
         with pytest.raises(RolloutError, match=f"no answer after 3 s of attempts.*{proxy.url}"):
             engine.generate(requests(2, 2), LONG)
@@ -293,7 +296,7 @@ def test_stale_weights(servers: Servers, learner: Learner, tmp_path: Path) -> No
         body = {"new_version": "2", "abort_all_requests": False}
         await ServerClient(servers.urls[1]).post("/update_weight_version", body)
 
-    with attached(servers.urls, learner, tmp_path) as engine:
+    with attached(servers.urls, learner, tmp_path) as (engine, _):
         anyio.run(rename)
         asked, sampling = requests(8, 2), Sampling(1.0, 8)
         samples = engine.generate(asked, sampling)
@@ -308,7 +311,7 @@ def test_a_killed_server(servers: Servers, learner: Learner, tmp_path: Path) -> 
     """Its requests go elsewhere; it comes back, is given the weights, and serves while the other hangs."""
     killed, other = servers.urls
     asked = requests(16, 4)
-    with attached(servers.urls, learner, tmp_path) as engine:
+    with attached(servers.urls, learner, tmp_path) as (engine, _):
         victim = servers.processes(killed)[0]
         Timer(0.7, victim.kill).start()
         samples = engine.generate(asked, LONG)

@@ -90,5 +90,5 @@ class RecordingProxy(Proxy):
 
 
 def _is_rollout(body: bytes) -> bool:
-    """Whether it is a batch of prompts, and not what the run asks at start-up about the vocabulary."""
-    return isinstance(json.loads(body)["input_ids"][0], list)
+    """Whether the engine sent it, which names its requests, and not the start-up or a weight sync's check."""
+    return "rid" in json.loads(body)

@@ -35,7 +35,7 @@ class Scripted:
     def generate(self, requests: object, sampling: object) -> None:
         raise AssertionError("an engine that streams is not asked in rounds")
 
-    update_weights = memory_released = counts = close = generate
+    memory_released = counts = close = generate
 
     @contextmanager
     def stream(self, sampling: Sampling) -> Iterator["Scripted"]:
@@ -44,7 +44,7 @@ class Scripted:
         self.aborted += len(self.running)
         self.running.clear()
 
-    def ask(self, key: int, requests: list[Request]) -> None:
+    def submit(self, key: int, requests: list[Request]) -> None:
         prompt = int(requests[0].token_ids[0]) - 2
         self.running[key] = (self.now + self.seconds(prompt), prompt)
         self.asked.append(prompt)

@@ -9,10 +9,14 @@ from anyio.from_thread import BlockingPortal
 from transformers import PreTrainedModel
 
 from megatron_bicc import device
+from megatron_bicc.config import Config
+from megatron_bicc.rollout.types import unscored
 from megatron_bicc.sglang.client import ServerClient
+from megatron_bicc.sglang.pool import ServerPool
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.weights.hf_weights import hf_tensors
-from megatron_bicc.weights.transport import TENSOR_PATH, Bucket, encode_bucket, request_body
+from megatron_bicc.weights.sync import ServerWeightSync
+from megatron_bicc.weights.transport import Bucket, TensorTransport, encode_bucket, request_body
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(2, 90, 40)]
 
@@ -29,6 +33,11 @@ def stream(learner: Learner) -> Iterator[tuple[str, torch.Tensor]]:
     """The policy's tensors. Collective."""
     with device.megatron():
         yield from hf_tensors(learner.policy.modules, learner.policy.hf_config)
+
+
+def make_sync(config: Config, learner: Learner, pool: ServerPool) -> ServerWeightSync:
+    """The policy's weight sync to the pool's servers."""
+    return ServerWeightSync(config, learner.policy, pool, lambda some: learner.log_probs(unscored(some)))
 
 
 def hf_log_probs(model: PreTrainedModel, tokens: list[int]) -> np.ndarray:
@@ -59,7 +68,9 @@ def tamper(portal: BlockingPortal, client: ServerClient, name: str, shape: list[
     """Zeros into one of a server's parameters, behind our back; its answer."""
     portal.call(client.post, "/begin_weight_update", {"selector": "all"})
     answer = portal.call(
-        client.post, TENSOR_PATH, request_body(encode_bucket(Bucket([(name, torch.zeros(shape))])), 1)
+        client.post,
+        TensorTransport.path,
+        request_body(encode_bucket(Bucket([(name, torch.zeros(shape))])), 1),
     )
     portal.call(client.post, "/end_weight_update", {})
     return answer

@@ -16,19 +16,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from megatron_bicc.data.prompts import Prompt
-from megatron_bicc.errors import UserError
-from megatron_bicc.rollout.types import Group, Sample
 from megatron_bicc.weights.transport import (
     Bucket,
     WeightFiles,
+    WeightSyncError,
     buckets,
     checked,
     encode_bucket,
     expected_shapes,
     request_body,
 )
-from megatron_bicc.weights.verify import Checksums, Probe, unequal, wrong
+from megatron_bicc.weights.verify import Checksums, Probe, TokenSequence, disagreeing, unequal
 
 REPOSITORY = Path(__file__).parents[2]
 EXPECTED = {"a.weight": (2, 3), "b.weight": (4,), "b.bias": (4,)}
@@ -66,24 +64,24 @@ def test_a_bucket_keeps_no_storage_but_its_own() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"c__weight": torch.rand(1)}, "c.weight is no parameter of the servers' model"),
+        ({"c__weight": torch.rand(1)}, "c.weight is not a parameter of the servers' model"),
         ({"a__weight": torch.rand(3, 2)}, r"a.weight has shape \(3, 2\), but \(2, 3\)"),
         ({"a__weight": None, "b__bias": None}, "no new weights came for a.weight, b.bias"),
     ],
 )
 def test_wrong_streams_are_refused_by_name(changes: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(WeightSyncError, match=message):
         list(checked(stream(**changes), EXPECTED))
 
 
 def test_a_tensor_that_comes_twice_is_refused() -> None:
-    with pytest.raises(UserError, match="a.weight came twice"):
+    with pytest.raises(WeightSyncError, match="a.weight came twice"):
         list(checked(stream() + stream()[:1], EXPECTED))
 
 
 def test_a_wrong_tensor_is_refused_before_its_bucket_is_sent() -> None:
     sent: list[str] = []
-    with pytest.raises(UserError, match="b.bias has shape"):
+    with pytest.raises(WeightSyncError, match="b.bias has shape"):
         for bucket in buckets(checked(stream(b__bias=torch.rand(5)), EXPECTED), 24):
             sent += [name for name, _ in bucket.tensors]
     assert sent == ["a.weight"]
@@ -98,6 +96,28 @@ def test_expected_shapes_are_the_parameters(model_dirs: dict[str, Path]) -> None
             assert "model.layers.1.mlp.experts.3.down_proj.weight" in found
             continue
         assert found == {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def test_a_bucket_is_copied_to_the_host_once(
+    model_dirs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For its file, its checksums and its request together."""
+    source = model_dirs["qwen3_tied"]
+    (bucket,) = buckets(load_file(source / "model.safetensors").items(), 10**9)
+    copies: list[int] = []
+    original = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(1) or original(tensor))
+    files, checksums = (
+        WeightFiles(tmp_path / "weights", source),
+        Checksums(AutoConfig.from_pretrained(source), 1, torch.float32),
+    )
+    files.start()
+    files.write(bucket)
+    for name, tensor in bucket.host:
+        checksums.add(name, tensor)
+    encode_bucket(bucket)
+    assert len(copies) == len(bucket.tensors)
+    files.remove()
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 3])
@@ -229,10 +249,8 @@ EVEN, ONE = np.ones(9, np.float32), np.eye(9, dtype=np.float32)[4]
 
 def probe(number: int, differences: np.ndarray, dtype: torch.dtype) -> Probe:
     """Two samples, of 4 and 5 tokens, whose log-probs are OURS + number and that much more."""
-    samples = [Sample(np.arange(len(x)), x, "length", 0) for x in np.split(OURS + number + differences, [4])]
-    return Probe(
-        str(number), Group(Prompt(0, [], np.arange(3), "", "", {}), samples, [], np.zeros(2)), dtype, []
-    )
+    sequences = [TokenSequence(np.arange(3), np.arange(length)) for length in (4, 5)]
+    return Probe(str(number), dtype, sequences, OURS + number + differences, [])
 
 
 @pytest.mark.parametrize(
@@ -252,5 +270,10 @@ def test_probes_agree_or_are_named(ours: str, theirs: str, differences: np.ndarr
     """The second of three; the others agree."""
     dtype = getattr(torch, theirs)
     probes = [probe(i, differences if i == 1 else 0 * EVEN, dtype) for i in range(3)]
-    found = wrong(probes, lambda groups: np.concatenate([OURS + i for i in range(3)]), getattr(torch, ours))
+
+    def log_probs(sequences: list[TokenSequence]) -> np.ndarray:
+        assert [len(one.response) for one in sequences] == 3 * [4, 5]
+        return np.concatenate([OURS + i for i in range(3)])
+
+    found = disagreeing(probes, log_probs, getattr(torch, ours))
     assert [one.url for one in found] == ([] if agree else ["1"])

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from anyio.from_thread import start_blocking_portal
+import torch
 from support.models import make_model
 from support.sglang_server import PYTHON, SglangServer
 from support.steps import TOKENIZER, make_config
 from support.two_steps import assert_engine_followed, train_on
-from support.weight_sync import TOKENS, hf_log_probs, served, stream
+from support.weight_sync import TOKENS, hf_log_probs, make_sync, served
 from transformers import PreTrainedModel
 
+from megatron_bicc.config import SglangConfig
 from megatron_bicc.model.policy import Policy
-from megatron_bicc.sglang.client import ServerClient
+from megatron_bicc.sglang.pool import ServerPool
 from megatron_bicc.training.learner import Learner
-from megatron_bicc.weights.sync import WeightSync
 
 pytestmark = [
     pytest.mark.timeout(900),  # a busy machine needs minutes to start a server
@@ -65,14 +65,14 @@ def test_layouts_and_a_trainer_killed_in_mid_sync(
 
     config = make_config(path, "grpo")
     config.output_dir = str(tmp_path)
-    learner, client = Learner(config, Policy(config), TOKENIZER), ServerClient(server.url)
-    with start_blocking_portal() as portal:
-        sync = WeightSync(config, learner, portal.call)
-        assert sync.push([client], stream(learner), 20) == {}
-        assert not sync.proof.doubts
-        log_probs, version = served(portal, client, TOKENS)
-        sync.close()
-        portal.call(client.aclose)
+    learner = Learner(config, Policy(config), TOKENIZER)
+    pool = ServerPool([server.url], [server.url], SglangConfig())
+    sync = make_sync(config, learner, pool)
+    assert sync.sync(20) > 0 and not pool.reasons()
+    assert sync._confirmed == {(2, torch.float32)}
+    log_probs, version = served(pool.portal, pool.own[0], TOKENS)
+    sync.close()
+    pool.close()
     assert version == "20"
     assert np.abs(log_probs - hf_log_probs(model, TOKENS)).max() < 1e-4
 

@@ -6,27 +6,29 @@ The order of the tests matters: the last ones end the second server.
 import asyncio
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from anyio.from_thread import BlockingPortal, start_blocking_portal
+from anyio.from_thread import BlockingPortal
 from support.faulty_proxy import FaultyProxy
 from support.models import make_model
 from support.sglang_server import PYTHON, SglangServer
 from support.steps import TOKENIZER, make_config
 from support.two_steps import assert_engine_followed, train_on
-from support.weight_sync import TOKENS, greedy, hf_log_probs, move, served, stream, tamper
+from support.weight_sync import TOKENS, greedy, hf_log_probs, make_sync, move, served, stream, tamper
 from transformers import PreTrainedModel
 
+from megatron_bicc.config import SglangConfig
 from megatron_bicc.model.policy import Policy
 from megatron_bicc.sglang.client import ServerClient
+from megatron_bicc.sglang.pool import ServerPool
 from megatron_bicc.training.learner import Learner
-from megatron_bicc.weights.sync import WeightSync
-from megatron_bicc.weights.transport import WeightSyncError
+from megatron_bicc.weights.sync import ServerWeightSync
+from megatron_bicc.weights.transport import WeightSyncError, live
 
 pytestmark = [
     pytest.mark.timeout(900),  # a busy machine needs minutes to start a server
@@ -63,19 +65,32 @@ def servers(path: Path) -> Iterator[list[SglangServer]]:
 
 
 @pytest.fixture(scope="module")
-def portal() -> Iterator[BlockingPortal]:
-    """The event loop of the clients."""
-    with start_blocking_portal() as portal:
-        yield portal
+def pool(servers: list[SglangServer]) -> Iterator[ServerPool]:
+    """Both servers, without health checks; a test says which get weights (`push`)."""
+    urls = [server.url for server in servers]
+    pool = ServerPool(urls, urls, SglangConfig())
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(scope="module")
-def clients(servers: list[SglangServer], portal: BlockingPortal) -> Iterator[list[ServerClient]]:
+def portal(pool: ServerPool) -> BlockingPortal:
+    """The event loop of the clients."""
+    return pool.portal
+
+
+@pytest.fixture(scope="module")
+def clients(pool: ServerPool) -> list[ServerClient]:
     """Of both servers."""
-    clients = [ServerClient(server.url) for server in servers]
-    yield clients
-    for client in clients:
-        portal.call(client.aclose)
+    return [server.client for server in pool.servers]
+
+
+def push(
+    sync: ServerWeightSync, clients: list[ServerClient], tensors: Iterable, version: int
+) -> dict[str, str]:
+    """Syncs to these servers; the reasons of those that failed."""
+    sync.pool.own = clients
+    return sync.push(tensors, version)
 
 
 @pytest.fixture
@@ -93,15 +108,15 @@ def learner(path: Path, single_process: None) -> Learner:
 
 
 @pytest.fixture
-def sync(learner: Learner, portal: BlockingPortal, tmp_path: Path) -> Iterator[Callable[..., WeightSync]]:
-    """Makes a WeightSync by a method; buckets of three tensors or so."""
+def sync(learner: Learner, pool: ServerPool, tmp_path: Path) -> Iterator[Callable[..., ServerWeightSync]]:
+    """Makes a weight sync by a method; buckets of three tensors or so."""
     made = []
 
-    def make(method: str) -> WeightSync:
+    def make(method: str) -> ServerWeightSync:
         config = learner.config
         config.weight_sync.method, config.weight_sync.bucket_mb = method, BUCKET_MB
         config.weight_sync.path = str(tmp_path / "weights")
-        made.append(WeightSync(config, learner, portal.call))
+        made.append(make_sync(config, learner, pool))
         return made[-1]
 
     yield make
@@ -110,12 +125,12 @@ def sync(learner: Learner, portal: BlockingPortal, tmp_path: Path) -> Iterator[C
 
 
 @pytest.fixture(scope="module")
-def lasting(learner: Learner, portal: BlockingPortal, path: Path) -> Iterator[WeightSync]:
+def lasting(learner: Learner, pool: ServerPool, path: Path) -> Iterator[ServerWeightSync]:
     """One for several tests, by broadcast."""
     config = copy.deepcopy(learner.config)
     config.weight_sync.method, config.weight_sync.bucket_mb = "distributed", BUCKET_MB
     config.weight_sync.path = str(path.parent / "lasting")
-    one = WeightSync(config, learner, portal.call)
+    one = make_sync(config, learner, pool)
     yield one
     one.close()
 
@@ -151,44 +166,46 @@ def agrees(portal: BlockingPortal, client: ServerClient, learner: Learner, model
 NORM = "model.layers.1.self_attn.k_norm.weight"
 
 
-class Tampering(WeightSync):
-    """Has one parameter overwritten on the first server between the weights' arrival and their proof."""
+class Tampering(ServerWeightSync):
+    """Has one parameter overwritten on the first server between the weights' arrival and their check."""
 
-    def _stream(self, sessions: Any, *rest: Any) -> None:
-        super()._stream(sessions, *rest)
-        client = sessions.live()[0].client
-        self.run(client.post, "/end_weight_update", {})
-        tamper(self.portal, client, NORM, [16])
-        self.run(client.post, "/begin_weight_update", {"selector": "all"})
+    def _stream(self, receivers: list, *rest: Any) -> None:
+        super()._stream(receivers, *rest)
+        client, portal = live(receivers)[0].client, self.pool.portal
+        portal.call(client.post, "/end_weight_update", {})
+        tamper(portal, client, NORM, [16])
+        portal.call(client.post, "/begin_weight_update", {"selector": "all"})
 
 
 @pytest.mark.parametrize("known", [True, False])
 def test_a_wrong_parameter_is_named(
     known: bool,
-    sync: Callable[..., WeightSync],
+    sync: Callable[..., ServerWeightSync],
     learner: Learner,
     clients: list[ServerClient],
-    portal: BlockingPortal,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By its checksum; without one, a probe tells that, and the kept files which."""
+    """By its checksum; where that is not comparable, by log-probs, and the kept files tell its name."""
     if not known:
-        monkeypatch.setattr("megatron_bicc.weights.verify.are_known", lambda info: False)
+        monkeypatch.setattr("megatron_bicc.weights.sync.comparable", lambda receiver: False)
     one = sync("tensor")
-    assert one.push(clients[:1], stream(learner), 1) == {}
-    one.__class__, one.portal = Tampering, portal
+    assert push(one, clients[:1], stream(learner), 1) == {}
+    one.__class__ = Tampering
     with pytest.raises(WeightSyncError, match=f"{clients[0].url} has other weights than the policy: {NORM}$"):
-        one.push(clients[:1], stream(learner), 2)
+        push(one, clients[:1], stream(learner), 2)
 
 
 def test_an_unknown_name_is_refused_though_the_server_would_take_it(
-    sync: Callable[..., WeightSync], learner: Learner, clients: list[ServerClient], portal: BlockingPortal
+    sync: Callable[..., ServerWeightSync],
+    learner: Learner,
+    clients: list[ServerClient],
+    portal: BlockingPortal,
 ) -> None:
     """And the server goes on after it, its weights called incomplete."""
     assert tamper(portal, clients[0], "model.layers.1.no_such.weight", [16])["success"]
     extra = [*stream(learner), ("model.layers.1.no_such.weight", torch.zeros(16))]
-    with pytest.raises(WeightSyncError, match="no_such.weight is no parameter of the servers' model"):
-        sync("tensor").push(clients[:1], extra, 3)
+    with pytest.raises(WeightSyncError, match="no_such.weight is not a parameter of the servers' model"):
+        push(sync("tensor"), clients[:1], extra, 3)
     assert served(portal, clients[0], TOKENS)[1] == "incomplete"
 
 
@@ -198,7 +215,7 @@ def test_an_unknown_name_is_refused_though_the_server_would_take_it(
 def test_a_wrong_shape_never_reaches_the_server(
     name: str,
     shape: tuple[int, ...],
-    sync: Callable[..., WeightSync],
+    sync: Callable[..., ServerWeightSync],
     learner: Learner,
     clients: list[ServerClient],
     portal: BlockingPortal,
@@ -206,22 +223,25 @@ def test_a_wrong_shape_never_reaches_the_server(
     wrong = ((n, torch.zeros(shape) if n == name else t) for n, t in stream(learner))
     one = sync("tensor")
     with pytest.raises(WeightSyncError, match=f"{name} has shape"):
-        one.push(clients[:1], wrong, 4)
-    assert one.push(clients[:1], stream(learner), 5) == {}
+        push(one, clients[:1], wrong, 4)
+    assert push(one, clients[:1], stream(learner), 5) == {}
     assert served(portal, clients[0], TOKENS)[1] == "5"
 
 
 def test_a_server_that_a_killed_trainer_left_paused_goes_on(
-    sync: Callable[..., WeightSync], learner: Learner, clients: list[ServerClient], portal: BlockingPortal
+    sync: Callable[..., ServerWeightSync],
+    learner: Learner,
+    clients: list[ServerClient],
+    portal: BlockingPortal,
 ) -> None:
     portal.call(clients[0].pause, "abort")
     portal.call(clients[0].post, "/begin_weight_update", {"selector": "all"})
-    assert sync("tensor").push(clients[:1], stream(learner), 6) == {}
+    assert push(sync("tensor"), clients[:1], stream(learner), 6) == {}
     assert served(portal, clients[0], TOKENS)[1] == "6"
 
 
 def test_no_sequence_is_of_two_versions(
-    sync: Callable[..., WeightSync],
+    sync: Callable[..., ServerWeightSync],
     learner: Learner,
     model: PreTrainedModel,
     clients: list[ServerClient],
@@ -236,7 +256,7 @@ def test_no_sequence_is_of_two_versions(
     )
     portal.call(asyncio.sleep, 0.3)
     move(learner, 9)
-    assert one.push([client], stream(learner), 9) == {}
+    assert push(one, [client], stream(learner), 9) == {}
     assert {answer["meta_info"]["finish_reason"]["type"] for answer in running.result()} == {"abort"}
     token, log_prob = greedy(portal, client, TOKENS)
     expected = hf_log_probs(weights_into(model, learner), [*TOKENS, token])[-1]
@@ -246,7 +266,7 @@ def test_no_sequence_is_of_two_versions(
 @pytest.mark.parametrize("method", METHODS)
 def test_servers_get_the_policys_weights(
     method: str,
-    sync: Callable[..., WeightSync],
+    sync: Callable[..., ServerWeightSync],
     learner: Learner,
     model: PreTrainedModel,
     both: list[ServerClient],
@@ -259,8 +279,8 @@ def test_servers_get_the_policys_weights(
     for version in (7, 8):
         move(learner, version)
         held = [0, 0]
-        assert one.push(both, counted(learner, held), version) == {}
-        assert not one.proof.doubts
+        assert push(one, both, counted(learner, held), version) == {}
+        assert one._confirmed == {(1, torch.float32)}
         assert held[1] <= BUCKET_MB * 2**20 + 2 * max(sizes) < sum(sizes) / 3
         for client in both:
             assert agrees(portal, client, learner, model)
@@ -269,8 +289,8 @@ def test_servers_get_the_policys_weights(
 
 
 def test_late_servers_get_the_newest_weights(
-    lasting: WeightSync,
-    sync: Callable[..., WeightSync],
+    lasting: ServerWeightSync,
+    sync: Callable[..., ServerWeightSync],
     learner: Learner,
     model: PreTrainedModel,
     both: list[ServerClient],
@@ -278,26 +298,26 @@ def test_late_servers_get_the_newest_weights(
 ) -> None:
     """From the files at once. A server that started again is not in the process group: it is in the next
     sync's."""
-    assert lasting.push(both, stream(learner), 11) == {}
-    assert sync("tensor").push(both[1:], ((name, 2 * x) for name, x in stream(learner)), 12) == {}
+    assert push(lasting, both, stream(learner), 11) == {}
+    assert push(sync("tensor"), both[1:], ((name, 2 * x) for name, x in stream(learner)), 12) == {}
     assert not agrees(portal, both[1], learner, model)
     portal.call(lasting.restore, both[1])
     assert agrees(portal, both[1], learner, model)
     assert served(portal, both[1], TOKENS)[1] == "11"
 
-    group = {"group_name": lasting.method._group.name}
+    group = {"group_name": lasting.transport._group.name}
     portal.call(both[1].post, "/destroy_weights_update_group", group)
     move(learner, 13)
-    assert lasting.push(both, stream(learner), 13) == {}
-    assert lasting.method._group.name != group["group_name"]
+    assert push(lasting, both, stream(learner), 13) == {}
+    assert lasting.transport._group.name != group["group_name"]
     assert all(agrees(portal, client, learner, model) for client in both)
 
 
 def test_files_that_were_spoiled_restore_nobody(
-    lasting: WeightSync, learner: Learner, clients: list[ServerClient], portal: BlockingPortal
+    lasting: ServerWeightSync, learner: Learner, clients: list[ServerClient], portal: BlockingPortal
 ) -> None:
     """The proof is of the policy's weights, not of the files'."""
-    assert lasting.push(clients[:1], stream(learner), 15) == {}
+    assert push(lasting, clients[:1], stream(learner), 15) == {}
     shard = sorted(lasting.files.complete.glob("*.safetensors"))[-1]
     content = bytearray(shard.read_bytes())
     content[-4:] = bytes(4)
@@ -308,11 +328,14 @@ def test_files_that_were_spoiled_restore_nobody(
 
 
 def test_a_restarted_server_needs_the_files(
-    sync: Callable[..., WeightSync], learner: Learner, clients: list[ServerClient], portal: BlockingPortal
+    sync: Callable[..., ServerWeightSync],
+    learner: Learner,
+    clients: list[ServerClient],
+    portal: BlockingPortal,
 ) -> None:
     one = sync("disk")
     learner.config.weight_sync.keep_files = False
-    one.push(clients[:1], stream(learner), 14)
+    push(one, clients[:1], stream(learner), 14)
     learner.config.weight_sync.keep_files = True
     assert not one.files.root.exists()
     with pytest.raises(WeightSyncError, match="weight_sync.keep_files=true would have kept them"):
@@ -334,7 +357,7 @@ def dying(learner: Learner, die: Callable[[], None]) -> Iterator[tuple[str, torc
 
 
 def test_a_lost_server_is_no_matter_for_the_others(
-    sync: Callable[..., WeightSync],
+    sync: Callable[..., ServerWeightSync],
     learner: Learner,
     model: PreTrainedModel,
     both: list[ServerClient],
@@ -346,14 +369,14 @@ def test_a_lost_server_is_no_matter_for_the_others(
     one = sync("tensor")
     for version in (30, 31):
         move(learner, version)
-        assert list(one.push([both[0], lost], dying(learner, proxy.close), version)) == [proxy.url]
+        assert list(push(one, [both[0], lost], dying(learner, proxy.close), version)) == [proxy.url]
         assert agrees(portal, both[0], learner, model)
     portal.call(lost.aclose)
     portal.call(both[1].resume)  # it is as the first of the two syncs left it
 
 
 def test_a_server_dies_in_mid_sync(
-    lasting: WeightSync,
+    lasting: ServerWeightSync,
     learner: Learner,
     model: PreTrainedModel,
     servers: list[SglangServer],
@@ -361,8 +384,8 @@ def test_a_server_dies_in_mid_sync(
     portal: BlockingPortal,
 ) -> None:
     """By broadcast, the process group breaks: the other server gets the weights in a new one."""
-    assert lasting.push(both, stream(learner), 40) == {}
+    assert push(lasting, both, stream(learner), 40) == {}
     move(learner, 41)
-    assert list(lasting.push(both, dying(learner, servers[1].kill), 41)) == [both[1].url]
+    assert list(push(lasting, both, dying(learner, servers[1].kill), 41)) == [both[1].url]
     assert agrees(portal, both[0], learner, model)
     assert served(portal, both[0], TOKENS)[1] == "41"

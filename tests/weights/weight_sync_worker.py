@@ -13,21 +13,21 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from anyio.from_thread import BlockingPortal, start_blocking_portal
 from megatron.core import parallel_state
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support.steps import TOKENIZER, make_config
-from support.weight_sync import stream
+from support.weight_sync import make_sync, stream
 
 from megatron_bicc import device
+from megatron_bicc.config import SglangConfig
 from megatron_bicc.model.policy import Policy, start_model_parallel
-from megatron_bicc.sglang.checks import until_well
-from megatron_bicc.sglang.client import ServerClient
+from megatron_bicc.sglang.checks import wait_until_ready
+from megatron_bicc.sglang.pool import ServerPool
 from megatron_bicc.training.learner import Learner
-from megatron_bicc.weights import verify as proof
-from megatron_bicc.weights.sync import WeightSync
+from megatron_bicc.weights import sync as weight_sync
+from megatron_bicc.weights.sync import ServerWeightSync
 from megatron_bicc.weights.transport import WeightSyncError
 
 LAYOUTS = {
@@ -40,14 +40,14 @@ LAYOUTS = {
 """Name: (weight_sync.method, settings of parallel)"""
 
 
-def refused(sync: WeightSync, clients: list[ServerClient], learner: Learner) -> str:
+def refused(sync: ServerWeightSync, learner: Learner) -> str:
     """What every process says when the first one cannot write its files."""
     root = sync.files.root
     root.parent.mkdir(parents=True, exist_ok=True)
     sync.files.remove()
     root.write_text("no directory")
     try:
-        sync.push(clients, stream(learner), 3)
+        sync.push(stream(learner), 3)
     except WeightSyncError as error:
         return str(error)
     finally:
@@ -68,51 +68,48 @@ def start(layout: dict[str, int], method: str, arguments: list[str]) -> Learner:
     return Learner(config, Policy(config), TOKENIZER)
 
 
-def check(
-    name: str, number: int, arguments: list[str], clients: list[ServerClient], loop: BlockingPortal
-) -> None:
-    """Proven by checksums and by log-probs; and an error of one process is every process's."""
+def check(name: str, number: int, arguments: list[str], pool: ServerPool) -> None:
+    """Verified by log-probs, with checksums and without; and an error of one process is every process's."""
     method, layout = LAYOUTS[name]
     learner = start(layout, method, arguments)
     for module in learner.policy.modules:
         for parameter in module.parameters():
             parameter.data *= 1 + number / 10
-    sync = WeightSync(learner.config, learner, loop.call)
-    assert sync.push(clients, stream(learner), 1) == {}
-    assert not sync.proof.doubts
-    known, proof.are_known = proof.are_known, lambda info: False
-    assert sync.push(clients, stream(learner), 2) == {}
-    assert bool(sync.proof.doubts) == bool(clients)
-    proof.are_known = known
-    assert "rank_0" in refused(sync, clients, learner)
+    sync = make_sync(learner.config, learner, pool)
+    assert sync.push(stream(learner), 1) == {}
+    assert bool(sync._confirmed) == bool(pool.own)
+    comparable, weight_sync.comparable = weight_sync.comparable, lambda receiver: False
+    assert sync.push(stream(learner), 2) == {}
+    weight_sync.comparable = comparable
+    assert "rank_0" in refused(sync, learner)
     sync.close()
 
 
-def die(arguments: list[str], clients: list[ServerClient], loop: BlockingPortal) -> None:
+def die(arguments: list[str], pool: ServerPool) -> None:
     """kill -9 of the first process in the middle of a sync."""
     learner = start({"pipeline": 2}, "tensor", arguments)
 
     def dying() -> Iterator[tuple[str, torch.Tensor]]:
         for i, item in enumerate(stream(learner)):
-            if i == 8 and clients:
+            if i == 8 and pool.own:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield item
 
-    WeightSync(learner.config, learner, loop.call).push(clients, dying(), 5)
+    make_sync(learner.config, learner, pool).push(dying(), 5)
 
 
 def main(arguments: list[str]) -> None:
     """All layouts, then the end."""
     device.start_distributed()
-    with start_blocking_portal() as loop:
-        clients = [ServerClient(arguments[2])] if dist.get_rank() == 0 else []
-        for client in clients:
-            loop.call(until_well, client, 600, lambda: None)
-        for number, name in enumerate(LAYOUTS, 1):
-            check(name, number, arguments, clients, loop)
-        if clients:
-            Path(arguments[1], "finished").write_text(", ".join(LAYOUTS))
-        die(arguments, clients, loop)
+    url = arguments[2]
+    pool = ServerPool([url], [url] if dist.get_rank() == 0 else [], SglangConfig())
+    for client in pool.own:
+        pool.portal.call(wait_until_ready, client, 600)
+    for number, name in enumerate(LAYOUTS, 1):
+        check(name, number, arguments, pool)
+    if pool.own:
+        Path(arguments[1], "finished").write_text(", ".join(LAYOUTS))
+    die(arguments, pool)
 
 
 if __name__ == "__main__":

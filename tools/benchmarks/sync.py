@@ -2,8 +2,8 @@
 
 disk: the bytes copied from file to file. tensor: one HTTP request with them, to a server that throws them
 away. distributed: one broadcast of a flat tensor to another process. A sync also pauses the server, turns
-Megatron's shards into whole tensors, makes the server load them, and proves by checksums that it has. Sync
-and copy take turns, so that a busy machine slows both alike.
+Megatron's shards into whole tensors, makes the server load them, and verifies its weights by checksums and
+log-probs. Sync and copy take turns, so that a busy machine slows both alike.
 """
 
 import argparse
@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from anyio.from_thread import BlockingPortal, start_blocking_portal
 from benchmarks._copies import PLAIN
 from benchmarks._measure import machine, one_process, peak_beyond, return_freed_memory
 from benchmarks._steps import TOKENIZER, random_model
@@ -29,13 +28,14 @@ from megatron_bicc import device
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
 from megatron_bicc.model.policy import Policy
-from megatron_bicc.sglang.checks import until_well
-from megatron_bicc.sglang.client import ServerClient
+from megatron_bicc.rollout.types import unscored
+from megatron_bicc.sglang.pool import ServerPool
 from megatron_bicc.sglang.process import SpawnedServer
 from megatron_bicc.training.learner import Learner
+from megatron_bicc.weights.hf_files import supported_config
 from megatron_bicc.weights.hf_weights import hf_tensors
-from megatron_bicc.weights.sync import WeightSync
-from megatron_bicc.weights.verify import Checksums
+from megatron_bicc.weights.sync import ServerWeightSync
+from megatron_bicc.weights.verify import CHECKER, Checksums
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,27 +50,27 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures every method, and the plain copies.
 
     Returns:
-        bytes and bucket_bytes; proof_seconds, what both sides take for the checksums; for each method seconds
+        bytes and bucket_bytes; checksum_seconds, of both sides' checksums; for each method seconds
         and gb_per_s, plain_seconds and plain_gb_per_s of the plain copy, ratio of the times, and peak_bytes,
         the trainer's memory beyond what it had before.
     """
     a = arguments
-    with TemporaryDirectory() as directory, one_process(), start_blocking_portal() as portal:
+    with TemporaryDirectory() as directory, one_process():
         config = _config(Path(directory), a)
         learner = Learner(config, Policy(config), AutoTokenizer.from_pretrained(TOKENIZER))
         nbytes = sum(tensor.nbytes for _, tensor in _stream(learner))
         figures: dict[str, Any] = {"bytes": nbytes, "bucket_bytes": int(a.bucket_mb * 2**20)}
-        with _server(config, portal) as client:
+        with _server(config) as pool:
             for method, copy in PLAIN.items():
                 with (
-                    _sync(config, learner, portal, client, method) as sync,
+                    _sync(config, learner, pool, method) as sync,
                     copy(nbytes, Path(directory)) as call,
                 ):
                     figures[method] = _rates(nbytes, *_seconds(a.repeats, sync, call))
-            prove = partial(_prove, learner, portal, client)
-            (figures["proof_seconds"],) = _seconds(a.repeats, prove)
+            checksums = partial(_checksums, learner, pool)
+            (figures["checksum_seconds"],) = _seconds(a.repeats, checksums)
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other:
-                for method, peak in other.submit(_peaks, config, client.url).result().items():
+                for method, peak in other.submit(_peaks, config, pool.own[0].url).result().items():
                     figures[method]["peak_bytes"] = peak
     _print(figures)
     return {**figures, "machine": machine()}
@@ -80,14 +80,14 @@ def _peaks(config: Config, url: str) -> dict[str, int]:
     """The bytes that each method takes beside the policy, in a process of its own."""
     return_freed_memory()
     peaks = {}
-    with one_process(), start_blocking_portal() as portal:
+    with one_process():
         learner = Learner(config, Policy(config), AutoTokenizer.from_pretrained(TOKENIZER))
-        client = ServerClient(url)
+        pool = ServerPool([url], [url], config.rollout.sglang)
         for method in PLAIN:
-            with _sync(config, learner, portal, client, method) as sync:
+            with _sync(config, learner, pool, method) as sync:
                 sync()  # what is made once does not count
                 peaks[method] = peak_beyond(sync)
-        portal.call(client.aclose)
+        pool.close()
     return peaks
 
 
@@ -103,7 +103,7 @@ def _rates(nbytes: int, seconds: float, plain_seconds: float) -> dict[str, float
 
 def _print(figures: dict[str, Any]) -> None:
     print(f"{figures['bytes']:,} bytes in buckets of {figures['bucket_bytes']:,}")
-    print(f"both sides' checksums alone: {figures['proof_seconds']:.3g} s")
+    print(f"both sides' checksums alone: {figures['checksum_seconds']:.3g} s")
     for method in PLAIN:
         print(f"{method:12}" + "".join(f" {name} {value:<9.3g}" for name, value in figures[method].items()))
 
@@ -127,38 +127,35 @@ def _stream(learner: Learner) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @contextmanager
-def _server(config: Config, portal: BlockingPortal) -> Iterator[ServerClient]:
+def _server(config: Config) -> Iterator[ServerPool]:
     server = SpawnedServer(config, 0)
-    client = ServerClient(server.url)
+    pool = ServerPool([server.url], [server.url], config.rollout.sglang, spawned=[server])
     try:
-        portal.call(until_well, client, config.rollout.sglang.start_timeout_s, server.check_starting)
-        yield client
-        portal.call(client.aclose)
+        pool.start(supported_config(config.model.path))
+        yield pool
     finally:
-        server.stop()
+        pool.close()
 
 
 @contextmanager
-def _sync(
-    config: Config, learner: Learner, portal: BlockingPortal, client: ServerClient, method: str
-) -> Iterator[Callable[[], None]]:
+def _sync(config: Config, learner: Learner, pool: ServerPool, method: str) -> Iterator[Callable[[], None]]:
     """A call that syncs, every time as another version."""
     config.weight_sync.method = method
-    sync = WeightSync(config, learner, portal.call)
+    sync = ServerWeightSync(config, learner.policy, pool, lambda some: learner.log_probs(unscored(some)))
 
     def push() -> None:
-        failed = sync.push([client], _stream(learner), sync.version + 1)
+        failed = sync.push(_stream(learner), sync.version + 1)
         assert not failed, failed
 
     yield push
     sync.close()
 
 
-def _prove(learner: Learner, portal: BlockingPortal, client: ServerClient) -> None:
+def _checksums(learner: Learner, pool: ServerPool) -> None:
     checksums = Checksums(learner.policy.hf_config, 1, getattr(torch, learner.config.model.dtype))
     for name, tensor in _stream(learner):
-        checksums.add(name, tensor)
-    portal.call(client.post, "/weights_checker", {"action": "checksum"}, 600)
+        checksums.add(name, tensor.cpu())
+    pool.portal.call(pool.own[0].post, CHECKER, {"action": "checksum"}, 600)
 
 
 def _seconds(repeats: int, *calls: Callable[[], Any]) -> list[float]:

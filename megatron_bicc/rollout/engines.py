@@ -1,0 +1,44 @@
+"""The rollout engines by name, and engines of the user's by import path."""
+
+from collections.abc import Callable
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_bicc import plugins
+from megatron_bicc.config import Config
+from megatron_bicc.errors import UserError
+from megatron_bicc.rollout.local import make_local_engine
+from megatron_bicc.rollout.sglang_engine import make_sglang_engine
+from megatron_bicc.rollout.types import Engine
+
+MakeEngine = Callable[[Config, PreTrainedTokenizerBase], Engine]
+ENGINES: dict[str, MakeEngine] = {
+    "local": make_local_engine,
+    "sglang": make_sglang_engine,
+}
+"""By rollout.engine"""
+METHODS = ("generate", "memory_released", "counts", "close")
+
+
+def make_engine(config: Config, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    """Returns the engine that rollout.engine names, with the weights of model.path. Collective.
+
+    Raises UserError, one line, for an unknown name, a class that is not a rollout.types.Engine, a rollout
+    server that does not start or serves another model, or a model that the engine cannot run.
+    """
+    name = config.rollout.engine
+    if not plugins.is_import_path(name):
+        if name not in ENGINES:
+            raise UserError(
+                f"rollout.engine is {name!r}; choose {', '.join(ENGINES)}, or name a class: "
+                "package.module:Class or file.py:Class"
+            )
+        return ENGINES[name](config, tokenizer)
+    engine = plugins.load("rollout.engine", name)(config, tokenizer)
+    missing = [method for method in METHODS if not callable(getattr(engine, method, None))]
+    if missing:
+        raise UserError(
+            f"rollout.engine is {name!r}; it has no method {', '.join(missing)}: subclass "
+            "megatron_bicc.rollout.types.Engine, which has all but generate"
+        )
+    return engine
