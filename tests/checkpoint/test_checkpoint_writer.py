@@ -42,6 +42,7 @@ from megatron_bicc.rollout.sampling import Collector
 from megatron_bicc.startup import Inputs
 from megatron_bicc.train import Trainer
 from megatron_bicc.training.learner import Learner
+from megatron_bicc.weights.sync import EngineWeightSync
 
 
 @pytest.fixture
@@ -92,9 +93,7 @@ def trainer_of(config: Config, policy: Policy, **token_ids: str) -> Trainer:
     inputs = Inputs(config, TOKENIZER, odd, prompts, [], contents, collector, found)
     engine = Scripted(rights=lambda prompt: 0)  # generates nothing here
     learner = Learner(resolve(config), policy, TOKENIZER)
-    return Trainer(
-        inputs, policy, learner, engine, make_weight_sync(config, policy, engine, learner.log_probs)
-    )
+    return Trainer(inputs, policy, learner, engine, EngineWeightSync(policy, engine))
 
 
 def restore(config: Config, policy: Policy, **token_ids: str) -> int:

@@ -416,7 +416,7 @@ def test_a_server_that_does_not_come_up_is_logged_once(
         anyio.run(wait_until_ready, ServerClient("http://127.0.0.1:9"), 1.2)
     assert isinstance(error.value.__cause__, ServerUnavailable)
     (line,) = (record.getMessage() for record in caplog.records)
-    assert line == "waiting up to 1.2 s for rollout server http://127.0.0.1:9 to start"
+    assert line == "process 0: still waiting for rollout server http://127.0.0.1:9, at most 1.2 s (0 s)"
 
 
 def test_the_documented_command_for_a_cpu_is_that_of_the_run() -> None:
