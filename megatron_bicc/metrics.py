@@ -58,15 +58,15 @@ class Stopwatch:
 
 
 @contextmanager
-def waiting_for(what: str, after_s: float = WAIT_S) -> Iterator[None]:
-    """Logs what this process waits for, once the block has taken `after_s` seconds, and every minute after.
+def waiting_for(what: str) -> Iterator[None]:
+    """Logs what this process waits for, once the block has taken WAIT_S seconds, and every minute after.
 
     what: a noun phrase, such as "the other processes at 10.0.0.1:29500".
     """
     ended = threading.Event()
 
     def report() -> None:
-        begin, pause = time.monotonic(), after_s
+        begin, pause = time.monotonic(), WAIT_S
         while not ended.wait(pause):
             waited = time.monotonic() - begin
             logger.info("process %d: still waiting for %s (%.0f s)", launcher.rank(), what, waited)

@@ -23,7 +23,7 @@ from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.batch import PackedBatch
 from megatron_bicc.model.build import PolicyModel, transformer_config
-from megatron_bicc.model.families import supported_config, transformer_config
+from megatron_bicc.model.families import supported_config
 from megatron_bicc.weights.hf_files import checked_tensors, load_transformers
 
 LONGEST = 4608

@@ -41,7 +41,7 @@ async def wait_until_ready(
     server that is not ready within timeout_s seconds or refuses the requests.
     """
     end = time.monotonic() + timeout_s
-    with waiting_for(f"rollout server {client.url} to start, at most {timeout_s:g} s", WAIT_S):
+    with waiting_for(f"rollout server {client.url}, at most {timeout_s:g} s"):
         while True:
             check_starting()
             try:

@@ -207,7 +207,7 @@ class ServerWeightSync:
         if not receivers:
             return {}, []
         try:
-            with waiting_for(f"weights of version {version} to reach {len(receivers)} rollout servers"):
+            with waiting_for(f"the weights of version {version} to reach {len(receivers)} servers"):
                 each(run, receivers, lambda receiver: receiver.begin(explicit))
                 self._stream(receivers, stream, version)
                 probes = each(run, receivers, lambda receiver: self._complete(receiver, version))

@@ -43,7 +43,7 @@ from megatron_bicc.startup import Inputs
 from megatron_bicc.train import Trainer
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.weights.hf_weights import load_policy
-from megatron_bicc.weights.sync import make_weight_sync
+from megatron_bicc.weights.sync import EngineWeightSync
 
 
 @pytest.fixture
@@ -94,9 +94,7 @@ def trainer_of(config: Config, policy: Policy, **token_ids: str) -> Trainer:
     inputs = Inputs(config, TOKENIZER, odd, prompts, [], contents, collector, found)
     engine = Scripted(rights=lambda prompt: 0)  # generates nothing here
     learner = Learner(resolve(config), policy, TOKENIZER)
-    return Trainer(
-        inputs, policy, learner, engine, make_weight_sync(config, policy, engine, learner.log_probs)
-    )
+    return Trainer(inputs, policy, learner, engine, EngineWeightSync(policy, engine))
 
 
 def restore(config: Config, policy: Policy, **token_ids: str) -> int:

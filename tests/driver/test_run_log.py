@@ -94,11 +94,14 @@ def test_run_log_of_another_process_does_nothing(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().out == ""
 
 
-def test_a_long_wait_says_what_it_waits_for(caplog: pytest.LogCaptureFixture):
+def test_a_long_wait_says_what_it_waits_for(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     caplog.set_level("INFO", "megatron_bicc")
-    with waiting_for("nothing that takes long", after_s=5):
+    with waiting_for("nothing that takes long"):
         pass
-    with waiting_for("the other processes", after_s=0.05):
+    monkeypatch.setattr("megatron_bicc.metrics.WAIT_S", 0.05)
+    with waiting_for("the other processes"):
         time.sleep(0.5)
     assert caplog.messages == ["process 0: still waiting for the other processes (0 s)"]
 

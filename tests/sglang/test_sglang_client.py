@@ -412,12 +412,12 @@ def test_memory_that_a_server_does_not_release_is_a_rollout_error(pool: ServerPo
 def test_a_server_that_does_not_come_up_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("megatron_bicc.sglang.checks.WAIT_S", 0.2)
+    monkeypatch.setattr("megatron_bicc.metrics.WAIT_S", 0.2)
     with caplog.at_level("INFO"), pytest.raises(UserError, match="not ready within 1.2 s") as error:
         anyio.run(wait_until_ready, ServerClient("http://127.0.0.1:9"), 1.2)
     assert isinstance(error.value.__cause__, ServerUnavailable)
     (line,) = (record.getMessage() for record in caplog.records)
-    assert "waiting for rollout server http://127.0.0.1:9 to start, at most 1.2 s" in line
+    assert line == "process 0: still waiting for rollout server http://127.0.0.1:9, at most 1.2 s (0 s)"
 
 
 def test_the_documented_command_for_a_cpu_is_that_of_the_run() -> None:

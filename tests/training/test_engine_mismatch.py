@@ -22,7 +22,7 @@ from megatron_bicc.train import Trainer
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.training.step_metrics import EngineMismatch, MismatchCheck
 from megatron_bicc.weights.hf_weights import load_policy
-from megatron_bicc.weights.sync import make_weight_sync
+from megatron_bicc.weights.sync import EngineWeightSync
 
 
 def configured(dtype: str, temperature: float = 1.0) -> Config:
@@ -120,7 +120,7 @@ def test_a_cache_that_drops_tokens(
     engine = LocalEngine(str(tmp_path), tokenizer, torch.float32, torch.device("cpu"), 8)
     collector = Collector(config, [], PromptSampler(1, 1, 0))
     inputs = Inputs(config, TOKENIZER, odd, [], [], {}, collector, None)
-    sync = make_weight_sync(config, policy, engine, learner.log_probs)
+    sync = EngineWeightSync(policy, engine)
 
     def step(carried: int = 0) -> None:
         trainer = Trainer(inputs, policy, learner, engine, sync)
