@@ -266,7 +266,7 @@ class Learner:
 
         with self.policy.gradient_sketch(update.batch.num_groups) as sketch:
             own_loss, _ = self.policy.accumulate_gradients([b.packed for b in update.batches], loss)
-        gradient = gradient_statistics(sum_over_all(sketch.values_GKL), len(update.groups))
+        gradient = gradient_statistics(sum_over_all(sketch.values_BXY), len(update.groups))
         total = sum_scalar(own_loss)
         if not math.isfinite(total):
             raise NotFiniteError(f"the loss is {total}; weights and optimizer were left as they were")
