@@ -112,6 +112,6 @@ def test_an_evaluation_goes_on_with_the_date_of_its_answers(settings: list[str],
     (tmp_path / "run/prompts.jsonl").write_text(json.dumps(kept) + "\n")
     inputs = evaluate.read_inputs(parse_config(settings), [str(tmp_path / "prompts.jsonl")])
     assert inputs.config.data.date == DAY
-    assert "data.date" in evaluate.DECISIVE
+    assert SETTINGS()["data.date"].rule.decides_score
     (prompt,) = inputs.prompts["prompts"]
     assert inputs.tokenizer.decode(prompt.token_ids).startswith("04.01.2026 ")

@@ -23,7 +23,6 @@ from megatron_bicc.config import Config, Setting, settings
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.optimizer import make_scheduler
 from megatron_bicc.planning.synthetic import UnknownTokenizer, draw_rollouts
-from megatron_bicc.rewards.registry import VERIFIERS
 from megatron_bicc.startup import heldout_prompts, read_tokenizer
 from megatron_bicc.training.batch import packing_settings
 from megatron_bicc.validation import validate
@@ -324,4 +323,6 @@ def test_a_default_and_the_edges_of_a_range_are_accepted(name: str):
 
 
 def test_the_named_verifiers_are_those_of_the_registry():
-    assert settings()["reward.verifier"].rule.named == tuple(VERIFIERS)
+    from megatron_bicc.rewards.registry import BUILT_INS
+
+    assert settings()["reward.verifier"].rule.named == tuple(BUILT_INS)
