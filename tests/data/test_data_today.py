@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from megatron_bicc import evaluate
 from megatron_bicc.cli import parse_config
+from megatron_bicc.config import settings as all_settings
 from megatron_bicc.data.encoding import PromptEncoder, asks_for_date, fix_date
 from megatron_bicc.errors import UserError
 from megatron_bicc.startup import Inputs, read_inputs
@@ -98,8 +99,8 @@ def test_a_date_that_is_set_is_the_date(settings: list[str], caplog: pytest.LogC
     assert not caplog.records
     other = read_inputs(parse_config([*settings, "data.date=2026-01-05"]))
     assert inputs.contents != other.contents
-    with pytest.raises(UserError, match="data.date is '4.1.2026'; write a date as YYYY-MM-DD"):
-        read_inputs(parse_config([*settings, "data.date=4.1.2026"]))
+    with pytest.raises(UserError, match="data.date is '4.1.2026'; it must be a date, YYYY-MM-DD, or empty"):
+        all_settings()["data.date"].check("4.1.2026")
 
 
 def test_without_a_template_that_asks_there_is_no_date(settings: list[str]) -> None:
@@ -112,6 +113,6 @@ def test_an_evaluation_goes_on_with_the_date_of_its_answers(settings: list[str],
     (tmp_path / "run/prompts.jsonl").write_text(json.dumps(kept) + "\n")
     inputs = evaluate.read_inputs(parse_config(settings), [str(tmp_path / "prompts.jsonl")])
     assert inputs.config.data.date == DAY
-    assert "data.date" in evaluate.DECISIVE
+    assert all_settings()["data.date"].rule.decides_score
     (prompt,) = inputs.benchmarks["prompts"].prompts
     assert inputs.tokenizer.decode(prompt.token_ids).startswith("04.01.2026 ")

@@ -324,4 +324,5 @@ def test_a_default_and_the_edges_of_a_range_are_accepted(name: str):
 
 
 def test_the_named_verifiers_are_those_of_the_registry():
+
     assert settings()["reward.verifier"].rule.named == tuple(BUILT_INS)
