@@ -32,8 +32,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_bicc import device, run_lock
-from megatron_bicc.checkpoint.megatron_files import cause
-from megatron_bicc.checkpoint.verify import check_file, check_manifest, describe_share, write_manifest
+from megatron_bicc.checkpoint.megatron_files import (
+    cause,
+    check_file,
+    check_manifest,
+    describe_share,
+    write_manifest,
+)
 from megatron_bicc.collective import gathered
 from megatron_bicc.errors import NotFiniteError, UserError, first_line
 from megatron_bicc.model.policy import Policy
