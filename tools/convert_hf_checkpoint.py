@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(argv: list[str]) -> int:
-    """Returns the exit status: 0; 1 if logits differ by more than the tolerance; 2 for bad input, in one line."""
+    """Returns the exit status: 0; 1 if logits differ too much; 2 for bad input, with one line on stderr."""
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)

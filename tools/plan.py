@@ -27,7 +27,7 @@ BYTES_PER_GBIT = 1e9 / 8
 
 
 def main(argv: list[str]) -> int:
-    """Prints the plan. Returns the exit status: 0; 1 if it does not fit; 2 for bad input, one line on stderr."""
+    """Prints the plan; returns the exit status: 0; 1 if it does not fit; 2 for bad input, in one line."""
     arguments = _parser().parse_intermixed_args(argv)
     try:
         plan, others = _plans(arguments)
@@ -107,13 +107,15 @@ def _plans(arguments: argparse.Namespace) -> tuple[Plan, list[Plan]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ) parser.add_argument("--config", required=True, help="YAML file of settings")
-    parser.add_argument("--gpu", choices=GPUS, default="H100") parser.add_argument("--world-size",
-    type=_count, required=True, help="GPUs that train") parser.add_argument("--gpus-per-host", type=_count,
-    default=8) parser.add_argument("--server-gpus", type=_count, default=8, help="GPUs of one rollout server")
-    parser.add_argument("--network-gbits", type=_positive, default=400, help="one GPU to another host, Gb/s")
-    parser.add_argument("--sync-gbits", type=_positive, default=400, help="all training GPUs to the servers,
-    Gb/s") parser.add_argument(
+    )
+    parser.add_argument("--config", required=True, help="YAML file of settings")
+    parser.add_argument("--gpu", choices=GPUS, default="H100")
+    parser.add_argument("--world-size", type=_count, required=True, help="GPUs that train")
+    parser.add_argument("--gpus-per-host", type=_count, default=8)
+    parser.add_argument("--server-gpus", type=_count, default=8, help="GPUs of one rollout server")
+    parser.add_argument("--network-gbits", type=_positive, default=400, help="per GPU, to another host")
+    parser.add_argument("--sync-gbits", type=_positive, default=400, help="all training GPUs to the servers")
+    parser.add_argument(
         "--efficiency", type=_positive, default=0.40, help="share of peak that matrix products reach"
     )
     parser.add_argument("--propose", type=_count, default=0, metavar="N", help="show the N best layouts")

@@ -1,14 +1,15 @@
-"""The parameters of a whole policy, and where a distributed checkpoint keeps them.
+"""The files of a distributed checkpoint: where each parameter is, reading and writing them, the manifest.
 
-What a checkpoint holds for a policy is asked from megatron-core itself, of a policy built without memory.
-
-A policy's weights in megatron-core's distributed checkpoint format, read and written slot by slot.
-
-The format does not know layouts: each tensor of it is whole, and whoever loads it takes its own part.
+megatron-core's format is independent of the layout: its tensors are whole, and each rank loads its own part.
+What it holds for a policy is taken from megatron-core itself, by building the policy on the meta device.
+Parameters are read and written one at a time. manifest.json has the size and SHA-256 of every file, so that a
+flipped bit is found.
 """
 
 import errno
+import hashlib
 import io
+import json
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

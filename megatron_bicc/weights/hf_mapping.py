@@ -89,7 +89,7 @@ RULES = (
 
 
 def rule_for(megatron_name: str, first_layer: int) -> Rule:
-    """Returns the rule of a parameter of a stage whose first layer is `first_layer`, with its names filled in.
+    """Returns the rule of a parameter, with its names filled in, on a stage that starts at `first_layer`.
 
     Raises LookupError for a parameter that has no rule: RULES lack one of a family that FAMILIES accepts.
     """
