@@ -4,9 +4,9 @@ python tools/convert_hf_checkpoint.py import HF_DIR OUT [--tp 2 --pp 2]
 python tools/convert_hf_checkpoint.py export MEGATRON_DIR OUT [--hf HF_DIR]
 python tools/convert_hf_checkpoint.py verify HF_DIR MEGATRON_DIR [--tolerance 1e-4]
 
-All of them also run under torchrun, where each process does a share. A checkpoint loads under any layout, so
---tp, --pp and --ep only check that the model can be loaded so. MEGATRON_DIR may be a training
-run's checkpoint.
+All of them also run under torchrun, which splits the work between the processes. A checkpoint loads under
+every layout; --tp, --pp and --ep only check that the model fits that layout. MEGATRON_DIR may be the
+checkpoint of a training run.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from megatron_bicc.model.policy import start_model_parallel
 
 
 def main(argv: list[str]) -> int:
-    """`run` inside megatron-core's process groups."""
+    """Creates megatron-core's process groups around `run`."""
     device.start_distributed()
     start_model_parallel(Config())
     try:
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(argv: list[str]) -> int:
-    """Exit status: 0; 1 if logits differ by more than the tolerance; 2 for bad input, one line on stderr."""
+    """Returns the exit status: 0; 1 if logits differ too much; 2 for bad input, with one line on stderr."""
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -81,9 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("source", type=Path, metavar="HF_DIR")
     command.add_argument("target", type=Path, metavar="OUT")
     for layout, name in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
-        text = f"{name}-parallel size that the model is to be loaded under [1]"
+        text = f"check that the model fits this {name}-parallel size [1]"
         command.add_argument(f"--{layout}", type=_positive, default=1, metavar="N", help=text)
-    text = "read pytorch_model.bin where there are no safetensors"
+    text = "read pytorch_model.bin if there are no safetensors; only from a source that you trust"
     command.add_argument("--allow-pickle", action="store_true", help=text)
 
     command = commands.add_parser("export", help="distributed checkpoint -> Hugging Face directory")
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("hf", type=Path, metavar="HF_DIR")
     command.add_argument("source", type=Path, metavar="MEGATRON_DIR")
     command.add_argument("--prompts", type=_positive, default=4, metavar="N", help="random prompts [4]")
-    text = "tokens of the longest prompt; others are half, a quarter, an eighth of it [4608, or the model's]"
+    text = "tokens of the longest prompt; others are 1/2, 1/4 and 1/8 of it [4608, or the model's maximum]"
     command.add_argument("--length", type=_positive, default=None, metavar="N", help=text)
     text = "largest difference allowed, as a share of the largest logit [1e-4]"
     command.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help=text)
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 

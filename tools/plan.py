@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Memory, traffic and time of a run on GPUs that are not here; layouts that fit, the shortest step first.
+"""Estimates memory, traffic and step time of a run on any number of GPUs, and lists layouts that fit.
 
 tools/plan.py --config examples/configs/llama_70b.yaml --gpu H100 --world-size 64 [section.name=value ...]
 """
@@ -23,11 +23,11 @@ from megatron_bicc.planning.synthetic import synthetic_step
 from megatron_bicc.startup import check_lengths
 from megatron_bicc.validation import validate
 
-BYTES_A_GBIT = 1e9 / 8
+BYTES_PER_GBIT = 1e9 / 8
 
 
 def main(argv: list[str]) -> int:
-    """Prints the plan. Exit status: 0; 1 if it does not fit; 2 for a mistake, one line on stderr."""
+    """Prints the plan; returns the exit status: 0; 1 if it does not fit; 2 for bad input, in one line."""
     arguments = _parser().parse_intermixed_args(argv)
     try:
         plan, others = _plans(arguments)
@@ -39,11 +39,7 @@ def main(argv: list[str]) -> int:
         print(f"\nlayouts that fit, the {len(others)} best:\n{proposals(others)}")
     try:
         _write(arguments, plan, others)
-    except (
-        OSError,
-        UserError,
-        ValueError,
-    ) as error:  # a picture's format that nobody can draw is a ValueError
+    except OSError as error:
         print(f"plan: error: cannot be written: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0 if plan.fits else 1
@@ -58,26 +54,33 @@ def _write(arguments: argparse.Namespace, plan: Plan, others: list[Plan]) -> Non
 
 
 def _count(text: str) -> int:
-    """A whole number from 1."""
+    """Parses a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
 
 
+def _picture(text: str) -> Path:
+    """Parses the name of a picture, whose ending is its format."""
+    if Path(text).suffix not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text} must end in .png, .pdf or .svg")
+    return Path(text)
+
+
 def _positive(text: str) -> float:
-    """A finite number above 0."""
+    """Parses a finite number above 0."""
     try:
         value = float(text)
-    except UserError:
+    except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return value
 
 
 def _plans(arguments: argparse.Namespace) -> tuple[Plan, list[Plan]]:
-    """The configured plan, and the best of the proposed."""
-    # a dry run's settings do without prompts
+    """Returns the plan of the configuration, and the best proposed ones."""
+    # a dry run does not require prompts
     config = parse_config(["--config", arguments.config, *arguments.settings, "dry_run=true"], "plan")
     validate(config, arguments.world_size)
     config = resolve(config)
@@ -87,8 +90,8 @@ def _plans(arguments: argparse.Namespace) -> tuple[Plan, list[Plan]]:
     cluster = Cluster(
         GPUS[arguments.gpu],
         arguments.gpus_per_host,
-        arguments.network_gbits * BYTES_A_GBIT,
-        arguments.sync_gbits * BYTES_A_GBIT,
+        arguments.network_gbits * BYTES_PER_GBIT,
+        arguments.sync_gbits * BYTES_PER_GBIT,
         arguments.efficiency,
     )
     data_parallel = data_parallel_size(config.parallel, arguments.world_size)
@@ -110,14 +113,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--world-size", type=_count, required=True, help="GPUs that train")
     parser.add_argument("--gpus-per-host", type=_count, default=8)
     parser.add_argument("--server-gpus", type=_count, default=8, help="GPUs of one rollout server")
-    parser.add_argument("--network-gbits", type=_positive, default=400, help="a GPU to another host, Gb/s")
-    parser.add_argument("--sync-gbits", type=_positive, default=400, help="all trainers to the servers, Gb/s")
+    parser.add_argument("--network-gbits", type=_positive, default=400, help="per GPU, to another host")
+    parser.add_argument("--sync-gbits", type=_positive, default=400, help="all training GPUs to the servers")
     parser.add_argument(
-        "--efficiency", type=_positive, default=0.40, help="share of peak that products reach"
+        "--efficiency", type=_positive, default=0.40, help="share of peak that matrix products reach"
     )
     parser.add_argument("--propose", type=_count, default=0, metavar="N", help="show the N best layouts")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
-    parser.add_argument("--picture", type=Path, help="draw memory and step time into this file")
+    parser.add_argument("--picture", type=_picture, help="draw memory and step time to this file")
     parser.add_argument("settings", nargs="*", help="section.name=value")
     return parser
 

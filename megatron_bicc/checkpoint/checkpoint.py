@@ -31,8 +31,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_bicc import device, run_lock
-from megatron_bicc.checkpoint.megatron_files import cause
-from megatron_bicc.checkpoint.verify import check_file, check_manifest, describe_share, write_manifest
+from megatron_bicc.checkpoint.megatron_files import (
+    cause,
+    check_file,
+    check_manifest,
+    describe_share,
+    write_manifest,
+)
 from megatron_bicc.collective import gathered, raised_on_all_ranks
 from megatron_bicc.errors import NotFiniteError, UserError, first_line
 from megatron_bicc.metrics import waiting_for

@@ -1,7 +1,8 @@
-"""Conversion between a Hugging Face directory and megatron-core's distributed checkpoint.
+"""Converts between a Hugging Face directory and megatron-core's distributed checkpoint.
 
-CHECKPOINT/hf/ keeps what a checkpoint has no place for: configuration, tokenizer, and which file held which
-tensor. With it an import followed by an export gives back every tensor and every byte of these files.
+CHECKPOINT/hf/ keeps what the checkpoint's format has no place for: configuration, tokenizer, and which file
+held which tensor. With it an import followed by an export restores every tensor and every byte of these
+files.
 """
 
 import json
@@ -17,12 +18,20 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from megatron_bicc import device
-from megatron_bicc.checkpoint.megatron_files import MegatronCheckpoint, Slot, slots_of, write_checkpoint
-from megatron_bicc.checkpoint.verify import check_if_listed, describe_share, write_manifest
+from megatron_bicc.checkpoint.megatron_files import (
+    MegatronCheckpoint,
+    Slot,
+    check_if_listed,
+    describe_share,
+    slots_of,
+    write_checkpoint,
+    write_manifest,
+)
 from megatron_bicc.collective import gathered, shared_atomic_directory
 from megatron_bicc.errors import UserError
 from megatron_bicc.files import check_disk, check_target
 from megatron_bicc.model.families import supported_config
+from megatron_bicc.model.policy import is_finite
 from megatron_bicc.weights.hf_files import (
     EMBEDDING,
     INDEX,
@@ -42,10 +51,11 @@ HF = "hf"
 
 
 def import_hf(source: Path, target: Path, allow_pickle: bool) -> None:
-    """Hugging Face directory -> distributed checkpoint, which loads under any layout. Collective.
+    """Converts a Hugging Face directory to a distributed checkpoint for every layout. Collective.
 
     Holds about three parameters in memory, however large the model. Raises UserError, one line, for an
-    architecture that is not supported, tensors that do not fit config.json, a damaged file or a full disk.
+    architecture that is not supported, tensors that do not fit config.json or are not finite, a damaged file
+    or a full disk.
     """
     check_target(target)
     hf_config = supported_config(source)
@@ -59,7 +69,9 @@ def import_hf(source: Path, target: Path, allow_pickle: bool) -> None:
     with shared_atomic_directory(target) as partial, _bar(f"import {source}", own, found) as bar:
 
         def read(slot: Slot) -> Tensor:
-            parameter = slot.to_megatron([tensors.read(name) for name in slot.hf_names], hf_config)
+            parts = {name: tensors.read(name) for name in slot.hf_names}
+            _check_finite(source, parts)
+            parameter = slot.to_megatron(list(parts.values()), hf_config)
             bar.update(parameter.nbytes)
             return parameter
 
@@ -72,11 +84,11 @@ def import_hf(source: Path, target: Path, allow_pickle: bool) -> None:
 
 
 def export_hf(source: Path, target: Path, side_files: Path | None) -> None:
-    """Distributed checkpoint -> Hugging Face directory. Collective; each process writes some of its files.
+    """Converts a distributed checkpoint to a Hugging Face directory. Collective: processes share the files.
 
     side_files: directory of configuration and tokenizer; None: the checkpoint's own hf/. Holds one of the
     written files in memory, and the largest tensor. Raises UserError, one line, for a checkpoint that does
-    not fit its configuration or its manifest, a damaged file or a full disk.
+    not fit its configuration or its manifest, values that are not finite, a damaged file or a full disk.
     """
     check_target(target)
     if side_files is None and source.is_dir() and not (source / HF).is_dir():
@@ -110,16 +122,23 @@ def export_hf(source: Path, target: Path, side_files: Path | None) -> None:
                 _keep_index(beside, partial, file_of, tensors)
 
 
+def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises UserError for NaN or infinite values, which a policy could not be loaded with."""
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise UserError(f"{path}: tensor {name} holds NaN or infinite values; take an intact copy")
+
+
 def _list_files(directory: Path) -> None:
     """Writes the manifest. Collective."""
-    dist.barrier()  # every process's files are there
+    dist.barrier()  # until all processes have written their files
     parts = gathered(describe_share(directory))
     if dist.get_rank() == 0:
         write_manifest(directory, parts)
 
 
 def _check_types(source: Path, slots: list[Slot], found: dict[str, Tensor]) -> None:
-    """Raises UserError for tensors that a checkpoint keeps in one, but are of several types."""
+    """Raises UserError for tensors of several types that a checkpoint keeps in one tensor."""
     first: dict[str, str] = {}
     for slot in slots:
         for name in slot.hf_names:
@@ -132,7 +151,7 @@ def _check_types(source: Path, slots: list[Slot], found: dict[str, Tensor]) -> N
 
 
 def _hf_places(slot: Slot, hf_config: PretrainedConfig) -> list[tuple[int, str]]:
-    """(position in `slot.to_hf`, tensor name); a tied embedding can be stored as the output layer too."""
+    """Returns (position in `slot.to_hf`, tensor name); a tied embedding may be stored as output layer too."""
     places = list(enumerate(slot.hf_names))
     tied = hf_config.tie_word_embeddings and slot.hf_names == (EMBEDDING,)
     return [*places, (0, OUTPUT)] if tied else places
@@ -141,7 +160,7 @@ def _hf_places(slot: Slot, hf_config: PretrainedConfig) -> list[tuple[int, str]]
 def _exported(
     checkpoint: MegatronCheckpoint, slots: list[Slot], hf_config: PretrainedConfig
 ) -> dict[str, Tensor]:
-    """Every Hugging Face tensor of the policy, as meta tensors of the checkpoint's types."""
+    """Returns every Hugging Face tensor of the policy, as meta tensors of the checkpoint's types."""
     return {
         name: torch.empty(slot.hf_shapes(hf_config)[i], dtype=checkpoint.dtype(slot), device="meta")
         for slot in slots
@@ -150,7 +169,7 @@ def _exported(
 
 
 def _split(tensors: dict[str, Tensor], hf_config: PretrainedConfig) -> dict[str, str]:
-    """Which file holds which tensor, as transformers would have it."""
+    """Returns the file of each tensor, as transformers would split them."""
     tensors = {n: x for n, x in tensors.items() if n != OUTPUT or not hf_config.tie_word_embeddings}
     return dict(split_torch_state_dict_into_shards(tensors, max_shard_size="5GB").tensor_to_filename)
 
@@ -163,19 +182,21 @@ def _check_index(beside: Path, file_of: dict[str, str], tensors: dict[str, Tenso
 def _read_file(
     checkpoint: MegatronCheckpoint, slots: list[Slot], names: Container[str], hf_config: PretrainedConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one file, in the order of `slots`."""
+    """Yields the tensors of one file, in the order of `slots`."""
     for slot in slots:
         places = [(i, name) for i, name in _hf_places(slot, hf_config) if name in names]
         if places:
             tensors = slot.to_hf(checkpoint.read(slot), hf_config)
-            yield from ((name, tensors[i]) for i, name in places)
+            found = {name: tensors[i] for i, name in places}
+            _check_finite(checkpoint.path, found)
+            yield from found.items()
 
 
 def _keep_index(source: Path, target: Path, file_of: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    """The source's own index where it says just this, in full; else one made anew."""
+    """Copies the source's own index if it says the same, in full; else writes a new one."""
     index = index_of(source)
     written = json.loads(index.read_text()) if index else {}
-    # transformers fails on one without metadata
+    # transformers fails on an index without metadata
     if written.get("weight_map") == file_of and isinstance(written.get("metadata"), dict):
         shutil.copyfile(index, target / INDEX)
     else:
@@ -183,7 +204,7 @@ def _keep_index(source: Path, target: Path, file_of: dict[str, str], tensors: di
 
 
 def _safetensors_names(tensors: HfTensors) -> dict[str, str]:
-    """file_of, as an export names the files, which are safetensors."""
+    """Returns file_of with the names that an export gives to the files, which are safetensors."""
     return {
         name: file.replace("pytorch_model", "model").replace(".bin", ".safetensors")
         for name, file in tensors.file_of.items()

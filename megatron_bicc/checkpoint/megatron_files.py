@@ -1,18 +1,20 @@
-"""The parameters of a whole policy, and where a distributed checkpoint keeps them.
+"""The files of a distributed checkpoint: where each parameter is, reading and writing them, the manifest.
 
-What a checkpoint holds for a policy is asked from megatron-core itself, of a policy built without memory.
-
-A policy's weights in megatron-core's distributed checkpoint format, read and written slot by slot.
-
-The format does not know layouts: each tensor of it is whole, and whoever loads it takes its own part.
+megatron-core's format is independent of the layout: its tensors are whole, and each rank loads its own part.
+What it holds for a policy is taken from megatron-core itself, by building the policy on the meta device.
+Parameters are read and written one at a time. manifest.json has the size and SHA-256 of every file, so that a
+flipped bit is found.
 """
 
 import errno
+import hashlib
 import io
+import json
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,6 +42,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from transformers import PretrainedConfig
 
 from megatron_bicc import device
+from megatron_bicc.collective import gathered
 from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError, first_line
 from megatron_bicc.model.build import PolicyModel, transformer_config
@@ -52,23 +55,23 @@ class Slot:
 
     rule: Rule
     key: str
-    """Name of the checkpoint's tensor, which holds this parameter of every layer"""
+    """Name of the checkpoint's tensor, which stacks this parameter of all layers"""
     offset: tuple[int, ...]
     """Where the parameter starts in that tensor"""
     global_shape: tuple[int, ...]
     shape: torch.Size
-    """The parameter's own shape; its missing leading dimensions are of size 1"""
+    """The parameter's own shape; the tensor has further leading dimensions, of which it takes 1"""
 
     @property
     def hf_names(self) -> tuple[str, ...]:
         return self.rule.hf_names(0)
 
     def to_megatron(self, tensors: list[Tensor], hf_config: PretrainedConfig) -> Tensor:
-        """Hugging Face tensors -> the parameter."""
+        """Converts Hugging Face tensors to the parameter."""
         return cut(self.rule.kind, to_whole(self.rule.kind, tensors, hf_config, 1), 0, 1, self.shape)
 
     def to_hf(self, parameter: Tensor, hf_config: PretrainedConfig) -> list[Tensor]:
-        """The parameter -> Hugging Face tensors, in the order of `hf_names`."""
+        """Converts the parameter to Hugging Face tensors, in the order of `hf_names`."""
         return from_whole(self.rule.kind, join(self.rule.kind, [parameter], hf_config), hf_config)
 
     @property
@@ -78,19 +81,19 @@ class Slot:
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
-        """Its place in the checkpoint's tensor, in torch's words."""
+        """Its place in the checkpoint's tensor, as torch describes it."""
         return ChunkStorageMetadata(torch.Size(self.offset), torch.Size(self.sizes))
 
     def hf_shapes(self, hf_config: PretrainedConfig) -> list[torch.Size]:
-        """Shapes of the Hugging Face tensors."""
+        """Returns the shapes of the Hugging Face tensors."""
         return [x.shape for x in self.to_hf(torch.empty(self.shape, device="meta"), hf_config)]
 
 
 def slots_of(hf_config: PretrainedConfig) -> tuple[list[Slot], list[ShardedObject]]:
-    """What a checkpoint of this policy holds: its parameters, and megatron-core's own objects.
+    """Returns what a checkpoint of this policy holds: its parameters, and megatron-core's own objects.
 
-    megatron-core's process groups must have been made, without model parallel. Raises UserError for an
-    architecture that is not supported.
+    megatron-core's process groups must exist, without model parallel. Raises UserError for an architecture
+    that is not supported.
     """
     with device.megatron(), torch.device("meta"):
         model = PolicyModel(transformer_config(hf_config, Config()), hf_config, temperature=1.0)
@@ -101,7 +104,7 @@ def slots_of(hf_config: PretrainedConfig) -> tuple[list[Slot], list[ShardedObjec
 
 
 def _slot(name: str, entry: ShardedTensor | ShardedTensorFactory, shape: torch.Size) -> Slot:
-    # a gated linear's two halves are cut apart, one after the other: together they are the parameter
+    # the two halves of a gated linear are separate entries, the second after the first: together they are it
     first = entry.build()[0] if isinstance(entry, ShardedTensorFactory) else entry
     return Slot(rule_for(name, 0), first.key, tuple(first.global_offset), tuple(first.global_shape), shape)
 
@@ -117,15 +120,15 @@ def write_checkpoint(
 ) -> None:
     """Writes a checkpoint, holding one parameter at a time in memory. Collective.
 
-    slots: those that this process writes, with their types; every process has its own. `read` makes a
-    parameter, which is freed when the next one is asked for. Without process groups it works alone.
+    slots: those that this process writes, with their types. read: returns the parameter of a slot, which is
+    freed when the next one is read. An exception that `read` raises is passed on.
     """
     writer = dcp.FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0, overwrite=True)
     try:
         dcp.save({}, storage_writer=writer, planner=_StreamPlanner(list(slots), objects, read))
     except CheckpointException as error:
         if isinstance(cause(error), RuntimeError):
-            # the system's own error is lost inside torch
+            # torch's writer drops the errno of the system's error
             raise OSError(errno.EIO, f"{first_line(cause(error))}; is the disk full?") from error
         raise cause(error) from error
     if dist.get_rank() == 0:
@@ -134,7 +137,7 @@ def write_checkpoint(
 
 
 class _StreamPlanner(dcp.DefaultSavePlanner):
-    """Plans a save from descriptions, and makes each tensor only when it is written."""
+    """Plans a save from shapes and types; reads each tensor when it is written."""
 
     def __init__(
         self,
@@ -143,14 +146,14 @@ class _StreamPlanner(dcp.DefaultSavePlanner):
         read: Callable[[Slot], Tensor],
     ) -> None:
         super().__init__(flatten_state_dict=False)
-        self._pieces = {MetadataIndex(p.key, p.offset): (p, dtype) for p, dtype in slots}
+        self._slots = {MetadataIndex(p.key, p.offset): (p, dtype) for p, dtype in slots}
         self._objects = {MetadataIndex(o.unique_key): o for o in objects if dist.get_rank() == 0}
         self._read = read
         self._written: Tensor | None = None
 
     def create_local_plan(self) -> SavePlan:
         items = [WriteItem(index, WriteItemType.BYTE_IO) for index in self._objects]
-        items += [_write_item(index, *entry) for index, entry in self._pieces.items()]
+        items += [_write_item(index, *entry) for index, entry in self._slots.items()]
         self.plan = SavePlan(items)
         return self.plan
 
@@ -160,15 +163,15 @@ class _StreamPlanner(dcp.DefaultSavePlanner):
             torch.save([self._objects[write_item.index].data], stream)
             return stream
         if self._written is not None:
-            # torch's writer keeps what it has written until it closes the file
+            # torch's writer keeps a reference until it closes the file: free the memory underneath
             self._written.untyped_storage().resize_(0)
-        slot, _ = self._pieces[write_item.index]
+        slot, _ = self._slots[write_item.index]
         self._written = _own(self._read(slot))
         return self._written.view(slot.sizes)
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """The tensor in storage of its own: what was read can be a part of a file."""
+    """Returns the tensor in storage of its own, which can be freed: it may be part of a mapped file."""
     storage = tensor.untyped_storage()
     owned = storage.resizable() and storage.nbytes() == tensor.nbytes and tensor.is_contiguous()
     return tensor if owned else tensor.clone(memory_format=torch.contiguous_format)
@@ -180,23 +183,23 @@ def _write_item(index: MetadataIndex, slot: Slot, dtype: torch.dtype) -> WriteIt
 
 
 class MegatronCheckpoint:
-    """Reads parameters out of a distributed checkpoint, one that was imported or one of a training run."""
+    """Reads parameters of a distributed checkpoint, imported or written by a training run."""
 
     def __init__(self, path: Path) -> None:
         """Raises UserError if it is not a readable distributed checkpoint."""
         self.path, self._reader = path, CachedMetadataFileSystemReader(str(path))
         try:
             self._tensors = dist_checkpointing.load_tensors_metadata(str(path))
-        except Exception as error:  # megatron-core raises many kinds
+        except Exception as error:  # megatron-core raises many types
             raise UserError(f"{path}: not a distributed checkpoint: {first_line(cause(error))}") from error
 
     def check(self, slots: list[Slot]) -> None:
-        """Raises UserError that names the first tensor that is missing or of another shape."""
+        """Raises UserError that names the first tensor that is missing or misshapen."""
         for slot in slots:
             if slot.key not in self._tensors:
                 raise UserError(f"{self.path}: tensor {slot.key} is missing")
             found, wanted = self._tensors[slot.key].global_shape, slot.global_shape
-            # rows of a vocabulary may be padded for tensor parallel
+            # tensor parallel pads the rows of the vocabulary
             padded = slot.rule.kind == "vocab" and found[0] >= wanted[0] and found[1:] == wanted[1:]
             if found != wanted and not padded:
                 raise UserError(
@@ -204,23 +207,23 @@ class MegatronCheckpoint:
                 )
 
     def dtype(self, slot: Slot) -> torch.dtype:
-        """Type of the parameter."""
+        """Returns the type of the parameter."""
         return self._tensors[slot.key].dtype
 
     def read(self, slot: Slot) -> Tensor:
-        """A whole parameter, on the CPU; not collective. Raises UserError if the checkpoint is damaged."""
+        """Returns a whole parameter on the CPU. Raises UserError if the checkpoint is damaged."""
         parameter = torch.empty(slot.shape, dtype=self.dtype(slot))
         try:
-            with warnings.catch_warnings(action="ignore"):  # that no_dist is meant
+            with warnings.catch_warnings(action="ignore"):  # torch warns that no_dist assumes one process
                 dcp.load({}, storage_reader=self._reader, planner=_SlotPlanner(slot, parameter), no_dist=True)
-        except (Exception, CheckpointException) as error:  # torch raises many kinds
+        except (Exception, CheckpointException) as error:  # torch raises many types
             reason = first_line(cause(error))
             raise UserError(f"{self.path}: {slot.key} cannot be read: {reason}") from error
         return parameter
 
 
 class _SlotPlanner(dcp.DefaultLoadPlanner):
-    """Plans a load of one parameter, from whatever shards a checkpoint cut it into."""
+    """Plans a load of one parameter from the shards that a checkpoint cut it into."""
 
     def __init__(self, slot: Slot, parameter: Tensor) -> None:
         super().__init__(flatten_state_dict=False)
@@ -235,11 +238,11 @@ class _SlotPlanner(dcp.DefaultLoadPlanner):
         return self._target[tuple(slice(start, start + length) for start, length in bounds)]
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing: the reader has written into the parameter."""
+        """Does nothing: the reader has written into the parameter."""
 
 
 def load_chunks(chunks: list[PolicyModel], path: Path) -> None:
-    """Fills this rank's parameters under any layout. Collective.
+    """Fills this rank's parameters, under any layout. Collective.
 
     Raises UserError if the checkpoint does not fit or is damaged.
     """
@@ -247,12 +250,72 @@ def load_chunks(chunks: list[PolicyModel], path: Path) -> None:
         state = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
         try:
             loaded = dist_checkpointing.load(state, str(path))
-        except (Exception, CheckpointException) as error:  # megatron-core and torch raise many kinds
+        except (Exception, CheckpointException) as error:  # megatron-core and torch raise many types
             raise UserError(f"{path}: cannot be loaded: {first_line(cause(error))}") from error
         for i, chunk in enumerate(chunks):
             chunk.load_state_dict(loaded[f"model{i}"], strict=False)
 
 
 def cause(error: BaseException) -> BaseException:
-    """What failed on one of the processes, where torch wraps it."""
+    """Returns the error of the process that failed, if torch has wrapped it."""
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
+MANIFEST = "manifest.json"
+
+
+def describe_share(directory: Path) -> dict[str, Any]:
+    """Returns this process's share of the manifest: size and SHA-256 of files assigned round-robin."""
+    return {name: _describe(directory / name) for name in _share(_names(directory))}
+
+
+def write_manifest(directory: Path, parts: list[dict[str, Any]]) -> None:
+    """Writes the manifest from the shares of all processes."""
+    files = {name: found for part in parts for name, found in part.items()}
+    (directory / MANIFEST).write_text(json.dumps(files, indent=1, sort_keys=True))
+
+
+def check_file(directory: Path, name: str) -> None:
+    """Raises UserError if the file is missing or does not match the manifest."""
+    if damage := _damage(directory, [name]):
+        raise UserError(damage)
+
+
+def check_manifest(directory: Path) -> None:
+    """Raises UserError on every process, naming a file that is missing or does not match. Collective."""
+    for damage in filter(None, gathered(_damage(directory))):
+        raise UserError(damage)
+
+
+def check_if_listed(directory: Path) -> None:
+    """Runs `check_manifest` if there is a manifest: checkpoints of older versions have none. Collective."""
+    if (directory / MANIFEST).exists():
+        try:
+            check_manifest(directory)
+        except UserError as error:
+            raise UserError(f"{error}; take an intact copy or another checkpoint") from error
+
+
+def _damage(directory: Path, names: list[str] | None = None) -> str | None:
+    """Returns the first damaged file, in words; None: `names`, or this process's share of all, are intact."""
+    try:
+        files = json.loads((directory / MANIFEST).read_text())
+        for name in names or _share(sorted(files)):
+            if _describe(directory / name) != files[name]:
+                return f"{directory / name} is damaged: it is not what {MANIFEST} says"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{getattr(error, 'filename', None) or directory / MANIFEST} cannot be read: {error}"
+    return None
+
+
+def _names(directory: Path) -> list[str]:
+    return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
+
+
+def _share(names: list[str]) -> list[str]:
+    return names[dist.get_rank() :: dist.get_world_size()]
+
+
+def _describe(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -151,9 +151,9 @@ def layer_specs(megatron_config: TransformerConfig, vp_stage: int | None) -> Tra
     if backend() == "Transformer Engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        norm, layer = (
-            TENorm,
-            get_gpt_layer_with_transformer_engine_spec(c.num_moe_experts, c.moe_grouped_gemm, c.qk_layernorm),
+        norm = TENorm
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            c.num_moe_experts, c.moe_grouped_gemm, c.qk_layernorm
         )
     else:
         norm = rms_norm()

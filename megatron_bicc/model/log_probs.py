@@ -4,8 +4,8 @@ Computed in chunks of rows: no [A, V] tensor outlives a chunk, and backward comp
 again. Four matrix products stand where a dense implementation has three; the logits of a micro-batch, which
 would be its largest tensor by far, are never stored.
 
-Shape suffixes: A response rows, L rows of a chunk, V tokens of this rank's part of the vocabulary; hidden
-sizes have no letter.
+Shape suffixes: A response rows, L rows of a chunk, V tokens of this rank's part of the vocabulary; H is the
+hidden size here.
 """
 
 from collections.abc import Callable
@@ -33,11 +33,11 @@ class VocabShard:
 
 
 OnGradient = Callable[[int, Tensor, Tensor], None]
-"""Called with (first row of a chunk, gradient of its logits [L, V], hidden [L, hidden])"""
+"""Called with (first row of a chunk, gradient of its logits [L, V], hidden [L, H])"""
 
 
 class VocabParallelLogProbs(torch.autograd.Function):
-    """(hidden [A, hidden], weight [V, hidden], labels int64 [A], temperature, shard) -> (log-probs [A], entropy [A]).
+    """(hidden [A, H], weight [V, H], labels int64 [A], temperature, shard) -> (log-probs [A], entropy [A]).
 
     Outputs are float32 for inputs of lower precision, entropy in nats, both at the temperature. The gradient
     of `hidden` is this rank's part: the caller reduces it over the tensor-parallel group. The backward pass
@@ -87,7 +87,7 @@ class VocabParallelLogProbs(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Returns slices of the rows; one empty slice if there are none, so that all ranks make the same calls."""
+    """Returns slices of the rows; one empty slice if there are none: all ranks must make the same calls."""
     rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
     return [slice(i, i + rows) for i in range(0, max(1, hidden.shape[0]), rows)]
 

@@ -46,7 +46,7 @@ class Segments:
 
     @classmethod
     def across(cls, cu_q: np.ndarray, cu_k: np.ndarray, device: torch.device) -> "Segments":
-        """Returns attention of each segment's queries to all of its keys; int32 cumulative lengths of both."""
+        """Returns attention of each segment's queries to all its keys; int32 cumulative lengths of both."""
         return cls._make(cu_q, cu_k, False, device)
 
     @classmethod

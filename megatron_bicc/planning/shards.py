@@ -1,4 +1,4 @@
-"""Every rank's shard of the policy, built on the meta device in one process by the classes that a run uses."""
+"""Every rank's shard of the policy, built on the meta device in one process, by a run's own classes."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

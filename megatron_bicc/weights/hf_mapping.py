@@ -1,14 +1,16 @@
-"""Which Hugging Face tensors make which megatron-core parameter, and how tensor parallel cuts it.
+"""Which Hugging Face tensors make up which megatron-core parameter, and how tensor parallel cuts it.
 
 A parameter's whole form has one dimension along which tensor parallel cuts it evenly:
 
-    vocab       [padded vocabulary, H]           along 0
-    qkv         [groups, q per group + 2, D, H]  along 0   (each key-value group with its query heads)
-    gate_up     [2, F, H]                        along 1
-    row         [out, in]                        along 1
-    replicated  as it is                         not cut
+    vocab       [padded vocabulary, hidden]    along 0
+    qkv         [G, H / G + 2, C, hidden]      along 0   (each key-value head with its query heads)
+    gate_up     [2, inner, hidden]             along 1
+    row         [out, in]                      along 1
+    replicated  unchanged                      not cut
 
-Expert parallel gives each rank whole experts; tensor parallel does not cut these.
+Expert parallel gives each rank whole experts, which tensor parallel does not cut.
+
+Shape letters: H query heads, G key-value heads, C channels of a head.
 """
 
 import re
@@ -19,7 +21,6 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_bicc.errors import UserError
 from megatron_bicc.model.families import head_dim, padded_vocab_size
 
 Kind = Literal["vocab", "qkv", "gate_up", "row", "replicated"]
@@ -28,19 +29,19 @@ CUT_DIMENSION: dict[Kind, int] = {"vocab": 0, "qkv": 0, "gate_up": 1, "row": 1}
 
 @dataclass(frozen=True)
 class Rule:
-    """One parameter: its megatron-core name, its Hugging Face names, its kind.
+    """One parameter: its megatron-core name, the Hugging Face tensors that it is made of, its kind.
 
-    `{i}` is the layer, `{e}` the expert: this rank's in the first name, the whole model's in the others.
+    `{i}` is the layer and `{e}` the expert: counted on this rank in `megatron`, in the whole model in `hf`.
     """
 
     megatron: str
     hf: tuple[str, ...]
     kind: Kind
     expert: int | None = None
-    """Which of this rank's experts it belongs to"""
+    """Index on this rank of the expert that it belongs to; None outside of the experts"""
 
     def hf_names(self, first_expert: int) -> tuple[str, ...]:
-        """Hugging Face names on the rank whose first expert is `first_expert`."""
+        """Returns the Hugging Face names on the rank whose first expert is `first_expert`."""
         return tuple(name.replace("{e}", str(first_expert + (self.expert or 0))) for name in self.hf)
 
 
@@ -61,7 +62,7 @@ RULES = (
     Rule(_ATTENTION + "linear_proj.weight", (_HF_ATTENTION + "o_proj.weight",), "row"),
     Rule(_ATTENTION + "q_layernorm.weight", (_HF_ATTENTION + "q_norm.weight",), "replicated"),
     Rule(_ATTENTION + "k_layernorm.weight", (_HF_ATTENTION + "k_norm.weight",), "replicated"),
-    # Transformer Engine keeps a norm inside the linear that follows it
+    # Transformer Engine fuses a norm with the linear that follows it
     Rule(_LAYER + "input_layernorm.weight", (_HF_LAYER + "input_layernorm.weight",), "replicated"),
     Rule(_ATTENTION + "linear_qkv.layer_norm_weight", (_HF_LAYER + "input_layernorm.weight",), "replicated"),
     Rule(_LAYER + "pre_mlp_layernorm.weight", (_HF_LAYER + "post_attention_layernorm.weight",), "replicated"),
@@ -79,7 +80,7 @@ RULES = (
     Rule(_LAYER + "mlp.router.weight", (_HF_LAYER + "mlp.gate.weight",), "replicated"),
     Rule(_EXPERTS + "local_experts.{e}.linear_fc1.weight", _HF_EXPERT_GATE_UP, "gate_up"),
     Rule(_EXPERTS + "local_experts.{e}.linear_fc2.weight", (_HF_EXPERT + "down_proj.weight",), "row"),
-    # Transformer Engine keeps the experts of a rank in one grouped linear
+    # Transformer Engine has one grouped linear for all experts of a rank
     Rule(_EXPERTS + "linear_fc1.weight{e}", _HF_EXPERT_GATE_UP, "gate_up"),
     Rule(_EXPERTS + "linear_fc2.weight{e}", (_HF_EXPERT + "down_proj.weight",), "row"),
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"),
@@ -88,9 +89,9 @@ RULES = (
 
 
 def rule_for(megatron_name: str, first_layer: int) -> Rule:
-    """The rule of a parameter of a stage whose first layer is `first_layer`, its names filled in.
+    """Returns the rule of a parameter, with its names filled in, on a stage that starts at `first_layer`.
 
-    Raises UserError for a parameter that no rule knows.
+    Raises LookupError for a parameter that has no rule: RULES lack one of a family that FAMILIES accepts.
     """
     layer = re.search(r"layers\.(\d+)\.", megatron_name)
     expert = re.search(r"(?:local_experts\.|experts\.linear_fc[12]\.weight)(\d+)", megatron_name)
@@ -100,7 +101,7 @@ def rule_for(megatron_name: str, first_layer: int) -> Rule:
             i = layer and str(int(layer[1]) + first_layer)
             names = tuple(_fill(name, {"{i}": i}) for name in rule.hf)
             return Rule(megatron_name, names, rule.kind, expert and int(expert[1]))
-    raise UserError(f"no Hugging Face tensor is known for the policy's parameter {megatron_name}")
+    raise LookupError(f"no rule of RULES matches the policy's parameter {megatron_name}")
 
 
 def _fill(name: str, values: dict[str, str | None]) -> str:
@@ -110,18 +111,18 @@ def _fill(name: str, values: dict[str, str | None]) -> str:
 
 
 def to_whole(kind: Kind, tensors: list[Tensor], hf_config: PretrainedConfig, tensor_parallel: int) -> Tensor:
-    """Hugging Face tensors -> the parameter's whole form."""
+    """Converts Hugging Face tensors to the parameter's whole form."""
     if kind == "vocab":
         missing = padded_vocab_size(hf_config, tensor_parallel) - tensors[0].shape[0]
         return torch.nn.functional.pad(tensors[0], (0, 0, 0, missing))
     if kind == "qkv":
-        groups, dim = hf_config.num_key_value_heads, head_dim(hf_config)
-        return torch.cat([x.reshape(groups, -1, dim, *x.shape[1:]) for x in tensors], dim=1)
+        kv_heads, channels = hf_config.num_key_value_heads, head_dim(hf_config)
+        return torch.cat([x.reshape(kv_heads, -1, channels, *x.shape[1:]) for x in tensors], dim=1)
     return torch.stack(tensors) if kind == "gate_up" else tensors[0]
 
 
 def from_whole(kind: Kind, whole: Tensor, hf_config: PretrainedConfig) -> list[Tensor]:
-    """The parameter's whole form -> Hugging Face tensors; the inverse of `to_whole`."""
+    """Converts the parameter's whole form to Hugging Face tensors; the inverse of `to_whole`."""
     if kind == "vocab":
         return [whole[: hf_config.vocab_size]]
     if kind == "qkv":
@@ -131,14 +132,14 @@ def from_whole(kind: Kind, whole: Tensor, hf_config: PretrainedConfig) -> list[T
 
 
 def cut(kind: Kind, whole: Tensor, rank: int, size: int, local_shape: torch.Size) -> Tensor:
-    """One tensor-parallel rank's part of the whole form, in the parameter's own shape."""
+    """Returns one tensor-parallel rank's part of the whole form, in the parameter's own shape."""
     if kind in CUT_DIMENSION:
         whole = whole.chunk(size, dim=CUT_DIMENSION[kind])[rank]
     return whole.reshape(local_shape)
 
 
 def join(kind: Kind, parts: list[Tensor], hf_config: PretrainedConfig) -> Tensor:
-    """The whole form from every rank's part, in rank order; the inverse of `cut`."""
+    """Joins the parts of all ranks, in rank order, to the whole form; the inverse of `cut`."""
     if kind == "replicated":
         return parts[0]
     return torch.cat([_unflatten(kind, part, hf_config) for part in parts], dim=CUT_DIMENSION[kind])

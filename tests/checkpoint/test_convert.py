@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.models import make_model
 
+from megatron_bicc.checkpoint import convert
 from megatron_bicc.checkpoint.convert import export_hf, import_hf
 from megatron_bicc.checkpoint.verify import largest_difference
 from megatron_bicc.collective import shared_atomic_directory
@@ -139,6 +140,22 @@ def test_tensors_that_do_not_fit(kind: str, tmp_path: Path, single_process: None
     edit, words = EDITS[kind]
     change(source, edit)
     refused(source, tmp_path, words)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused_by_name(
+    bad: float, tmp_path: Path, single_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the import, and by the export of a checkpoint that another program or an older version wrote."""
+    source = hf_directory(tmp_path / "hf", "qwen3_untied")
+    change(source, lambda x: x[Q][-1, -1].fill_(bad))
+    refused(source, tmp_path, f"tensor {Q} holds NaN or infinite values")
+    with monkeypatch.context() as older:
+        older.setattr(convert, "is_finite", lambda *_: True)
+        import_hf(source, tmp_path / "megatron", allow_pickle=False)
+    with pytest.raises(UserError, match=f"megatron: tensor {Q} holds NaN or infinite values"):
+        export_hf(tmp_path / "megatron", tmp_path / "back", side_files=None)
+    assert not list(tmp_path.glob("back*"))
 
 
 def test_damaged_files(tmp_path: Path, single_process: None) -> None:
@@ -388,7 +405,7 @@ def test_verify_refuses_what_the_model_does_not_reach(
 def test_numbers_that_are_none(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command("import", "a", "b", f"--tp={value}")
-    assert f"argument --tp: {value!r} is no whole number of at least 1" in capsys.readouterr().err
+    assert f"argument --tp: {value!r} is not a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_export_of_a_training_checkpoint_asks_for_hf(tmp_path: Path, single_process: None) -> None:

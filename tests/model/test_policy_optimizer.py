@@ -51,3 +51,34 @@ def test_weight_decay_spares_norms_and_biases(
 def weights(policy: Policy) -> dict[str, torch.Tensor]:
     with device.megatron():
         return {n: x.clone() for n, x in hf_tensors(policy.modules, policy.hf_config)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("clip_grad", [1.0, 0.0])
+def test_update_is_megatron_cores_step_with_one_pass_over_the_gradients(
+    dtype: str,
+    clip_grad: float,
+    model_dirs: dict[str, Path],
+    single_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Weights, moments and norm are equal to the bit."""
+    results, calls = [], []
+    for update in (lambda policy: policy.update(), lambda policy: policy.optimizer.step()[1]):
+        config = make_config(model_dirs["qwen3_tied"], "grpo")
+        config.model.dtype, config.optimizer.clip_grad, config.optimizer.lr = dtype, clip_grad, 1e-3
+        policy = load_policy(config)
+        torch.manual_seed(5)
+        for parameter in policy.chunks[0].parameters():
+            parameter.main_grad.normal_()
+        for name in ("prepare_grads", "get_grad_norm"):
+            whole = getattr(policy.optimizer, name)
+            count = lambda whole=whole, name=name: calls.append(name) or whole()  # noqa: E731
+            monkeypatch.setattr(policy.optimizer, name, count)
+        with device.megatron():
+            norm = update(policy)
+        adam = policy.optimizer.chained_optimizers[0].optimizer
+        moments = [x for state in adam.state.values() for x in (state["exp_avg"], state["exp_avg_sq"])]
+        results.append([torch.tensor(norm), *policy.modules[0].parameters(), *moments])
+    assert calls == ["prepare_grads", "get_grad_norm"] * 2
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))

@@ -27,7 +27,7 @@ from support.sglang_server import PYTHON, SglangServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_bicc.checkpoint.checkpoint import checkpoints
-from megatron_bicc.checkpoint.verify import check_manifest
+from megatron_bicc.checkpoint.megatron_files import check_manifest
 from megatron_bicc.sglang.client import ServerClient
 
 STEPS, PROMPTS, HELDOUT = 4, 3, 2

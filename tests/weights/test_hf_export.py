@@ -73,7 +73,7 @@ def test_full_disk_keeps_the_export_before(policy: Policy, tmp_path: Path) -> No
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        with pytest.raises(UserError, match="out: cannot be written: File too large"):
+        with pytest.raises(UserError, match=r"out\.new: cannot be written: File too large"):
             save_hf(policy.modules, policy.hf_config, tmp_path / "hf", target, True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
