@@ -25,7 +25,7 @@ from megatron_bicc.model.families import positions
 from megatron_bicc.model.policy import Policy, start_model_parallel
 from megatron_bicc.rewards.registry import (
     Verifier,
-    check_threshold,
+    check_reward,
     check_truths,
     get_verifier,
 )
@@ -93,7 +93,7 @@ def check_settings(config: Config) -> Config:
     """
     validate(config, device.world_size())
     _check_output_dir(config)
-    check_threshold(config.reward)
+    check_reward(config.reward)
     return resolve(config)
 
 

@@ -167,9 +167,13 @@ def answer_style(reward: RewardConfig) -> Style | None:
     return None if plugins.is_import_path(reward.verifier) else reward.answer
 
 
-def check_threshold(reward: RewardConfig) -> None:
-    """Raises UserError if a built-in verifier calls an empty response correct, as it would then call all."""
+def check_reward(reward: RewardConfig) -> None:
+    """Raises UserError if reward.verifier cannot be found, or a built-in one calls an empty response correct.
+
+    Then every response would be correct. A user's function is not called: it may need prompts and columns.
+    """
     if plugins.is_import_path(reward.verifier):
+        plugins.load("reward.verifier", reward.verifier)
         return
     (value,) = _built_in(reward.verifier).score([""], [""], reward.answer)
     if value > reward.threshold:
