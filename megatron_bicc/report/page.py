@@ -139,8 +139,7 @@ def _warnings(run: Run) -> list[str]:
 
 
 def _comparison(first: Run, other: Run) -> str:
-    """Compares pass@1 at the last step at which both were evaluated with the standard error of the
-    difference."""
+    """Compares pass@1 at the last step at which both were evaluated, with its standard error."""
     ours, theirs = (dict(zip(*run.series("eval/pass_at_1"), strict=True)) for run in (first, other))
     common = [
         s for s in ours if s > 0 and s in theirs and math.isfinite(ours[s]) and math.isfinite(theirs[s])

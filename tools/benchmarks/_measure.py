@@ -74,8 +74,7 @@ def _peak_mb(call: Callable[..., Callable[[], Any]], arguments: tuple) -> float:
 
 
 def peak_beyond(call: Callable[[], Any]) -> int:
-    """Returns the peak memory of a call beyond what was in use before, in bytes; on the GPU if there is
-    one."""
+    """Returns the peak memory of a call beyond what was in use, in bytes; the GPU's if there is one."""
     if device.has_cuda():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -88,8 +87,7 @@ def peak_beyond(call: Callable[[], Any]) -> int:
 
 
 def return_freed_memory() -> None:
-    """Makes the allocator return freed memory to the system at once, so that `peak_beyond` sees what is in
-    use.
+    """Makes the allocator return freed memory at once, so that `peak_beyond` sees what is in use.
 
     To be called before anything large was made: what was freed before it is used again, and not seen.
     """
