@@ -30,7 +30,7 @@ from megatron_bicc.data.prompts import Prompt, digest
 from megatron_bicc.evaluation.benchmarks import ask, names_of, run_benchmark
 from megatron_bicc.evaluation.results import AnswerFile, Evaluation, summarize, write_results
 from megatron_bicc.metrics import phase, waiting_for
-from megatron_bicc.rewards.registry import Verifier, check_threshold, get_verifier
+from megatron_bicc.rewards.registry import Verifier, check_reward, get_verifier
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.engines import make_engine
 from megatron_bicc.rollout.types import RolloutError, Sampling
@@ -114,7 +114,7 @@ def run(config: Config, paths: list[str]) -> None:
 def read_inputs(config: Config, paths: list[str]) -> Inputs:
     """Reads and checks every setting and file. Raises UserError, one line, for the first mistake."""
     validate_evaluation(config, paths)
-    check_threshold(config.reward)
+    check_reward(config.reward)
     named = names_of(paths)
     tokenizer = read_tokenizer(config.model.path)
     hf_config, _ = check_policy(config)

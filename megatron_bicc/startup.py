@@ -36,7 +36,7 @@ from megatron_bicc.model.families import positions, supported_config
 from megatron_bicc.model.policy import start_model_parallel
 from megatron_bicc.rewards.registry import (
     Verifier,
-    check_threshold,
+    check_reward,
     check_truths,
     get_verifier,
 )
@@ -114,7 +114,7 @@ def check_settings(config: Config) -> Config:
     """
     validate(config, device.world_size())
     _check_output_dir(config)
-    check_threshold(config.reward)
+    check_reward(config.reward)
     return resolve(config)
 
 

@@ -1,5 +1,4 @@
-"""Measures the effect of RCC on gradient variance in a case where everything is known: a small softmax
-bandit.
+"""Measures the effect of RCC on gradient variance where everything is known: a small softmax bandit.
 
     python tools/bandit_variance.py --output docs/bandit_variance.md
 
@@ -105,8 +104,7 @@ def estimates(bandit: Bandit, name: str, in_group: bool, groups: int, seed: int)
 
 
 def measure(bandit: Bandit, name: str, in_group: bool, groups: int, seed: int) -> tuple[float, float, float]:
-    """Returns (variance per draw, its standard error, |mean - grad J| / |grad J|) from at least two
-    chunks."""
+    """Returns (variance per draw, standard error, |mean - grad J| / |grad J|) from two or more chunks."""
     chunks = list(estimates(bandit, name, in_group, groups, seed))
     variances = [GROUP_SIZE * chunk_BV.var(axis=0, ddof=1).sum() for chunk_BV in chunks]
     gradient_V = bandit.gradient()
@@ -133,8 +131,7 @@ def measured_rows(groups: int, seed: int) -> Iterator[str]:
 
 
 def enumerated_rows(bandits: int, seed: int) -> Iterator[str]:
-    """Yields the rows of many bandits: median variance relative to the mean baseline, and how often it is
-    smaller."""
+    """Yields the rows of many bandits: median variance relative to the mean baseline's, share below 1."""
     for estimator in ("weighted", "on-policy"):
         for drift in ("learned", "random"):
             for scale in (0.1, 0.3, 1.0):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Benchmarks of megatron_bicc: a sub-command for each module of tools/benchmarks.
+"""Runs a benchmark of megatron_bicc: one sub-command for each module of tools/benchmarks.
 
-A module has `add_arguments` and `run`, which prints tables for people and returns what --json writes.
+A module has `add_arguments` and `run`, which prints tables and returns the figures that --json writes.
 """
 
 import argparse

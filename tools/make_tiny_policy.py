@@ -126,8 +126,7 @@ class Demonstrations:
 
 
 def make_optimizers(model: Qwen3ForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
-    """Returns Muon for the matrices of the layers, which needs a third of AdamW's steps, and AdamW for the
-    rest."""
+    """Returns Muon for the matrices of the layers (a third of AdamW's steps) and AdamW for the rest."""
     hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
     inside = {id(p) for p in hidden}
     other = [p for p in model.parameters() if id(p) not in inside]
@@ -138,8 +137,7 @@ def make_optimizers(model: Qwen3ForCausalLM, lr: float) -> list[torch.optim.Opti
 
 
 def mean_loss(model: Qwen3ForCausalLM, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Returns the mean cross-entropy at the labelled tokens, in nats. Padding is on the right: causality
-    hides it."""
+    """Returns the mean cross-entropy at labelled tokens, in nats; causality hides padding on the right."""
     hidden = model.model(input_ids=tokens).last_hidden_state[:, :-1]
     learned = labels[:, 1:] != IGNORED
     return cross_entropy(model.lm_head(hidden[learned]), labels[:, 1:][learned])

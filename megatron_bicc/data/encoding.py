@@ -52,8 +52,7 @@ class PromptEncoder:
         self._turns = cache(self._probe)
 
     def encode(self, messages: list[Message]) -> np.ndarray:
-        """Returns int32 [P]; a last message of the assistant is continued, otherwise the assistant's turn is
-        opened.
+        """Returns int32 [P], up to where the response begins; a last message of the assistant is continued.
 
         Raises UserError if the chat template refuses the messages, text of one is missing in the tokens, or a
         control token is refused.
@@ -78,8 +77,7 @@ class PromptEncoder:
         return np.asarray(ids if begun else self._begin + ids, dtype=np.int32)
 
     def _probe(self, roles: tuple[str, ...]) -> Turns:
-        """Renders marks in place of contents. Raises UserError if the template leaves out a role's
-        message."""
+        """Renders marks as contents. Raises UserError if the template leaves out a role's message."""
         # letters and digits that no template contains
         marks = [f"kq7{i}zx" for i in range(len(roles))]
         rendered = self._render(

@@ -46,11 +46,11 @@ class Prompt:
 
 
 class PromptFilter(Protocol):
-    """A function that chooses training prompts; data.filter names one as pkg.module:name or
-    path/to/file.py:name.
+    """A function that chooses training prompts: data.filter.
 
-    It is called once for each prompt of data.train, in the file's order, on every rank, and must decide the
-    same on all of them and whenever the run is resumed: a checkpoint is refused if other prompts are kept.
+    It is named as pkg.module:name or path/to/file.py:name. It is called once for each prompt of data.train,
+    in the file's order, on every rank, and must decide the same on all of them and whenever the run is
+    resumed: a checkpoint is refused if other prompts are kept.
     """
 
     def __call__(self, prompt: Prompt, /) -> bool:

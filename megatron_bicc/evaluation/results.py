@@ -143,8 +143,7 @@ def pass_at_k(num_samples: int, correct_B: np.ndarray, k: int) -> np.ndarray:
 
 
 def summarize(answers: list[Answers], threshold: float) -> Evaluation:
-    """Computes the figures of answers with equally many samples; a sample is correct if reward >
-    threshold."""
+    """Computes the figures of answers, equally many per prompt; correct are rewards above the threshold."""
     rewards = np.array([one.rewards for one in answers])
     correct_B, samples = (rewards > threshold).sum(1), rewards.shape[1]
     ks = sorted({2**i for i in range(samples.bit_length())} | {samples})

@@ -71,8 +71,7 @@ def panel_curves(panel: Panel, runs: Sequence[Run]) -> list[Curve]:
 
 
 def histogram_curves(runs: Sequence[Run]) -> list[Curve]:
-    """Returns the share of groups by share of right rollouts: means over each run's first and last
-    quarter."""
+    """Returns shares of groups by share of right rollouts, means over each run's first and last quarter."""
     curves = []
     for i, run in enumerate(runs):
         keys = {
@@ -108,8 +107,7 @@ def moving_average(values: Sequence[float], window: int = 9) -> list[float]:
 
 
 def value_table(curves: Sequence[Curve], x_name: str) -> list[list[str]]:
-    """Returns the points as a table of text, a header first; at most TABLE_ROWS values of x, evenly
-    spaced."""
+    """Returns the points as a table of text, a header first; at most TABLE_ROWS evenly spaced rows."""
     points = [_cells(curve) for curve in curves]
     xs = evenly(sorted({x for point in points for x in point}), TABLE_ROWS)
     header = [x_name, *(f"{curve.label} ({curve.key})" if curve.label else curve.key for curve in curves)]
@@ -302,8 +300,7 @@ def _drawing(
 
 
 def _legend_of(curves: Sequence[Curve]) -> list[Entry]:
-    """Returns one entry per curve; if runs differ in colour and metrics in line style, one per run and
-    metric."""
+    """Returns one entry per curve; with several runs and metrics, one per run and one per metric."""
     runs, lines = dict.fromkeys(c.run_name for c in curves), dict.fromkeys(c.line_name for c in curves)
     if len(runs) == 1 or len(lines) == 1:
         return [Entry(c.label, _color(c), _dash(c)) for c in curves if c.label]

@@ -20,14 +20,12 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u206
 
 
 def printable(text: str) -> str:
-    """Replaces characters that cannot be shown, or would change how the text around them is shown, by a
-    mark."""
+    """Replaces characters that cannot be shown, or would change the text around them, by a mark."""
     return _UNPRINTABLE.sub("�", text)
 
 
 def browser_groups(recorded: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Returns the data of the group browser: {"groups": [...], "left_out": number of groups left out for
-    size}.
+    """Returns the data of the group browser: {"groups": [...], "left_out": number left out for size}.
 
     If a run has too many groups, some are chosen evenly over its steps.
     """

@@ -114,7 +114,7 @@ def _story(run: Run) -> str:
     trained = f"{run.name} trained {steps} step{'s' if steps > 1 else ''}{with_what}"
     scores = run.values("eval/pass_at_1")
     if len(scores) < 2:
-        return f"{trained}; held-out pass@1 was not evaluated twice, so there is no before and after."
+        return f"{trained}; held-out pass@1 was evaluated fewer than two times."
     verb = "rose" if scores[-1] > scores[0] else "fell" if scores[-1] < scores[0] else "stayed"
     ends = f"at {scores[0]:.3f}" if verb == "stayed" else f"from {scores[0]:.3f} to {scores[-1]:.3f}"
     return f"{trained}; held-out pass@1 {verb} {ends}."
@@ -139,8 +139,7 @@ def _warnings(run: Run) -> list[str]:
 
 
 def _comparison(first: Run, other: Run) -> str:
-    """Compares pass@1 at the last step at which both were evaluated with the standard error of the
-    difference."""
+    """Compares pass@1 at the last step at which both were evaluated, with its standard error."""
     ours, theirs = (dict(zip(*run.series("eval/pass_at_1"), strict=True)) for run in (first, other))
     common = [
         s for s in ours if s > 0 and s in theirs and math.isfinite(ours[s]) and math.isfinite(theirs[s])

@@ -45,8 +45,7 @@ def equal(a: str, b: str) -> bool:
 
 
 def _distinct(a: str, b: str) -> tuple[str, str]:
-    r"""Returns the two answers with a unique name for each symbol that math-verify would confuse with
-    another.
+    r"""Returns the answers with unique names for symbols that math-verify would confuse.
 
     It reads X as x, and ignores accents, primes and the difference between f^{-1}(x) and 1/f(x).
     """
@@ -67,8 +66,7 @@ def _distinct(a: str, b: str) -> tuple[str, str]:
 
 
 def understood(text: str) -> bool:
-    """Returns whether an answer reads as mathematics. Evaluates it, so that one too slow to compare is
-    found."""
+    """Returns whether an answer reads as mathematics; evaluates it, to find one too slow to compare."""
     from sympy import Basic, Integer, MatrixBase
 
     parsed = _parsed(text)
@@ -111,8 +109,7 @@ def _is_rounding(text: str, parsed: list[Any]) -> bool:
 
 
 def _differ(x: list[Any], y: list[Any]) -> bool:
-    """Returns whether two expressions, at fixed values of their variables, differ within DIGITS - 10
-    digits."""
+    """Returns whether two expressions differ within DIGITS - 10 digits, at fixed values of variables."""
     from sympy import Expr, Rational
 
     if not x or not y or not isinstance(x[0], Expr) or not isinstance(y[0], Expr):

@@ -1,5 +1,4 @@
-"""Scores a response by its final answer: read in one of the styles that prompts ask for, compared as
-mathematics.
+"""Scores a response by its final answer: read in a style that prompts ask for, compared as mathematics.
 
 The answer of the response is compared with the ground truth by rewards.verdict: plain numbers in this
 process, all else in the worker process of rewards.worker.
@@ -55,8 +54,7 @@ def _last_number(text: str) -> str | None:
 
 
 def _auto(text: str) -> str | None:
-    """Reads a last line `Answer: X`, else the last box, else the last line `Answer: X`, else the last `####
-    X`.
+    """Reads a last line `Answer: X`, else the last box, else the last `Answer: X`, else the last `#### X`.
 
     So a box in the derivation does not outrank the answer at the end, nor a Markdown heading an answer.
     """

@@ -65,8 +65,7 @@ def equal(a: Number, b: Number) -> bool:
 
 
 def rounds_to(number: Number, value: Fraction) -> bool:
-    """Returns whether a decimal with as many digits as a double is less than one in its last digit from
-    `value`."""
+    """Returns whether a decimal with as many digits as a double rounds `value`, up or down."""
     if number.decimals is None or number.decimals <= 0:
         return False
     scaled, exact = number.value * 10**number.decimals, value * 10**number.decimals
@@ -241,8 +240,7 @@ def read_compound(text: str) -> list[Quantity] | None:
 
 
 def _is_unit(word: str, written: str, before: str, described: bool) -> bool:
-    """Returns whether a word is a unit: a sign, a known unit, a plural, or next to a unit, `of` or `per` any
-    word.
+    """Returns whether a word is a unit: a sign, a known unit, a plural, or any word beside another unit.
 
     described: a unit follows. An unknown word that is not a plural is not a unit: 5 dozen, 5 squared and 5
     below are not 5. Few single letters are units: 5 m, but not 5x.

@@ -35,8 +35,8 @@ class Completion:
     messages: list[Message]
     """Chat messages of the prompt: role and content"""
     response: str
-    """Text of the response without special tokens; a begun assistant message of the prompt stands before
-    it"""
+    """Text of the response without special tokens, after a begun assistant message of the prompt if it has
+    one"""
     ground_truth: str
     """The right final answer"""
     data_source: str = ""
@@ -53,13 +53,13 @@ class Completion:
 
 
 class RewardFunction(Protocol):
-    """A function that scores responses; `reward.verifier` names one as pkg.module:name or
-    path/to/file.py:name.
+    """A function that scores responses: reward.verifier.
 
-    It is called once per prompt with all responses to it (rollout.group_size, or the samples of an
-    evaluation), in the main thread of the rank that generated them, and returns one finite number per
-    response, in order. A response is correct if its number exceeds reward.threshold. A coroutine function is
-    awaited.
+    It is named as pkg.module:name or path/to/file.py:name. It is called once per prompt with all responses to
+    it (rollout.group_size, or the samples of an evaluation), in the main thread of the rank that generated
+    them, and returns one finite number per response, in order. A response is correct if its number exceeds
+    reward.threshold. A coroutine function is awaited. It must not change the completions: their messages and
+    columns are the prompt's own.
 
     The run ends with an error that names verifier and prompt if the function raises, or returns another
     number of values, or one that is not finite. The same responses must get the same rewards: a resumed run
@@ -162,14 +162,17 @@ async def _awaited(value: Awaitable[Any]) -> Any:
 
 
 def answer_style(reward: RewardConfig) -> Style | None:
-    """Returns the style in which final answers are read; None for a user's function, which reads its own
-    way."""
+    """Returns the style in which final answers are read; None for a user's function."""
     return None if plugins.is_import_path(reward.verifier) else reward.answer
 
 
-def check_threshold(reward: RewardConfig) -> None:
-    """Raises UserError if a built-in verifier calls an empty response correct, as it would then call all."""
+def check_reward(reward: RewardConfig) -> None:
+    """Raises UserError if reward.verifier cannot be found, or a built-in one calls an empty response correct.
+
+    Then every response would be correct. A user's function is not called: it may need prompts and columns.
+    """
     if plugins.is_import_path(reward.verifier):
+        plugins.load("reward.verifier", reward.verifier)
         return
     (value,) = _built_in(reward.verifier).score([""], [""], reward.answer)
     if value > reward.threshold:
@@ -211,8 +214,7 @@ def check_truths(reward: RewardConfig, path: str, prompts: list[Prompt]) -> None
 
 
 def unscorable(reward: RewardConfig, truths: list[str]) -> list[int]:
-    """Returns the indices of truths for which even a response that gives exactly that answer is not
-    correct."""
+    """Returns the indices of truths for which not even the truth itself is a correct answer."""
     verifier = _built_in(reward.verifier)
     responses = [verifier.response(truth, reward.answer) for truth in truths]
     rewards = verifier.score(responses, truths, reward.answer)
@@ -247,8 +249,7 @@ def describe_styles(reward: RewardConfig, prompts: list[Prompt]) -> str:
 
 
 def style_mismatch(style: Style, prompts: list[Prompt]) -> str | None:
-    """Returns one line if most prompts ask for one marker and none for the one that `style` reads; else
-    None."""
+    """Returns one line if most prompts ask for a marker and none for that of `style`; else None."""
     asked = _asked(prompts)
     most = max(asked, key=lambda name: asked[name])
     if style in ("auto", "last_number") or asked[style] or 2 * asked[most] < len(prompts[:INSPECTED]):

@@ -1,5 +1,4 @@
-r"""Decides whether two final answers are equal: rules by the form of an answer, computer algebra for the
-rest.
+r"""Decides whether two final answers are equal: rules by the form of an answer, then computer algebra.
 
 The rules are tried in the order of RULES; the first that applies to both answers decides. An answer may leave
 out a unit or the name of a variable. The result is symmetric: it does not depend on which of the two is the
@@ -368,8 +367,7 @@ def _has_letters(text: str) -> bool:
 
 
 def _quantities(a: str, b: str) -> bool | None:
-    """Compares quantities: a unit may be missing, but not differ; of 5 feet 6 inches no part may be
-    missing."""
+    """Compares quantities: a unit may be missing, but not differ; 5 feet 6 inches needs both parts."""
     compound_a, compound_b = read_compound(a), read_compound(b)
     if compound_a or compound_b:
         x, y = compound_a or [], compound_b or []
@@ -451,8 +449,7 @@ RULES: list[Callable[[str, str], bool | None]] = [
 
 
 def _is_words(text: str) -> bool:
-    """Returns whether a text is words and not a product: three letters or more, no digit or mathematical
-    sign.
+    """Returns whether a text is words, not a product: 3 letters or more, no digit, no sign.
 
     Two letters alone are a word too, unless they are variables that go together (_PRODUCTS).
     """

@@ -1,5 +1,6 @@
 """reward.verifier by import path: what a user's function is given, and what becomes of its mistakes."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,18 +9,21 @@ import pytest
 from support.scripted import Words
 
 from megatron_bicc import plugins
+from megatron_bicc.checkpoint.resume import TRAIN_IDS
+from megatron_bicc.cli import parse_config
 from megatron_bicc.config import RewardConfig
 from megatron_bicc.data.prompts import Prompt
 from megatron_bicc.errors import UserError
 from megatron_bicc.rewards.registry import (
     Completion,
     answer_style,
-    check_threshold,
+    check_reward,
     check_truths,
     get_verifier,
 )
 from megatron_bicc.rollout.collect import GroupSampler, why_all_zero
 from megatron_bicc.rollout.types import RolloutError, Sample, Sampling
+from megatron_bicc.startup import read_inputs
 
 REWARDS = """
 import asyncio
@@ -148,7 +152,9 @@ def test_a_mistake_names_verifier_and_prompt(
 def test_a_function_is_not_checked_as_if_it_read_answers(file: Path) -> None:
     """It may need columns or give rewards below any threshold; no style says how it reads answers."""
     reward = RewardConfig(verifier=f"{file}:raises", threshold=-1.0)
-    check_threshold(reward)
+    check_reward(reward)
+    with pytest.raises(UserError, match="has no function or class 'judges'; it has: "):
+        check_reward(RewardConfig(verifier=f"{file}:judges"))
     check_truths(reward, "a.jsonl", [Prompt(0, MESSAGES, np.array([1], np.int32), "nan", "", {})])
     assert answer_style(reward) is None and answer_style(RewardConfig()) == "auto"
 
@@ -165,3 +171,24 @@ def test_the_built_in_scores_completions() -> None:
     found = [Completion(MESSAGES, "\\boxed{2}", "2"), Completion(MESSAGES, "\\boxed{3}", "2")]
     assert get_verifier(RewardConfig())(found).tolist() == [1.0, 0.0]
     assert get_verifier(RewardConfig(answer="hash"))(found).tolist() == [0.0, 0.0]
+
+
+def test_start_up_takes_both_seams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The filter chooses training prompts only; a truth that the built-in would refuse does not matter."""
+    rows = [{"prompt": f"{i}+1=", "answer": "nan", "pass_rate": i / 4} for i in range(5)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    monkeypatch.chdir(Path(__file__).parents[2])
+    settings = [
+        *("--config", "examples/configs/tiny.yaml", "parallel.tensor=1", "rollout.prompts_per_step=2"),
+        *(f"data.train={data}", f"evaluation.data={data}", f"output_dir={tmp_path}/run"),
+        f"reward.verifier={documented('my_rewards.py', tmp_path)}:concise",
+    ]
+    everything = read_inputs(parse_config(settings))
+    keep = f"data.filter={documented('my_filters.py', tmp_path)}:learnable"
+    inputs = read_inputs(parse_config([*settings, keep]))
+    assert [prompt.index for prompt in inputs.prompts] == [1, 2, 3]
+    assert [prompt.index for prompt in inputs.heldout] == [0, 1, 2, 3, 4]
+    assert inputs.prompt_digests[TRAIN_IDS] != everything.prompt_digests[TRAIN_IDS]
+    found = [Completion(MESSAGES, "\\boxed{2}", "2", extra={"max_characters": 9})]
+    assert inputs.verifier(found).tolist() == [1.0]

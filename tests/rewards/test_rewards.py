@@ -21,7 +21,7 @@ from megatron_bicc.errors import UserError
 from megatron_bicc.rewards import math_reward, registry
 from megatron_bicc.rewards.registry import (
     BUILT_INS,
-    check_threshold,
+    check_reward,
     compared_as_text,
     get_verifier,
     unscorable,
@@ -276,13 +276,13 @@ def test_a_truth_that_no_response_can_meet(truth: str):
 
 
 def test_a_threshold_that_an_empty_response_passes(monkeypatch: pytest.MonkeyPatch):
-    check_threshold(RewardConfig(threshold=0.0))
+    check_reward(RewardConfig(threshold=0.0))
     with pytest.raises(
         UserError, match=r"reward.threshold is -0.1; reward.verifier=math gives 0 to an empty"
     ):
-        check_threshold(RewardConfig(threshold=-0.1))
+        check_reward(RewardConfig(threshold=-0.1))
     signed = replace(
         BUILT_INS["math"], score=lambda texts, truths, style: np.full(len(texts), -1.0, np.float32)
     )
     monkeypatch.setattr(registry, "BUILT_INS", {"signed": signed})
-    check_threshold(RewardConfig(verifier="signed", threshold=-0.1))  # rewards of -1 and 1 are split by it
+    check_reward(RewardConfig(verifier="signed", threshold=-0.1))  # rewards of -1 and 1 are split by it

@@ -1,4 +1,4 @@
-"""Time and peak memory of alternatives, on a GPU or a CPU."""
+"""Measures time and peak memory of alternatives, on a GPU or a CPU."""
 
 import contextlib
 import ctypes
@@ -19,12 +19,12 @@ from megatron_bicc.config import Config
 from megatron_bicc.model.policy import start_model_parallel
 
 M_MMAP_THRESHOLD = -3
-"""Of the C library's malloc.h"""
+"""Constant of the C library's malloc.h"""
 
 
 @contextlib.contextmanager
 def one_process() -> Iterator[None]:
-    """megatron-core's process groups for one process."""
+    """Starts megatron-core's process groups for one process."""
     device.start_distributed()
     start_model_parallel(Config())
     try:
@@ -35,7 +35,7 @@ def one_process() -> Iterator[None]:
 
 
 def median_ms(repeats: int, calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Returns each call's median time in milliseconds: on a CPU, that of the processor spent on it.
+    """Returns each call's median time in milliseconds; on a CPU, processor time.
 
     They run in turns, so that a busy machine slows all of them alike; a first turn is not counted.
     """
@@ -50,7 +50,7 @@ def median_ms(repeats: int, calls: dict[str, Callable[[], Any]]) -> dict[str, fl
 
 
 def now() -> float:
-    """Returns seconds: of the processor on a CPU; of the clock on a GPU, once its work is done."""
+    """Returns seconds: processor time on a CPU; wall time on a GPU, after synchronization."""
     if not device.has_cuda():
         return time.process_time()
     torch.cuda.synchronize()
@@ -74,7 +74,7 @@ def _peak_mb(call: Callable[..., Callable[[], Any]], arguments: tuple) -> float:
 
 
 def peak_beyond(call: Callable[[], Any]) -> int:
-    """Returns the bytes that a call takes at its peak beyond what there was before; of the GPU's, if any."""
+    """Returns the peak memory of a call beyond what was in use, in bytes; the GPU's if there is one."""
     if device.has_cuda():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -87,7 +87,7 @@ def peak_beyond(call: Callable[[], Any]) -> int:
 
 
 def return_freed_memory() -> None:
-    """From now on freed memory goes back to the system at once: `peak_beyond` then sees what is in use.
+    """Makes the allocator return freed memory at once, so that `peak_beyond` sees what is in use.
 
     To be called before anything large was made: what was freed before it is used again, and not seen.
     """
@@ -100,7 +100,7 @@ def _resident_kb(key: str) -> int:
 
 
 def machine() -> str:
-    """Returns what the figures were measured on."""
+    """Describes the machine of the figures."""
     if device.has_cuda():
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads"

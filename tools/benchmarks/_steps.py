@@ -1,4 +1,4 @@
-"""A learner of a small random policy, and scored rollouts for it."""
+"""Makes a learner of a small random policy, and scored rollouts for it."""
 
 import math
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""A stack of layers over shared prefixes against one row a response and against padded pairs.
+"""Compares a stack of layers over shared prefixes with one row per response and with padded pairs.
 
-Every layout runs the same rollouts through the same kernels, in megatron-core's own layers with this
-package's attention, forward and backward, in one sequence each. Groups have n right and n wrong rollouts;
-shared: a side's prefix once; rows: once a response; pairs: every response once for each opposite rollout that
-it is shown, as the method's authors lay it out; pairs_padded: the same, padded to the longest.
+Every layout runs the same rollouts through the same kernels: megatron-core's layers with this package's
+attention, forward and backward, in one sequence. Groups have n right and n wrong rollouts. shared: one prefix
+per side. rows: one prefix per response. pairs: every response once for each opposite rollout in its context,
+the layout of the paper's authors. pairs_padded: the same, padded to the longest.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from megatron_bicc.packing.types import MicroBatch
 
 PROMPT, CONTEXT = 50, 1600
 LOG_STD = 0.8
-"""Of lognormal response lengths"""
+"""Standard deviation of the logarithm of response lengths"""
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,22 @@ class Case:
     responses: tuple[int, ...]
 
     def shared(self) -> list[Segment]:
-        """The prefix once."""
+        """One prefix for all responses."""
         return [Segment(self.prefix, self.responses)]
 
     def rows(self) -> list[Segment]:
-        """The prefix before every response."""
+        """One prefix for every response."""
         return [Segment(self.prefix, (length,)) for length in self.responses]
 
     def pairs(self) -> list[Segment]:
-        """A row for every (response, opposite rollout); the n opposite ones share the prefix's tokens."""
+        """One row for every (response, opposite rollout); each has 1/n of the context's tokens."""
         n = len(self.responses)
         prompt = round(self.prefix * PROMPT / (PROMPT + CONTEXT))
         shown = prompt + (self.prefix - prompt) // n
         return [Segment(shown, (length,)) for length in self.responses for _ in range(n)]
 
     def pairs_padded(self) -> list[Segment]:
-        """Likewise, every row as long as the longest."""
+        """The pairs, padded to the longest."""
         longest = max(s.prefix + s.responses[0] for s in self.pairs())
         return [Segment(s.prefix, (longest - s.prefix,)) for s in self.pairs()]
 

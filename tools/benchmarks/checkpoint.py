@@ -1,6 +1,6 @@
-"""What a checkpoint costs a run: the step that saves waits for a copy in host memory, not for the disk.
+"""Measures the cost of a checkpoint for a run, whose steps wait for a copy in host memory, not for the disk.
 
-Steps of BICC on a small random policy; checkpoints by the run's own writer, to --directory.
+It takes steps of BICC on a small random policy; the run's own writer saves checkpoints to --directory.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures saves that are waited for, and saves behind the steps that follow.
+    """Measures blocking saves, and saves in the background of the following steps.
 
     Returns:
         parameters; seconds, medians: step (one alone), waited (a save that is waited for), stall (the

@@ -1,7 +1,7 @@
-"""Log-probs over a large vocabulary: memory and time against dense log_softmax, forward and backward.
+"""Compares log-probs over a large vocabulary with dense log_softmax: memory and time, forward and backward.
 
-The dense way makes the logits of all rows in fp32, takes log_softmax, gathers the labels, and takes the
-entropy without a gradient. Gradients of the rows and of the output layer are made by both.
+The dense version computes fp32 logits of all rows, log_softmax, the labels' log-probs, and the entropy
+without a gradient. Both compute gradients of the rows and of the output layer.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures both ways.
+    """Measures both versions.
 
     Returns:
         peak_ratio and time_ratio (ours to dense), peak_mb_*, ms_* and the sizes.

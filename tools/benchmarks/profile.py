@@ -1,4 +1,4 @@
-"""The five operations that cost most in a training step of the tiny policy, by torch's profiler."""
+"""Profiles a training step of the tiny policy: the five most expensive operations, by torch's profiler."""
 
 import argparse
 from typing import Any

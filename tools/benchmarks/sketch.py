@@ -1,4 +1,4 @@
-"""What the estimate of gradient variance takes of a GRPO step: sketch, sum over ranks, statistics."""
+"""Measures the cost of the gradient-variance estimate in a GRPO step: sketch, sum over ranks, statistics."""
 
 import argparse
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Times the steps and, within them, what belongs to the estimate.
+    """Times the steps and, within them, the estimate.
 
     Returns:
         step_ms, sketch_ms (a part of it) and share, their quotient.

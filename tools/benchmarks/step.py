@@ -1,7 +1,7 @@
-"""A whole optimiser step of BICC against one of plain GRPO on the same rollouts.
+"""Compares a whole optimizer step of BICC with one of plain GRPO on the same rollouts.
 
-Packing, old log-probs, forward, backward and update of a small random policy. RCC is off in both, for its
-pass of the reference policy costs the same whatever the layout.
+Packing, old log-probs, forward, backward and update of a small random policy. RCC is off in both: its pass of
+the reference policy costs the same in every layout.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_step(algorithm: str, a: argparse.Namespace) -> Callable[[], StepResult]:
-    """Returns a call of an optimiser step on the benchmark's rollouts."""
+    """Returns a call of an optimizer step on the benchmark's rollouts."""
     longest = 5 * a.mean_length
     learner = make_learner(algorithm, a.hidden, a.layers, 2 * longest)
     groups = make_groups(a.groups, a.mean_length, longest, learner.policy.hf_config.vocab_size)
@@ -64,7 +64,7 @@ def make_step(algorithm: str, a: argparse.Namespace) -> Callable[[], StepResult]
 
 
 def row_passes(result: StepResult) -> int:
-    """Returns the rows of a step's passes, in those of a forward pass."""
+    """Returns the cost of a step's passes, in rows of a forward pass."""
     responses, prompts = result.batch.rollouts.tokens, result.batch.rollouts.prompt_tokens
     groups = len(result.batch.rollouts.group_offsets_B) - 1
     trained = sum(plan.stats["tokens_packed"] for plan in result.plans.values())

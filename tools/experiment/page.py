@@ -69,8 +69,7 @@ def _readings(out: Path) -> dict[str, list[dict[str, dict[str, float]]]]:
 
 
 def _estimators(out: Path) -> dict[str, list[dict[str, dict[str, float]]]]:
-    """Returns probes.estimators of the initial and the half-trained policies, each on its own rollouts, by
-    seed."""
+    """Returns probes.estimators of the initial and half-trained policies on their rollouts, by seed."""
     start = probes.load(START)
     found: dict[str, list[dict[str, dict[str, float]]]] = {"start": [], "halfway": []}
     for seed in PROBE_SEEDS:

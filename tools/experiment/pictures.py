@@ -54,8 +54,7 @@ def _save(path: Path, curves: list[Curve], panels: Sequence[tuple[list[str], str
 
 
 def _curve(axes: Axes, curves: list[Curve], column: str, x: str, color: str, name: str) -> None:
-    """Draws the mean over seeds with its 95 % interval; x may be `tokens`, then the mean of the token
-    counts."""
+    """Draws the mean over seeds with its 95 % interval, at the mean over seeds of x."""
     of_runs = np.stack([curve.columns[column] for curve in curves])
     counted = np.isfinite(of_runs).sum(0) >= 2
     intervals = [interval(list(values[np.isfinite(values)])) for values in of_runs[:, counted].T]

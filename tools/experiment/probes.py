@@ -1,5 +1,4 @@
-"""Probes that explain the results: how the policy reads a context, and how noisy each estimator is on equal
-rollouts.
+"""Probes that explain the results: how a policy reads a context, how noisy each estimator is.
 
 They use transformers' forward passes, one row per response, and autograd; no step is taken. The rollouts of a
 probe are drawn from one policy, so all comparisons are on the same texts.
@@ -106,8 +105,7 @@ def load(policy: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def reading(model: PreTrainedModel, groups: list[Texts], headers: Headers) -> dict[str, dict[str, float]]:
-    """Returns, by context, the log-prob of a right and of a wrong response and their difference within a
-    group.
+    """Returns, by context, the log-probs of right and wrong responses and their difference in a group.
 
     Means over groups, in nats. none: the prompt only. own: the group's own opposite attempts, as in training.
     shuffled: those of the next group.
@@ -197,8 +195,7 @@ def _baseline(
 def _gradient(
     model: PreTrainedModel, logp: list[Tensor], old: list[Tensor], advantage_R: np.ndarray
 ) -> Tensor:
-    """Returns the gradient [W] of the group's loss, clipped as by the bicc preset; on-policy GRPO clips
-    nothing."""
+    """Returns the gradient [W] of the group's loss with the clipping of the bicc preset."""
     lengths = torch.tensor([len(x) for x in logp])
     rows = LossRows(
         old_logp=torch.cat(old),
