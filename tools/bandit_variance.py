@@ -96,7 +96,7 @@ def estimates(bandit: Bandit, name: str, in_group: bool, groups: int, seed: int)
         if in_group and name == "mean":
             baseline_B = reward_BG.mean(axis=1)
         elif in_group and name in ("first_order", "exact"):
-            baseline_B = rcc_baseline(reward_BG.ravel(), delta_BG.ravel(), offsets_B, name).baseline_G
+            baseline_B = rcc_baseline(reward_BG.ravel(), delta_BG.ravel(), offsets_B, name).baseline_B
         coefficient_BG = bandit.weight_K[arms_BG] * (reward_BG - baseline_B[:, None]) / GROUP_SIZE
         estimate_BK = -coefficient_BG.sum(axis=1)[:, None] * bandit.policy_K
         np.add.at(estimate_BK, (np.arange(CHUNK)[:, None], arms_BG), coefficient_BG)
