@@ -1,4 +1,4 @@
-"""Objectives and baselines that a user names by import path: same result as the built-in, or one clear line."""
+"""Objectives and baselines by import path: the same result as the built-in, or one clear line."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -6,7 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from hypothesis import given
-from packing.cases import Group, Rollout, group_lists, make_batch, make_settings, micro_batches, pack_every_rank
+from packing.cases import (
+    Group,
+    Rollout,
+    group_lists,
+    make_batch,
+    make_settings,
+    micro_batches,
+    pack_every_rank,
+)
 from support.runs import layout
 
 from megatron_bicc.config import Config, TrainConfig

@@ -39,18 +39,12 @@ def test_what_no_step_could_use_is_named(groups: list[Group]) -> None:
     nothing = np.zeros(0, np.int32)
     bad_logp = np.where(np.arange(len(sample.log_probs)) == 0, np.nan, sample.log_probs)
     unequal = len(first.samples) + len(second.samples)
+    no_samples = replace(second, samples=[], rewards=second.rewards[:0])
+    no_prompt = replace(first, prompt=replace(first.prompt, token_ids=nothing))
     for broken, kind, message in (
         ([changed(first, token_ids=nothing, log_probs=nothing)], ValueError, "rollout 1 has length 0"),
-        (
-            [first, replace(second, samples=[], rewards=second.rewards[:0])],
-            ValueError,
-            "group 1 has length 0",
-        ),
-        (
-            [replace(first, prompt=replace(first.prompt, token_ids=nothing))],
-            ValueError,
-            "prompt 0 has length 0",
-        ),
+        ([first, no_samples], ValueError, "group_offsets_B: group 1 has length 0"),
+        ([no_prompt], ValueError, "prompt_offsets_B: prompt of group 0 has length 0"),
         ([changed(first, log_probs=sample.log_probs[:-1])], ValueError, "offsets_R must run from 0 to"),
         ([first, replace(second, rewards=second.rewards[:-1])], ValueError, f"0 to {unequal - 1}, but"),
         ([replace(first, rewards=first.rewards * np.nan)], UserError, "reward of rollout 0 is nan"),
