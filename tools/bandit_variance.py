@@ -96,7 +96,7 @@ def estimates(bandit: Bandit, name: str, in_group: bool, groups: int, seed: int)
         if in_group and name == "mean":
             baseline_B = reward_BR.mean(axis=1)
         elif in_group and name in ("first_order", "exact"):
-            baseline_B = rcc_baseline(reward_BR.ravel(), delta_BR.ravel(), offsets_B, name).baseline_G
+            baseline_B = rcc_baseline(reward_BR.ravel(), delta_BR.ravel(), offsets_B, name).baseline_B
         coefficient_BR = bandit.weight_V[arms_BR] * (reward_BR - baseline_B[:, None]) / GROUP_SIZE
         estimate_BV = -coefficient_BR.sum(axis=1)[:, None] * bandit.policy_V
         np.add.at(estimate_BV, (np.arange(CHUNK)[:, None], arms_BR), coefficient_BR)

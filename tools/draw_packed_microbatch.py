@@ -61,13 +61,19 @@ def pack_example() -> tuple[MicroBatch, list[str]]:
         max_sequence_tokens=30,
         max_tokens_per_microbatch=64,
         vocab_size=len(names),
+        reward_threshold=0.5,
+        context_ratio=0.4,
+        context_source="partition",
+        truncation="equal",
+        keep="head",
+        token_cost=24576,
         wrong_header=(names.index(WRONG),),
         right_header=(names.index(RIGHT),),
         answer_header=(names.index(ANSWER),),
         end_token_ids=(names.index("end"),),
         alignment=8,
     )
-    ((micro_batch,),) = pack(batch, settings, dp_size=1).ranks
+    (micro_batch,) = pack(batch, settings, dp_size=1, rank=0).micro_batches
     return micro_batch, names
 
 

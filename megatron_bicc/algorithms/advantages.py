@@ -179,8 +179,8 @@ BASELINES: MappingProxyType[str, Baseline] = MappingProxyType({"mean": mean_base
 def load_baseline(config: Config) -> Baseline:
     """Returns the baseline that loss.baseline names: a built-in, or a user's by import path.
 
-    A user's is checked at every call. Raises UserError for an unknown name, for a path that cannot be imported,
-    and for a baseline other than the mean with rcc.enabled.
+    A user's is checked at every call. Raises UserError for an unknown name, for a path that cannot be
+    imported, and for a baseline other than the mean with rcc.enabled.
     """
     name = config.loss.baseline
     if config.rcc.enabled and name != "mean":

@@ -1,7 +1,7 @@
 """Sums over consecutive segments of a flat array, and the checks of flat arrays at the border of a step.
 
-The checks are for those who build the arrays (training.batch.collate, the learner's log-probs); functions that
-compute with the arrays trust them.
+The checks are for those who build the arrays (training.batch.collate, the learner's log-probs); functions
+that compute with the arrays trust them.
 
 Shape suffixes: E elements, S segments. Offsets hold S + 1 entries: segment s is [offsets[s], offsets[s + 1]).
 """

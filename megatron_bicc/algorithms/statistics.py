@@ -155,7 +155,7 @@ def _kl(p_T: np.ndarray, q_T: np.ndarray) -> np.ndarray:
 
 
 def _mean(name: str, values: np.ndarray) -> dict[str, float]:
-    return {name: float(np.mean(values))} if len(values) else {}
+    return {name: float(np.mean(values, dtype=np.float64))} if len(values) else {}
 
 
 def _distribution(name: str, values: np.ndarray) -> dict[str, float]:

@@ -135,11 +135,11 @@ class Learner:
         clock: Stopwatch,
         check: Callable[[list[TokenLogProbs]], None] | None = None,
     ) -> list[StepResult]:
-        """Learns from one batch of rollouts: train.updates_per_step optimizer steps, each on its share of groups.
+        """Learns from a batch of rollouts: train.updates_per_step optimizer steps, each on a share of groups.
 
-        The policy at the start is the old policy of every one of them. A share in which no group has both right
-        and wrong rollouts is skipped, unless KL or entropy is in the loss. Returns a result per optimizer step
-        taken. Collective.
+        The policy at the start is the old policy of every one of them. A share in which no group has both
+        right and wrong rollouts is skipped, unless KL or entropy is in the loss. Returns a result per
+        optimizer step taken. Collective.
 
         check: called before the first of them with the log-probs of each; the weights are unchanged if it
         raises. Raises NotFiniteError, before the policy is changed, for a number that is not finite.
@@ -192,7 +192,7 @@ class Learner:
         return self._policy_log_probs(batch, self._pack(batch, self.plain).batches)[0]
 
     def _share(self, layout: Layout) -> float:
-        """Share of the policy's loss that is trained in a layout: w and 1 - w of J = w J_bicc + (1 - w) J_grpo."""
+        """A layout's share of the policy's loss: w or 1 - w of J = w J_bicc + (1 - w) J_grpo."""
         return self.bicc_weight if layout == "bilateral" else 1.0 - self.bicc_weight
 
     def _pack(self, batch: StepBatch, settings: PackingSettings) -> PackedLayout:
@@ -232,7 +232,7 @@ class Learner:
         return gather_tokens(found, 2, len(batch.rollouts.tokens))
 
     def _passes(self, batches: list[PackedBatch]) -> list[Tensor | None]:
-        """A forward pass: float32 [2, A] of each micro-batch on the last pipeline stage, None on the others."""
+        """A forward pass: float32 [2, A] per micro-batch on the last pipeline stage, None on the others."""
         return self.policy.log_probs(batches) or [None] * len(batches)
 
     def _old(self, trained: PackedLayout, log_probs: TokenLogProbs, moved: bool) -> list[Tensor | None]:
@@ -299,7 +299,7 @@ class Learner:
             spread(update.advantages.contrast_B, rollouts.group_offsets_B), rollouts.offsets_R
         )
         for logp_T, policy in ((ratio.old_logp_T, "old policy"), (ratio.new_logp_T, "policy in training")):
-            # NaN where the layout trains no row: groups without contrast
+            # the bilateral layout trains no row of a group without contrast: NaN there
             check_log_probs(
                 np.where(contrast_T, logp_T, 0.0), rollouts.offsets_R, f"log-prob under the {policy}"
             )

@@ -1,5 +1,4 @@
-"""A step's numbers under the names that docs/metrics.md explains, its records for the report, and the check that
-rollout engine and policy compute the same model.
+"""A step's metrics (docs/metrics.md), its records for the report, and the engine mismatch check.
 
 Before a step's first update the policy has the weights that the engine sampled with, so only rounding may
 differ. kl/rollout_old is the mean over tokens of k3 = pi / mu - 1 - log(pi / mu), with mu the engine's and pi
@@ -161,10 +160,11 @@ def _baselines(result: StepResult) -> dict[str, float]:
     adv = result.advantages
     if not adv.contrast_B.any():
         return {}
-    baseline_B = segment_means(adv.baseline_R, result.batch.rollouts.group_offsets_B)
+    offsets_B = result.batch.rollouts.group_offsets_B
+    shift_B = segment_means(adv.baseline_R - spread(adv.mean_B, offsets_B), offsets_B)
     return {
         "rcc/cov": float(adv.covariance_B[adv.contrast_B].mean()),
-        "rcc/baseline_shift": float((baseline_B - adv.mean_B)[adv.contrast_B].mean()),
+        "rcc/baseline_shift": float(shift_B[adv.contrast_B].mean()),
     }
 
 

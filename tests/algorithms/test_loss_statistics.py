@@ -6,12 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from support.token_loss import clip_masks
 
 from megatron_bicc.algorithms.policy_loss import LossRows, policy_loss
 from megatron_bicc.algorithms.presets import PRESETS, resolve
-from megatron_bicc.algorithms.statistics import StepTokens, clip_masks, contrast_statistics, ratio_statistics
+from megatron_bicc.algorithms.statistics import (
+    RatioTokens,
+    StepTokens,
+    contrast_statistics,
+    ratio_statistics,
+)
 from megatron_bicc.config import Config
-from megatron_bicc.errors import UserError
 
 OFFSETS_R = np.array([0, 1, 4, 6, 11, 12])
 CORRECT_R = np.array([True, False, False, True, False])
@@ -24,14 +29,22 @@ def make_tokens(**changes) -> StepTokens:
     rng = np.random.default_rng(1)
     old = -rng.random(12)
     new, ref, rollout = (old + 0.6 * rng.standard_normal(12) for _ in range(3))
-    return replace(StepTokens(old, new, OFFSETS_R, ADVANTAGE_R, CORRECT_R, ref, rollout), **changes)
+    contrast_R = np.ones(5, dtype=bool)
+    tokens = StepTokens(ratio_of(old, new), OFFSETS_R, CORRECT_R, contrast_R, old, rollout, ref)
+    return replace(tokens, **changes)
+
+
+def ratio_of(old_T: np.ndarray, new_T: np.ndarray) -> RatioTokens:
+    """With the masks of the bicc preset's objective."""
+    masks = clip_masks(new_T - old_T, ADVANTAGE_R, OFFSETS_R, LOSS)
+    return RatioTokens(old_T, new_T, *(masks[edge].astype(np.float32) for edge in ("low", "high", "dual")))
 
 
 def test_ratios_by_side() -> None:
     tokens = make_tokens()
-    statistics = ratio_statistics(tokens, LOSS)
+    statistics = ratio_statistics(tokens)
     for side, mask_T in (("right", SIDE_T), ("wrong", ~SIDE_T)):
-        pairs = zip(tokens.new_logp_T[mask_T], tokens.old_logp_T[mask_T], strict=True)
+        pairs = zip(tokens.ratio.new_logp_T[mask_T], tokens.ratio.old_logp_T[mask_T], strict=True)
         ratios = [math.exp(n - o) for n, o in pairs]
         assert statistics[f"ratio/{side}/mean"] == pytest.approx(sum(ratios) / len(ratios))
         assert statistics[f"ratio/{side}/max"] == pytest.approx(max(ratios))
@@ -41,9 +54,9 @@ def test_ratios_by_side() -> None:
 
 def test_clip_fractions_by_side() -> None:
     tokens = make_tokens()
-    statistics = ratio_statistics(tokens, LOSS)
+    statistics = ratio_statistics(tokens)
     advantage_T = np.repeat(ADVANTAGE_R, np.diff(OFFSETS_R))
-    ratio_T = np.exp(tokens.new_logp_T - tokens.old_logp_T)
+    ratio_T = np.exp(tokens.ratio.new_logp_T - tokens.ratio.old_logp_T)
     for side, mask_T in (("right", SIDE_T), ("wrong", ~SIDE_T)):
         pairs = list(zip(ratio_T[mask_T], advantage_T[mask_T], strict=True))
         expected = {
@@ -58,8 +71,13 @@ def test_clip_fractions_by_side() -> None:
 
 def test_distances_of_the_policies() -> None:
     tokens = make_tokens()
-    statistics = ratio_statistics(tokens, LOSS)
-    old, new, ref, mu = tokens.old_logp_T, tokens.new_logp_T, tokens.ref_logp_T, tokens.rollout_logp_T
+    statistics = ratio_statistics(tokens)
+    old, new, ref, mu = (
+        tokens.ratio.old_logp_T,
+        tokens.ratio.new_logp_T,
+        tokens.ref_logp_T,
+        tokens.rollout_logp_T,
+    )
     for key, p, q in (("old_new", old, new), ("old_ref", old, ref), ("rollout_old", mu, old)):
         k3 = [math.exp(b - a) - 1 - (b - a) for a, b in zip(p, q, strict=True)]
         assert statistics[f"kl/{key}"] == pytest.approx(sum(k3) / 12)
@@ -75,8 +93,9 @@ def test_distances_of_the_policies() -> None:
 
 def test_a_context_in_the_denominator_stays_out_of_reference_and_engine() -> None:
     tokens = make_tokens()
-    conditioned = replace(tokens, old_logp_T=tokens.old_logp_T - 1.0, plain_logp_T=tokens.old_logp_T)
-    plain, other = ratio_statistics(tokens, LOSS), ratio_statistics(conditioned, LOSS)
+    ratio = ratio_of(tokens.ratio.old_logp_T - 1.0, tokens.ratio.new_logp_T)
+    conditioned = replace(tokens, ratio=ratio)
+    plain, other = ratio_statistics(tokens), ratio_statistics(conditioned)
     moved = {key for key in plain if plain[key] != other[key]}
     assert moved and all(key.startswith(("ratio/", "clip/", "kl/old_new")) for key in moved)
 
@@ -85,36 +104,39 @@ def test_groups_without_contrast_count_in_the_distances_of_reference_and_engine_
     tokens = make_tokens()
     contrast_R = np.array([True, True, False, True, False])
     kept_T = np.repeat(contrast_R, np.diff(OFFSETS_R))
-    old, new = (np.where(kept_T, x, np.nan) for x in (tokens.old_logp_T, tokens.new_logp_T))
-    found = ratio_statistics(
-        replace(
-            tokens, old_logp_T=old, new_logp_T=new, plain_logp_T=tokens.old_logp_T, contrast_R=contrast_R
-        ),
-        LOSS,
+    own = tokens.ratio
+    fields = (own.old_logp_T, own.new_logp_T, own.low_T, own.high_T, own.dual_T)
+    ratio = RatioTokens(*(np.where(kept_T, x, np.nan) for x in fields))
+    found = ratio_statistics(replace(tokens, ratio=ratio, contrast_R=contrast_R))
+    alone = StepTokens(
+        ratio=RatioTokens(*(x[kept_T] for x in fields)),
+        offsets_R=np.concatenate([[0], np.cumsum(np.diff(OFFSETS_R)[contrast_R])]),
+        correct_R=CORRECT_R[contrast_R],
+        contrast_R=np.ones(contrast_R.sum(), dtype=bool),
+        plain_logp_T=tokens.plain_logp_T[kept_T],
+        rollout_logp_T=tokens.rollout_logp_T[kept_T],
+        ref_logp_T=tokens.ref_logp_T[kept_T],
     )
-    offsets_R = np.concatenate([[0], np.cumsum(np.diff(OFFSETS_R)[contrast_R])])
-    parts = (x[kept_T] for x in (tokens.old_logp_T, tokens.new_logp_T))
-    ref, rollout = tokens.ref_logp_T[kept_T], tokens.rollout_logp_T[kept_T]
-    alone = StepTokens(*parts, offsets_R, ADVANTAGE_R[contrast_R], CORRECT_R[contrast_R], ref, rollout)
-    of_contrast, of_all = ratio_statistics(alone, LOSS), ratio_statistics(tokens, LOSS)
+    of_contrast, of_all = ratio_statistics(alone), ratio_statistics(tokens)
     assert found.keys() == of_all.keys()
     for key, value in found.items():
         by_contrast = key.startswith(("ratio/", "clip/", "delta/", "kl/old_new"))
         assert value == pytest.approx((of_contrast if by_contrast else of_all)[key]), key
-    nothing = ratio_statistics(replace(tokens, contrast_R=np.zeros(5, dtype=bool)), LOSS)
+    nothing = ratio_statistics(replace(tokens, contrast_R=np.zeros(5, dtype=bool)))
     assert {key.split("/")[0] for key in nothing} == {"kl", "tis"} and "kl/old_new" not in nothing
 
 
 def test_what_is_not_there_is_left_out() -> None:
-    one_side = replace(make_tokens(), correct_R=np.zeros(5, dtype=bool), ref_logp_T=None, rollout_logp_T=None)
-    statistics = ratio_statistics(one_side, LOSS)
-    assert not any("right" in key or key.startswith(("tis", "delta", "kl/old_ref")) for key in statistics)
+    one_side = replace(make_tokens(), correct_R=np.zeros(5, dtype=bool), ref_logp_T=None)
+    statistics = ratio_statistics(one_side)
+    assert not any("right" in key or key.startswith(("delta", "kl/old_ref")) for key in statistics)
     assert "ratio/wrong/mean" in statistics
-    with_ref = ratio_statistics(make_tokens(correct_R=np.ones(5, dtype=bool)), LOSS)
+    with_ref = ratio_statistics(make_tokens(correct_R=np.ones(5, dtype=bool)))
     assert "delta/right" in with_ref and "delta/gap" not in with_ref
     empty = np.zeros(0)
-    nothing = StepTokens(empty, empty, np.array([0]), empty, np.zeros(0, dtype=bool), empty, empty)
-    assert ratio_statistics(nothing, LOSS) == {}
+    none = np.zeros(0, dtype=bool)
+    nothing = StepTokens(RatioTokens(*[empty] * 5), np.array([0]), none, none, empty, empty, empty)
+    assert ratio_statistics(nothing) == {}
     assert all(math.isfinite(value) for value in (statistics | with_ref).values())
 
 
@@ -129,7 +151,8 @@ def test_what_counts_as_clipped_has_no_gradient_and_nothing_else_has_none(preset
     zeros, ones = torch.zeros(12, dtype=torch.float64), torch.ones(12, dtype=torch.float64)
     response = torch.from_numpy(np.repeat(np.arange(5), lengths_R))
     advantage_T = np.repeat(ADVANTAGE_R, lengths_R)
-    policy_loss(logp, LossRows(zeros, torch.from_numpy(advantage_T), ones, response), loss).backward()
+    rows = LossRows(torch.from_numpy(advantage_T), ones, response, old_logp=zeros)
+    policy_loss(logp, None, rows, loss).share.backward()
     soft_T = (advantage_T > 0) & (preset == "aspo")  # the soft dual clip keeps the gradient
     expected_T = masks["low"] | masks["high"] | (masks["dual"] & ~soft_T)
     np.testing.assert_array_equal(logp.grad.numpy() == 0, expected_T)
@@ -166,27 +189,3 @@ def test_how_groups_split() -> None:
         "contrast/right_2_wrong_1": 0.0,
         "contrast/right_3_wrong_0": 0.0,
     }
-
-
-@pytest.mark.parametrize(
-    ("field", "name"),
-    [
-        ("old_logp_T", "old policy"),
-        ("new_logp_T", "policy in training"),
-        ("ref_logp_T", "reference policy"),
-        ("rollout_logp_T", "rollout engine"),
-    ],
-)
-def test_log_probs_that_are_not_finite_are_named(field: str, name: str) -> None:
-    tokens = make_tokens()
-    broken = getattr(tokens, field).copy()
-    broken[7] = -np.inf
-    with pytest.raises(UserError, match=f"{name} of rollout 3, token 1 is -inf"):
-        ratio_statistics(replace(tokens, **{field: broken}), LOSS)
-
-
-def test_fields_that_do_not_fit_are_named() -> None:
-    with pytest.raises(ValueError, match="StepTokens.advantage_R has 3 entries for 5 rollouts"):
-        make_tokens(advantage_R=np.zeros(3))
-    with pytest.raises(ValueError, match="StepTokens.correct_R has dtype int64"):
-        make_tokens(correct_R=np.zeros(5, dtype=np.int64))

@@ -1,6 +1,6 @@
 """Overlong shaping moves the values of rewards, never their side.
 
-Shape suffixes: G groups, R rollouts.
+Shape suffix: R rollouts.
 """
 
 import numpy as np

@@ -9,11 +9,12 @@ import torch
 from algorithms import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.token_loss import clip_masks
 
 from megatron_bicc.algorithms.advantages import group_advantages, mean_baseline, rcc_baseline, token_weights
 from megatron_bicc.algorithms.policy_loss import LossRows, kl_penalty, policy_loss
 from megatron_bicc.algorithms.presets import PRESETS, resolve
-from megatron_bicc.algorithms.statistics import clip_masks
+from megatron_bicc.algorithms.segments import spread
 from megatron_bicc.config import Config, LossConfig
 
 MAX_LENGTH = 9
@@ -36,12 +37,13 @@ class Step:
         self.rewards_R = np.array([rollout.reward for rollout in rollouts])
         self.group_offsets_B = np.cumsum([0] + [len(group) for group in groups])
         self.deltas = deltas or [np.zeros(len(group)) for group in groups]
-        self.baseline_G = mean_baseline(self.rewards_R, self.group_offsets_B)
+        baseline_R = mean_baseline(self.rewards_R, self.group_offsets_B)
         if rcc:
             delta_R = np.concatenate(self.deltas)
-            self.baseline_G = rcc_baseline(self.rewards_R, delta_R, self.group_offsets_B, rcc).baseline_G
+            corrected = rcc_baseline(self.rewards_R, delta_R, self.group_offsets_B, rcc)
+            baseline_R = spread(corrected.baseline_B, self.group_offsets_B)
         self.advantage_R = group_advantages(
-            self.rewards_R, self.group_offsets_B, self.baseline_G, loss.advantage, 0.5
+            self.rewards_R, self.group_offsets_B, baseline_R, loss.advantage, 0.5
         )
         self.weight_R = token_weights(self.lengths_R, loss.aggregation, MAX_LENGTH)
         self.new, self.old = [r.new for r in rollouts], [r.old for r in rollouts]
@@ -56,7 +58,7 @@ class Step:
             weight=torch.from_numpy(np.repeat(self.weight_R[rollouts], lengths)),
             response=torch.from_numpy(np.repeat(np.arange(len(rollouts)), lengths)),
         )
-        loss = policy_loss(logp, rows, self.loss)
+        loss = policy_loss(logp, None, rows, self.loss).share
         loss.backward()
         return loss.item(), np.split(logp.grad.numpy(), np.cumsum(lengths)[:-1])
 
@@ -140,8 +142,8 @@ def one_token(loss: LossConfig, log_ratio: float, advantage: float) -> tuple[flo
     logp = torch.tensor([log_ratio], dtype=torch.float64, requires_grad=True)
     ones = torch.ones(1, dtype=torch.float64)
     zero = torch.zeros(1, dtype=torch.float64)
-    rows = LossRows(zero, ones * advantage, ones, torch.zeros(1, dtype=torch.int64))
-    value = policy_loss(logp, rows, loss)
+    rows = LossRows(ones * advantage, ones, torch.zeros(1, dtype=torch.int64), old_logp=zero)
+    value = policy_loss(logp, None, rows, loss).share
     value.backward()
     return value.item(), logp.grad.item()
 
@@ -184,8 +186,9 @@ def test_dual_clip_bounds_the_loss_of_negative_advantages_only() -> None:
 def test_huge_ratios_in_float32_give_no_nan(preset: str) -> None:
     logp = torch.tensor([-200.0, -1.0, -200.0, -1.0, -200.0, -1.0], requires_grad=True)
     old = torch.tensor([-1.0, -200.0, -1.0, -200.0, -1.0, -200.0])
-    rows = LossRows(old, torch.tensor([1.0, 1.0, -1.0, -1.0, 0.0, 0.0]), torch.ones(6), torch.arange(6))
-    loss = policy_loss(logp, rows, loss_config(preset + "+bicc"))
+    advantage = torch.tensor([1.0, 1.0, -1.0, -1.0, 0.0, 0.0])
+    rows = LossRows(advantage, torch.ones(6), torch.arange(6), old_logp=old)
+    loss = policy_loss(logp, None, rows, loss_config(preset + "+bicc")).share
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(logp.grad).all()
     assert (logp.grad[4:] == 0).all()
@@ -199,15 +202,16 @@ def random_rows(seed: int = 0, **optional: torch.Tensor) -> tuple[torch.Tensor, 
     response = torch.tensor([0, 0, 0, 1, 2, 2, 2])
     advantage = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)[response]
     weight = torch.full((7,), 0.1, dtype=torch.float64)
-    return logp, LossRows(old, advantage, weight, response, 2 * weight, **optional)
+    return logp, LossRows(advantage, weight, response, old, 2 * weight, **optional)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_in_the_loss(estimator: str) -> None:
     ref = -torch.linspace(0.2, 2.0, 7, dtype=torch.float64)
     logp, rows = random_rows(ref_logp=ref)
-    base = policy_loss(logp, rows, loss_config("grpo"))
-    loss = policy_loss(logp, rows, loss_config("grpo", kl_coefficient=0.3, kl_estimator=estimator))
+    base = policy_loss(logp, None, rows, loss_config("grpo")).share
+    config = loss_config("grpo", kl_coefficient=0.3, kl_estimator=estimator)
+    loss = policy_loss(logp, None, rows, config).share
     d = (ref - logp.detach()).numpy()
     expected = {"k1": -d, "k2": d**2 / 2, "k3": np.exp(d) - 1 - d}[estimator]
     slope = {"k1": np.ones(7), "k2": -d, "k3": 1 - np.exp(d)}[estimator]
@@ -219,16 +223,15 @@ def test_kl_in_the_loss(estimator: str) -> None:
 
 def test_kl_in_the_reward_stays_out_of_the_loss() -> None:
     logp, rows = random_rows()
-    assert policy_loss(logp, rows, loss_config("grpo", kl_coefficient=0.3, kl_in="reward")) == policy_loss(
-        logp, rows, loss_config("grpo")
-    )
+    with_kl = policy_loss(logp, None, rows, loss_config("grpo", kl_coefficient=0.3, kl_in="reward"))
+    assert with_kl.share == policy_loss(logp, None, rows, loss_config("grpo")).share
 
 
 def test_the_entropy_bonus_lowers_the_loss() -> None:
     entropy = torch.linspace(0.1, 1.0, 7, dtype=torch.float64, requires_grad=True)
-    logp, rows = random_rows(entropy=entropy)
-    loss = policy_loss(logp, rows, loss_config("grpo", entropy_coefficient=0.2))
-    base = policy_loss(logp, rows, loss_config("grpo"))
+    logp, rows = random_rows()
+    loss = policy_loss(logp, entropy, rows, loss_config("grpo", entropy_coefficient=0.2)).share
+    base = policy_loss(logp, entropy, rows, loss_config("grpo")).share
     assert (loss - base).item() == pytest.approx(-0.2 * 0.2 * entropy.sum().item(), rel=1e-12)
     assert (torch.autograd.grad(loss, entropy)[0] == -0.2 * 0.2).all()
 
@@ -237,9 +240,8 @@ def test_rows_that_take_no_part_in_kl_and_entropy_need_neither() -> None:
     logp, rows = random_rows()
     rows = replace(rows, regularisation=None)
     changes = {"kl_coefficient": 0.3, "kl_estimator": "k2", "entropy_coefficient": 0.2}
-    assert policy_loss(logp, rows, loss_config("grpo", **changes)) == policy_loss(
-        logp, rows, loss_config("grpo")
-    )
+    without = policy_loss(logp, None, rows, loss_config("grpo")).share
+    assert policy_loss(logp, None, rows, loss_config("grpo", **changes)).share == without
 
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)
@@ -247,11 +249,11 @@ def test_tis_weighs_each_token_by_the_capped_mismatch(preset: str) -> None:
     logp, rows = random_rows()
     shift = torch.linspace(-1.0, 2.0, 7, dtype=torch.float64)
     old = rows.old_logp.clone().requires_grad_()
-    with_tis = replace(rows, old_logp=old, rollout_logp=rows.old_logp - shift)
+    with_tis = replace(rows, old_logp=old, engine_log_ratio=shift)
     weights = torch.exp(shift).clamp(max=2.0)
-    loss = policy_loss(logp, with_tis, loss_config(preset, tis_cap=2.0))
+    loss = policy_loss(logp, None, with_tis, loss_config(preset, tis_cap=2.0)).share
     reweighted = replace(rows, old_logp=old, weight=rows.weight * weights)
-    by_hand = policy_loss(logp, reweighted, loss_config(preset))
+    by_hand = policy_loss(logp, None, reweighted, loss_config(preset)).share
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-12)
     gradients = (torch.autograd.grad(x, (logp, old), materialize_grads=True) for x in (loss, by_hand))
     for actual, expected in zip(*gradients, strict=True):
@@ -262,7 +264,8 @@ def test_a_micro_batch_without_rows_adds_nothing() -> None:
     for preset in PRESET_NAMES:
         logp = torch.zeros(0, dtype=torch.float64, requires_grad=True)
         empty = torch.zeros(0, dtype=torch.float64)
-        loss = policy_loss(logp, LossRows(empty, empty, empty, empty.long()), loss_config(preset))
+        rows = LossRows(empty, empty, empty.long(), old_logp=empty)
+        loss = policy_loss(logp, None, rows, loss_config(preset)).share
         loss.backward()
         assert loss.item() == 0.0
 
@@ -271,8 +274,8 @@ def test_a_micro_batch_without_rows_adds_nothing() -> None:
     ("changes", "message"),
     [
         ({"kl_coefficient": 0.1}, "loss.kl_coefficient is set, but LossRows.ref_logp was not given"),
-        ({"tis_cap": 2.0}, "loss.tis_cap is set, but LossRows.rollout_logp was not given"),
-        ({"entropy_coefficient": 0.1}, "loss.entropy_coefficient is set, but LossRows.entropy was not given"),
+        ({"tis_cap": 2.0}, "loss.tis_cap is set, but LossRows.engine_log_ratio was not given"),
+        ({"entropy_coefficient": 0.1}, "loss.entropy_coefficient is set, but entropy was not given"),
         ({"kl_coefficient": 0.1, "kl_estimator": None}, "loss.kl_estimator is None"),
         ({"clip_low": None}, "loss.clip_low is not set"),
         ({"objective": None}, "loss.objective is not set"),
@@ -283,14 +286,22 @@ def test_what_a_setting_needs_is_named(changes: dict, message: str) -> None:
     if changes.get("kl_estimator", "") is None:
         rows = replace(rows, ref_logp=rows.old_logp)
     with pytest.raises(ValueError, match=message):
-        policy_loss(logp, rows, loss_config("grpo", **changes))
+        policy_loss(logp, None, rows, loss_config("grpo", **changes))
 
 
 def test_shapes_and_types_are_checked() -> None:
-    logp, rows = random_rows()
-    with pytest.raises(ValueError, match=r"logp has shape \(6,\)"):
-        policy_loss(logp[:6], rows, loss_config("grpo"))
+    _, rows = random_rows()
     with pytest.raises(ValueError, match=r"LossRows.weight has shape \(3,\)"):
         replace(rows, weight=rows.weight[:3])
     with pytest.raises(ValueError, match="LossRows.response has dtype torch.int32"):
         replace(rows, response=rows.response.int())
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_without_old_log_probs_the_ratio_starts_at_one(preset: str) -> None:
+    logp, rows = random_rows()
+    own = policy_loss(logp, None, replace(rows, old_logp=None), loss_config(preset))
+    given = policy_loss(logp, None, replace(rows, old_logp=logp.detach()), loss_config(preset))
+    assert own.share == given.share and torch.equal(own.old_logp, logp.detach())
+    gradients = [torch.autograd.grad(x.share, logp)[0] for x in (own, given)]
+    assert torch.equal(*gradients) and (gradients[0] != 0).all()

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 from packing.cases import pack_every_rank
-from support.token_loss import ESTIMATORS, OBJECTIVES, loss_config, loss_in_torch, loss_inputs
+from support.token_loss import ESTIMATORS, OBJECTIVES, clip_masks, loss_config, loss_in_torch, loss_inputs
 
 from megatron_bicc.algorithms.policy_loss import clip_bounds, kl_penalty
-from megatron_bicc.algorithms.statistics import clip_masks
 from megatron_bicc.config import LossConfig
 from megatron_bicc.packing.types import PackingSettings, RolloutBatch
 

@@ -122,7 +122,7 @@ def test_step_measures_the_output_layers_gradient(
     policy = load_policy(config)
     learner = Learner(config, policy, TOKENIZER)
     policy.set_weights(load_policy(make_config(tmp_path, algorithm)).host_copy())
-    found = learner.step(to_groups(examples), Stopwatch()).gradient
+    found = learner.step(to_groups(examples), Stopwatch())[0].gradient
 
     parts = exact_parts(model, examples, config)
     assert found[VARIANCE] == pytest.approx(plain_variance(parts), rel=1e-4)

@@ -13,7 +13,7 @@ from megatron_bicc.model.batch import PackedBatch
 from megatron_bicc.model.policy import Policy
 from megatron_bicc.packing.pack import pack
 from megatron_bicc.rollout.types import Group
-from megatron_bicc.training.batch import packing_settings, step_batch
+from megatron_bicc.training.batch import collate, packing_settings
 from megatron_bicc.weights.hf_weights import load_policy
 
 FAMILY = "qwen3_untied"
@@ -37,8 +37,9 @@ def make_policy(path: Path, dtype: str, lr: float = 0.0) -> Policy:
 
 def pieces(groups: list[Group], policy: Policy) -> Pieces:
     config = make_config(Path(), "grpo")
-    plan = pack(step_batch(groups).rollouts, packing_settings(config, policy.hf_config, TOKENIZER)[0], 1)
-    return [(PackedBatch.make(batch, torch.device("cpu")), batch.gather) for batch in plan.ranks[0]]
+    plain, _ = packing_settings(config, policy.hf_config, TOKENIZER)
+    packed = pack(collate(groups).rollouts, plain, dp_size=1, rank=0)
+    return [(PackedBatch.make(b, torch.device("cpu")), b.gather_A) for b in packed.micro_batches]
 
 
 def one_row_a_response(groups: list[Group], tokens: int) -> Pieces:

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 import torch
 from packing.cases import Group, Rollout, make_batch, make_settings, micro_batches, pack_every_rank
-from support.token_loss import ESTIMATORS, OBJECTIVES, loss_config, loss_in_torch, loss_inputs
+from support.token_loss import ESTIMATORS, OBJECTIVES, clip_masks, loss_config, loss_in_torch, loss_inputs
 
 from megatron_bicc import _C
 from megatron_bicc.algorithms.policy_loss import clip_bounds
-from megatron_bicc.algorithms.statistics import clip_masks
 from megatron_bicc.config import LossConfig
 
 REPOSITORY = Path(__file__).parents[2]

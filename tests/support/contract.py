@@ -1,4 +1,4 @@
-"""One optimiser step of every preset, cut in many ways, for the tests of the normalisation contract."""
+"""One optimizer step of every preset, cut in many ways, for the tests of the normalisation contract."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +13,10 @@ from megatron_bicc.algorithms.advantages import TokenLogProbs
 from megatron_bicc.algorithms.presets import PRESETS
 from megatron_bicc.config import Config
 from megatron_bicc.metrics import Stopwatch
-from megatron_bicc.packing.pack import pack
+from megatron_bicc.packing.pack import plan_step
 from megatron_bicc.rollout.types import Group
-from megatron_bicc.training.batch import Piece, StepBatch, packing_settings, step_batch
-from megatron_bicc.training.learner import Learner
+from megatron_bicc.training.batch import StepBatch, collate, packing_settings
+from megatron_bicc.training.learner import Learner, PackedLayout
 from megatron_bicc.weights.hf_files import SafetensorsDirectory
 from megatron_bicc.weights.hf_weights import HfWeights, load_policy
 from support.models import make_model
@@ -43,8 +43,8 @@ class Step:
 class OffPolicyLearner(Learner):
     """Takes the engine's log-probs for those of the old policy: ratios leave 1, so that clips act."""
 
-    def _log_probs(self, batch: StepBatch, pieces: list[Piece]) -> TokenLogProbs:
-        return replace(super()._log_probs(batch, pieces), old_T=batch.rollout_logp_T)
+    def _log_probs(self, batch: StepBatch, plain: PackedLayout) -> TokenLogProbs:
+        return replace(super()._log_probs(batch, plain), old_T=batch.rollout_logp_T)
 
 
 class Stepper:
@@ -68,8 +68,9 @@ class Stepper:
         self.policy.set_weights(self.reference)
         learner = OffPolicyLearner(config, self.policy, TOKENIZER)
         self.policy.set_weights(self.moved)
-        result = learner.step([self.groups[i] for i in order], Stopwatch())
-        ranks = result.plans[config.bicc.enabled].ranks
+        (result,) = learner.step([self.groups[i] for i in order], Stopwatch())
+        assert result.trained[0].layout == ("bilateral" if config.bicc.enabled else "plain")
+        ranks = result.trained[0].plan.ranks
         return Step(result.loss, hf_gradients(self.policy), [len(rank) for rank in ranks])
 
     def _configure(self, algorithm: str) -> Config:
@@ -85,10 +86,10 @@ class Stepper:
         """Numbers of micro-batches a rank, and a token budget that gives each."""
         config = self._configure("bicc" if bicc else "grpo")
         settings = packing_settings(config, self.policy.hf_config, TOKENIZER)[bicc]
-        rollouts = step_batch(self.groups[:-1]).rollouts
+        rollouts = collate(self.groups[:-1]).rollouts
         found: dict[int, int] = {}
         for budget in count(LONGEST_ROW, 2):
-            plan = pack(rollouts, replace(settings, max_tokens_per_microbatch=budget), self.dp_size)
+            plan = plan_step(rollouts, replace(settings, max_tokens_per_microbatch=budget), self.dp_size)
             found.setdefault(len(plan.ranks[0]), budget)
             if 1 in found:
                 return found

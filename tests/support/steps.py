@@ -1,6 +1,7 @@
 """Steps that tests run through the product and through the reference: configurations, groups, policies."""
 
 import copy
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,13 +10,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from transformers import PreTrainedModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
 from megatron_bicc.data.prompts import Prompt
+from megatron_bicc.metrics import Stopwatch
 from megatron_bicc.model.policy import Policy
 from megatron_bicc.rollout.types import Group, Sample
+from megatron_bicc.training.learner import Learner, StepResult
 from megatron_bicc.weights.hf_weights import hf_tensors
 from support.hf_reference import ANSWER, EOS, RIGHT, WRONG, Example, response_logp
 
@@ -114,6 +118,38 @@ REGULARISED = {
     ),
 }
 """Likewise, with KL penalties and entropy bonuses of the size of the policy's loss"""
+
+
+def hf_model(policy: Policy, directory: Path) -> PreTrainedModel:
+    """The policy's weights as a Hugging Face model; `directory`, which is made, holds its files."""
+    directory.mkdir()
+    shutil.copy(Path(policy.hf_config.name_or_path) / "config.json", directory)
+    tensors = {name: x.clone().contiguous() for name, x in hf_tensors(policy.modules, policy.hf_config)}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def second_update(
+    learner: Learner, groups: list[Group], directory: Path
+) -> tuple[StepResult, PreTrainedModel]:
+    """A batch of rollouts in two updates, each on all of `groups`: the second's result, and the policy that
+    it updates, which the first has moved away from the old policy."""
+    learner.config.train.updates_per_step, learner.config.optimizer.lr = 2, 3e-3
+    start = learner.policy.host_copy()
+    learner.policy = Policy(learner.config)
+    learner.policy.set_weights(start)
+    learner.policy.optimizer.reload_model_params()
+    moved: list[PreTrainedModel] = []
+    take = learner.policy.update
+
+    def update() -> float:
+        norm = take()
+        moved.append(hf_model(learner.policy, directory / f"after_{len(moved) + 1}"))
+        return norm
+
+    learner.policy.update = update
+    _, result = learner.step(groups + groups, Stopwatch())
+    return result, moved[0]
 
 
 def hf_gradients(policy: Policy) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ Shape suffix: T response rows.
 import numpy as np
 import torch
 
-from megatron_bicc.algorithms.policy_loss import LossRows, policy_loss
+from megatron_bicc.algorithms.policy_loss import LossRows, load_objective, policy_loss
 from megatron_bicc.config import LossConfig
 
 OBJECTIVES = ["token", "sequence", "geometric", "aspo", "cispo"]
@@ -47,8 +47,25 @@ def loss_in_torch(
     tensors = dict(inputs)
     logp_T = tensors.pop("logp").detach().requires_grad_()
     response_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(logp_T.device)
-    # the kernels have one weight for all terms
-    rows = LossRows(**tensors, response=response_T, regularisation=tensors["weight"])
-    loss = policy_loss(logp_T, rows, config)
+    # the kernels have one weight for all terms, and are given mu itself
+    mismatch = tensors["old_logp"] - tensors.pop("rollout_logp")
+    rows = LossRows(
+        **tensors, response=response_T, regularisation=tensors["weight"], engine_log_ratio=mismatch
+    )
+    loss = policy_loss(logp_T, None, rows, config).share
     loss.backward()
     return loss.item(), logp_T.grad
+
+
+def clip_masks(
+    log_ratio_T: np.ndarray, advantage_R: np.ndarray, offsets_R: np.ndarray, config: LossConfig
+) -> dict[str, np.ndarray]:
+    """bool [T] by edge: the rows that the product's objective says it clipped."""
+    lengths_R = np.diff(offsets_R)
+    logp_T = torch.from_numpy(np.asarray(log_ratio_T, np.float64))
+    advantage_T = torch.from_numpy(np.repeat(advantage_R, lengths_R).astype(np.float64))
+    response_T = torch.from_numpy(np.repeat(np.arange(len(lengths_R)), lengths_R))
+    zeros_T = torch.zeros_like(logp_T)
+    rows = LossRows(advantage_T, torch.ones_like(logp_T), response_T, old_logp=zeros_T)
+    found = load_objective(config)(logp_T, zeros_T, rows, config)
+    return {"low": found.low.numpy(), "high": found.high.numpy(), "dual": found.dual.numpy()}

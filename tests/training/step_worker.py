@@ -130,9 +130,9 @@ class Training:
     def step(self) -> dict:
         """Loss, gradient norm, updated weights, which of their copies differ between processes, and the
         response rows of each rank's micro-batches. Collective."""
-        result = self.learner.step(self.groups, Stopwatch())
+        (result,) = self.learner.step(self.groups, Stopwatch())
         weights = hf_tensors(self.policy.modules, self.policy.hf_config)
-        ranks = [rank for plan in result.plans.values() for rank in plan.ranks]
+        ranks = [rank for trained in result.trained for rank in trained.plan.ranks]
         return {
             "loss": result.loss,
             "grad_norm": result.grad_norm,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.hf_reference import Example, baseline, context_of, next_token_log_probs, response_logp
-from support.steps import CASES, TOKENIZER, make_config, make_examples, perturb, to_groups
+from support.steps import CASES, TOKENIZER, make_config, make_examples, perturb, second_update, to_groups
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_bicc.metrics import Stopwatch
@@ -28,21 +28,21 @@ def k3(p: list[np.ndarray], q: list[np.ndarray]) -> float:
 def test_of_the_groups_with_contrast(
     case: str, moves: bool, model_dirs: dict[str, Path], single_process: None, tmp_path: Path
 ) -> None:
-    """`moves`: earlier updates of the step have moved the policy; all is measured before the update."""
+    """`moves`: an earlier update of the step has moved the policy; all is measured before the update."""
     algorithm, settings = CASES[case]
     settings = {"monitoring__reference": True} | settings
     config = make_config(model_dirs["qwen3_tied"], algorithm, **settings)
     reference = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32).eval()
     old = perturb(reference)
-    current = perturb(old) if moves else old
     examples = make_examples(reference, config.rollout.temperature)
     policy = load_policy(config)
     learner = Learner(config, policy, TOKENIZER)
-    copies = {name: weights(model, tmp_path / name) for name, model in (("old", old), ("new", current))}
-    policy.set_weights(copies["old"])
-    prepared = learner.prepare(to_groups(examples), Stopwatch(), moves)
-    policy.set_weights(copies["new"])
-    found = update_metrics(learner.update(prepared, Stopwatch()), config)
+    policy.set_weights(weights(old, tmp_path / "old"))
+    if moves:
+        result, current = second_update(learner, to_groups(examples), tmp_path)
+    else:
+        (result,), current = learner.step(to_groups(examples), Stopwatch()), old
+    found = update_metrics(result, config)
 
     trained = [(e, i) for e in examples if len(set(e.rewards)) > 1 for i in range(len(e.rewards))]
     right = np.array([e.rewards[i] > 0.5 for e, i in trained])

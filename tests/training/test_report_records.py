@@ -34,8 +34,8 @@ def test_groups_without_contrast_move_no_figure_of_those_with(
     learner = Learner(config, policy, TOKENIZER)
 
     def step(chosen: list[int]) -> tuple[StepResult, dict[str, float], list[dict]]:
-        result = learner.step([groups[i] for i in chosen], Stopwatch())
-        shown = report_groups(result, [groups[i] for i in chosen], WORDS, config)
+        (result,) = learner.step([groups[i] for i in chosen], Stopwatch())
+        shown = report_groups(result, WORDS, config)
         return result, update_metrics(result, config), shown
 
     result, everything, shown = step([0, 1, 2, 3])

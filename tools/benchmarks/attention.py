@@ -187,6 +187,7 @@ def lay_out(segments: list[Segment]) -> MicroBatch:
     positions_N = np.concatenate(positions).astype(np.int32)
     rows = sum(responses)
     return MicroBatch(
+        num_rows=len(positions_N),
         tokens_N=(np.arange(len(positions_N)) % 64).astype(np.int32),
         positions_N=positions_N,
         labels_N=np.zeros(len(positions_N), np.int32),
@@ -199,8 +200,8 @@ def lay_out(segments: list[Segment]) -> MicroBatch:
         rollout_S=np.arange(len(responses), dtype=np.int32),
         group_S=np.zeros(len(responses), np.int32),
         scale_S=np.ones(len(responses), np.float32),
-        gather=np.arange(rows),
-        channels=np.zeros((0, rows), np.float32),
+        gather_A=np.arange(rows),
+        channels_CA=np.zeros((0, rows), np.float32),
     )
 
 

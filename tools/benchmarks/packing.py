@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from benchmarks._packing_baselines import memcpy, pair_rows, torch_cat_loop
 
-from megatron_bicc.packing.pack import pack
+from megatron_bicc.packing.pack import Packed, pack, plan_step
 from megatron_bicc.packing.plan import StepPlan
 from megatron_bicc.packing.types import PackingSettings, RolloutBatch
 
@@ -76,7 +76,12 @@ def make_settings(max_sequence_tokens: int) -> PackingSettings:
         max_sequence_tokens=max_sequence_tokens,
         max_tokens_per_microbatch=4 * max_sequence_tokens,
         vocab_size=VOCAB_SIZE,
+        reward_threshold=0.5,
         context_ratio=0.4,
+        context_source="partition",
+        truncation="equal",
+        keep="head",
+        token_cost=24576,
         wrong_header=(1, 2, 3, 4),
         right_header=(1, 2, 3, 4),
         answer_header=(5, 6),
@@ -87,16 +92,17 @@ def measure(mean_length: int, repeats: int) -> dict[str, float]:
     """Returns the figures of one workload."""
     settings = make_settings(MAX_SEQUENCE_TOKENS[mean_length])
     batch = make_batch(PROMPTS, mean_length, settings.max_sequence_tokens - 250, (50, 250))
-    plan = pack(batch, settings, dp_size=1)
-    balanced = pack(batch, settings, dp_size=RANKS)
-    output = np.ones(output_bytes(plan), np.uint8)
+    packed = pack(batch, settings, dp_size=1, rank=0)
+    plan = packed.plan
+    balanced = plan_step(batch, settings, dp_size=RANKS)
+    output = np.ones(output_bytes(packed), np.uint8)
     reference = torch_cat_loop(batch, settings)
     if sum(len(micro_batch["tokens"]) for micro_batch in reference) != plan.stats["tokens_packed"]:
         raise RuntimeError("the torch.cat loop and the packer do not pack the same rows")
     # One after the other in turns, so that a busy machine slows all of them alike.
     ms_cpp, ms_memcpy, ms_torch_cat = fastest_ms(
         repeats,
-        lambda: pack(batch, settings, dp_size=1),
+        lambda: pack(batch, settings, dp_size=1, rank=0),
         lambda: memcpy(output),
         lambda: torch_cat_loop(batch, settings),
     )
@@ -129,15 +135,15 @@ def fastest_ms(repeats: int, *calls: Callable[[], Any]) -> list[float]:
     return np.min(times, axis=0).tolist()
 
 
-def arrays_of(plan: StepPlan) -> list[np.ndarray]:
+def arrays_of(packed: Packed) -> list[np.ndarray]:
     """Returns every array of every micro-batch."""
-    fields = [vars(micro_batch).values() for rank in plan.ranks for micro_batch in rank]
+    fields = [vars(micro_batch).values() for micro_batch in packed.micro_batches]
     return [value for values in fields for value in values if isinstance(value, np.ndarray)]
 
 
-def output_bytes(plan: StepPlan) -> int:
+def output_bytes(packed: Packed) -> int:
     """Returns the bytes that the packer wrote."""
-    return sum(array.nbytes for array in arrays_of(plan))
+    return sum(array.nbytes for array in arrays_of(packed))
 
 
 def step_cost(plan: StepPlan) -> float:
@@ -181,9 +187,11 @@ def measure_scale(groups: int) -> dict[str, float]:
     batch = make_batch(groups, 30, 256, (5, 25))
     before = resident_kb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    pack(batch, settings, dp_size=1)
+    pack(batch, settings, dp_size=1, rank=0)
     peak = resident_kb("VmHWM") - before
-    one, eight = fastest_ms(3, lambda: pack(batch, settings, 1), lambda: pack(batch, settings, RANKS))
+    one, eight = fastest_ms(
+        3, lambda: pack(batch, settings, 1, rank=0), lambda: pack(batch, settings, RANKS, rank=0)
+    )
     return {
         "groups": groups,
         "ms": one,

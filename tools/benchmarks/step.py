@@ -60,12 +60,12 @@ def make_step(algorithm: str, a: argparse.Namespace) -> Callable[[], StepResult]
     longest = 5 * a.mean_length
     learner = make_learner(algorithm, a.hidden, a.layers, 2 * longest)
     groups = make_groups(a.groups, a.mean_length, longest, learner.policy.hf_config.vocab_size)
-    return lambda: learner.step(groups, Stopwatch())
+    return lambda: learner.step(groups, Stopwatch())[0]
 
 
 def row_passes(result: StepResult) -> int:
     """Returns the cost of a step's passes, in rows of a forward pass."""
     responses, prompts = result.batch.rollouts.tokens, result.batch.rollouts.prompt_tokens
     groups = len(result.batch.rollouts.group_offsets_B) - 1
-    trained = sum(plan.stats["tokens_packed"] for plan in result.plans.values())
-    return len(responses) + len(prompts) - groups + 3 * trained
+    rows = sum(trained.plan.stats["tokens_packed"] for trained in result.trained)
+    return len(responses) + len(prompts) - groups + 3 * rows

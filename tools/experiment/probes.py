@@ -17,10 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_bicc import device
-from megatron_bicc.algorithms.advantages import DeltaKind, RccForm, rcc_baseline, sequence_delta
+from megatron_bicc.algorithms.advantages import rcc_baseline, sequence_delta
 from megatron_bicc.algorithms.policy_loss import LossRows, policy_loss
 from megatron_bicc.algorithms.presets import resolve
-from megatron_bicc.config import BiccConfig, Config, RewardConfig
+from megatron_bicc.config import BiccConfig, Config, DeltaKind, RccForm, RewardConfig
 from megatron_bicc.data.prompts import load_prompts
 from megatron_bicc.rewards.registry import get_verifier
 from megatron_bicc.rollout.collect import GroupSampler
@@ -189,7 +189,7 @@ def _baseline(
     """Returns the group's b* of RCC."""
     offsets_R = np.cumsum([0] + [len(x) for x in old])
     delta_R = sequence_delta(torch.cat(old).numpy(), torch.cat(reference).numpy(), offsets_R, delta)
-    return float(rcc_baseline(rewards_R, delta_R, np.array([0, len(old)]), form).baseline_G[0])
+    return float(rcc_baseline(rewards_R, delta_R, np.array([0, len(old)]), form).baseline_B[0])
 
 
 def _gradient(
@@ -203,6 +203,6 @@ def _gradient(
         weight=(1.0 / lengths / len(logp)).repeat_interleave(lengths),
         response=torch.arange(len(logp)).repeat_interleave(lengths),
     )
-    loss = policy_loss(torch.cat(logp), rows, resolve(Config(algorithm="grpo+bicc")).loss)
+    loss = policy_loss(torch.cat(logp), None, rows, resolve(Config(algorithm="grpo+bicc")).loss).share
     parameters = list(model.parameters())
     return parameters_to_vector(torch.autograd.grad(loss, parameters, retain_graph=True)).detach()

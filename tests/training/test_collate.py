@@ -1,0 +1,54 @@
+"""Rollouts as flat arrays: checked once, selected by group."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support.models import make_model
+from support.steps import make_examples, to_groups
+
+from megatron_bicc.errors import UserError
+from megatron_bicc.rollout.types import Group
+from megatron_bicc.training.batch import collate
+
+
+@pytest.fixture(scope="module")
+def groups() -> list[Group]:
+    return to_groups(make_examples(make_model("qwen3_tied"), 0.8))
+
+
+@pytest.mark.parametrize("chosen", [[], [0], [3, 1], [0, 1, 2, 3]])
+def test_a_selection_is_what_its_groups_collate_to(chosen: list[int], groups: list[Group]) -> None:
+    selected = collate(groups).select(np.array(chosen, int))
+    expected = collate([groups[i] for i in chosen])
+    for name, array in vars(expected.rollouts).items():
+        found = getattr(selected.rollouts, name)
+        assert (found.dtype, found.tolist()) == (array.dtype, array.tolist()), name
+    np.testing.assert_array_equal(selected.rollout_logp_T, expected.rollout_logp_T)
+    assert selected.num_groups == len(chosen)
+
+
+def changed(group: Group, **fields: object) -> Group:
+    """The group with its second sample changed."""
+    return replace(group, samples=[group.samples[0], replace(group.samples[1], **fields), *group.samples[2:]])
+
+
+def test_what_no_step_could_use_is_named(groups: list[Group]) -> None:
+    first, second = groups[:2]
+    sample = first.samples[1]
+    nothing = np.zeros(0, np.int32)
+    bad_logp = np.where(np.arange(len(sample.log_probs)) == 0, np.nan, sample.log_probs)
+    unequal = len(first.samples) + len(second.samples)
+    no_samples = replace(second, samples=[], rewards=second.rewards[:0])
+    no_prompt = replace(first, prompt=replace(first.prompt, token_ids=nothing))
+    for broken, kind, message in (
+        ([changed(first, token_ids=nothing, log_probs=nothing)], ValueError, "rollout 1 has length 0"),
+        ([first, no_samples], ValueError, "group_offsets_B: group 1 has length 0"),
+        ([no_prompt], ValueError, "prompt_offsets_B: prompt of group 0 has length 0"),
+        ([changed(first, log_probs=sample.log_probs[:-1])], ValueError, "offsets_R must run from 0 to"),
+        ([first, replace(second, rewards=second.rewards[:-1])], ValueError, f"0 to {unequal - 1}, but"),
+        ([replace(first, rewards=first.rewards * np.nan)], UserError, "reward of rollout 0 is nan"),
+        ([changed(first, log_probs=bad_logp)], UserError, "rollout engine of rollout 1, token 0 is nan"),
+    ):
+        with pytest.raises(kind, match=message):
+            collate(broken)
