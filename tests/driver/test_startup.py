@@ -305,11 +305,11 @@ def test_a_stale_index_is_told_of(
     [
         (
             "stale index",
-            "model.safetensors and model.safetensors.index.json lie side by side: SGLang reads a.safe",
+            "both model.safetensors and model.safetensors.index.json exist: SGLang reads a.safe",
         ),
         ("consolidated", ""),
         ("shards", ""),
-        ("more files", "SGLang reads more.safetensors and transformers does not; remove what is left over"),
+        ("more files", "SGLang reads more.safetensors and transformers does not; remove the surplus file"),
         ("interleaved", "rope_is_neox_style is False, which SGLang computes and the policy does not"),
     ],
 )

@@ -124,5 +124,5 @@ def test_logs_of_servers_lie_beside_the_answers(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280)
     assert done.returncode == 2
     [log] = (tmp_path / "out/servers").glob("*.log")
-    assert f"ended while it started, see {log}" in done.stderr
+    assert f"ended during its start, see {log}" in done.stderr
     assert not (tmp_path / "training").exists()

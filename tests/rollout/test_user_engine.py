@@ -1,4 +1,4 @@
-"""A rollout engine from a user's file: a run trains on its rollouts and gives it the weights of every step."""
+"""A rollout engine from a user's file: a run trains on its rollouts and gives it every step's weights."""
 
 from pathlib import Path
 from types import SimpleNamespace

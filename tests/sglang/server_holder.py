@@ -1,13 +1,18 @@
 """A trainer as far as its servers can tell: starts two and lives until it is killed.
 
-python server_holder.py DIRECTORY: prints a line of URLs once they are well.
+python server_holder.py DIRECTORY: prints a line of URLs once they are ready.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
 
 import anyio
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.sglang_server import quick_start
 
 from megatron_bicc.config import Config, ModelConfig, RolloutConfig, SglangConfig
 from megatron_bicc.sglang.checks import wait_until_ready
@@ -16,10 +21,11 @@ from megatron_bicc.sglang.process import SpawnedServer
 
 REPOSITORY = Path(__file__).parents[2]
 # generation slow enough to be interrupted: few sequences at once
-ARGUMENTS = "--max-total-tokens 8192 --mem-fraction-static 0.5 --max-running-requests 16"
+ARGUMENTS = "--skip-server-warmup --max-total-tokens 8192 --mem-fraction-static 0.5 --max-running-requests 16"
 
 
 def main(directory: str) -> None:
+    os.environ |= quick_start()
     settings = SglangConfig(python=str(REPOSITORY / ".venv-sglang/bin/python"), server_args=ARGUMENTS)
     model = ModelConfig(str(REPOSITORY / "examples/tiny_policy"), "float32")
     config = Config(output_dir=directory, model=model, rollout=RolloutConfig("sglang", sglang=settings))
