@@ -42,7 +42,6 @@ struct Settings {
   int64_t max_sequence_tokens;
   int64_t max_tokens_per_microbatch;
   int64_t vocab_size;
-  bool contrast_only;
   float reward_threshold;
   double context_ratio;
   Source context_source;

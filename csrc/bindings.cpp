@@ -108,7 +108,6 @@ Settings read_settings(const py::object& object) {
   s.max_sequence_tokens = from.get<int64_t>("max_sequence_tokens");
   s.max_tokens_per_microbatch = from.get<int64_t>("max_tokens_per_microbatch");
   s.vocab_size = from.get<int64_t>("vocab_size");
-  s.contrast_only = from.get<bool>("contrast_only");
   s.reward_threshold = static_cast<float>(from.get<double>("reward_threshold"));
   s.context_ratio = from.get<double>("context_ratio");
   s.context_source =
@@ -137,13 +136,13 @@ class PlanHandle {
     Batch b;
     b.prompt_tokens = view<int32_t>(prompt_tokens_);
     b.tokens = view<int32_t>(tokens_);
-    b.prompt_offsets = copy_of<int64_t>(batch, "prompt_offsets_G");
+    b.prompt_offsets = copy_of<int64_t>(batch, "prompt_offsets_B");
     b.offsets = copy_of<int64_t>(batch, "offsets_R");
-    b.group_offsets = copy_of<int64_t>(batch, "group_offsets_G");
+    b.group_offsets = copy_of<int64_t>(batch, "group_offsets_B");
     b.rewards = copy_of<float>(batch, "rewards_R");
     py::gil_scoped_release release;
     plan_ = make_plan(std::move(b), std::move(s), ranks);
-    extent_ = starts_of(plan_).back();
+    extent_ = starts_of(plan_, everything()).back();
   }
 
   // int64 [micro-batches, 5]: rows, prefix rows, response rows, sides, segments.
@@ -201,7 +200,7 @@ class PlanHandle {
   // int64 [copies, 12]: the fields of Copy (csrc/copy.h), for the fill on a GPU.
   py::array_t<int64_t> copies() const {
     std::vector<Copy> copies;
-    const std::vector<Extent> starts = starts_of(plan_);
+    const std::vector<Extent> starts = starts_of(plan_, everything());
     for (size_t i = 0; i + 1 < starts.size(); ++i) append_copies(plan_, i, starts[i], copies);
     constexpr py::ssize_t kFields = sizeof(Copy) / sizeof(int64_t);
     const py::ssize_t count = static_cast<py::ssize_t>(copies.size());
@@ -213,26 +212,53 @@ class PlanHandle {
     return py::array_t<int32_t>(static_cast<py::ssize_t>(plan_.headers.size()), plan_.headers.data());
   }
 
-  void fill(const py::dict& buffers, const py::object& channels, const py::object& thread_count) const {
+  // Boundaries and segments of every rank's micro-batches.
+  void fill_segments(const py::dict& given) const {
+    const Extent& n = extent_;
+    SegmentBuffers out;
+    out.cu_seqlens = buffer<int32_t>(given, "cu_seqlens", n.seqlens);
+    out.cu_prefix = buffer<int32_t>(given, "cu_prefix", n.sides + n.micro_batches);
+    out.cu_response_side = buffer<int32_t>(given, "cu_response_side", n.sides + n.micro_batches);
+    out.cu_response = buffer<int32_t>(given, "cu_response", n.segments + n.micro_batches);
+    out.rollout = buffer<int32_t>(given, "rollout_S", n.segments);
+    out.group = buffer<int32_t>(given, "group_S", n.segments);
+    out.scale = buffer<float>(given, "scale_S", n.segments);
+    bicc::fill_segments(plan_, out);
+  }
+
+  // Rows of one rank's micro-batches.
+  void fill_rows(const py::object& rank_number, const py::dict& given, const py::object& channels,
+                 const py::object& thread_count) const {
+    const int64_t rank = read<int64_t>(rank_number, "rank"), ranks = plan_.ranks();
+    if (rank < 0 || rank >= ranks) fail("rank is ", rank, "; it must be in [0, ", ranks - 1, "]");
+    const int64_t slots = static_cast<int64_t>(plan_.sizes.size()) / ranks;
+    const Range range{rank * slots, (rank + 1) * slots};
+    const Extent n = starts_of(plan_, range).back();
     int64_t threads = read<int64_t>(thread_count, "threads");
     if (threads < 0 || threads > 1024) fail("threads is ", threads, "; it must be in [0, 1024], 0 to choose");
-    if (threads == 0) threads = default_threads();
+    if (threads == 0) threads = default_threads(n.rows);
     const py::array channel_array = checked<float>(channels, "channels", 2);
     if (channel_array.shape(1) != tokens_.size()) {
-      fail("channels must be of shape [K, ", tokens_.size(), "], one column a response token, not [",
+      fail("channels must be of shape [C, ", tokens_.size(), "], one column per response token, not [",
            channel_array.shape(0), ", ", channel_array.shape(1), "]");
     }
-    const Buffers out = buffers_of(buffers, channel_array.shape(0));
+    RowBuffers out;
+    out.tokens = buffer<int32_t>(given, "tokens_N", n.rows);
+    out.positions = buffer<int32_t>(given, "positions_N", n.rows);
+    out.labels = buffer<int32_t>(given, "labels_N", n.rows);
+    out.gather = buffer<int64_t>(given, "gather_A", n.response_rows);
+    out.channels = buffer<float>(given, "channels_CA", channel_array.shape(0) * n.response_rows);
     py::gil_scoped_release release;
-    fill_segments(plan_, out);
-    fill_rows(plan_, view<float>(channel_array), threads, out);
+    bicc::fill_rows(plan_, range, view<float>(channel_array), threads, out);
   }
 
  private:
+  Range everything() const { return {0, static_cast<int64_t>(plan_.sizes.size())}; }
+
   // A core for every million rows: below that, starting a thread costs more than it saves.
-  int64_t default_threads() const {
+  static int64_t default_threads(int64_t rows) {
     const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
-    return std::clamp<int64_t>(extent_.rows >> 20, 1, cores);
+    return std::clamp<int64_t>(rows >> 20, 1, cores);
   }
 
   template <class T>
@@ -242,24 +268,6 @@ class PlanHandle {
     if (!array.writeable()) fail("buffer ", name, " is read-only");
     if (array.size() != size) fail("buffer ", name, " holds ", array.size(), " items; the plan needs ", size);
     return static_cast<T*>(array.mutable_data());
-  }
-
-  Buffers buffers_of(const py::dict& given, int64_t channels) const {
-    const Extent& n = extent_;
-    Buffers out;
-    out.tokens = buffer<int32_t>(given, "tokens_T", n.rows);
-    out.positions = buffer<int32_t>(given, "positions_T", n.rows);
-    out.labels = buffer<int32_t>(given, "labels_T", n.rows);
-    out.cu_seqlens = buffer<int32_t>(given, "cu_seqlens", n.seqlens);
-    out.cu_prefix = buffer<int32_t>(given, "cu_prefix", n.sides + n.micro_batches);
-    out.cu_response_side = buffer<int32_t>(given, "cu_response_side", n.sides + n.micro_batches);
-    out.cu_response = buffer<int32_t>(given, "cu_response", n.segments + n.micro_batches);
-    out.rollout = buffer<int32_t>(given, "rollout_S", n.segments);
-    out.group = buffer<int32_t>(given, "group_S", n.segments);
-    out.scale = buffer<float>(given, "scale_S", n.segments);
-    out.gather = buffer<int64_t>(given, "gather", n.response_rows);
-    out.channels = buffer<float>(given, "channels", channels * n.response_rows);
-    return out;
   }
 
   py::array prompt_tokens_;
@@ -281,5 +289,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("counts", &bicc::PlanHandle::counts)
       .def_property_readonly("copies", &bicc::PlanHandle::copies)
       .def_property_readonly("headers", &bicc::PlanHandle::headers)
-      .def("fill", &bicc::PlanHandle::fill, py::arg("buffers"), py::arg("channels"), py::arg("threads"));
+      .def("fill_segments", &bicc::PlanHandle::fill_segments, py::arg("buffers"))
+      .def("fill_rows", &bicc::PlanHandle::fill_rows, py::arg("rank"), py::arg("buffers"), py::arg("channels"),
+           py::arg("threads"));
 }

@@ -90,9 +90,10 @@ class Copier {
 
 }  // namespace
 
-std::vector<Extent> starts_of(const Plan& plan) {
+std::vector<Extent> starts_of(const Plan& plan, Range range) {
   std::vector<Extent> starts{Extent{}};
-  for (const MicroBatchSize& size : plan.sizes) {
+  for (int64_t i = range.first; i < range.last; ++i) {
+    const MicroBatchSize& size = plan.sizes[i];
     Extent next = starts.back();
     next.rows += size.rows;
     next.response_rows += size.response_rows;

@@ -8,7 +8,7 @@
 
 namespace bicc {
 
-// Where a micro-batch's arrays start in the step's buffers, or how many items they hold.
+// Where a micro-batch's arrays start in the buffers, or how many items they hold.
 struct Extent {
   int64_t rows = 0;
   int64_t response_rows = 0;
@@ -18,8 +18,14 @@ struct Extent {
   int64_t micro_batches = 0;
 };
 
-// One entry a micro-batch, and the whole step's extent as the last.
-std::vector<Extent> starts_of(const Plan& plan);
+// Micro-batches [first, last) of a plan: those of one rank, or all.
+struct Range {
+  int64_t first;
+  int64_t last;
+};
+
+// One entry per micro-batch of the range, counted from its first, and the extent of the whole range as the last.
+std::vector<Extent> starts_of(const Plan& plan, Range range);
 
 // Appends the copies that make micro-batch `index`, which starts at `start`. Their order does not matter.
 void append_copies(const Plan& plan, int64_t index, const Extent& start, std::vector<Copy>& copies);

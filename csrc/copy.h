@@ -8,7 +8,7 @@ namespace bicc {
 // kFromHeaders: Plan::headers. kPadding: zeros.
 enum CopySource : int64_t { kFromPrompts, kFromResponses, kFromHeaders, kPadding };
 
-// A run of tokens of one segment, and where they go. All places are counted over the step's buffers. int64_t
+// A run of tokens of one segment, and where they go. All places are counted over the buffers that are filled. int64_t
 // throughout, so that an array of copies is a plain table.
 struct Copy {
   int64_t source;       // CopySource

@@ -10,7 +10,7 @@ namespace {
 
 class RowWriter {
  public:
-  RowWriter(const Plan& plan, Span<float> channels, const Buffers& out)
+  RowWriter(const Plan& plan, Span<float> channels, const RowBuffers& out)
       : plan_(plan), channels_(channels), channel_count_(channels.size / plan.batch.tokens.size), out_(out) {}
 
   void write(const Copy& copy) const {
@@ -48,10 +48,10 @@ class RowWriter {
   const Plan& plan_;
   const Span<float> channels_;
   const int64_t channel_count_;
-  const Buffers& out_;
+  const RowBuffers& out_;
 };
 
-// Appends running sums of lengths, from 0, to one of the step's int32 buffers.
+// Appends running sums of lengths, from 0, to one of the int32 buffers.
 class Cumulative {
  public:
   explicit Cumulative(int32_t* out) : out_(out) {}
@@ -65,7 +65,7 @@ class Cumulative {
 
 class SegmentWriter {
  public:
-  SegmentWriter(const Plan& plan, const Buffers& out)
+  SegmentWriter(const Plan& plan, const SegmentBuffers& out)
       : plan_(plan),
         out_(out),
         seqlens_(out.cu_seqlens),
@@ -103,24 +103,24 @@ class SegmentWriter {
   }
 
   const Plan& plan_;
-  const Buffers& out_;
+  const SegmentBuffers& out_;
   Cumulative seqlens_, prefixes_, sides_, responses_;
   int64_t segment_ = 0;
 };
 
 }  // namespace
 
-void fill_segments(const Plan& plan, const Buffers& buffers) {
+void fill_segments(const Plan& plan, const SegmentBuffers& buffers) {
   SegmentWriter writer(plan, buffers);
   for (size_t i = 0; i < plan.micro_batches.size(); ++i) writer.write(plan.micro_batches[i], plan.sizes[i]);
 }
 
-void fill_rows(const Plan& plan, Span<float> channels, int64_t threads, const Buffers& buffers) {
+void fill_rows(const Plan& plan, Range range, Span<float> channels, int64_t threads, const RowBuffers& buffers) {
   const RowWriter writer(plan, channels, buffers);
-  const std::vector<Extent> starts = starts_of(plan);
-  parallel_for(static_cast<int64_t>(plan.sizes.size()), threads, [&](int64_t i) {
+  const std::vector<Extent> starts = starts_of(plan, range);
+  parallel_for(range.last - range.first, threads, [&](int64_t i) {
     std::vector<Copy> copies;
-    append_copies(plan, i, starts[i], copies);
+    append_copies(plan, range.first + i, starts[i], copies);
     for (const Copy& copy : copies) copy.source == kPadding ? writer.write_padding(copy) : writer.write(copy);
   });
 }

@@ -5,28 +5,33 @@
 
 namespace bicc {
 
-// Buffers of the whole step: each holds the micro-batches' arrays one after another, in the plan's order.
-// Field by field they are the arrays of MicroBatch in megatron_bicc/packing/types.py.
-struct Buffers {
-  int32_t* tokens;            // [rows]
-  int32_t* positions;         // [rows]
-  int32_t* labels;            // [rows]
+// Buffers hold the arrays of consecutive micro-batches one after another, in the plan's order. Field by field they
+// are the arrays of MicroBatchLayout and MicroBatch in megatron_bicc/packing/types.py.
+struct SegmentBuffers {
   int32_t* cu_seqlens;        // [seqlens]
-  int32_t* cu_prefix;         // [sides + 1 a micro-batch]
-  int32_t* cu_response_side;  // [sides + 1 a micro-batch]
-  int32_t* cu_response;       // [segments + 1 a micro-batch]
+  int32_t* cu_prefix;         // [sides + 1 per micro-batch]
+  int32_t* cu_response_side;  // [sides + 1 per micro-batch]
+  int32_t* cu_response;       // [segments + 1 per micro-batch]
   int32_t* rollout;           // [segments]
   int32_t* group;             // [segments]
   float* scale;               // [segments]
-  int64_t* gather;            // [response rows]
-  float* channels;            // [channels * response rows]
 };
 
-// Writes all but the rows themselves: cumulative lengths, rollout, group and scale of every segment.
-void fill_segments(const Plan& plan, const Buffers& buffers);
+struct RowBuffers {
+  int32_t* tokens;     // [rows]
+  int32_t* positions;  // [rows]
+  int32_t* labels;     // [rows]
+  int64_t* gather;     // [response rows]
+  float* channels;     // [channels * response rows]
+};
 
-// Writes tokens, positions, labels, gather and channels. `channels` is [number of channels, response tokens of the
-// batch]; each is gathered like the labels. The result does not depend on `threads`.
-void fill_rows(const Plan& plan, Span<float> channels, int64_t threads, const Buffers& buffers);
+// Writes what is known of every rank's micro-batches without moving a token: cumulative lengths; rollout, group and
+// scale of every segment.
+void fill_segments(const Plan& plan, const SegmentBuffers& buffers);
+
+// Writes the rows of the range's micro-batches: tokens, positions, labels, gather and channels. `channels` is
+// [number of channels, response tokens of the batch]; each is gathered like the labels. The result does not depend on
+// `threads`.
+void fill_rows(const Plan& plan, Range range, Span<float> channels, int64_t threads, const RowBuffers& buffers);
 
 }  // namespace bicc

@@ -29,6 +29,8 @@ struct Plan {
   std::vector<int64_t> rank_costs;
   std::vector<int32_t> segments_of;  // [rollouts]: segments that train the rollout
   int64_t filled_bins = 0;           // micro-batches that are not padding only
+
+  int64_t ranks() const { return static_cast<int64_t>(rank_costs.size()); }
 };
 
 // Throws InputError for anything invalid in the batch or the settings.

@@ -28,7 +28,7 @@ class SideMaker {
     }
     const bool contrast = !right.empty() && !wrong.empty();
     const bool bilateral = settings_.layout == Layout::kBilateral;
-    if (!contrast && (bilateral || settings_.contrast_only)) {
+    if (!contrast && bilateral) {
       ++out_.skipped_groups;
     } else if (bilateral) {
       add_bilateral(group, right, wrong, Shown::kWrong);

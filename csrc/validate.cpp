@@ -73,16 +73,16 @@ void check_size(const char* array, size_t size, int64_t items, const char* count
 
 void check_groups(const Batch& batch) {
   const auto group_name = [](int64_t group) { return "group " + std::to_string(group); };
-  if (batch.groups() < 1) fail("the batch has no groups: RolloutBatch.group_offsets_G must hold at least two offsets");
+  if (batch.groups() < 1) fail("the batch has no groups: RolloutBatch.group_offsets_B must hold at least two offsets");
   check_range("the number of rollouts", batch.rollouts(), 1, kInt32Max);
-  check_offsets("group_offsets_G", batch.group_offsets, batch.rollouts(), "rollouts", group_name);
+  check_offsets("group_offsets_B", batch.group_offsets, batch.rollouts(), "rollouts", group_name);
   for (int64_t g = 0; g < batch.groups(); ++g) {
     if (batch.group_offsets[g + 1] - batch.group_offsets[g] == 1) {
       fail("group ", g, " has one rollout (rollout ", batch.group_offsets[g], "); a group needs at least two");
     }
   }
-  check_size("prompt_offsets_G", batch.prompt_offsets.size(), batch.groups(), "groups");
-  check_offsets("prompt_offsets_G", batch.prompt_offsets, batch.prompt_tokens.size, "prompt tokens", group_name);
+  check_size("prompt_offsets_B", batch.prompt_offsets.size(), batch.groups(), "groups");
+  check_offsets("prompt_offsets_B", batch.prompt_offsets, batch.prompt_tokens.size, "prompt tokens", group_name);
 }
 
 void check_rewards(const Batch& batch) {

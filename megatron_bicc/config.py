@@ -15,6 +15,15 @@ A setting of None takes its value from the preset that `algorithm` names
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Advantage = Literal["normalized", "centered"]
+Aggregation = Literal["sequence_mean", "constant", "token_mean"]
+KlEstimator = Literal["k1", "k2", "k3"]
+RccForm = Literal["first_order", "exact"]
+DeltaKind = Literal["token_mean", "sequence_sum"]
+ContextSource = Literal["partition", "pair"]
+Truncation = Literal["equal", "in_order"]
+Keep = Literal["head", "tail", "both_ends"]
+
 
 @dataclass
 class RewardConfig:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -31,6 +32,7 @@ from megatron_bicc.cli import PROGRAM, abort, parse_config, speak_once
 from megatron_bicc.config import Config
 from megatron_bicc.errors import NotFiniteError, UserError
 from megatron_bicc.evaluation.benchmarks import evaluate
+from megatron_bicc.evaluation.results import evaluation_metrics
 from megatron_bicc.metrics import RunLog, Stopwatch, phase, waiting_for
 from megatron_bicc.model.policy import Policy
 from megatron_bicc.rollout.collect import GroupSampler, ZeroRewardWatch
@@ -41,7 +43,6 @@ from megatron_bicc.startup import Inputs, join_processes, read_inputs, warn_of_m
 from megatron_bicc.training.learner import Learner, StepResult
 from megatron_bicc.training.step_metrics import (
     MismatchCheck,
-    evaluation_metrics,
     mean_metrics,
     report_groups,
     report_layout,
@@ -179,9 +180,7 @@ class Trainer:
             if self._is_due(config.evaluation.every):
                 # the report shows the first update of a step that evaluates
                 if results:
-                    size = len(rollouts.groups) // config.train.updates_per_step
-                    shown = report_groups(results[0], rollouts.groups[:size], self.inputs.tokenizer, config)
-                    self.log.groups(self.step, shown)
+                    self.log.groups(self.step, report_groups(results[0], self.inputs.tokenizer, config))
                     self.log.layout(self.step, report_layout(results[0], config))
                 with clock("eval"):
                     metrics |= self.evaluate()
@@ -207,17 +206,9 @@ class Trainer:
 
         Raises EngineMismatch, before the first, if the engine computes another model.
         """
-        groups, results = rollouts.groups, []
-        size = len(groups) // self.config.train.updates_per_step
-        starts = range(0, len(groups), size)
-        prepared = [self.learner.prepare(groups[i : i + size], clock, moves=i > 0) for i in starts]
         # groups of an earlier step were sampled with other weights: their log-probs may differ
-        if not rollouts.carried:
-            self.mismatch.step(self.step, [share.log_probs for share in prepared if share is not None])
-        for share in prepared:
-            if share is not None:
-                results.append(self.learner.update(share, clock))
-        return results
+        check = None if rollouts.carried else partial(self.mismatch.step, self.step)
+        return self.learner.step(rollouts.groups, clock, check)
 
     def sync(self) -> int:
         """Hands the policy's weights to the engine as version `step`; returns their bytes."""

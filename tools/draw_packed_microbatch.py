@@ -50,10 +50,10 @@ def pack_example() -> tuple[MicroBatch, list[str]]:
     ids = [np.array([names.index(token) for token in response], np.int32) for _, response in RESPONSES]
     batch = RolloutBatch(
         prompt_tokens=np.array([names.index(token) for token in PROMPT], np.int32),
-        prompt_offsets_G=np.array([0, len(PROMPT)]),
+        prompt_offsets_B=np.array([0, len(PROMPT)]),
         tokens=np.concatenate(ids),
         offsets_R=np.cumsum([0, *map(len, ids)]),
-        group_offsets_G=np.array([0, len(ids)]),
+        group_offsets_B=np.array([0, len(ids)]),
         rewards_R=np.array([reward for reward, _ in RESPONSES], np.float32),
     )
     settings = PackingSettings(
@@ -73,7 +73,7 @@ def pack_example() -> tuple[MicroBatch, list[str]]:
 
 def visibility(micro_batch: MicroBatch) -> np.ndarray:
     """Returns how each row (first axis) sees each other: OWN segment, its PREFIX, PADDING, or 0."""
-    rows = len(micro_batch.tokens_T)
+    rows = len(micro_batch.tokens_N)
     seen = np.zeros((rows, rows), int)
     key, query = 0, micro_batch.num_prefix_rows
 
@@ -93,19 +93,19 @@ def visibility(micro_batch: MicroBatch) -> np.ndarray:
 
 def draw(micro_batch: MicroBatch, names: list[str]) -> pyplot.Figure:
     """Draws the mask with a token, position and label for every row."""
-    rows = len(micro_batch.tokens_T)
+    rows = len(micro_batch.tokens_N)
     figure, axes = pyplot.subplots(figsize=(9, 9))
     axes.imshow(visibility(micro_batch), cmap=matplotlib.colors.ListedColormap(COLOURS), vmin=0, vmax=3)
-    axes.set_xticks(range(rows), [names[token] for token in micro_batch.tokens_T], rotation=90)
+    axes.set_xticks(range(rows), [names[token] for token in micro_batch.tokens_N], rotation=90)
     axes.xaxis.tick_top()
-    axes.set_yticks(range(rows), [names[token] for token in micro_batch.tokens_T])
+    axes.set_yticks(range(rows), [names[token] for token in micro_batch.tokens_N])
     axes.set_xticks(np.arange(rows + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="#eeeeee", linewidth=0.5)
     axes.tick_params(which="both", length=0)
     for row in range(rows):
-        axes.text(rows + 0.6, row, str(micro_batch.positions_T[row]), ha="center", va="center")
-        axes.text(rows + 2.2, row, names[micro_batch.labels_T[row]], ha="left", va="center")
+        axes.text(rows + 0.6, row, str(micro_batch.positions_N[row]), ha="center", va="center")
+        axes.text(rows + 2.2, row, names[micro_batch.labels_N[row]], ha="left", va="center")
     axes.text(rows + 0.6, -1.2, "position", ha="center", rotation=90)
     axes.text(rows + 2.6, -1.2, "label", ha="center", rotation=90)
     for boundary in micro_batch.cu_seqlens[1:-1]:

@@ -1,205 +1,31 @@
-"""Reward-Confidence Correction: a group baseline that knows how confident the policy was (arXiv 2603.13134).
+"""What the algorithm makes of each rollout: its advantage, and the weight of its tokens in the step's loss.
 
-For the estimator w (R - b) grad log pi the constant baseline of least variance is b* = E[w^2 R] / E[w^2].
-With w = exp(delta) and delta the log-ratio of two policies on the rollout, b* = E[R] + 2 Cov(R, delta) to
-first order. E and Cov are over the group; no gradient flows through b*.
+Group-relative advantages (GRPO, arXiv 2402.03300; without the std: Dr. GRPO, arXiv 2503.20783); the
+Reward-Confidence Correction of their baseline (arXiv 2603.13134); the soft overlong punishment (DAPO, arXiv
+2503.14476).
 
-Shape suffixes: T tokens of all responses, R rollouts, G groups. Offsets hold one entry more.
+The arrays are checked where they are made (training.batch.collate, TokenLogProbs.check) and trusted here.
 
-Soft overlong punishment (DAPO, arXiv 2503.14476, section "Overlong Reward Shaping").
-
-Shape suffix: R rollouts.
-
-The weight of a token in the step's loss: the one place where denominators are computed.
-
-All denominators are of the whole optimiser step, so the loss of the step is a plain sum over micro-batches
-and ranks, however the step was cut. Rollouts of groups without contrast count, though their policy loss is 0.
-
-Shape suffix: R rollouts of the optimiser step.
-
-Group-relative advantages (GRPO, arXiv 2402.03300; without the std: Dr. GRPO, arXiv 2503.20783).
-
-Shape suffixes: R rollouts, G groups. `group_offsets_G` holds G + 1 entries into the rollouts.
-
-What the algorithm makes of each rollout: its advantage and the weight of its tokens.
-
-Shape suffixes: G groups, R rollouts, T tokens of all responses.
+Shape suffixes: B groups, R rollouts, T response tokens of the step. Offsets hold one entry more:
+`group_offsets_B` are offsets into the rollouts, `offsets_R` into the tokens.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 
+from megatron_bicc import plugins
 from megatron_bicc.algorithms.policy_loss import kl_in_reward
-from megatron_bicc.algorithms.segments import (
-    check_log_probs,
-    check_offsets,
-    check_rewards,
-    segment_means,
-    segment_sums,
-    spread,
-)
-from megatron_bicc.config import Config, RewardConfig
+from megatron_bicc.algorithms.segments import check_log_probs, segment_means, segment_sums, spread
+from megatron_bicc.config import Advantage, Aggregation, Config, DeltaKind, RccForm, RewardConfig
+from megatron_bicc.errors import UserError
 from megatron_bicc.packing.types import RolloutBatch
 
-DeltaKind = Literal["token_mean", "sequence_sum"]
-RccForm = Literal["first_order", "exact"]
-
-
-@dataclass(frozen=True)
-class RccBaseline:
-    """The corrected baseline and what corrected it."""
-
-    baseline_G: np.ndarray
-    """float64 [G]: b*"""
-    covariance_G: np.ndarray
-    """float64 [G]: population covariance of reward and delta in the group"""
-
-
-def sequence_delta(
-    logp_a_T: np.ndarray, logp_b_T: np.ndarray, offsets_R: np.ndarray, kind: DeltaKind
-) -> np.ndarray:
-    """float64 [R]: mean ("token_mean") or sum ("sequence_sum") over a rollout's tokens of log a - log b.
-
-    logp_a_T and logp_b_T are the log-probs of the sampled tokens under the old policy and under the one that
-    rcc.reference names, responses end to end. Raises ValueError that names rollout and token where one of
-    them is not finite.
-    """
-    check_log_probs(logp_a_T, offsets_R, "log-prob under the old policy")
-    check_log_probs(logp_b_T, offsets_R, "log-prob under the policy that rcc.reference names")
-    difference_T = np.asarray(logp_a_T, dtype=np.float64) - np.asarray(logp_b_T, dtype=np.float64)
-    return (segment_means if kind == "token_mean" else segment_sums)(difference_T, offsets_R)
-
-
-def rcc_baseline(
-    rewards_R: np.ndarray, delta_R: np.ndarray, group_offsets_G: np.ndarray, form: RccForm
-) -> RccBaseline:
-    """The baseline of every group: E[R] + 2 Cov(R, delta) ("first_order") or E[w^2 R] / E[w^2] ("exact").
-
-    The exact form lies within [min r, max r] of its group whatever delta is.
-    """
-    check_offsets(group_offsets_G, len(rewards_R), "group_offsets_G", "group")
-    check_rewards(rewards_R)
-    rewards_R = np.asarray(rewards_R, dtype=np.float64)
-    mean_G = segment_means(rewards_R, group_offsets_G)
-    delta_mean_G = segment_means(delta_R, group_offsets_G)
-    deviation_R = rewards_R - spread(mean_G, group_offsets_G)
-    delta_deviation_R = delta_R - spread(delta_mean_G, group_offsets_G)
-    covariance_G = segment_means(deviation_R * delta_deviation_R, group_offsets_G)
-    if form == "first_order":
-        return RccBaseline(mean_G + 2.0 * covariance_G, covariance_G)
-    return RccBaseline(_self_normalised(rewards_R, delta_R, group_offsets_G), covariance_G)
-
-
-def _self_normalised(rewards_R: np.ndarray, delta_R: np.ndarray, group_offsets_G: np.ndarray) -> np.ndarray:
-    starts_G = group_offsets_G[:-1]
-    largest_G = np.maximum.reduceat(delta_R, starts_G)
-    # Shifted by the group's largest delta no weight overflows, and the largest is exactly 1.
-    weight_R = np.exp(2.0 * (delta_R - spread(largest_G, group_offsets_G)))
-    baseline_G = segment_sums(weight_R * rewards_R, group_offsets_G) / segment_sums(weight_R, group_offsets_G)
-    # A convex combination; only rounding can carry it over an end.
-    lowest_G, highest_G = (ufunc.reduceat(rewards_R, starts_G) for ufunc in (np.minimum, np.maximum))
-    return np.clip(baseline_G, lowest_G, highest_G)
-
-
-def overlong_penalty(lengths_R: np.ndarray, longest: int, reward: RewardConfig) -> np.ndarray:
-    """float64 [R]: what is taken off the reward of a response of so many tokens.
-
-    Nothing up to (1 - overlong_share) longest tokens, then growing linearly up to overlong_penalty at
-    `longest`, where a response is truncated. The paper: longest 20480, a share of 0.2 (its cache of 4096
-    tokens), a penalty of 1. `reward` must be resolved (presets.resolve).
-    """
-    cache = reward.overlong_share * longest
-    return reward.overlong_penalty * np.clip((np.asarray(lengths_R) - (longest - cache)) / cache, 0.0, 1.0)
-
-
-Aggregation = Literal["sequence_mean", "constant", "token_mean"]
-
-
-def token_weights(lengths_R: np.ndarray, kind: Aggregation, constant_length: int) -> np.ndarray:
-    """float64 [R]: the weight of each token of a rollout, over ALL N rollouts of the optimiser step.
-
-    "sequence_mean" 1 / (N |o_r|): mean over tokens, then over sequences (GRPO, arXiv 2402.03300).
-    "constant" 1 / (N L) with L = constant_length: sum over tokens by a constant (Dr. GRPO, arXiv 2503.20783).
-    "token_mean" 1 / sum |o|: mean over all tokens (DAPO, arXiv 2503.14476).
-    Raises ValueError for a length below 1, with the rollout's index, and for "constant" without a length.
-    """
-    lengths_R = np.asarray(lengths_R)
-    bad = np.flatnonzero(lengths_R < 1)
-    if len(bad):
-        raise ValueError(
-            f"response of rollout {bad[0]} has length {lengths_R[bad[0]]}; it must be at least 1 token"
-        )
-    count = len(lengths_R)
-    if kind == "sequence_mean":
-        return 1.0 / (count * lengths_R.astype(np.float64))
-    if kind == "token_mean":
-        return np.full(count, 1.0 / max(int(lengths_R.sum()), 1))
-    if constant_length < 1:
-        raise ValueError(
-            f"aggregation 'constant' divides by the longest response, but constant_length is "
-            f"{constant_length}; set rollout.max_new_tokens"
-        )
-    return np.full(count, 1.0 / (max(count, 1) * constant_length))
-
-
-Advantage = Literal["normalized", "centered"]
-
 ROUNDING = 1e-6
-"""Rewards whose std is at most this share of the largest of them, or of the verifier's, are the same but for
-rounding: KL penalties come of float32 log-probs, rewards of float32."""
-
-
-def has_contrast(rewards_R: np.ndarray, group_offsets_G: np.ndarray, threshold: float) -> np.ndarray:
-    """bool [G]: whether a group holds both a correct rollout (reward > threshold) and an incorrect one.
-
-    Raises ValueError for offsets that do not cut the rollouts into non-empty groups and for a reward that is
-    not finite.
-    """
-    check_offsets(group_offsets_G, len(rewards_R), "group_offsets_G", "group")
-    check_rewards(rewards_R)
-    right_G = segment_sums(np.asarray(rewards_R) > threshold, group_offsets_G)
-    return (right_G > 0) & (right_G < np.diff(group_offsets_G))
-
-
-def mean_baseline(rewards_R: np.ndarray, group_offsets_G: np.ndarray) -> np.ndarray:
-    """float64 [G]: mean reward of each group, the baseline of GRPO."""
-    check_offsets(group_offsets_G, len(rewards_R), "group_offsets_G", "group")
-    return segment_means(rewards_R, group_offsets_G)
-
-
-def group_advantages(
-    rewards_R: np.ndarray,
-    group_offsets_G: np.ndarray,
-    baseline_G: np.ndarray,
-    kind: Advantage,
-    threshold: float,
-    outcomes_R: np.ndarray | None = None,
-) -> np.ndarray:
-    """float64 [R]: (r - b) / std r of the group ("normalized", population std) or r - b ("centered").
-
-    Groups without contrast get 0, and so do those whose rewards are all the same but for rounding
-    (`ROUNDING`): divided by a std of rounding errors these would push hard, either way. outcomes_R are the
-    verifier's rewards, which say what has contrast; None: these. Give them when rewards_R hold more (a
-    length penalty or a KL, say), which must not move the partition.
-    """
-    outcomes_R = rewards_R if outcomes_R is None else outcomes_R
-    contrast_G = has_contrast(outcomes_R, group_offsets_G, threshold)
-    check_offsets(group_offsets_G, len(rewards_R), "group_offsets_G", "group")
-    centered_R = np.asarray(rewards_R, dtype=np.float64) - spread(np.asarray(baseline_G), group_offsets_G)
-    std_G = _population_std(rewards_R, group_offsets_G)
-    sizes_R = np.maximum(np.abs(rewards_R), np.abs(outcomes_R))
-    largest_G = np.maximum.reduceat(sizes_R, group_offsets_G[:-1]) if len(std_G) else std_G
-    scale_G = (contrast_G & (std_G > ROUNDING * largest_G)).astype(np.float64)
-    if kind == "normalized":
-        scale_G = np.divide(scale_G, std_G, out=np.zeros_like(std_G), where=scale_G > 0)
-    return centered_R * spread(scale_G, group_offsets_G)
-
-
-def _population_std(rewards_R: np.ndarray, group_offsets_G: np.ndarray) -> np.ndarray:
-    means_R = spread(segment_means(rewards_R, group_offsets_G), group_offsets_G)
-    return np.sqrt(segment_means((np.asarray(rewards_R, dtype=np.float64) - means_R) ** 2, group_offsets_G))
+"""Rewards whose std is at most this share of the largest of them, or of the verifier's, are equal except for
+rounding: KL penalties come from float32 log-probs, rewards are float32."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +36,15 @@ class TokenLogProbs:
     ref_T: np.ndarray | None
     """None where neither a KL nor RCC needs the reference policy"""
     rollout_T: np.ndarray
+    """As the rollout engine computed them"""
     entropy_T: np.ndarray
+
+    def check(self, offsets_R: np.ndarray) -> None:
+        """Raises NotFiniteError that names rollout and token of a number that is not finite."""
+        check_log_probs(self.old_T, offsets_R, "log-prob under the old policy")
+        if self.ref_T is not None:
+            check_log_probs(self.ref_T, offsets_R, "log-prob under the reference policy")
+        check_log_probs(self.entropy_T, offsets_R, "entropy under the old policy")
 
 
 @dataclass(frozen=True)
@@ -219,73 +53,50 @@ class Advantages:
 
     advantage_R: np.ndarray
     """0 in groups without contrast"""
-    contrast_G: np.ndarray
+    contrast_B: np.ndarray
     """bool: whether the group has right and wrong rollouts"""
-    mean_G: np.ndarray
-    """Mean reward of the group"""
-    baseline_G: np.ndarray
-    """What was subtracted: the mean, or RCC's b*"""
-    covariance_G: np.ndarray
-    """Cov(reward, delta); 0 where no reference's log-probs are at hand"""
+    mean_B: np.ndarray
+    """Mean reward of the group, shaped"""
+    baseline_R: np.ndarray
+    """What was subtracted: the mean, RCC's b*, or what loss.baseline names"""
+    covariance_B: np.ndarray
+    """Cov(reward, delta); 0 where the log-probs that rcc.reference names were not computed"""
     delta_R: np.ndarray
     """Confidence of each rollout; likewise"""
 
 
 def advantages(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config) -> Advantages:
-    """Advantages by value of the rewards; what is right, and whether a group has contrast, the verifier says.
+    """Computes every rollout's advantage from the values of the shaped rewards.
 
-    Raises NotFiniteError that names rollout and token where a log-prob or an entropy is not finite.
+    Which rollouts are right, and which groups have contrast, is decided by the verifier's rewards alone.
+    Raises UserError for what a user's loss.baseline returned.
     """
-    _check(log_probs, rollouts.offsets_R)
-    rewards_R = _rewards(rollouts, log_probs, config)
-    groups_G = rollouts.group_offsets_G
-    contrast_G = has_contrast(rollouts.rewards_R, groups_G, config.reward.threshold)
-    mean_G = baseline_G = mean_baseline(rewards_R, groups_G)
-    covariance_G, delta_R = np.zeros_like(mean_G), np.zeros(len(rewards_R))
+    group_offsets_B = rollouts.group_offsets_B
+    rewards_R = _shaped_rewards(rollouts, log_probs, config)
+    contrast_B = has_contrast(rollouts.rewards_R, group_offsets_B, config.reward.threshold)
+    mean_B = segment_means(rewards_R, group_offsets_B)
+    covariance_B, delta_R = np.zeros_like(mean_B), np.zeros(len(rewards_R))
+    baseline_R = load_baseline(config)(rewards_R, group_offsets_B)
     other_T = log_probs.ref_T if config.rcc.reference == "ref" else log_probs.rollout_T
-    if other_T is not None:
+    if other_T is not None:  # also without RCC: its covariance is a metric
         delta_R = sequence_delta(log_probs.old_T, other_T, rollouts.offsets_R, config.rcc.delta)
-        corrected = rcc_baseline(rewards_R, delta_R, groups_G, config.rcc.form)
-        covariance_G = corrected.covariance_G
+        corrected = rcc_baseline(rewards_R, delta_R, group_offsets_B, config.rcc.form)
+        covariance_B = corrected.covariance_B
         if config.rcc.enabled:
-            baseline_G = corrected.baseline_G
+            baseline_R = spread(corrected.baseline_B, group_offsets_B)
     advantage_R = group_advantages(
         rewards_R,
-        groups_G,
-        baseline_G,
+        group_offsets_B,
+        baseline_R,
         config.loss.advantage,
         config.reward.threshold,
         rollouts.rewards_R,
     )
-    return Advantages(advantage_R, contrast_G, mean_G, baseline_G, covariance_G, delta_R)
+    return Advantages(advantage_R, contrast_B, mean_B, baseline_R, covariance_B, delta_R)
 
 
-def regularises(config: Config) -> bool:
-    """Whether the loss of a resolved configuration holds a KL or an entropy bonus.
-
-    These are of every rollout given its prompt alone: groups without contrast take part, and under BICC the
-    plain layout is trained whatever bicc.weight is.
-    """
-    kl_in_loss = bool(config.loss.kl_coefficient) and config.loss.kl_in == "loss"
-    return kl_in_loss or bool(config.loss.entropy_coefficient)
-
-
-def needs_reference(config: Config) -> bool:
-    """Whether a resolved configuration asks for the frozen reference policy's log-probs."""
-    by_rcc = config.rcc.enabled and config.rcc.reference == "ref"
-    return bool(config.loss.kl_coefficient) or by_rcc or config.monitoring.reference
-
-
-def _check(log_probs: TokenLogProbs, offsets_R: np.ndarray) -> None:
-    check_log_probs(log_probs.old_T, offsets_R, "log-prob under the old policy")
-    check_log_probs(log_probs.rollout_T, offsets_R, "log-prob of the rollout engine")
-    if log_probs.ref_T is not None:
-        check_log_probs(log_probs.ref_T, offsets_R, "log-prob under the reference policy")
-    check_log_probs(log_probs.entropy_T, offsets_R, "entropy under the old policy")
-
-
-def _rewards(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config) -> np.ndarray:
-    """The verifier's rewards, which alone say what is right, shaped for their values."""
+def _shaped_rewards(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config) -> np.ndarray:
+    """float64 [R]: the verifier's rewards less the overlong penalty and a KL in the reward."""
     lengths_R = np.diff(rollouts.offsets_R)
     penalty_R = overlong_penalty(lengths_R, config.rollout.max_new_tokens, config.reward)
     rewards_R = rollouts.rewards_R.astype(np.float64) - penalty_R
@@ -299,3 +110,218 @@ def _rewards(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config) -
         config.loss.kl_coefficient,
         config.loss.kl_estimator,
     )
+
+
+def has_contrast(rewards_R: np.ndarray, group_offsets_B: np.ndarray, threshold: float) -> np.ndarray:
+    """bool [B]: whether a group holds both a correct rollout (reward > threshold) and an incorrect one."""
+    right_B = segment_sums(np.asarray(rewards_R) > threshold, group_offsets_B)
+    return (right_B > 0) & (right_B < np.diff(group_offsets_B))
+
+
+def group_advantages(
+    rewards_R: np.ndarray,
+    group_offsets_B: np.ndarray,
+    baseline_R: np.ndarray,
+    kind: Advantage,
+    threshold: float,
+    outcomes_R: np.ndarray | None = None,
+) -> np.ndarray:
+    """float64 [R]: (r - b) / std r of the group ("normalized", population std) or r - b ("centered").
+
+    Groups without contrast get 0, and so do those whose rewards are equal except for rounding (`ROUNDING`):
+    divided by a std of rounding errors they would get large advantages of random sign. outcomes_R are the
+    verifier's rewards, which decide what has contrast; None: these. Give them when rewards_R hold more (a
+    length penalty or a KL, say), which must not move the partition.
+    """
+    outcomes_R = rewards_R if outcomes_R is None else outcomes_R
+    contrast_B = has_contrast(outcomes_R, group_offsets_B, threshold)
+    centered_R = np.asarray(rewards_R, dtype=np.float64) - baseline_R
+    std_B = _population_std(rewards_R, group_offsets_B)
+    sizes_R = np.maximum(np.abs(rewards_R), np.abs(outcomes_R))
+    largest_B = np.maximum.reduceat(sizes_R, group_offsets_B[:-1]) if len(std_B) else std_B
+    scale_B = (contrast_B & (std_B > ROUNDING * largest_B)).astype(np.float64)
+    if kind == "normalized":
+        scale_B = np.divide(scale_B, std_B, out=np.zeros_like(std_B), where=scale_B > 0)
+    return centered_R * spread(scale_B, group_offsets_B)
+
+
+def _population_std(rewards_R: np.ndarray, group_offsets_B: np.ndarray) -> np.ndarray:
+    means_R = spread(segment_means(rewards_R, group_offsets_B), group_offsets_B)
+    return np.sqrt(segment_means((np.asarray(rewards_R, dtype=np.float64) - means_R) ** 2, group_offsets_B))
+
+
+class Baseline(Protocol):
+    """Computes what is subtracted from each reward; `loss.baseline` names one."""
+
+    def __call__(self, rewards_R: np.ndarray, group_offsets_B: np.ndarray) -> np.ndarray:
+        """Returns the baseline of every rollout: float [R], finite.
+
+        Args:
+            rewards_R: float64 [R], read-only; the verifier's rewards less penalties (overlong, KL in the
+                reward). The rollouts of a group are adjacent.
+            group_offsets_B: int64 [B + 1]; group b is rewards_R[group_offsets_B[b] : group_offsets_B[b + 1]],
+                of at least two rollouts.
+
+        Called on every process with the same arrays; it must return the same everywhere. Groups without
+        contrast get an advantage of 0 whatever it returns for them.
+        """
+
+
+def mean_baseline(rewards_R: np.ndarray, group_offsets_B: np.ndarray) -> np.ndarray:
+    """float64 [R]: mean reward of each rollout's group, the baseline of GRPO."""
+    return spread(segment_means(rewards_R, group_offsets_B), group_offsets_B)
+
+
+BASELINES: MappingProxyType[str, Baseline] = MappingProxyType({"mean": mean_baseline})
+"""The built-in baselines by the name that loss.baseline takes."""
+
+
+def load_baseline(config: Config) -> Baseline:
+    """Returns the baseline that loss.baseline names: a built-in, or a user's by import path.
+
+    A user's is checked at every call. Raises UserError for an unknown name, for a path that cannot be
+    imported, and for a baseline other than the mean with rcc.enabled.
+    """
+    name = config.loss.baseline
+    if config.rcc.enabled and name != "mean":
+        raise UserError(
+            f"loss.baseline is {name!r} with rcc.enabled=true; RCC corrects the mean: set rcc.enabled=false "
+            "or loss.baseline=mean"
+        )
+    if not plugins.is_import_path(name):
+        if name not in BASELINES:
+            raise UserError(
+                f"loss.baseline is {name!r}; it must be {', '.join(BASELINES)}, or an import path "
+                "package.module:name or path/to/file.py:name"
+            )
+        return BASELINES[name]
+    baseline = plugins.load("loss.baseline", name)
+
+    def checked(rewards_R: np.ndarray, group_offsets_B: np.ndarray) -> np.ndarray:
+        given_R = rewards_R.view()
+        given_R.flags.writeable = False
+        return _checked_baseline(name, baseline(given_R, group_offsets_B), len(rewards_R))
+
+    return checked
+
+
+def _checked_baseline(name: str, found: object, rollouts: int) -> np.ndarray:
+    """float64 [R]"""
+    returned = f"loss.baseline is {name!r}; it returned"
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu":
+        raise UserError(f"{returned} a {type(found).__name__}; return a NumPy array of numbers")
+    if found.shape != (rollouts,):
+        raise UserError(f"{returned} shape {list(found.shape)}; return one value per rollout, [{rollouts}]")
+    bad = np.flatnonzero(~np.isfinite(found))
+    if len(bad):
+        raise UserError(f"{returned} {found[bad[0]]} for rollout {bad[0]}; return finite values")
+    return found.astype(np.float64)
+
+
+@dataclass(frozen=True)
+class RccBaseline:
+    """The corrected baseline and what corrected it."""
+
+    baseline_B: np.ndarray
+    """float64 [B]: b*"""
+    covariance_B: np.ndarray
+    """float64 [B]: population covariance of reward and delta in the group"""
+
+
+def rcc_baseline(
+    rewards_R: np.ndarray, delta_R: np.ndarray, group_offsets_B: np.ndarray, form: RccForm
+) -> RccBaseline:
+    """Reward-Confidence Correction: a group baseline that depends on the policy's confidence.
+
+    For the estimator w (R - b) grad log pi the constant baseline of least variance is b* = E[w^2 R] / E[w^2].
+    With w = exp(delta) and delta the log-ratio of two policies on the rollout, b* = E[R] + 2 Cov(R, delta) to
+    first order. E and Cov are over the group; no gradient flows through b*. (arXiv 2603.13134)
+
+    form: E[R] + 2 Cov(R, delta) ("first_order") or E[w^2 R] / E[w^2] ("exact"). The exact form lies within
+    [min r, max r] of its group whatever delta is.
+    """
+    rewards_R = np.asarray(rewards_R, dtype=np.float64)
+    mean_B = segment_means(rewards_R, group_offsets_B)
+    delta_mean_B = segment_means(delta_R, group_offsets_B)
+    deviation_R = rewards_R - spread(mean_B, group_offsets_B)
+    delta_deviation_R = delta_R - spread(delta_mean_B, group_offsets_B)
+    covariance_B = segment_means(deviation_R * delta_deviation_R, group_offsets_B)
+    if form == "first_order":
+        return RccBaseline(mean_B + 2.0 * covariance_B, covariance_B)
+    return RccBaseline(_self_normalised(rewards_R, delta_R, group_offsets_B), covariance_B)
+
+
+def _self_normalised(rewards_R: np.ndarray, delta_R: np.ndarray, group_offsets_B: np.ndarray) -> np.ndarray:
+    starts_B = group_offsets_B[:-1]
+    largest_B = np.maximum.reduceat(delta_R, starts_B)
+    # Shifted by the group's largest delta no weight overflows, and the largest is exactly 1.
+    weight_R = np.exp(2.0 * (delta_R - spread(largest_B, group_offsets_B)))
+    baseline_B = segment_sums(weight_R * rewards_R, group_offsets_B) / segment_sums(weight_R, group_offsets_B)
+    # A convex combination; only rounding can carry it past an end.
+    lowest_B, highest_B = (ufunc.reduceat(rewards_R, starts_B) for ufunc in (np.minimum, np.maximum))
+    return np.clip(baseline_B, lowest_B, highest_B)
+
+
+def sequence_delta(
+    logp_a_T: np.ndarray, logp_b_T: np.ndarray, offsets_R: np.ndarray, kind: DeltaKind
+) -> np.ndarray:
+    """float64 [R]: mean ("token_mean") or sum ("sequence_sum") over a rollout's tokens of log a - log b.
+
+    logp_a_T and logp_b_T are the log-probs of the sampled tokens under the old policy and under the one that
+    rcc.reference names, responses end to end.
+    """
+    difference_T = np.asarray(logp_a_T, dtype=np.float64) - np.asarray(logp_b_T, dtype=np.float64)
+    return (segment_means if kind == "token_mean" else segment_sums)(difference_T, offsets_R)
+
+
+def overlong_penalty(lengths_R: np.ndarray, longest: int, reward: RewardConfig) -> np.ndarray:
+    """float64 [R]: what is subtracted from the reward of a response of that many tokens.
+
+    Nothing up to (1 - overlong_share) longest tokens, then growing linearly up to overlong_penalty at
+    `longest`, where a response is truncated. DAPO (arXiv 2503.14476, equation 13): longest 20480, a share of
+    0.2 (its cache of 4096 tokens), a penalty of 1. `reward` must be resolved (presets.resolve).
+    """
+    cache = reward.overlong_share * longest
+    return reward.overlong_penalty * np.clip((np.asarray(lengths_R) - (longest - cache)) / cache, 0.0, 1.0)
+
+
+def token_weights(lengths_R: np.ndarray, kind: Aggregation, constant_length: int) -> np.ndarray:
+    """float64 [R]: the weight of each token of a rollout in the loss; no other place computes denominators.
+
+    They are over ALL R rollouts of the optimizer step, so the step's loss is a plain sum over micro-batches
+    and ranks, however the step is cut. Rollouts of groups without contrast count, though their policy loss is
+    0.
+
+    "sequence_mean" 1 / (R |o_r|): mean over tokens, then over sequences (GRPO, arXiv 2402.03300).
+    "constant" 1 / (R L) with L = constant_length: sum over tokens by a constant (Dr. GRPO, arXiv 2503.20783).
+    "token_mean" 1 / sum |o|: mean over all tokens (DAPO, arXiv 2503.14476).
+    Raises ValueError for "constant" without a length.
+    """
+    lengths_R = np.asarray(lengths_R)
+    count = len(lengths_R)
+    if kind == "sequence_mean":
+        return 1.0 / (count * lengths_R.astype(np.float64))
+    if kind == "token_mean":
+        return np.full(count, 1.0 / max(int(lengths_R.sum()), 1))
+    if constant_length < 1:
+        raise ValueError(
+            f"aggregation 'constant' divides by the longest response, but constant_length is "
+            f"{constant_length}; set rollout.max_new_tokens"
+        )
+    return np.full(count, 1.0 / (max(count, 1) * constant_length))
+
+
+def regularises(config: Config) -> bool:
+    """Whether the loss of a resolved configuration holds a KL or an entropy bonus.
+
+    These are of every rollout given its prompt alone: groups without contrast take part, and under BICC the
+    plain layout is trained whatever bicc.weight is.
+    """
+    kl_in_loss = bool(config.loss.kl_coefficient) and config.loss.kl_in == "loss"
+    return kl_in_loss or bool(config.loss.entropy_coefficient)
+
+
+def needs_reference(config: Config) -> bool:
+    """Whether a resolved configuration needs the frozen reference policy's log-probs."""
+    by_rcc = config.rcc.enabled and config.rcc.reference == "ref"
+    return bool(config.loss.kl_coefficient) or by_rcc or config.monitoring.reference

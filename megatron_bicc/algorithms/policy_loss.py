@@ -1,21 +1,7 @@
-"""The edges of the clip interval, in the logarithm of the ratio.
+"""The policy loss of a micro-batch: objective, engine-mismatch weight, KL, entropy bonus.
 
-KL towards the reference policy, estimated from the log-probs of the sampled tokens.
-
-What counts in training is the gradient, not the value (arXiv 2506.09477, 2510.01555). For samples of pi:
-
-    in the loss     k1  E grad = 0: noise
-                    k2  E grad = grad KL(pi || pi_ref) of the token, given those before it
-                    k3  E grad = grad KL(pi_ref || pi) of the token: the other direction
-    in the reward   k1  E grad = -grad KL(pi || pi_ref) of the whole response
-                    k2, k3  neither
-
-Shape suffixes: T tokens of all responses, R rollouts.
-
-The policy loss of a micro-batch: ratio and clip by objective, KL, entropy bonus, engine-mismatch weight.
-
-With x = log pi_theta - log pi_old of a token and A its advantage, the clipped objectives differ only in
-where the mean over the response stands:
+With x = log pi_theta - log pi_old of a token and A its advantage, the built-in clipped objectives differ only
+in where the mean over the response stands:
 
     token      -A exp(clip(x))          PPO clip per token (GRPO, Dr. GRPO, DAPO)
     sequence   -A exp(clip(mean x))     GSPO, arXiv 2507.18071
@@ -23,18 +9,31 @@ where the mean over the response stands:
 
 clip is one-sided, as min(rho A, clip(rho) A) is: from above for A > 0, from below for A < 0.
 
-Shape suffix: T response rows of the micro-batch.
+The KL towards the reference policy is estimated from the log-probs of the sampled tokens. What counts in
+training is the gradient, not the value (arXiv 2506.09477, 2510.01555). For samples of pi:
+
+    in the loss     k1  E grad = 0: noise
+                    k2  E grad = grad KL(pi || pi_ref) of the token, given those before it
+                    k3  E grad = grad KL(pi_ref || pi) of the token: the other direction
+    in the reward   k1  E grad = -grad KL(pi || pi_ref) of the whole response
+                    k2, k3  neither
+
+Shape suffixes: A response rows of the micro-batch, R rollouts, T response tokens of the step.
 """
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from megatron_bicc.algorithms.segments import check_log_probs, segment_sums
-from megatron_bicc.config import LossConfig
+from megatron_bicc import plugins
+from megatron_bicc.algorithms.segments import segment_sums
+from megatron_bicc.config import KlEstimator, LossConfig
+from megatron_bicc.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,15 @@ class ClipBounds:
     """Edges of the log ratio; the ratio at an edge is not clipped."""
 
     low: float
-    """Below it a token of negative advantage is clipped; -inf: never."""
+    """Below it a token of negative advantage is clipped; -inf: never"""
     high: float
-    """Above it a token of positive advantage is clipped."""
+    """Above it a token of positive advantage is clipped"""
     dual: float
-    """Above it a token of negative advantage is clipped by the dual clip; inf: never."""
+    """Above it a token of negative advantage is clipped by the dual clip; inf: never"""
 
 
 def clip_bounds(loss: LossConfig) -> ClipBounds:
-    """Edges that a resolved LossConfig means; ValueError if it still holds a None."""
+    """Returns the edges that a resolved LossConfig means; ValueError if it still holds a None."""
     for name in ("objective", "clip_low", "clip_high", "dual_clip"):
         if getattr(loss, name) is None:
             raise ValueError(f"loss.{name} is not set; fill it in with algorithms.presets.resolve")
@@ -61,11 +60,8 @@ def clip_bounds(loss: LossConfig) -> ClipBounds:
     return ClipBounds(low, math.log1p(loss.clip_high), dual)
 
 
-Estimator = Literal["k1", "k2", "k3"]
-
-
-def kl_penalty(logp: torch.Tensor, ref_logp: torch.Tensor, estimator: Estimator) -> torch.Tensor:
-    """Per-token estimate of KL(pi || pi_ref) from samples of pi, same shape as logp, differentiable in it.
+def kl_penalty(logp: Tensor, ref_logp: Tensor, estimator: KlEstimator) -> Tensor:
+    """Per-token estimate of KL(pi || pi_ref) from samples of pi; same shape as logp, differentiable in it.
 
     With d = log pi_ref - log pi: "k1" -d and "k3" exp(d) - 1 - d, whose values are unbiased, and "k2"
     d^2 / 2, whose gradient is. John Schulman, "Approximating KL Divergence", 2020.
@@ -86,14 +82,9 @@ def kl_in_reward(
     ref_logp_T: np.ndarray,
     offsets_R: np.ndarray,
     coefficient: float,
-    estimator: Estimator,
+    estimator: KlEstimator,
 ) -> np.ndarray:
-    """float64 [R]: reward minus coefficient times the summed token KL of old against reference.
-
-    Raises ValueError that names rollout and token where a log-prob is not finite.
-    """
-    check_log_probs(old_logp_T, offsets_R, "log-prob under the old policy")
-    check_log_probs(ref_logp_T, offsets_R, "log-prob under the reference policy")
+    """float64 [R]: reward minus coefficient times the summed token KL of old against reference."""
     old, ref = (torch.from_numpy(np.asarray(logp, dtype=np.float64)) for logp in (old_logp_T, ref_logp_T))
     penalty_R = segment_sums(kl_penalty(old, ref, estimator).numpy(), offsets_R)
     return np.asarray(rewards_R, dtype=np.float64) - coefficient * penalty_R
@@ -101,143 +92,258 @@ def kl_in_reward(
 
 @dataclass(frozen=True)
 class LossRows:
-    """What the loss needs of each response row; one-dimensional, of one length and device.
+    """What the loss needs of each response row besides the policy's outputs; [A] each, on one device.
 
-    Floating tensors are float32 or float64. A response's rows are all here: it is never split.
+    Floating tensors are float32 or float64 and carry no gradient. All rows of a response are here: a response
+    is never split between micro-batches.
     """
 
-    old_logp: torch.Tensor
-    """Log-prob of the row's label under the denominator of the ratio."""
-    advantage: torch.Tensor
-    """Advantage of the row's rollout."""
-    weight: torch.Tensor
-    """Weight of the row in the step's loss (aggregation.token_weights, times mixing and pair scale)."""
-    response: torch.Tensor
-    """int64: index of the row's response segment in this micro-batch, from 0, without gaps."""
-    regularisation: torch.Tensor | None = None
-    """Weight of the row's KL and entropy in the step's loss (aggregation.token_weights); None: the rows take
-    no part in these, as rows under a context don't."""
-    ref_logp: torch.Tensor | None = None
-    """Log-prob under the reference policy, given what old_logp's policy is given; needed for a KL in the
-    loss."""
-    rollout_logp: torch.Tensor | None = None
-    """Log-prob as the rollout engine computed it; needed for TIS, where exp(old_logp - rollout_logp) weighs.
-    Where old_logp is given a context that the engine never saw, add to this what the context changed."""
-    entropy: torch.Tensor | None = None
-    """Entropy of the policy at the row, with its gradient; needed for an entropy bonus."""
+    advantage: Tensor
+    """Advantage of the row's rollout"""
+    weight: Tensor
+    """Weight of the row in the whole step's loss (advantages.token_weights, times mixing and pair scale)"""
+    response: Tensor
+    """int64: index of the row's response segment in this micro-batch, from 0, without gaps"""
+    old_logp: Tensor | None = None
+    """Log-prob of the row's token under the denominator of the ratio; None: the policy is its own old policy,
+    so the ratio starts at 1"""
+    regularisation: Tensor | None = None
+    """Weight of the row's KL and entropy in the step's loss (advantages.token_weights); None: the rows have
+    neither, as rows under a context"""
+    ref_logp: Tensor | None = None
+    """Log-prob under the reference policy; needed for a KL in the loss"""
+    engine_log_ratio: Tensor | None = None
+    """log pi_old - log mu, with mu the rollout engine's probability, both given the prompt alone; needed for
+    loss.tis_cap"""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             tensor = getattr(self, field.name)
-            if tensor is not None and tensor.shape != self.old_logp.shape:
+            if tensor is not None and tensor.shape != self.advantage.shape:
                 raise ValueError(
                     f"LossRows.{field.name} has shape {tuple(tensor.shape)}, "
-                    f"but old_logp has {tuple(self.old_logp.shape)}"
+                    f"but advantage has {tuple(self.advantage.shape)}"
                 )
         if self.response.dtype != torch.int64:
             raise ValueError(f"LossRows.response has dtype {self.response.dtype}; it must be torch.int64")
 
 
-def policy_loss(logp: torch.Tensor, rows: LossRows, loss: LossConfig) -> torch.Tensor:
-    """The micro-batch's share of the step's loss, a scalar: a SUM over rows.
+@dataclass(frozen=True)
+class TokenLoss:
+    """An objective's loss of each row, and which rows it clipped; [A] each."""
 
-    Of each row it takes weight times the loss of its token, and regularisation times KL less entropy.
+    loss: Tensor
+    """Floating, differentiable in logp; unweighted: the caller multiplies it by LossRows.weight"""
+    low: Tensor
+    """bool: clipped, or masked, at the lower edge"""
+    high: Tensor
+    """bool: clipped, or masked, at the upper edge"""
+    dual: Tensor
+    """bool: clipped by the dual clip"""
 
-    logp [T] are the log-probs of the rows' labels under the policy in training. Shares of all micro-batches
-    and ranks add up to the step's loss, and their gradients likewise. loss must be resolved
-    (presets.resolve). Raises ValueError for a shape that does not fit, a setting left None, or rows without
-    what a setting needs.
+
+class Objective(Protocol):
+    """Turns log-probs and advantages into a loss per token; `loss.objective` names one."""
+
+    def __call__(self, logp: Tensor, old_logp: Tensor, rows: LossRows, loss: LossConfig) -> TokenLoss:
+        """Returns the loss of every response row of a micro-batch.
+
+        Args:
+            logp: float [A], log-prob of each row's token under the policy in training. The gradient must flow
+                through it, and through nothing else.
+            old_logp: float [A] without gradient, the ratio's denominator: log ratio = logp - old_logp. At the
+                first update of a batch of rollouts it may be logp.detach().
+            rows: advantage, response and weight of each row. rows.weight is the row's share of the whole
+                step's loss, over all micro-batches and ranks; it is there to be read: policy_loss applies it,
+                and then the engine-mismatch weight (loss.tis_cap), KL and entropy.
+            loss: the resolved settings; clip_bounds(loss) gives the edges in the log ratio.
+
+        The rows of a micro-batch depend on packing and layout, so a loss that is not a function of the row's
+        own response would make the gradient depend on them, too.
+        """
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A micro-batch's share of the step's loss."""
+
+    share: Tensor
+    """Scalar, a sum over rows"""
+    tokens: TokenLoss
+    old_logp: Tensor
+    """float [A]: the denominators that the ratios had"""
+
+
+def policy_loss(logp: Tensor, entropy: Tensor | None, rows: LossRows, loss: LossConfig) -> PolicyLoss:
+    """Computes a micro-batch's share of the step's loss.
+
+    Of each row it takes weight times the loss of its token, and regularisation times KL less entropy. Shares
+    of all micro-batches and ranks add up to the step's loss, and their gradients likewise.
+
+    Args:
+        logp: float [A], log-probs of the rows' tokens under the policy in training.
+        entropy: float [A] with its gradient, the policy's entropy at each row; needed for an entropy bonus.
+        rows: of the same length.
+        loss: resolved (presets.resolve).
+
+    Raises:
+        ValueError: a setting left None, or rows without what a setting needs.
+        UserError: what loss.objective names by import path returned something unusable.
     """
-    if logp.shape != rows.old_logp.shape:
-        raise ValueError(
-            f"logp has shape {tuple(logp.shape)}, but LossRows.old_logp has {tuple(rows.old_logp.shape)}"
-        )
-    bounds = clip_bounds(loss)
-    loss_T = _OBJECTIVES[loss.objective](logp, rows, bounds)
+    old_logp = logp.detach() if rows.old_logp is None else rows.old_logp
+    tokens = load_objective(loss)(logp, old_logp, rows, loss)
+    token_loss = tokens.loss
     if loss.tis_cap:
-        rollout_logp_T = _needed(rows, "rollout_logp", "tis_cap")
-        loss_T = loss_T * (rows.old_logp - rollout_logp_T).exp().clamp(max=loss.tis_cap).detach()
-    total = (rows.weight * loss_T).sum()
+        mismatch = _needed(rows.engine_log_ratio, "LossRows.engine_log_ratio", "tis_cap")
+        token_loss = token_loss * mismatch.exp().clamp(max=loss.tis_cap).detach()
+    total = (rows.weight * token_loss).sum()
     if rows.regularisation is None:
-        return total
+        return PolicyLoss(total, tokens, old_logp)
     if loss.kl_coefficient and loss.kl_in == "loss":
-        ref_logp_T = _needed(rows, "ref_logp", "kl_coefficient")
-        kl_T = kl_penalty(logp, ref_logp_T, loss.kl_estimator)
-        total = total + loss.kl_coefficient * (rows.regularisation * kl_T).sum()
+        ref_logp = _needed(rows.ref_logp, "LossRows.ref_logp", "kl_coefficient")
+        kl = kl_penalty(logp, ref_logp, loss.kl_estimator)
+        total = total + loss.kl_coefficient * (rows.regularisation * kl).sum()
     if loss.entropy_coefficient:
-        entropy_T = _needed(rows, "entropy", "entropy_coefficient")
-        total = total - loss.entropy_coefficient * (rows.regularisation * entropy_T).sum()
-    return total
+        entropy = _needed(entropy, "entropy", "entropy_coefficient")
+        total = total - loss.entropy_coefficient * (rows.regularisation * entropy).sum()
+    return PolicyLoss(total, tokens, old_logp)
 
 
-def _needed(rows: LossRows, name: str, setting: str) -> torch.Tensor:
-    tensor = getattr(rows, name)
+def load_objective(loss: LossConfig) -> Objective:
+    """Returns the objective that loss.objective names: a built-in, or a user's by import path.
+
+    A user's objective is checked at every call. Raises UserError for an unknown name or a path that cannot be
+    imported.
+    """
+    name = loss.objective
+    if name is None:
+        raise ValueError("loss.objective is not set; fill it in with algorithms.presets.resolve")
+    if not plugins.is_import_path(name):
+        if name not in OBJECTIVES:
+            raise UserError(
+                f"loss.objective is {name!r}; it must be one of {', '.join(OBJECTIVES)}, or an import path "
+                "package.module:name or path/to/file.py:name"
+            )
+        return OBJECTIVES[name]
+    objective = plugins.load("loss.objective", name)
+
+    def checked(logp: Tensor, old_logp: Tensor, rows: LossRows, loss: LossConfig) -> TokenLoss:
+        found = objective(logp, old_logp, rows, loss)
+        _check_objective(name, logp, found)
+        return found
+
+    return checked
+
+
+def _check_objective(name: str, logp: Tensor, found: TokenLoss) -> None:
+    returned = f"loss.objective is {name!r}; it returned"
+    if not isinstance(found, TokenLoss):
+        raise UserError(f"{returned} a {type(found).__name__}; return algorithms.policy_loss.TokenLoss")
+    for field in fields(found):
+        tensor = getattr(found, field.name)
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{returned} a {type(tensor).__name__} for {field.name}; return a tensor")
+        if tensor.shape != logp.shape:
+            raise UserError(
+                f"{returned} {field.name} of shape {list(tensor.shape)}; return one value per response row, "
+                f"{list(logp.shape)}"
+            )
+        if field.name != "loss" and tensor.dtype != torch.bool:
+            raise UserError(f"{returned} {field.name} of dtype {tensor.dtype}; return torch.bool")
+    if logp.requires_grad and len(logp) and not found.loss.requires_grad:
+        raise UserError(f"{returned} a loss without a gradient; compute it from logp")
+    # a log-prob that is already broken is not the objective's fault: the step's own check names it
+    bad = ~torch.isfinite(found.loss.detach()) & torch.isfinite(logp.detach())
+    if bad.any():
+        value = float(found.loss.detach()[bad][0])
+        raise UserError(f"{returned} the loss {value} for a finite log-prob; return finite values")
+
+
+def _needed(tensor: Tensor | None, name: str, setting: str) -> Tensor:
     if tensor is None:
-        raise ValueError(f"loss.{setting} is set, but LossRows.{name} was not given")
+        raise ValueError(f"loss.{setting} is set, but {name} was not given")
     return tensor
 
 
-def _clip(log_ratio_T: torch.Tensor, advantage_T: torch.Tensor, bounds: ClipBounds) -> torch.Tensor:
+def _clip(log_ratio: Tensor, advantage: Tensor, bounds: ClipBounds) -> Tensor:
     """Bounded from above where A >= 0, from below where A < 0; the gradient stays at an edge, ends beyond."""
-    return torch.where(advantage_T < 0, log_ratio_T.clamp(min=bounds.low), log_ratio_T.clamp(max=bounds.high))
+    return torch.where(advantage < 0, log_ratio.clamp(min=bounds.low), log_ratio.clamp(max=bounds.high))
 
 
-def _dual_clip(log_ratio_T: torch.Tensor, advantage_T: torch.Tensor, bounds: ClipBounds) -> torch.Tensor:
+def _clipped(log_ratio: Tensor, advantage: Tensor, bounds: ClipBounds) -> tuple[Tensor, Tensor]:
+    """bool (low, high): the rows that `_clip` moves."""
+    return (log_ratio < bounds.low) & (advantage < 0), (log_ratio > bounds.high) & (advantage > 0)
+
+
+def _dual_clip(log_ratio: Tensor, advantage: Tensor, bounds: ClipBounds) -> Tensor:
     """|loss| <= c |A| where A < 0 (arXiv 1912.09729)."""
-    return torch.where(advantage_T < 0, log_ratio_T.clamp(max=bounds.dual), log_ratio_T)
+    return torch.where(advantage < 0, log_ratio.clamp(max=bounds.dual), log_ratio)
 
 
-def _response_mean(values_T: torch.Tensor, response_T: torch.Tensor) -> torch.Tensor:
-    """[T]: the mean over the row's response, at each of its rows."""
+def _dual_clipped(log_ratio: Tensor, advantage: Tensor, bounds: ClipBounds) -> Tensor:
+    return (log_ratio > bounds.dual) & (advantage < 0)
+
+
+def _response_mean(values: Tensor, response: Tensor) -> Tensor:
+    """[A]: the mean over the row's response, at each of its rows."""
     # As many slots as rows: there are never more responses, and no count has to come back from the device.
-    sums = torch.zeros_like(values_T).index_add(0, response_T, values_T)
-    counts = torch.zeros_like(values_T).index_add(0, response_T, torch.ones_like(values_T))
-    return sums[response_T] / counts[response_T]
+    sums = torch.zeros_like(values).index_add(0, response, values)
+    counts = torch.zeros_like(values).index_add(0, response, torch.ones_like(values))
+    return sums[response] / counts[response]
 
 
-def _token(logp_T: torch.Tensor, rows: LossRows, bounds: ClipBounds) -> torch.Tensor:
-    return _clipped_loss(logp_T - rows.old_logp, rows.advantage, bounds)
+def _ppo(log_ratio: Tensor, advantage: Tensor, bounds: ClipBounds) -> TokenLoss:
+    clipped = _clip(log_ratio, advantage, bounds)
+    loss = -advantage * _dual_clip(clipped, advantage, bounds).exp()
+    low, high = _clipped(log_ratio, advantage, bounds)
+    return TokenLoss(loss, low, high, _dual_clipped(log_ratio, advantage, bounds))
 
 
-def _sequence(logp_T: torch.Tensor, rows: LossRows, bounds: ClipBounds) -> torch.Tensor:
-    return _clipped_loss(_response_mean(logp_T - rows.old_logp, rows.response), rows.advantage, bounds)
+def _token(logp: Tensor, old_logp: Tensor, rows: LossRows, loss: LossConfig) -> TokenLoss:
+    return _ppo(logp - old_logp, rows.advantage, clip_bounds(loss))
 
 
-def _geometric(logp_T: torch.Tensor, rows: LossRows, bounds: ClipBounds) -> torch.Tensor:
-    clipped_T = _clip(logp_T - rows.old_logp, rows.advantage, bounds)
-    mean_T = _response_mean(clipped_T, rows.response)
-    return -rows.advantage * _dual_clip(mean_T, rows.advantage, bounds).exp()
+def _sequence(logp: Tensor, old_logp: Tensor, rows: LossRows, loss: LossConfig) -> TokenLoss:
+    return _ppo(_response_mean(logp - old_logp, rows.response), rows.advantage, clip_bounds(loss))
 
 
-def _clipped_loss(log_ratio_T: torch.Tensor, advantage_T: torch.Tensor, bounds: ClipBounds) -> torch.Tensor:
-    log_ratio_T = _clip(log_ratio_T, advantage_T, bounds)
-    return -advantage_T * _dual_clip(log_ratio_T, advantage_T, bounds).exp()
+def _geometric(logp: Tensor, old_logp: Tensor, rows: LossRows, loss: LossConfig) -> TokenLoss:
+    log_ratio, advantage, bounds = logp - old_logp, rows.advantage, clip_bounds(loss)
+    mean = _response_mean(_clip(log_ratio, advantage, bounds), rows.response)
+    low, high = _clipped(log_ratio, advantage, bounds)
+    token_loss = -advantage * _dual_clip(mean, advantage, bounds).exp()
+    return TokenLoss(token_loss, low, high, _dual_clipped(mean, advantage, bounds))
 
 
-def _aspo(logp_T: torch.Tensor, rows: LossRows, bounds: ClipBounds) -> torch.Tensor:
+def _aspo(logp: Tensor, old_logp: Tensor, rows: LossRows, loss: LossConfig) -> TokenLoss:
     """Tokens beyond the clip interval are masked; for A > 0 the ratio is flipped (arXiv 2510.06062).
 
     The flipped ratio pi_old pi / sg(pi^2) has value pi_old / pi and that times grad log pi for gradient. Its
     dual clip is soft: it bounds the value and keeps the gradient. For A < 0 ratio and dual clip are PPO's.
     """
-    log_ratio_T = logp_T - rows.old_logp
-    negative_T = rows.advantage < 0
-    flipped_T = (-log_ratio_T.detach()).clamp(max=bounds.dual) + (logp_T - logp_T.detach())
-    log_weight_T = torch.where(negative_T, _dual_clip(log_ratio_T, rows.advantage, bounds), flipped_T)
-    masked_T = torch.where(negative_T, log_ratio_T < bounds.low, log_ratio_T > bounds.high)
-    return -rows.advantage * log_weight_T.exp().masked_fill(masked_T, 0.0)
+    log_ratio, advantage, bounds = logp - old_logp, rows.advantage, clip_bounds(loss)
+    negative = advantage < 0
+    flipped = (-log_ratio.detach()).clamp(max=bounds.dual) + (logp - logp.detach())
+    log_weight = torch.where(negative, _dual_clip(log_ratio, advantage, bounds), flipped)
+    masked = torch.where(negative, log_ratio < bounds.low, log_ratio > bounds.high)
+    low, high = _clipped(log_ratio, advantage, bounds)
+    dual = _dual_clipped(log_ratio, advantage, bounds) | ((-log_ratio > bounds.dual) & (advantage > 0))
+    return TokenLoss(-advantage * log_weight.exp().masked_fill(masked, 0.0), low, high, dual)
 
 
-def _cispo(logp_T: torch.Tensor, rows: LossRows, bounds: ClipBounds) -> torch.Tensor:
-    """-A sg(clip(rho)) log pi (arXiv 2506.13585); the dual clip bounds the weight where A < 0."""
-    log_weight_T = (logp_T - rows.old_logp).detach().clamp(bounds.low, bounds.high)
-    return -rows.advantage * _dual_clip(log_weight_T, rows.advantage, bounds).exp() * logp_T
+def _cispo(logp: Tensor, old_logp: Tensor, rows: LossRows, loss: LossConfig) -> TokenLoss:
+    """-A sg(clip(rho)) log pi (arXiv 2506.13585); the dual clip bounds the weight where A < 0.
+
+    Both edges hold for either sign of the advantage; what is clipped is the weight, not the gradient.
+    """
+    log_ratio, advantage, bounds = (logp - old_logp).detach(), rows.advantage, clip_bounds(loss)
+    log_weight = log_ratio.clamp(bounds.low, bounds.high)
+    token_loss = -advantage * _dual_clip(log_weight, advantage, bounds).exp() * logp
+    dual = _dual_clipped(log_weight, advantage, bounds)
+    return TokenLoss(token_loss, log_ratio < bounds.low, log_ratio > bounds.high, dual)
 
 
-_OBJECTIVES = {
-    "token": _token,
-    "sequence": _sequence,
-    "geometric": _geometric,
-    "aspo": _aspo,
-    "cispo": _cispo,
-}
+OBJECTIVES: MappingProxyType[str, Objective] = MappingProxyType(
+    {"token": _token, "sequence": _sequence, "geometric": _geometric, "aspo": _aspo, "cispo": _cispo}
+)
+"""The built-in objectives by the name that loss.objective takes."""

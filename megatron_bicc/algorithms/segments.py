@@ -1,4 +1,7 @@
-"""Sums over consecutive segments of a flat array, and the checks of what comes in flat.
+"""Sums over consecutive segments of a flat array, and the checks of flat arrays at the border of a step.
+
+The checks are for those who build the arrays (training.batch.collate, the learner's log-probs); functions
+that compute with the arrays trust them.
 
 Shape suffixes: E elements, S segments. Offsets hold S + 1 entries: segment s is [offsets[s], offsets[s + 1]).
 """
@@ -9,9 +12,9 @@ from megatron_bicc.errors import NotFiniteError
 
 
 def check_offsets(offsets_S: np.ndarray, total: int, name: str, segment: str) -> None:
-    """Refuse offsets that do not cut `total` elements into non-empty consecutive segments.
+    """Raises ValueError for offsets that do not cut `total` elements into non-empty consecutive segments.
 
-    name is the argument, segment what one segment is ("group", "rollout"); both appear in the ValueError.
+    name is the array, segment what one segment is ("group", "rollout"); both appear in the message.
     """
     offsets_S = np.asarray(offsets_S)
     if offsets_S.ndim != 1 or len(offsets_S) < 1 or offsets_S.dtype.kind not in "iu":
@@ -30,8 +33,7 @@ def check_offsets(offsets_S: np.ndarray, total: int, name: str, segment: str) ->
 
 
 def check_log_probs(logp_E: np.ndarray, offsets_S: np.ndarray, name: str) -> None:
-    """Refuse log-probs that are infinite or not a number: NotFiniteError with the rollout and token index."""
-    check_offsets(offsets_S, len(logp_E), "offsets_R", "rollout")
+    """Raises NotFiniteError, with the rollout and token index, for a log-prob that is infinite or NaN."""
     bad = np.flatnonzero(~np.isfinite(logp_E))
     if len(bad):
         rollout = int(np.searchsorted(offsets_S, bad[0], side="right")) - 1
@@ -43,7 +45,7 @@ def check_log_probs(logp_E: np.ndarray, offsets_S: np.ndarray, name: str) -> Non
 
 
 def check_rewards(rewards_R: np.ndarray) -> None:
-    """Refuse rewards that are infinite or not a number: NotFiniteError with the rollout index."""
+    """Raises NotFiniteError, with the rollout index, for a reward that is infinite or NaN."""
     bad = np.flatnonzero(~np.isfinite(rewards_R))
     if len(bad):
         raise NotFiniteError(
@@ -52,7 +54,7 @@ def check_rewards(rewards_R: np.ndarray) -> None:
 
 
 def segment_sums(values_E: np.ndarray, offsets_S: np.ndarray) -> np.ndarray:
-    """float64 [S]: sum of each segment; offsets must have passed `check_offsets`."""
+    """float64 [S]: sum of each segment."""
     if len(offsets_S) == 1:
         return np.zeros(0)
     return np.add.reduceat(np.asarray(values_E, dtype=np.float64), offsets_S[:-1])

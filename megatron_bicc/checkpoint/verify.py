@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,7 +24,6 @@ from megatron_bicc.errors import UserError
 from megatron_bicc.model.batch import PackedBatch
 from megatron_bicc.model.build import PolicyModel
 from megatron_bicc.model.families import transformer_config
-from megatron_bicc.model.segments import Segments
 from megatron_bicc.weights.hf_files import checked_tensors, load_transformers, supported_config
 
 LONGEST = 4608
@@ -93,7 +91,7 @@ def _megatron_logits(hf_dir: Path, checkpoint: Path, tokens: list[Tensor]) -> li
     with device.megatron():
         for prompt_T in tokens:
             model.rows_K = compared_rows(len(prompt_T)).to(device.device())
-            found.append(model.run(_causal(prompt_T)).cpu())
+            found.append(model.run(PackedBatch.one_sequence(prompt_T.to(device.device()))).cpu())
     return found
 
 
@@ -118,23 +116,6 @@ def cached_logits(model: PreTrainedModel, prompt_T: Tensor) -> Tensor:
         cache = output.past_key_values
         parts.append(model(row[:, middle:], past_key_values=cache, logits_to_keep=second_K).logits[0])
     return torch.cat(parts).cpu()
-
-
-def _causal(tokens_T: Tensor) -> PackedBatch:
-    """One causal sequence without responses."""
-    where, length = device.device(), len(tokens_T)
-    whole, nothing = np.array([0, length], np.int32), np.zeros(2, np.int32)
-    none = torch.zeros(0, dtype=torch.int64, device=where)
-    return PackedBatch(
-        qkv_format="sbhd",
-        tokens_T=tokens_T.to(where),
-        positions_T=torch.arange(length, device=where),
-        labels_N=none,
-        response_N=none,
-        response_rows=slice(length, length),
-        causal=Segments.of_themselves(whole, where),
-        cross=Segments.across(nothing, whole, where),
-    )
 
 
 MANIFEST = "manifest.json"

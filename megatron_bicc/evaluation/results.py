@@ -206,3 +206,12 @@ def _plain(evaluation: Evaluation) -> dict[str, Any]:
     }
     counts = {"prompts": evaluation.prompts, "samples": evaluation.samples}
     return counts | plain | {"truncated": evaluation.truncated, "length": evaluation.length}
+
+
+def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
+    """The metrics of an evaluation on held-out prompts (docs/metrics.md); avg@k is the unbiased pass@1."""
+    return {
+        "eval/pass_at_1_stderr": evaluation.avg.standard_error,
+        "eval/truncated": evaluation.truncated,
+        "eval/length_mean": evaluation.length,
+    } | {f"eval/pass_at_{k}": estimate.value for k, estimate in evaluation.pass_at.items()}

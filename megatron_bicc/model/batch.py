@@ -1,9 +1,9 @@
-"""A packed micro-batch as the policy reads it: tensors on the device, and the boundaries of its attention.
+"""A packed micro-batch on the device: the policy's input, and which rollout and token each response row is.
 
-Shape suffixes: T rows, N response rows, S response segments.
+Shape suffixes: N rows, A response rows, S response segments, T response tokens of the batch, R its rollouts.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,41 +14,55 @@ from megatron_bicc.model.segments import Segments
 from megatron_bicc.packing.types import MicroBatch
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PackedBatch(PackedSeqParams):
-    """What every pipeline stage needs of a micro-batch; rides through megatron-core as packed_seq_params.
+    """What every pipeline stage needs of a micro-batch; travels through megatron-core as packed_seq_params.
 
     `qkv_format` stays "sbhd" with a batch of one: under "thd" megatron-core restarts the rotary positions at
-    every segment, and a response's positions go on from its prefix.
+    every segment, but a response's positions continue those of its prefix.
     """
 
-    tokens_T: Tensor = None
-    """int64 [T]"""
-    positions_T: Tensor = None
-    """int64 [T]"""
-    labels_N: Tensor = None
-    """int64 [N]: the token that each response row predicts"""
-    response_N: Tensor = None
-    """int64 [N]: response segment (0..S-1) of each response row"""
-    response_rows: slice = None
-    """The response rows among the T rows"""
-    group_rows: list[tuple[int, slice]] = field(default_factory=list)
-    """(group, its rows among the N response rows); a group may come several times"""
-    causal: Segments = None
-    cross: Segments = None
+    tokens_N: Tensor
+    """int64 [N]"""
+    positions_N: Tensor
+    """int64 [N]"""
+    labels_A: Tensor
+    """int64 [A]: the token that each response row predicts"""
+    response_A: Tensor
+    """int64 [A]: response segment (0..S-1) of each response row"""
+    token_A: Tensor
+    """int64 [A]: index of the label among the T response tokens"""
+    rollout_A: Tensor
+    """int64 [A]: index of the rollout among the R"""
+    scale_A: Tensor
+    """float32 [A]: 1 / number of segments in the whole step that train this rollout"""
+    response_rows: slice
+    """The response rows among the N rows"""
+    group_rows: list[tuple[int, slice]]
+    """(group, its rows among the A response rows); a group may come several times"""
+    causal: Segments
+    """Every segment attends to itself, causally"""
+    cross: Segments
+    """Every response attends to its side's prefix"""
 
     @classmethod
     def make(cls, batch: MicroBatch, device: torch.device) -> "PackedBatch":
-        """Tensors of a micro-batch on `device`."""
-        to_long = lambda array: torch.from_numpy(array.astype(np.int64)).to(device)  # noqa: E731
+        """Copies a micro-batch to `device`."""
+
+        def to_device(array: np.ndarray, dtype: type = np.int64) -> Tensor:
+            return torch.from_numpy(array.astype(dtype)).to(device)
+
         first, rows = batch.num_prefix_rows, batch.num_response_rows
         lengths_S = np.diff(batch.cu_response)
         return cls(
             qkv_format="sbhd",
-            tokens_T=to_long(batch.tokens_T),
-            positions_T=to_long(batch.positions_T),
-            labels_N=to_long(batch.labels_T[first : first + rows]),
-            response_N=to_long(np.repeat(np.arange(len(lengths_S)), lengths_S)),
+            tokens_N=to_device(batch.tokens_N),
+            positions_N=to_device(batch.positions_N),
+            labels_A=to_device(batch.labels_N[first : first + rows]),
+            response_A=to_device(np.repeat(np.arange(len(lengths_S)), lengths_S)),
+            token_A=to_device(batch.gather_A),
+            rollout_A=to_device(np.repeat(batch.rollout_S, lengths_S)),
+            scale_A=to_device(np.repeat(batch.scale_S, lengths_S), np.float32),
             response_rows=slice(first, first + rows),
             group_rows=_group_rows(batch),
             causal=Segments.of_themselves(batch.cu_seqlens, device),
@@ -56,27 +70,39 @@ class PackedBatch(PackedSeqParams):
         )
 
     @classmethod
-    def padding(cls, rows: int, device: torch.device) -> "PackedBatch":
-        """A micro-batch of nothing but padding."""
-        zeros, cu, none = (
-            torch.zeros(rows, dtype=torch.long, device=device),
-            np.array([0, rows]),
-            np.array([0]),
-        )
+    def one_sequence(cls, tokens_N: Tensor) -> "PackedBatch":
+        """One causal sequence, int64 [N], none of whose rows is a response."""
+        rows, where = len(tokens_N), tokens_N.device
+        none_A, prefix = tokens_N[:0], np.array([0, rows], np.int32)
         return cls(
             qkv_format="sbhd",
-            tokens_T=zeros,
-            positions_T=zeros,
-            labels_N=zeros[:0],
-            response_N=zeros[:0],
+            tokens_N=tokens_N,
+            positions_N=torch.arange(rows, device=where),
+            labels_A=none_A,
+            response_A=none_A,
+            token_A=none_A,
+            rollout_A=none_A,
+            scale_A=none_A.float(),
+            response_rows=slice(rows, rows),
+            group_rows=[],
+            causal=Segments.of_themselves(prefix, where),
+            cross=Segments.across(np.zeros(2, np.int32), prefix, where),
+        )
+
+    @classmethod
+    def padding(cls, rows: int, device: torch.device) -> "PackedBatch":
+        """A micro-batch of padding only."""
+        zeros_N, nothing = torch.zeros(rows, dtype=torch.long, device=device), np.array([0])
+        return replace(
+            cls.one_sequence(zeros_N),
+            positions_N=zeros_N,
             response_rows=slice(0, 0),
-            causal=Segments.of_themselves(cu, device),
-            cross=Segments.across(none, none, device),
+            cross=Segments.across(nothing, nothing, device),
         )
 
 
 def _group_rows(batch: MicroBatch) -> list[tuple[int, slice]]:
-    """Neighbouring responses of a group are one entry."""
+    """Adjacent responses of a group become one entry."""
     changes = np.flatnonzero(np.diff(batch.group_S)) + 1
     firsts = np.concatenate([np.zeros(min(1, len(batch.group_S)), int), changes])
     bounds = batch.cu_response[[*firsts, len(batch.group_S)]].tolist()

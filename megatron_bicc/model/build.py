@@ -51,10 +51,10 @@ class PolicyModel(GPTModel):
     def run(self, packed: PackedBatch) -> Tensor:
         """Forward pass of a packed micro-batch."""
         return self(
-            input_ids=packed.tokens_T[None],
-            position_ids=packed.positions_T[None],
+            input_ids=packed.tokens_N[None],
+            position_ids=packed.positions_N[None],
             attention_mask=None,
-            labels=packed.labels_N,
+            labels=packed.labels_A,
             packed_seq_params=packed,
         )
 

@@ -82,7 +82,7 @@ class PositionRotary(torch.nn.Module):
     def get_rotary_seq_len(self, *args: Any) -> Tensor:
         """Position ids int64 [T] of the micro-batch, the last argument that megatron-core passes."""
         packed: PackedBatch = args[-1]
-        return packed.positions_T
+        return packed.positions_N
 
     def forward(self, positions_T: Tensor, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
         """Angles float32 [T, 1, 1, head_dim]."""

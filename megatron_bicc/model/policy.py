@@ -249,7 +249,7 @@ class Policy:
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self.chunks,
                 num_microbatches=len(batches + padding),
-                seq_length=max(len(batch.tokens_T) for batch in batches),
+                seq_length=max(len(batch.tokens_N) for batch in batches),
                 micro_batch_size=1,
                 forward_only=forward_only,
             )

@@ -1,9 +1,9 @@
 """The packer: csrc behind NumPy arrays.
 
-Shape suffixes: K channels, N response tokens of the batch, M micro-batches.
+Shape suffixes: T response tokens of the batch, M micro-batches, C channels.
 """
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
@@ -11,50 +11,70 @@ import numpy as np
 
 from megatron_bicc import _C
 from megatron_bicc.packing.plan import SideTable, StepPlan, step_stats
-from megatron_bicc.packing.types import MicroBatch, PackingSettings, RolloutBatch
+from megatron_bicc.packing.types import MicroBatch, MicroBatchLayout, PackingSettings, RolloutBatch
 
 _CACHE_LINE = 64
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed step as one data-parallel rank holds it."""
+
+    plan: StepPlan
+    """The whole step, every rank's micro-batches without their rows"""
+    micro_batches: list[MicroBatch]
+    """This rank's, in the order of plan.ranks[rank]"""
 
 
 def pack(
     batch: RolloutBatch,
     settings: PackingSettings,
     dp_size: int,
+    rank: int,
     threads: int = 0,
-    channels_KN: np.ndarray | None = None,
-) -> StepPlan:
-    """Packs scored groups into the micro-batches of every data-parallel rank.
+    channels_CT: np.ndarray | None = None,
+) -> Packed:
+    """Plans the step for all data-parallel ranks and fills the micro-batches of one.
 
-    The result does not depend on `threads`. Arrays are read in place; what supports DLPack will do.
+    The plan is the same on every rank. The result does not depend on `threads`. Arrays are read in place;
+    anything that supports DLPack is accepted.
 
     Args:
         batch: the scored groups.
         settings: layout, contexts and budgets.
         dp_size: number of data-parallel ranks.
+        rank: the one whose micro-batches are filled.
         threads: threads that move tokens; 0: one for every million rows, up to the cores.
-        channels_KN: float32 [K, response tokens], per-token data to be gathered into MicroBatch.channels.
+        channels_CT: float32 [C, T], per-token data to be gathered into MicroBatch.channels_CA.
 
     Raises:
         ValueError: an array, a setting or a response is not usable; the message names it, with its group
             and rollout.
     """
+    batch, native = _native_plan(batch, settings, dp_size)
+    plan = _step_plan(native, batch, settings, dp_size)
+    if channels_CT is None:
+        channels_CT = np.empty((0, batch.tokens.size), np.float32)
+    channels_CT = _as_numpy("channels", channels_CT)
+    # fill_rows refuses channels of another shape and a bad rank: nothing is allocated for them before
+    fits = channels_CT.ndim == 2 and channels_CT.shape[1] == batch.tokens.size
+    layouts = plan.ranks[rank] if isinstance(rank, int) and 0 <= rank < dp_size else []
+    channels = len(channels_CT) if fits else 0
+    return Packed(plan, _fill_rows(native, rank, layouts, channels_CT, channels, threads))
+
+
+def plan_step(batch: RolloutBatch, settings: PackingSettings, dp_size: int) -> StepPlan:
+    """Plans a step without moving a token: what `pack` would do on every rank. Raises as `pack` does."""
+    batch, native = _native_plan(batch, settings, dp_size)
+    return _step_plan(native, batch, settings, dp_size)
+
+
+def _native_plan(
+    batch: RolloutBatch, settings: PackingSettings, dp_size: int
+) -> tuple[RolloutBatch, _C.Plan]:
     arrays = {f.name: _as_numpy(f"RolloutBatch.{f.name}", getattr(batch, f.name)) for f in fields(batch)}
     batch = RolloutBatch(**arrays)
-    plan = _C.Plan(batch, settings, dp_size)
-    if channels_KN is None:
-        channels_KN = np.empty((0, batch.tokens.size), np.float32)
-    channels_KN = _as_numpy("channels", channels_KN)
-    # channels of another shape are refused by fill, before anything is allocated for them
-    fits = channels_KN.ndim == 2 and channels_KN.shape[1] == batch.tokens.size
-    sizes_M5, channels = plan.sizes, len(channels_KN) if fits else 0
-    buffers = _allocate(sizes_M5, channels)
-    plan.fill(buffers, channels_KN, threads)
-    micro_batches = _slice(buffers, sizes_M5, channels)
-    per_rank = len(micro_batches) // dp_size
-    ranks = [micro_batches[rank * per_rank : (rank + 1) * per_rank] for rank in range(dp_size)]
-    counts = plan.counts
-    stats = step_stats(counts, counts.pop("rank_costs"), settings)
-    return StepPlan(ranks, stats, SideTable(**plan.side_table), batch, settings)
+    return batch, _C.Plan(batch, settings, dp_size)
 
 
 def _as_numpy(name: str, array: Any) -> np.ndarray:
@@ -70,29 +90,66 @@ def _as_numpy(name: str, array: Any) -> np.ndarray:
         ) from error
 
 
-def _lengths(sizes_M5: np.ndarray, channels: int) -> dict[str, tuple[type, np.ndarray]]:
-    """Returns, for each buffer, its dtype and its length in every micro-batch."""
-    rows, prefix_rows, response_rows, sides, segments = sizes_M5.T
-    padded = rows > prefix_rows + response_rows
-    return {
-        "tokens_T": (np.int32, rows),
-        "positions_T": (np.int32, rows),
-        "labels_T": (np.int32, rows),
-        "cu_seqlens": (np.int32, sides + segments + padded + 1),
-        "cu_prefix": (np.int32, sides + 1),
-        "cu_response_side": (np.int32, sides + 1),
-        "cu_response": (np.int32, segments + 1),
-        "rollout_S": (np.int32, segments),
-        "group_S": (np.int32, segments),
-        "scale_S": (np.float32, segments),
-        "gather": (np.int64, response_rows),
-        "channels": (np.float32, channels * response_rows),
+def _step_plan(native: _C.Plan, batch: RolloutBatch, settings: PackingSettings, dp_size: int) -> StepPlan:
+    sizes_M5 = native.sizes
+    rows_M, prefix_M, response_M, sides_M, segments_M = sizes_M5.T
+    padded_M = rows_M > prefix_M + response_M
+    lengths = {
+        "cu_seqlens": (np.int32, sides_M + segments_M + padded_M + 1),
+        "cu_prefix": (np.int32, sides_M + 1),
+        "cu_response_side": (np.int32, sides_M + 1),
+        "cu_response": (np.int32, segments_M + 1),
+        "rollout_S": (np.int32, segments_M),
+        "group_S": (np.int32, segments_M),
+        "scale_S": (np.float32, segments_M),
     }
+    buffers = _allocate(lengths)
+    native.fill_segments(buffers)
+    layouts = [
+        MicroBatchLayout(rows, prefix_rows, response_rows, **views)
+        for (rows, prefix_rows, response_rows, _, _), views in zip(
+            sizes_M5.tolist(), _cut(buffers, lengths), strict=True
+        )
+    ]
+    per_rank = len(layouts) // dp_size
+    ranks = [layouts[rank * per_rank : (rank + 1) * per_rank] for rank in range(dp_size)]
+    counts = native.counts
+    stats = step_stats(counts, counts.pop("rank_costs"), settings)
+    return StepPlan(ranks, stats, SideTable(**native.side_table), batch, settings)
 
 
-def _allocate(sizes_M5: np.ndarray, channels: int) -> dict[str, np.ndarray]:
-    """Returns the step's buffers, cut from one block: it gets huge pages, so page faults cost little."""
-    lengths = _lengths(sizes_M5, channels)
+def _fill_rows(
+    native: _C.Plan,
+    rank: int,
+    layouts: list[MicroBatchLayout],
+    channels_CT: np.ndarray,
+    channels: int,
+    threads: int,
+) -> list[MicroBatch]:
+    rows_M = np.array([layout.num_rows for layout in layouts], np.int64)
+    response_M = np.array([layout.num_response_rows for layout in layouts], np.int64)
+    lengths = {
+        "tokens_N": (np.int32, rows_M),
+        "positions_N": (np.int32, rows_M),
+        "labels_N": (np.int32, rows_M),
+        "gather_A": (np.int64, response_M),
+        "channels_CA": (np.float32, channels * response_M),
+    }
+    buffers = _allocate(lengths)
+    native.fill_rows(rank, buffers, channels_CT, threads)
+    filled = []
+    for layout, views in zip(layouts, _cut(buffers, lengths), strict=True):
+        views["channels_CA"] = views["channels_CA"].reshape(channels, layout.num_response_rows)
+        filled.append(MicroBatch(**vars(layout), **views))
+    return filled
+
+
+Lengths = dict[str, tuple[type, np.ndarray]]
+"""Of each buffer: its dtype, and how many items each micro-batch has in it, int64 [M]"""
+
+
+def _allocate(lengths: Lengths) -> dict[str, np.ndarray]:
+    """Returns the buffers, cut from one block: it gets huge pages, so page faults cost little."""
     sizes = {
         name: int(lengths_M.sum()) * np.dtype(dtype).itemsize for name, (dtype, lengths_M) in lengths.items()
     }
@@ -104,22 +161,10 @@ def _allocate(sizes_M5: np.ndarray, channels: int) -> dict[str, np.ndarray]:
     }
 
 
-def _slice(buffers: dict[str, np.ndarray], sizes_M5: np.ndarray, channels: int) -> list[MicroBatch]:
-    """Cuts the step's buffers into micro-batches: views, no copies."""
-    views = {
-        name: _cut(buffers[name], lengths_M) for name, (_, lengths_M) in _lengths(sizes_M5, channels).items()
-    }
-    return [
-        MicroBatch(
-            num_prefix_rows=prefix_rows,
-            num_response_rows=response_rows,
-            channels=views["channels"][i].reshape(channels, response_rows),
-            **{name: view[i] for name, view in views.items() if name != "channels"},
-        )
-        for i, (_, prefix_rows, response_rows, _, _) in enumerate(sizes_M5.tolist())
-    ]
-
-
-def _cut(buffer: np.ndarray, lengths_M: np.ndarray) -> list[np.ndarray]:
-    bounds = np.concatenate([[0], np.cumsum(lengths_M)]).tolist()
-    return [buffer[start:stop] for start, stop in pairwise(bounds)]
+def _cut(buffers: dict[str, np.ndarray], lengths: Lengths) -> list[dict[str, np.ndarray]]:
+    """Returns each micro-batch's arrays by name: views, no copies."""
+    views = {}
+    for name, (_, lengths_M) in lengths.items():
+        bounds = np.concatenate([[0], np.cumsum(lengths_M)]).astype(np.int64).tolist()
+        views[name] = [buffers[name][start:stop] for start, stop in pairwise(bounds)]
+    return [dict(zip(views, arrays, strict=True)) for arrays in zip(*views.values(), strict=True)]

@@ -1,6 +1,8 @@
 """The packer's fill on a GPU: planned on the host, one launch on the current stream. Needs the CUDA build.
 
-Shape suffixes: K channels, N response tokens of the batch.
+Not yet called by the trainer: the GPU checks (tests/gpu) hold it to the CPU packer.
+
+Shape suffixes: C channels, T response tokens of the batch.
 """
 
 import numpy as np
@@ -15,7 +17,7 @@ def fill_on_device(
     settings: PackingSettings,
     dp_size: int,
     device: torch.device,
-    channels_KN: torch.Tensor | None = None,
+    channels_CT: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Packs a step straight into GPU memory; copies and launch are queued on the device's current stream.
 
@@ -24,30 +26,30 @@ def fill_on_device(
         settings: layout, contexts and budgets.
         dp_size: number of data-parallel ranks.
         device: where the rows go.
-        channels_KN: float32 [K, response tokens] on `device`, gathered like the labels.
+        channels_CT: float32 [C, T] on `device`, gathered like the labels.
 
     Returns:
-        "tokens_T", "positions_T", "labels_T" (int32), "gather" (int64) and "channels" (float32): flat, the
-        arrays of all micro-batches of megatron_bicc.packing.pack one after another, rank by rank.
+        "tokens_N", "positions_N", "labels_N" (int32), "gather_A" (int64) and "channels_CA" (float32): flat,
+        the arrays of every rank's micro-batches of megatron_bicc.packing.pack, rank by rank.
 
     Raises:
-        ValueError: as megatron_bicc.packing.pack does, and for channels of another shape, dtype or device.
+        ValueError: as `pack` does, and for channels of another shape, dtype or device.
     """
-    if channels_KN is None:
-        channels_KN = torch.empty((0, len(batch.tokens)), device=device)
-    _check_channels(channels_KN, len(batch.tokens), device)
+    if channels_CT is None:
+        channels_CT = torch.empty((0, len(batch.tokens)), device=device)
+    _check_channels(channels_CT, len(batch.tokens), device)
     # the launch goes to the current device, whichever the pointers belong to
     with torch.cuda.device(device):
-        return _fill(batch, settings, dp_size, device, channels_KN)
+        return _fill(batch, settings, dp_size, device, channels_CT)
 
 
-def _check_channels(channels_KN: torch.Tensor, tokens: int, device: torch.device) -> None:
-    shape_fits = channels_KN.ndim == 2 and channels_KN.shape[1] == tokens
-    kind_fits = channels_KN.dtype == torch.float32 and channels_KN.device.type == device.type
-    if not (shape_fits and kind_fits and channels_KN.is_contiguous()):
+def _check_channels(channels_CT: torch.Tensor, tokens: int, device: torch.device) -> None:
+    shape_fits = channels_CT.ndim == 2 and channels_CT.shape[1] == tokens
+    kind_fits = channels_CT.dtype == torch.float32 and channels_CT.device.type == device.type
+    if not (shape_fits and kind_fits and channels_CT.is_contiguous()):
         raise ValueError(
-            f"channels_KN must be contiguous float32 [K, {tokens}] on {device}, not {channels_KN.dtype} "
-            f"{list(channels_KN.shape)} on {channels_KN.device}"
+            f"channels_CT must be contiguous float32 [C, {tokens}] on {device}, not {channels_CT.dtype} "
+            f"{list(channels_CT.shape)} on {channels_CT.device}"
         )
 
 
@@ -61,7 +63,7 @@ def _fill(
     settings: PackingSettings,
     dp_size: int,
     device: torch.device,
-    channels_KN: torch.Tensor,
+    channels_CT: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     plan = _C.Plan(batch, settings, dp_size)
     rows, response_rows = (int(plan.sizes[:, column].sum()) for column in (0, 2))
@@ -69,24 +71,24 @@ def _fill(
     copies, prompts, responses, headers = (_queue(array, device) for array in host)
     out = {
         name: torch.empty(rows, dtype=torch.int32, device=device)
-        for name in ("tokens_T", "positions_T", "labels_T")
+        for name in ("tokens_N", "positions_N", "labels_N")
     }
-    out["gather"] = torch.empty(response_rows, dtype=torch.int64, device=device)
-    out["channels"] = torch.empty(len(channels_KN) * response_rows, device=device)
+    out["gather_A"] = torch.empty(response_rows, dtype=torch.int64, device=device)
+    out["channels_CA"] = torch.empty(len(channels_CT) * response_rows, device=device)
     _C_cuda.fill(
         copies=copies.data_ptr(),
         count=len(copies),
         prompt_tokens=prompts.data_ptr(),
         response_tokens=responses.data_ptr(),
         headers=headers.data_ptr(),
-        channels=channels_KN.data_ptr(),
-        channel_count=len(channels_KN),
+        channels=channels_CT.data_ptr(),
+        channel_count=len(channels_CT),
         response_token_count=len(responses),
-        tokens=out["tokens_T"].data_ptr(),
-        positions=out["positions_T"].data_ptr(),
-        labels=out["labels_T"].data_ptr(),
-        gather=out["gather"].data_ptr(),
-        channels_out=out["channels"].data_ptr(),
+        tokens=out["tokens_N"].data_ptr(),
+        positions=out["positions_N"].data_ptr(),
+        labels=out["labels_N"].data_ptr(),
+        gather=out["gather_A"].data_ptr(),
+        channels_out=out["channels_CA"].data_ptr(),
         stream=torch.cuda.current_stream(device).cuda_stream,
     )
     return out

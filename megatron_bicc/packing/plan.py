@@ -1,8 +1,6 @@
-"""A packed step: the micro-batches of every rank and what each response was conditioned on.
+"""A packed step: the micro-batches of every rank, and the prefix that each response is conditioned on.
 
-Shape suffixes: D sides.
-
-What a packed micro-batch holds, side by side: for pictures and for people.
+Shape suffix: D sides.
 """
 
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from megatron_bicc.packing.types import MicroBatch, PackingSettings, RolloutBatch
+from megatron_bicc.packing.types import MicroBatchLayout, PackingSettings, RolloutBatch
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class SideTable:
     """int64 [D + 1], into parts"""
     parts: np.ndarray
     """int64 [parts, 3]: rollout shown in the context, tokens kept of its head, tokens kept of its tail;
-    a trailing end token is no part of the rollout here"""
+    a trailing end token does not count as part of the rollout here"""
     response_offsets_D: np.ndarray
     """int64 [D + 1], into responses"""
     responses: np.ndarray
@@ -53,8 +51,8 @@ class Context:
 class StepPlan:
     """Micro-batches of a step for every data-parallel rank."""
 
-    ranks: list[list[MicroBatch]]
-    """An equal number each, costliest first; none where nothing is to be trained."""
+    ranks: list[list[MicroBatchLayout]]
+    """An equal number each, costliest first; none where nothing is to be trained"""
     stats: dict[str, float]
     """Keys: megatron_bicc.packing.plan.step_stats."""
     sides: SideTable
@@ -64,7 +62,7 @@ class StepPlan:
     def contexts(self, rollout: int) -> list[Context]:
         """Returns the prefixes that `rollout` (index in the batch) is trained under.
 
-        One for the plain layout and the partition source, one an opposite rollout for the pair source,
+        One for the plain layout and the partition source, one per opposite rollout for the pair source,
         none for a rollout that is not trained.
         """
         places = np.flatnonzero(self.sides.responses == rollout)
@@ -92,7 +90,7 @@ def attempt_length(batch: RolloutBatch, settings: PackingSettings, rollout: int)
 
 
 def is_right(batch: RolloutBatch, settings: PackingSettings, rollout: int) -> bool:
-    """Tells whether a rollout is correct; the threshold is compared in float32, as the rewards are."""
+    """Returns whether a rollout is correct; the threshold is compared in float32, as the rewards are."""
     return bool(batch.rewards_R[rollout] > np.float32(settings.reward_threshold))
 
 
@@ -100,7 +98,7 @@ def prefix_tokens(
     batch: RolloutBatch, settings: PackingSettings, group: int, parts: tuple[ContextPart, ...]
 ) -> np.ndarray:
     """Returns the prompt followed by the context made of `parts`: int32 [prefix length]."""
-    start, stop = batch.prompt_offsets_G[group : group + 2]
+    start, stop = batch.prompt_offsets_B[group : group + 2]
     tokens = batch.prompt_tokens[start:stop].tolist()
     for part in parts:
         right = is_right(batch, settings, part.rollout)
@@ -116,9 +114,9 @@ def step_stats(counts: dict[str, int], rank_costs: list[int], settings: PackingS
 
     Args:
         counts: tokens_packed (rows without padding), tokens_prefix (those of prefixes), tokens_rows (rows
-            that one row a response would have taken for the same training: the sum of |prefix| + |response|),
+            that one row per response would have taken for the same training: sum of |prefix| + |response|),
             tokens_context (context tokens, each side once), overlong_dropped (response segments),
-            groups_skipped (for want of contrast), microbatches (those that are not padding only).
+            groups_skipped (without contrast), microbatches (those that are not padding only).
         rank_costs: cost of each rank's micro-batches, in query-key pairs.
         settings: gives the token budget of a micro-batch.
 
@@ -147,8 +145,8 @@ class PackedSide:
     """Rows of each response"""
 
 
-def packed_sides(micro_batch: MicroBatch) -> list[PackedSide]:
-    """The sides of a micro-batch in the order of their rows: all prefixes, all responses, then padding."""
+def packed_sides(micro_batch: MicroBatchLayout) -> list[PackedSide]:
+    """Returns the sides of a micro-batch in the order of their rows."""
     prefix_rows = np.diff(micro_batch.cu_prefix).tolist()
     response_rows = np.diff(micro_batch.cu_response)
     # segments of side d: those that begin at or after its first response row, before the next side's

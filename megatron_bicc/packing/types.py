@@ -1,7 +1,7 @@
-"""What goes into the packer and what comes out of it.
+"""The packer's input and output: a batch of rollouts, its settings, packed micro-batches.
 
-Shape suffixes: G groups, R rollouts, S response segments, T rows of a micro-batch, K channels.
-All arrays are C-contiguous NumPy arrays.
+Shape suffixes: B groups, R rollouts, T response tokens of the batch; N rows, A response rows and S response
+segments of a micro-batch; C channels. All arrays are C-contiguous NumPy arrays.
 """
 
 from dataclasses import dataclass
@@ -9,21 +9,31 @@ from typing import Literal
 
 import numpy as np
 
+from megatron_bicc.config import ContextSource, Keep, Truncation
+
+Layout = Literal["plain", "bilateral"]
+"""plain: the prefix is the prompt, every rollout of the group is a response. bilateral: two sides per group,
+right and wrong, each with rollouts of the other in its prefix."""
+
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """Scored groups as flat arrays; rollouts of a group lie next to each other."""
+    """Scored groups as flat arrays; the rollouts of a group are adjacent.
+
+    Offsets run from 0 to the length of what they cut, and every group, prompt and response holds at least one
+    item; training.batch.collate makes them so.
+    """
 
     prompt_tokens: np.ndarray
     """int32 [sum of prompt lengths]"""
-    prompt_offsets_G: np.ndarray
-    """int64 [G + 1]"""
+    prompt_offsets_B: np.ndarray
+    """int64 [B + 1]"""
     tokens: np.ndarray
-    """int32 [sum of response lengths]: the responses, end token included"""
+    """int32 [T]: the responses, end token included"""
     offsets_R: np.ndarray
-    """int64 [R + 1]"""
-    group_offsets_G: np.ndarray
-    """int64 [G + 1], into the rollouts"""
+    """int64 [R + 1], into the tokens"""
+    group_offsets_B: np.ndarray
+    """int64 [B + 1], into the rollouts"""
     rewards_R: np.ndarray
     """float32 [R]"""
 
@@ -32,55 +42,48 @@ class RolloutBatch:
 class PackingSettings:
     """How groups become micro-batches; names and meanings are those of megatron_bicc.config."""
 
-    layout: Literal["plain", "bilateral"]
-    """plain: prefix = prompt, every rollout a response. bilateral: the two sides of a group."""
+    layout: Layout
     max_sequence_tokens: int
     max_tokens_per_microbatch: int
     vocab_size: int
     """Token ids must be in [0, vocab_size)."""
-    contrast_only: bool = False
-    """plain layout: leave out groups without both right and wrong rollouts (bilateral always does)."""
-    reward_threshold: float = 0.5
-    context_ratio: float = 0.4
+    reward_threshold: float
+    context_ratio: float
     """Share of max_sequence_tokens that a context may take, headers included. It gets less, down to nothing,
     where prompt, context and the side's longest response would exceed max_sequence_tokens or a
     micro-batch."""
-    context_source: Literal["partition", "pair"] = "partition"
-    truncation: Literal["equal", "in_order"] = "equal"
-    keep: Literal["head", "tail", "both_ends"] = "head"
+    context_source: ContextSource
+    truncation: Truncation
+    keep: Keep
+    token_cost: int
+    """Cost of a row outside attention, in query-key pairs, for the balance between ranks. About 6 x hidden
+    size: 24 h^2 FLOPs of dense layers against 4 h per pair."""
     wrong_header: tuple[int, ...] = ()
-    """Token ids before each incorrect rollout of a context."""
+    """Token ids before each incorrect rollout of a context"""
     right_header: tuple[int, ...] = ()
     answer_header: tuple[int, ...] = ()
-    """Token ids after the last rollout of a context."""
+    """Token ids after the last rollout of a context"""
     end_token_ids: tuple[int, ...] = ()
     """Tokens that end a response; a trailing one is left out where a rollout stands in a context."""
     overlong: Literal["error", "drop"] = "error"
-    """For a response that, after its prompt, exceeds max_sequence_tokens or a micro-batch."""
+    """For a response that, after its prompt, exceeds max_sequence_tokens or a micro-batch"""
     alignment: int = 1
     """Every micro-batch's rows are padded to a multiple of this."""
-    token_cost: int = 24576
-    """Cost of a row outside attention in units of one query-key pair, for the balance between ranks.
-    About 6 x hidden size: 24 h^2 FLOPs of dense layers against 4 h a pair."""
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """One packed micro-batch, prefix-major: all prefix rows, all response rows, padding.
+class MicroBatchLayout:
+    """Boundaries and segments of a micro-batch: what every rank knows of every other's.
 
-    A side with prefix P and response o gives prefix rows P[:-1] at positions 0.. and response rows
-    [P[-1], o[0], .., o[-2]] at positions |P| - 1 .., whose labels are o[0], .., o[-1].
-    A micro-batch without responses exists only to equalise counts between ranks: it is padding only.
+    Rows are prefix-major: all prefix rows, all response rows, padding. A micro-batch without responses only
+    equalises the counts of ranks: it is all padding.
     """
 
-    tokens_T: np.ndarray
-    """int32 [T]"""
-    positions_T: np.ndarray
-    """int32 [T]"""
-    labels_T: np.ndarray
-    """int32 [T]: the next token of the row's own segment; 0 on padding"""
+    num_rows: int
+    """N, padding included"""
     num_prefix_rows: int
     num_response_rows: int
+    """A"""
     cu_seqlens: np.ndarray
     """int32 [sides + S + (1 if padded) + 1]: prefixes, then responses, then the padding segment.
     A one-token prefix makes an empty segment."""
@@ -93,10 +96,26 @@ class MicroBatch:
     rollout_S: np.ndarray
     """int32 [S]: index in the batch of the rollout that each response segment is"""
     group_S: np.ndarray
-    """int32 [S]"""
+    """int32 [S]: index in the batch of its group"""
     scale_S: np.ndarray
     """float32 [S]: 1 / number of segments in the whole step that train this rollout (pair source)"""
-    gather: np.ndarray
-    """int64 [num_response_rows]: index into RolloutBatch.tokens of each response row's label"""
-    channels: np.ndarray
-    """float32 [K, num_response_rows]: the per-token channels given to the packer, gathered; K may be 0"""
+
+
+@dataclass(frozen=True)
+class MicroBatch(MicroBatchLayout):
+    """A micro-batch with its rows.
+
+    A side with prefix P and response o gives prefix rows P[:-1] at positions 0.. and response rows
+    [P[-1], o[0], .., o[-2]] at positions |P| - 1 .., whose labels are o[0], .., o[-1].
+    """
+
+    tokens_N: np.ndarray
+    """int32 [N]"""
+    positions_N: np.ndarray
+    """int32 [N]"""
+    labels_N: np.ndarray
+    """int32 [N]: the next token of the row's own segment; 0 on padding"""
+    gather_A: np.ndarray
+    """int64 [A]: index into RolloutBatch.tokens of each response row's label"""
+    channels_CA: np.ndarray
+    """float32 [C, A]: the per-token channels given to the packer, gathered; C may be 0"""

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from megatron_bicc.algorithms.advantages import has_contrast, regularises
 from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
-from megatron_bicc.packing.pack import pack
+from megatron_bicc.packing.pack import plan_step
 from megatron_bicc.packing.plan import StepPlan
 from megatron_bicc.packing.types import RolloutBatch
 from megatron_bicc.training.batch import packing_settings
@@ -69,7 +69,7 @@ def synthetic_step(
     Raises UserError for a packing that the run could not do, or where there is nothing to learn.
     """
     rollouts = draw_rollouts(config, np.random.default_rng(config.seed))
-    contrast_G = has_contrast(rollouts.rewards_R, rollouts.group_offsets_G, config.reward.threshold)
+    contrast_G = has_contrast(rollouts.rewards_R, rollouts.group_offsets_B, config.reward.threshold)
     taken_G = np.ones_like(contrast_G) if regularises(config) else contrast_G
     if not taken_G.any():
         raise UserError(
@@ -86,14 +86,14 @@ def synthetic_step(
             continue
         part = _choose(rollouts, kept)
         plans = {
-            conditioned: pack(part, settings, data_parallel)
+            conditioned: plan_step(part, settings, data_parallel)
             for conditioned, settings, trained in (
                 (True, bilateral, weight > 0 and contrast_G[kept].any()),
                 (False, plain, weight < 1 or regularises(config)),
             )
             if trained
         }
-        updates.append(Update(plans.get(False) or pack(part, plain, data_parallel), plans))
+        updates.append(Update(plans.get(False) or plan_step(part, plain, data_parallel), plans))
     return SyntheticStep(
         groups=len(contrast_G),
         groups_with_contrast=int(contrast_G.sum()),
@@ -123,10 +123,10 @@ def _lengths(rng: np.random.Generator, count: int, mean: float, sigma: float, lo
 
 def _choose(rollouts: RolloutBatch, groups: list[int]) -> RolloutBatch:
     """The given groups of a batch whose tokens mean nothing."""
-    bounds = rollouts.group_offsets_G
+    bounds = rollouts.group_offsets_B
     members = np.concatenate([np.arange(bounds[g], bounds[g + 1]) for g in groups])
     return _batch(
-        np.diff(rollouts.prompt_offsets_G)[groups],
+        np.diff(rollouts.prompt_offsets_B)[groups],
         np.diff(rollouts.offsets_R)[members],
         np.concatenate([[0], np.cumsum(np.diff(bounds)[groups])]),
         rollouts.rewards_R[members],
@@ -134,14 +134,14 @@ def _choose(rollouts: RolloutBatch, groups: list[int]) -> RolloutBatch:
 
 
 def _batch(
-    prompts_G: np.ndarray, lengths_R: np.ndarray, group_offsets_G: np.ndarray, rewards_R: np.ndarray
+    prompts_G: np.ndarray, lengths_R: np.ndarray, group_offsets_B: np.ndarray, rewards_R: np.ndarray
 ) -> RolloutBatch:
     offsets = lambda lengths: np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)  # noqa: E731
     return RolloutBatch(
         prompt_tokens=np.zeros(prompts_G.sum(), np.int32),
-        prompt_offsets_G=offsets(prompts_G),
+        prompt_offsets_B=offsets(prompts_G),
         tokens=np.zeros(lengths_R.sum(), np.int32),
         offsets_R=offsets(lengths_R),
-        group_offsets_G=group_offsets_G.astype(np.int64),
+        group_offsets_B=group_offsets_B.astype(np.int64),
         rewards_R=rewards_R,
     )

@@ -10,7 +10,7 @@ import numpy as np
 from megatron_bicc.algorithms.advantages import needs_reference
 from megatron_bicc.config import Config
 from megatron_bicc.packing.plan import StepPlan
-from megatron_bicc.packing.types import MicroBatch
+from megatron_bicc.packing.types import MicroBatchLayout
 from megatron_bicc.planning.memory import Sizes
 from megatron_bicc.planning.shards import Shard
 from megatron_bicc.planning.synthetic import SyntheticStep
@@ -53,11 +53,11 @@ def rows_of(plan: StepPlan) -> Rows:
     return max(ranks, key=lambda r: r.pairs + plan.settings.token_cost * r.rows)
 
 
-def _count(batch: MicroBatch) -> Rows:
+def _count(batch: MicroBatchLayout) -> Rows:
     causal = np.diff(batch.cu_seqlens).astype(np.int64)
     cross = np.diff(batch.cu_prefix).astype(np.int64) * np.diff(batch.cu_response_side)
     pairs = (causal * (causal + 1) // 2).sum() + cross.sum()
-    return Rows(1, len(batch.tokens_T), batch.num_response_rows, int(pairs))
+    return Rows(1, batch.num_rows, batch.num_response_rows, int(pairs))
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,11 @@
-"""Scored groups as the flat arrays that algorithms and packing work on.
+"""A step's rollouts as flat arrays, and its micro-batches as the gradient pass reads them.
 
-Shape suffixes: G groups, R rollouts, T tokens of all responses.
-
-Packed micro-batches with what the loss needs of their rows.
-
-Shape suffixes: R rollouts, S response segments, N response rows of a micro-batch, T tokens of all responses.
-
-Per-token results of packed micro-batches, brought back to flat arrays that every rank holds.
-
-Shape suffixes: N response rows of a micro-batch, T tokens of all responses.
+Shape suffixes: B groups, R rollouts, T response tokens (of a step or of a part of it); A response rows of a
+micro-batch.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,43 +15,82 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_bicc import device
-from megatron_bicc.algorithms.advantages import TokenLogProbs
+from megatron_bicc.algorithms.advantages import Advantages, TokenLogProbs
 from megatron_bicc.algorithms.policy_loss import LossRows
+from megatron_bicc.algorithms.segments import check_log_probs, check_offsets, check_rewards
 from megatron_bicc.config import Config
 from megatron_bicc.data.encoding import end_token_ids
 from megatron_bicc.model.batch import PackedBatch
-from megatron_bicc.packing.plan import StepPlan
-from megatron_bicc.packing.types import MicroBatch, PackingSettings, RolloutBatch
+from megatron_bicc.packing.types import Layout, PackingSettings, RolloutBatch
 from megatron_bicc.rollout.types import Group
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The rollouts of one optimiser step."""
+    """Rollouts as flat arrays. Made by `collate`, which checks them; every function behind it trusts them."""
 
     rollouts: RolloutBatch
     rollout_logp_T: np.ndarray
     """float32 [T]: log-probs as the rollout engine computed them"""
 
     @property
+    def num_groups(self) -> int:
+        """B"""
+        return len(self.rollouts.group_offsets_B) - 1
+
+    @property
     def lengths_R(self) -> np.ndarray:
         """int64 [R]: tokens of each response."""
         return np.diff(self.rollouts.offsets_R)
 
+    def select(self, groups: np.ndarray) -> "StepBatch":
+        """Returns the batch of these groups (indices), in that order."""
+        if np.array_equal(groups, np.arange(self.num_groups)):
+            return self
+        r = self.rollouts
+        prompt_tokens, prompt_offsets_B = _select(r.prompt_tokens, r.prompt_offsets_B, groups)
+        members, group_offsets_B = _select(np.arange(len(r.rewards_R)), r.group_offsets_B, groups)
+        tokens, offsets_R = _select(r.tokens, r.offsets_R, members)
+        logp_T, _ = _select(self.rollout_logp_T, r.offsets_R, members)
+        chosen = RolloutBatch(
+            prompt_tokens, prompt_offsets_B, tokens, offsets_R, group_offsets_B, r.rewards_R[members]
+        )
+        return StepBatch(chosen, logp_T)
 
-def step_batch(groups: list[Group]) -> StepBatch:
-    """Flat arrays of groups, in their order."""
+
+def _select(
+    values_E: np.ndarray, offsets_S: np.ndarray, segments: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(the values of the chosen segments, their offsets)"""
+    parts = [values_E[offsets_S[s] : offsets_S[s + 1]] for s in segments]
+    return np.concatenate([values_E[:0], *parts]), _offsets([len(part) for part in parts])
+
+
+def collate(groups: list[Group]) -> StepBatch:
+    """Flat arrays of groups, in their order: the one place where rollouts are checked.
+
+    Raises ValueError for a group, prompt or response without items and for log-probs that do not match the
+    tokens; NotFiniteError for a reward or a log-prob of the engine that is not finite.
+    """
     samples = [sample for group in groups for sample in group.samples]
     prompts = [group.prompt.token_ids for group in groups]
     rollouts = RolloutBatch(
         prompt_tokens=_concatenate(prompts, np.int32),
-        prompt_offsets_G=_offsets([len(p) for p in prompts]),
+        prompt_offsets_B=_offsets([len(p) for p in prompts]),
         tokens=_concatenate([s.token_ids for s in samples], np.int32),
         offsets_R=_offsets([len(s.token_ids) for s in samples]),
-        group_offsets_G=_offsets([len(group.samples) for group in groups]),
+        group_offsets_B=_offsets([len(group.samples) for group in groups]),
         rewards_R=_concatenate([group.rewards for group in groups], np.float32),
     )
-    return StepBatch(rollouts, _concatenate([s.log_probs for s in samples], np.float32))
+    batch = StepBatch(rollouts, _concatenate([s.log_probs for s in samples], np.float32))
+    check_offsets(
+        rollouts.prompt_offsets_B, len(rollouts.prompt_tokens), "prompt_offsets_B", "prompt of group"
+    )
+    check_offsets(rollouts.group_offsets_B, len(rollouts.rewards_R), "group_offsets_B", "group")
+    check_offsets(rollouts.offsets_R, len(batch.rollout_logp_T), "offsets_R", "rollout")
+    check_rewards(rollouts.rewards_R)
+    check_log_probs(batch.rollout_logp_T, rollouts.offsets_R, "log-prob of the rollout engine")
+    return batch
 
 
 def _offsets(lengths: list[int]) -> np.ndarray:
@@ -65,24 +98,7 @@ def _offsets(lengths: list[int]) -> np.ndarray:
 
 
 def _concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A micro-batch of this rank."""
-
-    batch: MicroBatch
-    packed: PackedBatch
-    conditioned: bool
-    """Whether a context stands before its responses"""
-    share: float
-    """Its layout's share of the policy's loss: bicc.weight, or 1 - bicc.weight"""
-
-
-def pieces_of(plan: StepPlan, dp_rank: int, conditioned: bool = False, share: float = 1.0) -> list[Piece]:
-    """This rank's micro-batches of a plan, on the device."""
-    return [Piece(b, PackedBatch.make(b, device.device()), conditioned, share) for b in plan.ranks[dp_rank]]
+    return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype, copy=False)
 
 
 def packing_settings(
@@ -93,71 +109,92 @@ def packing_settings(
     def encode(text: str) -> tuple[int, ...]:
         return tuple(tokenizer.encode(text, add_special_tokens=False))
 
-    common = {
-        "max_sequence_tokens": config.train.max_sequence_tokens,
-        "max_tokens_per_microbatch": config.train.max_tokens_per_microbatch,
-        "vocab_size": hf_config.vocab_size,
-        "reward_threshold": config.reward.threshold,
-        "context_ratio": config.bicc.context_ratio,
-        "context_source": config.bicc.context_source,
-        "truncation": config.bicc.truncation,
-        "keep": config.bicc.keep,
-        "wrong_header": encode(config.bicc.wrong_header),
-        "right_header": encode(config.bicc.right_header),
-        "answer_header": encode(config.bicc.answer_header),
-        "end_token_ids": end_token_ids(hf_config, tokenizer, config.model.path),
-        "alignment": config.parallel.tensor,
-        "token_cost": 6 * hf_config.hidden_size,
-    }
-    return PackingSettings(layout="plain", **common), PackingSettings(layout="bilateral", **common)
-
-
-def loss_rows(
-    piece: Piece,
-    old_N: Tensor,
-    entropy_N: Tensor,
-    log_probs: TokenLogProbs,
-    advantage_R: np.ndarray,
-    token_weight_R: np.ndarray,
-) -> LossRows:
-    """What the loss needs of a micro-batch's rows, from flat arrays; `old_N` is the ratio's denominator."""
-    rollout_S, index_N = piece.batch.rollout_S, piece.batch.gather
-    weight_S = token_weight_R[rollout_S] * piece.batch.scale_S
-    response_N = piece.packed.response_N
-
-    def of_segments(values_S: np.ndarray) -> Tensor:
-        return torch.from_numpy(values_S.astype(np.float32)).to(old_N.device)[response_N]
-
-    def of_tokens(values_T: np.ndarray) -> Tensor:
-        return torch.from_numpy(values_T[index_N]).to(old_N.device)
-
-    return LossRows(
-        old_logp=old_N,
-        advantage=of_segments(advantage_R[rollout_S]),
-        weight=of_segments(weight_S * piece.share),
-        response=response_N,
-        # the reference's log-probs are given the prompt alone, and so is the policy that samples
-        regularisation=None if piece.conditioned else of_segments(weight_S),
-        ref_logp=None if log_probs.ref_T is None else of_tokens(log_probs.ref_T),
-        # pi_old / mu is the mismatch of the engine, not of the context that it never saw
-        rollout_logp=old_N - of_tokens(log_probs.old_T - log_probs.rollout_T),
-        entropy=entropy_N,
+    plain = PackingSettings(
+        layout="plain",
+        max_sequence_tokens=config.train.max_sequence_tokens,
+        max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
+        vocab_size=hf_config.vocab_size,
+        reward_threshold=config.reward.threshold,
+        context_ratio=config.bicc.context_ratio,
+        context_source=config.bicc.context_source,
+        truncation=config.bicc.truncation,
+        keep=config.bicc.keep,
+        wrong_header=encode(config.bicc.wrong_header),
+        right_header=encode(config.bicc.right_header),
+        answer_header=encode(config.bicc.answer_header),
+        end_token_ids=end_token_ids(hf_config, tokenizer, config.model.path),
+        # sequence parallel cuts a micro-batch's rows into equal shares
+        alignment=config.parallel.tensor,
+        token_cost=6 * hf_config.hidden_size,
     )
+    return plain, replace(plain, layout="bilateral")
 
 
-def gather_tokens(values: list[Tensor], batches: list[MicroBatch], num_tokens: int) -> np.ndarray:
-    """float32 [T]: each token's value, or the mean of its values where several segments hold it. Collective.
+@dataclass(frozen=True)
+class TrainBatch:
+    """A micro-batch of this rank in training, all of it on the device."""
 
-    `values` are float [N] of this rank's micro-batches on the last pipeline stage, and empty elsewhere.
-    Tokens that no micro-batch holds are NaN.
+    packed: PackedBatch
+    layout: Layout
+    share: float
+    """The layout's share of the policy's loss: bicc.weight, or 1 - bicc.weight"""
+    rows: LossRows
+
+    @classmethod
+    def make(
+        cls,
+        packed: PackedBatch,
+        layout: Layout,
+        share: float,
+        log_probs: TokenLogProbs,
+        old_logp_A: Tensor | None,
+        advantages: Advantages,
+        token_weight_R: np.ndarray,
+    ) -> "TrainBatch":
+        """Takes each row's values from the flat arrays of its update.
+
+        old_logp_A: the ratio's denominators; None: the ratio starts at 1. token_weight_R: float64, over the
+        whole optimizer step (algorithms.advantages.token_weights).
+        """
+
+        def of_tokens(values_T: np.ndarray) -> Tensor:
+            return torch.from_numpy(values_T).to(packed.token_A.device)[packed.token_A]
+
+        def of_rollouts(values_R: np.ndarray) -> Tensor:
+            return torch.from_numpy(values_R).to(packed.rollout_A.device)[packed.rollout_A]
+
+        # a rollout that several segments train (context_source=pair) counts once in all
+        weight_A = of_rollouts(token_weight_R) * packed.scale_A.double()
+        rows = LossRows(
+            advantage=of_rollouts(advantages.advantage_R.astype(np.float32)),
+            weight=(weight_A * share).float(),
+            response=packed.response_A,
+            old_logp=old_logp_A,
+            # KL and entropy compare with policies that see the prompt alone, whatever bicc.weight is
+            regularisation=weight_A.float() if layout == "plain" else None,
+            ref_logp=None if log_probs.ref_T is None else of_tokens(log_probs.ref_T),
+            # the mismatch is the engine's, not that of a context which it never saw
+            engine_log_ratio=of_tokens(log_probs.old_T - log_probs.rollout_T),
+        )
+        return cls(packed, layout, share, rows)
+
+
+def gather_tokens(
+    found: Iterable[tuple[PackedBatch, Tensor | None]], kinds: int, num_tokens: int
+) -> np.ndarray:
+    """float32 [kinds, T]: each token's values, or their means where several segments hold it. Collective.
+
+    found: this rank's micro-batches with their values, float or bool [kinds, A]; None except on the last
+    pipeline stage. Tokens that no micro-batch of any rank holds are NaN. Every rank gets all tokens.
     """
-    sums = torch.zeros(2, num_tokens, dtype=torch.float64)
-    for value_N, batch in zip(values, batches, strict=False):
-        index = torch.from_numpy(batch.gather)
-        sums[0].index_add_(0, index, value_N.double().cpu())
-        sums[1].index_add_(0, index, torch.ones(len(index), dtype=torch.float64))
-    sums = _sum_over_ranks(sums.to(device.device()))
-    return (sums[0] / sums[1]).float().cpu().numpy()
+    # in double precision, so that the order in which ranks and segments are added does not matter
+    sums = torch.zeros(kinds + 1, num_tokens, dtype=torch.float64, device=device.device())
+    for packed, values_KA in found:
+        if values_KA is not None:
+            sums[:kinds].index_add_(1, packed.token_A, values_KA.double())
+            sums[kinds].index_add_(0, packed.token_A, torch.ones_like(packed.token_A, dtype=torch.float64))
+    sums = _sum_over_ranks(sums)
+    return (sums[:kinds] / sums[kinds]).float().cpu().numpy()
 
 
 def sum_scalar(value: float) -> float:

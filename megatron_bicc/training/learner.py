@@ -1,13 +1,14 @@
-"""One optimiser step from scored groups: log-probs, advantages, packing, gradients, update.
+"""Optimizer steps from scored groups: collate, log-probs, advantages, micro-batches, update.
 
-Every denominator and group statistic is computed over the whole step before it is cut into micro-batches;
-they reach the loss as per-token weights and per-rollout advantages. So the gradient does not depend on
-packing, micro-batch size or parallel layout.
+Every denominator and group statistic is computed over the whole optimizer step before it is cut into
+micro-batches; they reach the loss as per-token weights and per-rollout advantages. So the gradient does not
+depend on packing, micro-batch size or parallel layout.
 
-Shape suffixes: G groups, R rollouts, T tokens of all responses, N response rows of a micro-batch.
+Shape suffixes: B groups, R rollouts, T response tokens; A response rows of a micro-batch.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,83 +23,103 @@ from megatron_bicc.algorithms.advantages import (
     TokenLogProbs,
     advantages,
     has_contrast,
+    load_baseline,
     needs_reference,
     regularises,
     token_weights,
 )
-from megatron_bicc.algorithms.policy_loss import policy_loss
-from megatron_bicc.algorithms.statistics import gradient_statistics
+from megatron_bicc.algorithms.policy_loss import load_objective, policy_loss
+from megatron_bicc.algorithms.segments import check_log_probs, spread
+from megatron_bicc.algorithms.statistics import RatioTokens, gradient_statistics
 from megatron_bicc.config import Config
 from megatron_bicc.errors import NotFiniteError
 from megatron_bicc.metrics import Stopwatch
+from megatron_bicc.model.batch import PackedBatch
 from megatron_bicc.model.policy import Policy
 from megatron_bicc.packing.pack import pack
 from megatron_bicc.packing.plan import StepPlan
+from megatron_bicc.packing.types import Layout, PackingSettings
 from megatron_bicc.rollout.types import Group
 from megatron_bicc.training.batch import (
-    Piece,
     StepBatch,
+    TrainBatch,
+    collate,
     gather_tokens,
-    loss_rows,
     packing_settings,
-    pieces_of,
-    step_batch,
     sum_over_all,
     sum_scalar,
 )
 
 
 @dataclass(frozen=True)
-class RatioTokens:
-    """Numerator and denominator of the ratio as it was trained; float32 [T], NaN where not trained so."""
+class PackedLayout:
+    """Rollouts of an optimizer step in one of the two layouts."""
 
-    new_T: np.ndarray
-    old_T: np.ndarray
+    layout: Layout
+    plan: StepPlan
+    """Of all data-parallel ranks"""
+    batches: list[PackedBatch]
+    """This rank's micro-batches, on the device"""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step, ready to be taken: everything that the old policy decides is computed."""
+
+    groups: list[Group]
+    """That the step was given, with contrast or not"""
+    taken: np.ndarray
+    """int64: indices into `groups` of those that are trained: all where KL or entropy is in the loss, else
+    those with contrast"""
+    batch: StepBatch
+    """The rollouts of the taken groups; the arrays below are of these"""
+    log_probs: TokenLogProbs
+    advantages: Advantages
+    trained: list[PackedLayout]
+    """Bilateral first, where both are"""
+    batches: list[TrainBatch]
+    """This rank's micro-batches of all trained layouts"""
+
+
+@dataclass(frozen=True)
+class TrainedLayout:
+    """A layout that was trained, for metrics and the report."""
+
+    layout: Layout
+    plan: StepPlan
+    ratio: RatioTokens
+    """[T] of the result's batch"""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimiser step did, for metrics and the report."""
+    """What one optimizer step did, for metrics and the report."""
 
-    batch: StepBatch
-    """Its groups with contrast; where KL or entropy is in the loss, all its groups"""
+    groups: list[Group]
     taken: np.ndarray
-    """int64 [G]: place of each of the batch's groups among those that the step was given"""
+    batch: StepBatch
     log_probs: TokenLogProbs
     advantages: Advantages
-    plans: dict[bool, StepPlan]
-    """By whether a context stands before the responses: the plans that were trained"""
-    ratios: dict[bool, RatioTokens]
-    """Likewise"""
+    """All five as in Update"""
+    trained: list[TrainedLayout]
+    """Bilateral first, where both are"""
     loss: float
     grad_norm: float
+    """Before clipping"""
     gradient: dict[str, float]
-    """Variance over groups of the output layer's gradient (algorithms.gradient_variance)"""
-
-
-@dataclass(frozen=True)
-class PreparedStep:
-    """An optimiser step that the old policy has been asked for; the policy may move before it is taken."""
-
-    batch: StepBatch
-    taken: np.ndarray
-    """Both as in StepResult"""
-    num_groups: int
-    """That the step was given, with contrast or not"""
-    weight_R: np.ndarray
-    log_probs: TokenLogProbs
-    advantages: Advantages
-    plans: dict[bool, StepPlan]
-    pieces: list[Piece]
-    old: dict[int, Tensor]
-    """Denominators float32 [N] of pieces' rows; left out where the policy is to be its own old one"""
+    """Variance over groups of the output layer's gradient (statistics.gradient_statistics)"""
 
 
 class Learner:
-    """Turns scored groups into optimiser steps of the policy."""
+    """Turns scored groups into optimizer steps of the policy."""
 
     def __init__(self, config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
-        """`config` is resolved (algorithms.presets.resolve); the policy as it is now is the reference."""
+        """`config` is resolved (algorithms.presets.resolve); the policy as it is now becomes the reference.
+
+        Raises UserError for a loss.objective or loss.baseline that cannot be loaded.
+        """
+        load_objective(config.loss)
+        load_baseline(config)
         self.config = config
         self.policy = policy
         self.reference = policy.host_copy() if needs_reference(config) else None
@@ -108,140 +129,178 @@ class Learner:
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.plain, self.bilateral = packing_settings(config, policy.hf_config, tokenizer)
 
-    def step(self, groups: list[Group], clock: Stopwatch) -> StepResult | None:
-        """One optimiser step; None if there is nothing to learn, as in `prepare`. Collective."""
-        prepared = self.prepare(groups, clock, moves=False)
-        return None if prepared is None else self.update(prepared, clock)
+    def step(
+        self,
+        groups: list[Group],
+        clock: Stopwatch,
+        check: Callable[[list[TokenLogProbs]], None] | None = None,
+    ) -> list[StepResult]:
+        """Learns from one batch of rollouts: train.updates_per_step optimizer steps, each on its share of groups.
 
-    def prepare(self, groups: list[Group], clock: Stopwatch, moves: bool) -> PreparedStep | None:
-        """All of an optimiser step that the policy as it is now decides: it is the step's old policy.
+        The policy at the start is the old policy of every one of them. A share in which no group has both
+        right and wrong rollouts is skipped, unless KL or entropy is in the loss. Returns a result per
+        optimizer step taken. Collective.
 
-        `moves` is whether the policy will be updated before this step is; if not, it is its own old policy
-        then, and a pass is saved. None if no group has both right and wrong rollouts, unless KL or entropy is
-        in the loss. Collective.
+        check: called before the first of them with the log-probs of each; the weights are unchanged if it
+        raises. Raises NotFiniteError, before the policy is changed, for a number that is not finite.
         """
-        everything = step_batch(groups)
-        weight_R = token_weights(
-            everything.lengths_R, self.config.loss.aggregation, self.config.rollout.max_new_tokens
-        )
-        contrast_G = has_contrast(
-            everything.rollouts.rewards_R, everything.rollouts.group_offsets_G, self.config.reward.threshold
-        )
-        taken_G = np.ones_like(contrast_G) if self.regularises else contrast_G
-        if not taken_G.any():
-            return None
-        taken = np.flatnonzero(taken_G)
-        batch = step_batch([groups[i] for i in taken])
-        weight_R = weight_R[np.repeat(taken_G, np.diff(everything.rollouts.group_offsets_G))]
-        with clock("pack"):
-            plain = pack(batch.rollouts, self.plain, self.dp_size)
-            plans = self._plans(batch, plain)
-            share = {True: self.bicc_weight, False: 1.0 - self.bicc_weight}
-            laid_out = {False: plain} | plans
-            made = {kind: pieces_of(plan, self.dp_rank, kind, share[kind]) for kind, plan in laid_out.items()}
-            pieces = [piece for kind in plans for piece in made[kind]]
-        with clock("logprob"):
-            log_probs = self._log_probs(batch, made[False])
-            old = self._denominators(pieces, log_probs, moves)
-        adv = advantages(batch.rollouts, log_probs, self.config)
-        return PreparedStep(batch, taken, len(groups), weight_R, log_probs, adv, plans, pieces, old)
+        everything = collate(groups)  # B groups, R rollouts, T response tokens
+        size = max(1, len(groups) // self.config.train.updates_per_step)
+        updates: list[Update] = []
+        for first in range(0, len(groups), size):
+            share = everything.select(np.arange(first, min(first + size, len(groups))))
+            offsets_B = share.rollouts.group_offsets_B
+            contrast_B = has_contrast(share.rollouts.rewards_R, offsets_B, self.config.reward.threshold)
+            taken_B = np.ones_like(contrast_B) if self.regularises else contrast_B
+            if not taken_B.any():
+                continue
+            # groups without contrast count in the denominators, although they contribute no gradient
+            weight_R = token_weights(
+                share.lengths_R, self.config.loss.aggregation, self.config.rollout.max_new_tokens
+            )[spread(taken_B, offsets_B)]
+            taken = np.flatnonzero(taken_B)
+            batch = share.select(taken)  # from here on B, R and T are of the taken groups
 
-    def update(self, step: PreparedStep, clock: Stopwatch) -> StepResult:
-        """Takes a prepared optimiser step. Collective.
+            with clock("pack"):
+                plain = self._pack(batch, self.plain)
+                trained = self._trained(batch, plain)
+            with clock("logprob"):
+                log_probs = self._log_probs(batch, plain)  # float32 [T]
+                # the policy will have moved by the time of a later update, and a conditioned denominator is
+                # not among log_probs; at the first update it is the policy itself
+                old = [self._old(each, log_probs, moved=first > 0) for each in trained]  # float32 [A] each
 
-        Raises NotFiniteError, before the policy is changed, for a loss or gradient that is not finite.
-        """
+            adv = advantages(batch.rollouts, log_probs, self.config)  # float64 [R]
+
+            batches = [
+                TrainBatch.make(
+                    packed, each.layout, self._share(each.layout), log_probs, old_A, adv, weight_R
+                )
+                for each, old_logps in zip(trained, old, strict=True)
+                for packed, old_A in zip(each.batches, old_logps, strict=True)
+            ]
+            given = groups[first : first + size]
+            updates.append(Update(given, taken, batch, log_probs, adv, trained, batches))
+        if updates and check is not None:
+            check([update.log_probs for update in updates])
         with clock("train"):
-            with self.policy.gradient_sketch(len(step.advantages.mean_G)) as sketch:
-                loss, new = self._accumulate(step)
-            gradient = gradient_statistics(sum_over_all(sketch.values_GKL), step.num_groups)
-            if not math.isfinite(loss):
-                raise NotFiniteError(f"the loss is {loss}; weights and optimizer were left as they were")
-            grad_norm = self.policy.update()
-        tokens = len(step.batch.rollouts.tokens)
-        ratios = {kind: _ratios(step.pieces, new, step.old, kind, tokens) for kind in step.plans}
-        return StepResult(
-            step.batch,
-            step.taken,
-            step.log_probs,
-            step.advantages,
-            step.plans,
-            ratios,
-            loss,
-            grad_norm,
-            gradient,
-        )
+            return [self._update(update) for update in updates]
 
     def log_probs(self, groups: list[Group]) -> np.ndarray:
         """float32 [T]: the policy's own log-prob of every response token, given its prompt. Collective."""
-        batch = step_batch(groups)
-        pieces = pieces_of(pack(batch.rollouts, self.plain, self.dp_size), self.dp_rank)
-        passes = self.policy.log_probs([p.packed for p in pieces])
-        return gather_tokens([x[0] for x in passes], [p.batch for p in pieces], len(batch.rollouts.tokens))
+        batch = collate(groups)
+        return self._policy_log_probs(batch, self._pack(batch, self.plain).batches)[0]
 
-    def _plans(self, batch: StepBatch, plain: StepPlan) -> dict[bool, StepPlan]:
-        """The plans to train on, by whether they are bilateral: one of them, or both.
+    def _share(self, layout: Layout) -> float:
+        """Share of the policy's loss that is trained in a layout: w and 1 - w of J = w J_bicc + (1 - w) J_grpo."""
+        return self.bicc_weight if layout == "bilateral" else 1.0 - self.bicc_weight
 
-        Both where bicc.weight mixes them, and where the loss holds KL or entropy, which are of the plain one.
+    def _pack(self, batch: StepBatch, settings: PackingSettings) -> PackedLayout:
+        packed = pack(batch.rollouts, settings, self.dp_size, self.dp_rank)
+        batches = [PackedBatch.make(m, device.device()) for m in packed.micro_batches]
+        return PackedLayout(settings.layout, packed.plan, batches)
+
+    def _trained(self, batch: StepBatch, plain: PackedLayout) -> list[PackedLayout]:
+        """The layouts to train on, one or both, bilateral first.
+
+        Both where bicc.weight mixes them, and where KL or entropy, which the plain layout carries, is in the
+        loss.
         """
-        plans = {}
+        trained = []
         if self.bicc_weight > 0:
-            bilateral = pack(batch.rollouts, self.bilateral, self.dp_size)
-            if bilateral.ranks[0]:  # else no group has contrast
-                plans[True] = bilateral
+            bilateral = self._pack(batch, self.bilateral)
+            if bilateral.plan.ranks[0]:  # empty if no group has contrast
+                trained.append(bilateral)
         if self.bicc_weight < 1 or self.regularises:
-            plans[False] = plain
-        return plans
+            trained.append(plain)
+        return trained
 
-    def _log_probs(self, batch: StepBatch, pieces: list[Piece]) -> TokenLogProbs:
-        """Old and reference policy over the plain shared-prefix layout."""
-        packed, batches = [p.packed for p in pieces], [p.batch for p in pieces]
-        num_tokens = len(batch.rollouts.tokens)
-        passes = self.policy.log_probs(packed)
-        old_T, entropy_T = (gather_tokens([x[i] for x in passes], batches, num_tokens) for i in (0, 1))
+    def _log_probs(self, batch: StepBatch, plain: PackedLayout) -> TokenLogProbs:
+        """Log-probs of the old and the reference policy over the plain layout, checked. Collective."""
+        old_T, entropy_T = self._policy_log_probs(batch, plain.batches)
         ref_T = None
         if self.reference is not None:
             with self.policy.weights(self.reference):
-                ref_T = gather_tokens([x[0] for x in self.policy.log_probs(packed)], batches, num_tokens)
-        return TokenLogProbs(old_T, ref_T, batch.rollout_logp_T, entropy_T)
+                ref_T = self._policy_log_probs(batch, plain.batches)[0]
+        log_probs = TokenLogProbs(old_T, ref_T, batch.rollout_logp_T, entropy_T)
+        log_probs.check(batch.rollouts.offsets_R)
+        return log_probs
 
-    def _denominators(self, pieces: list[Piece], log_probs: TokenLogProbs, moves: bool) -> dict[int, Tensor]:
-        """PreparedStep.old.
+    def _policy_log_probs(self, batch: StepBatch, batches: list[PackedBatch]) -> np.ndarray:
+        """float32 [2, T]: log-probs and entropies of the policy as it is. Collective."""
+        found = zip(batches, self._passes(batches), strict=True)
+        return gather_tokens(found, 2, len(batch.rollouts.tokens))
 
-        On the last pipeline stage; those of conditioned pieces are empty on the others.
+    def _passes(self, batches: list[PackedBatch]) -> list[Tensor | None]:
+        """A forward pass: float32 [2, A] of each micro-batch on the last pipeline stage, None on the others."""
+        return self.policy.log_probs(batches) or [None] * len(batches)
+
+    def _old(self, trained: PackedLayout, log_probs: TokenLogProbs, moved: bool) -> list[Tensor | None]:
+        """Denominators of a layout's ratios, float32 [A] per micro-batch; None: the ratio starts at 1.
+
+        moved: whether the policy will have been updated by then.
         """
-        given_context = [i for i, p in enumerate(pieces) if p.conditioned]
-        if self.config.bicc.denominator == "plain":
-            given_context = []
-        old = {
-            i: torch.from_numpy(log_probs.old_T[piece.batch.gather]).to(device.device())
-            for i, piece in enumerate(pieces)
-            if i not in given_context
-        }
-        if given_context and moves:
-            passes = self.policy.log_probs([pieces[i].packed for i in given_context])
-            old |= {i: x[0] for i, x in zip(given_context, passes, strict=False)}
-        return old
+        if trained.layout == "plain" or self.config.bicc.denominator == "plain":
+            old_T = torch.from_numpy(log_probs.old_T).to(device.device())
+            return [old_T[packed.token_A] for packed in trained.batches]
+        if not moved:
+            return [None] * len(trained.batches)
+        passes = self._passes(trained.batches)
+        return [None if found_2A is None else found_2A[0] for found_2A in passes]
 
-    def _accumulate(self, step: PreparedStep) -> tuple[float, list[Tensor]]:
-        """Gradients of the step's loss; (the loss, log-probs of every piece's rows)."""
+    def _update(self, update: Update) -> StepResult:
+        """Takes an optimizer step. Collective.
 
-        def loss(index: int, logp_N: Tensor, entropy_N: Tensor) -> Tensor:
-            piece, old_N = step.pieces[index], step.old.get(index, logp_N.detach())
-            advantage_R = step.advantages.advantage_R
-            rows = loss_rows(piece, old_N, entropy_N, step.log_probs, advantage_R, step.weight_R)
-            return policy_loss(logp_N, rows, self.config.loss)
+        Raises NotFiniteError, before the policy is changed, for a loss, ratio or gradient that is not finite.
+        """
+        # by micro-batch, on the last pipeline stage only: float [5, A], the fields of RatioTokens
+        ratios: dict[int, Tensor] = {}
 
-        share, new = self.policy.accumulate_gradients([piece.packed for piece in step.pieces], loss)
-        return sum_scalar(share), new
+        def loss(index: int, logp_A: Tensor, entropy_A: Tensor) -> Tensor:
+            found = policy_loss(logp_A, entropy_A, update.batches[index].rows, self.config.loss)
+            masks = [
+                mask.to(logp_A.dtype) for mask in (found.tokens.low, found.tokens.high, found.tokens.dual)
+            ]
+            ratios[index] = torch.stack([found.old_logp, logp_A.detach(), *masks])
+            return found.share
 
+        with self.policy.gradient_sketch(update.batch.num_groups) as sketch:
+            own_loss, _ = self.policy.accumulate_gradients([b.packed for b in update.batches], loss)
+        gradient = gradient_statistics(sum_over_all(sketch.values_GKL), len(update.groups))
+        total = sum_scalar(own_loss)
+        if not math.isfinite(total):
+            raise NotFiniteError(f"the loss is {total}; weights and optimizer were left as they were")
+        found = [(batch, ratios.get(i)) for i, batch in enumerate(update.batches)]
+        trained = [
+            TrainedLayout(each.layout, each.plan, self._ratio(update, each.layout, found))
+            for each in update.trained
+        ]
+        grad_norm = self.policy.update()
+        return StepResult(
+            groups=update.groups,
+            taken=update.taken,
+            batch=update.batch,
+            log_probs=update.log_probs,
+            advantages=update.advantages,
+            trained=trained,
+            loss=total,
+            grad_norm=grad_norm,
+            gradient=gradient,
+        )
 
-def _ratios(
-    pieces: list[Piece], new: list[Tensor], old: dict[int, Tensor], conditioned: bool, num_tokens: int
-) -> RatioTokens:
-    """Brings the ratios of the pieces with or without a context to every rank. Collective."""
-    chosen = [i for i, piece in enumerate(pieces) if piece.conditioned == conditioned]
-    batches = [pieces[i].batch for i in chosen]
-    new_N = [new[i] for i in chosen] if new else []
-    old_N = [old.get(i, new[i]) for i in chosen] if new else []
-    return RatioTokens(gather_tokens(new_N, batches, num_tokens), gather_tokens(old_N, batches, num_tokens))
+    def _ratio(
+        self, update: Update, layout: Layout, found: list[tuple[TrainBatch, Tensor | None]]
+    ) -> RatioTokens:
+        """A layout's ratios, brought to every rank and checked. Collective."""
+        rollouts = update.batch.rollouts
+        own = ((batch.packed, ratio_5A) for batch, ratio_5A in found if batch.layout == layout)
+        ratio = RatioTokens(*gather_tokens(own, 5, len(rollouts.tokens)))
+        contrast_T = spread(
+            spread(update.advantages.contrast_B, rollouts.group_offsets_B), rollouts.offsets_R
+        )
+        for logp_T, policy in ((ratio.old_logp_T, "old policy"), (ratio.new_logp_T, "policy in training")):
+            # NaN where the layout trains no row: groups without contrast
+            check_log_probs(
+                np.where(contrast_T, logp_T, 0.0), rollouts.offsets_R, f"log-prob under the {policy}"
+            )
+        return ratio

@@ -259,12 +259,12 @@ def test_a_log_prob_that_is_not_finite_is_named_by_rollout_and_token(bad: float)
 @pytest.mark.parametrize(
     ("offsets_G", "message"),
     [
-        ([0, 2, 2, 4], "group_offsets_G: group 1 has length 0"),
-        ([0, 3, 2, 4], "group_offsets_G: group 1 has length -1"),
+        ([0, 2, 2, 4], "group_offsets_B: group 1 has length 0"),
+        ([0, 3, 2, 4], "group_offsets_B: group 1 has length -1"),
         ([1, 2, 4], "must run from 0 to 4, but it runs from 1 to 4"),
         ([0, 2, 5], "must run from 0 to 4, but it runs from 0 to 5"),
-        ([0.0, 4.0], "group_offsets_G must be one integer array"),
-        ([[0, 4]], "group_offsets_G must be one integer array"),
+        ([0.0, 4.0], "group_offsets_B must be one integer array"),
+        ([[0, 4]], "group_offsets_B must be one integer array"),
     ],
 )
 def test_offsets_that_do_not_cut_the_rollouts_are_refused(offsets_G: list, message: str) -> None:

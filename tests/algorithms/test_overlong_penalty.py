@@ -34,10 +34,10 @@ def make_rollouts(rewards: list[float], lengths: list[int]) -> RolloutBatch:
     total = sum(lengths)
     return RolloutBatch(
         prompt_tokens=np.array([2], np.int32),
-        prompt_offsets_G=np.array([0, 1]),
+        prompt_offsets_B=np.array([0, 1]),
         tokens=np.full(total, 3, np.int32),
         offsets_R=np.concatenate([[0], np.cumsum(lengths)]),
-        group_offsets_G=np.array([0, len(rewards)]),
+        group_offsets_B=np.array([0, len(rewards)]),
         rewards_R=np.array(rewards, np.float32),
     )
 

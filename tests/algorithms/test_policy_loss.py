@@ -34,14 +34,14 @@ class Step:
         rollouts = [rollout for group in groups for rollout in group]
         self.lengths_R = np.array([len(rollout.new) for rollout in rollouts])
         self.rewards_R = np.array([rollout.reward for rollout in rollouts])
-        self.group_offsets_G = np.cumsum([0] + [len(group) for group in groups])
+        self.group_offsets_B = np.cumsum([0] + [len(group) for group in groups])
         self.deltas = deltas or [np.zeros(len(group)) for group in groups]
-        self.baseline_G = mean_baseline(self.rewards_R, self.group_offsets_G)
+        self.baseline_G = mean_baseline(self.rewards_R, self.group_offsets_B)
         if rcc:
             delta_R = np.concatenate(self.deltas)
-            self.baseline_G = rcc_baseline(self.rewards_R, delta_R, self.group_offsets_G, rcc).baseline_G
+            self.baseline_G = rcc_baseline(self.rewards_R, delta_R, self.group_offsets_B, rcc).baseline_G
         self.advantage_R = group_advantages(
-            self.rewards_R, self.group_offsets_G, self.baseline_G, loss.advantage, 0.5
+            self.rewards_R, self.group_offsets_B, self.baseline_G, loss.advantage, 0.5
         )
         self.weight_R = token_weights(self.lengths_R, loss.aggregation, MAX_LENGTH)
         self.new, self.old = [r.new for r in rollouts], [r.old for r in rollouts]

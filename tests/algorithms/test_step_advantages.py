@@ -13,7 +13,7 @@ from megatron_bicc.errors import UserError
 ROLLOUTS = SimpleNamespace(
     rewards_R=np.array([1, 0, 0], np.float32),
     offsets_R=np.array([0, 1, 2, 3]),
-    group_offsets_G=np.array([0, 3]),
+    group_offsets_B=np.array([0, 3]),
 )
 OLD_T, REF_T = np.array([-1.0, -2.0, -3.0], np.float32), np.array([-1.3, -1.9, -2.6], np.float32)
 

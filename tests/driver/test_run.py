@@ -120,7 +120,7 @@ def test_export_gives_the_trained_policys_greedy_answers(whole_run: Path, single
         answer = exported.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=32)[0]
         with torch.no_grad():
             packed = causal_batch(answer)
-            logits = module(answer[None], packed.positions_T[None], None, packed_seq_params=packed)[0]
+            logits = module(answer[None], packed.positions_N[None], None, packed_seq_params=packed)[0]
         assert torch.equal(logits[len(prompt) - 1 : -1].argmax(-1), answer[len(prompt) :]), question
 
 

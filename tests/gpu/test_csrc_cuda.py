@@ -8,12 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from packing.cases import pack_every_rank
 from support.token_loss import ESTIMATORS, OBJECTIVES, loss_config, loss_in_torch, loss_inputs
 
 from megatron_bicc.algorithms.policy_loss import clip_bounds, kl_penalty
 from megatron_bicc.algorithms.statistics import clip_masks
 from megatron_bicc.config import LossConfig
-from megatron_bicc.packing.pack import pack
 from megatron_bicc.packing.types import PackingSettings, RolloutBatch
 
 pytestmark = [
@@ -33,10 +33,10 @@ def random_batch(groups: int, longest: int) -> RolloutBatch:
     lengths, prompts = random.integers(1, longest, groups * 4), random.integers(1, 30, groups)
     return RolloutBatch(
         prompt_tokens=random.integers(0, 1000, prompts.sum(), dtype=np.int32),
-        prompt_offsets_G=np.concatenate([[0], prompts.cumsum()]),
+        prompt_offsets_B=np.concatenate([[0], prompts.cumsum()]),
         tokens=random.integers(0, 1000, lengths.sum(), dtype=np.int32),
         offsets_R=np.concatenate([[0], lengths.cumsum()]),
-        group_offsets_G=np.arange(groups + 1) * 4,
+        group_offsets_B=np.arange(groups + 1) * 4,
         rewards_R=random.integers(0, 2, groups * 4).astype(np.float32),
     )
 
@@ -58,9 +58,9 @@ def test_fill_equals_the_cpu_to_the_bit(keep, groups, longest):
         keep=keep,
         alignment=16,
     )
-    channels_KN = np.random.default_rng(1).random((3, len(batch.tokens)), dtype=np.float32)
-    plan = pack(batch, settings, dp_size=2, channels_KN=channels_KN)
-    out = fill_on_device(batch, settings, 2, DEVICE, torch.from_numpy(channels_KN).to(DEVICE))
+    channels_CT = np.random.default_rng(1).random((3, len(batch.tokens)), dtype=np.float32)
+    plan = pack_every_rank(batch, settings, dp_size=2, channels_CT=channels_CT)
+    out = fill_on_device(batch, settings, 2, DEVICE, torch.from_numpy(channels_CT).to(DEVICE))
     for name, tensor in out.items():
         expected = np.concatenate([getattr(m, name).ravel() for rank in plan.ranks for m in rank])
         assert tensor.cpu().numpy().tobytes() == expected.tobytes(), name

@@ -1,11 +1,12 @@
 """Random batches and settings for the packer's tests, and what they have in common."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 
 import numpy as np
 from hypothesis import strategies as st
 
+from megatron_bicc.packing.pack import pack
 from megatron_bicc.packing.plan import StepPlan
 from megatron_bicc.packing.types import MicroBatch, PackingSettings, RolloutBatch
 
@@ -36,18 +37,18 @@ class Group:
 def make_batch(groups: list[Group]) -> RolloutBatch:
     """Returns a batch of those shapes in which no two tokens are equal but for end tokens."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    prompt_offsets_G = offsets([group.prompt for group in groups])
+    prompt_offsets_B = offsets([group.prompt for group in groups])
     offsets_R = offsets([rollout.length for rollout in rollouts])
-    tokens = np.arange(offsets_R[-1] + prompt_offsets_G[-1], dtype=np.int32) + FIRST_TOKEN
-    prompt_tokens, tokens = np.split(tokens, [prompt_offsets_G[-1]])
+    tokens = np.arange(offsets_R[-1] + prompt_offsets_B[-1], dtype=np.int32) + FIRST_TOKEN
+    prompt_tokens, tokens = np.split(tokens, [prompt_offsets_B[-1]])
     for rollout, stop in zip(rollouts, offsets_R[1:], strict=True):
         tokens[stop - 1] = ENDS[not rollout.right] if rollout.ended else tokens[stop - 1]
     return RolloutBatch(
         prompt_tokens=prompt_tokens,
-        prompt_offsets_G=prompt_offsets_G,
+        prompt_offsets_B=prompt_offsets_B,
         tokens=tokens,
         offsets_R=offsets_R,
-        group_offsets_G=offsets([len(group.rollouts) for group in groups]),
+        group_offsets_B=offsets([len(group.rollouts) for group in groups]),
         rewards_R=np.array([rollout.right for rollout in rollouts], np.float32),
     )
 
@@ -64,6 +65,12 @@ def make_settings(**changes: object) -> PackingSettings:
         "max_sequence_tokens": 1000,
         "max_tokens_per_microbatch": 1000,
         "vocab_size": VOCAB_SIZE,
+        "reward_threshold": 0.5,
+        "context_ratio": 0.4,
+        "context_source": "partition",
+        "truncation": "equal",
+        "keep": "head",
+        "token_cost": 24576,
         "end_token_ids": ENDS,
         **HEADERS,
     }
@@ -80,7 +87,6 @@ settings_dicts = st.fixed_dictionaries(
         "layout": st.sampled_from(["bilateral", "bilateral", "plain"]),
         "max_sequence_tokens": st.integers(1, 60),
         "max_tokens_per_microbatch": st.integers(16, 100),
-        "contrast_only": st.booleans(),
         "context_ratio": st.floats(0, 1),
         "context_source": st.sampled_from(["partition", "pair"]),
         "truncation": st.sampled_from(["equal", "in_order"]),
@@ -93,6 +99,29 @@ settings_dicts = st.fixed_dictionaries(
         "token_cost": st.sampled_from([0, 7]),
     }
 )
+
+
+def pack_every_rank(
+    batch: RolloutBatch,
+    settings: PackingSettings,
+    dp_size: int,
+    threads: int = 0,
+    channels_CT: np.ndarray | None = None,
+) -> StepPlan:
+    """Packs on every rank, as the processes of a run do; returns the plan with each rank's rows filled in.
+
+    Asserts that all ranks plan the same step and that a rank's micro-batches are those of the plan.
+    """
+    packed = [pack(batch, settings, dp_size, 0, threads, channels_CT)]
+    packed += [pack(batch, settings, dp_size, rank, threads, channels_CT) for rank in range(1, dp_size)]
+    for rank, own in enumerate(packed):
+        assert_same_plan(own.plan, packed[0].plan)
+        for planned, filled in zip(own.plan.ranks[rank], own.micro_batches, strict=True):
+            assert_same_fields(planned, filled)
+            rows = [filled.tokens_N, filled.positions_N, filled.labels_N]
+            assert {len(array) for array in rows} == {planned.num_rows}
+            assert len(filled.gather_A) == filled.channels_CA.shape[1] == planned.num_response_rows
+    return replace(packed[0].plan, ranks=[own.micro_batches for own in packed])
 
 
 def micro_batches(plan: StepPlan) -> list[MicroBatch]:

@@ -83,10 +83,8 @@ def load_extension(path: Path) -> None:
 
 def try_one(random: np.random.Generator) -> str:
     """Packs one spoilt input; returns "packed" or "refused"."""
-    from packing.cases import assert_same_plan
+    from packing.cases import assert_same_plan, pack_every_rank
     from packing.oracle import pack_reference
-
-    from megatron_bicc.packing.pack import pack
 
     batch, settings, call = valid_input(random)
     for _ in range(random.integers(1, 3)):
@@ -100,12 +98,12 @@ def try_one(random: np.random.Generator) -> str:
         else:
             spoil_call(random, call)
     try:
-        plan = pack(batch, settings, **call)
+        plan = pack_every_rank(batch, settings, **call)
     except ValueError as error:
         if len(str(error).splitlines()) != 1:
             raise RuntimeError(f"not one clear line: {error!s}") from error
         return "refused"
-    assert_same_plan(plan, pack_reference(batch, settings, call["dp_size"], call["channels_KN"]))
+    assert_same_plan(plan, pack_reference(batch, settings, call["dp_size"], call["channels_CT"]))
     return "packed"
 
 
@@ -126,8 +124,8 @@ def valid_input(random: np.random.Generator) -> tuple[Any, Any, dict[str, Any]]:
     settings = make_settings(
         max_sequence_tokens=60, max_tokens_per_microbatch=80, overlong="drop", alignment=4
     )
-    channels_KN = random.random((int(random.integers(3)), len(batch.tokens)), dtype=np.float32)
-    return batch, settings, {"dp_size": int(random.integers(1, 4)), "threads": 1, "channels_KN": channels_KN}
+    channels_CT = random.random((int(random.integers(3)), len(batch.tokens)), dtype=np.float32)
+    return batch, settings, {"dp_size": int(random.integers(1, 4)), "threads": 1, "channels_CT": channels_CT}
 
 
 def spoil_field(random: np.random.Generator, record: Any, spoilt: Any) -> Any:

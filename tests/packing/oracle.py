@@ -90,35 +90,37 @@ class Side:
 
 
 def pack_reference(
-    batch: RolloutBatch, settings: PackingSettings, dp_size: int, channels_KN: np.ndarray | None = None
+    batch: RolloutBatch, settings: PackingSettings, dp_size: int, channels_CT: np.ndarray | None = None
 ) -> StepPlan:
-    """Does what megatron_bicc.packing.pack does, with the same result to the bit.
+    """Does what megatron_bicc.packing.pack does on every rank, with the same result to the bit.
+
+    plan.ranks holds MicroBatches, rows included.
 
     Args:
         batch: the scored groups.
         settings: layout, contexts and budgets.
         dp_size: number of data-parallel ranks.
-        channels_KN: float32 [K, response tokens].
+        channels_CT: float32 [C, response tokens].
 
     Raises:
         ValueError: a response is overlong and settings.overlong is "error".
     """
-    return _Packer(batch, settings, channels_KN).pack(dp_size)
+    return _Packer(batch, settings, channels_CT).pack(dp_size)
 
 
 class _Packer:
-    def __init__(self, batch: RolloutBatch, settings: PackingSettings, channels_KN: np.ndarray | None):
+    def __init__(self, batch: RolloutBatch, settings: PackingSettings, channels_CT: np.ndarray | None):
         self.batch = batch
         self.settings = settings
-        self.channels_KN = (
-            np.empty((0, len(batch.tokens)), np.float32) if channels_KN is None else channels_KN
+        self.channels_CT = (
+            np.empty((0, len(batch.tokens)), np.float32) if channels_CT is None else channels_CT
         )
         self.budget = settings.max_tokens_per_microbatch // settings.alignment * settings.alignment
         self.dropped = 0
         self.skipped = 0
 
     def pack(self, dp_size: int) -> StepPlan:
-        groups = range(len(self.batch.group_offsets_G) - 1)
+        groups = range(len(self.batch.group_offsets_B) - 1)
         sides = [side for group in groups for side in self.sides_of(group)]
         pieces = [piece for side in sides for piece in self.split(side)]
         bins = make_bins([self.rows(piece) for piece in pieces], self.budget, dp_size)
@@ -135,11 +137,11 @@ class _Packer:
         return StepPlan(ranks, stats, side_table(sides), self.batch, self.settings)
 
     def sides_of(self, group: int) -> list[Side]:
-        rollouts = list(range(*self.batch.group_offsets_G[group : group + 2].tolist()))
+        rollouts = list(range(*self.batch.group_offsets_B[group : group + 2].tolist()))
         right = [r for r in rollouts if is_right(self.batch, self.settings, r)]
         wrong = [r for r in rollouts if r not in right]
         bilateral = self.settings.layout == "bilateral"
-        if not (right and wrong) and (bilateral or self.settings.contrast_only):
+        if not (right and wrong) and bilateral:
             self.skipped += 1
             return []
         if not bilateral:
@@ -174,7 +176,7 @@ class _Packer:
                 overlong[r] = "max_tokens_per_microbatch"
         if overlong and self.settings.overlong == "error":
             r, setting = next(iter(overlong.items()))
-            group = int(np.searchsorted(self.batch.group_offsets_G, r, side="right")) - 1
+            group = int(np.searchsorted(self.batch.group_offsets_B, r, side="right")) - 1
             raise ValueError(
                 f"group {group}, rollout {r}: a prompt of {prompt} and a response of {self.length(r)} tokens "
                 f"exceed {setting} {getattr(self.settings, setting)}; raise it, or set overlong to drop"
@@ -277,9 +279,10 @@ class _Packer:
         if padding:
             cu_seqlens.append(len(tokens) + padding)
         return MicroBatch(
-            tokens_T=np.array(tokens + [0] * padding, np.int32),
-            positions_T=np.array(positions + [0] * padding, np.int32),
-            labels_T=np.array(labels + [0] * padding, np.int32),
+            num_rows=len(tokens) + padding,
+            tokens_N=np.array(tokens + [0] * padding, np.int32),
+            positions_N=np.array(positions + [0] * padding, np.int32),
+            labels_N=np.array(labels + [0] * padding, np.int32),
             num_prefix_rows=prefix_rows,
             num_response_rows=len(gather),
             cu_seqlens=np.array(cu_seqlens, np.int32),
@@ -289,8 +292,8 @@ class _Packer:
             rollout_S=np.array(rollouts, np.int32),
             group_S=np.array(groups, np.int32),
             scale_S=np.float32(1) / segments[rollouts].astype(np.float32),
-            gather=np.array(gather, np.int64),
-            channels=self.channels_KN[:, gather],
+            gather_A=np.array(gather, np.int64),
+            channels_CA=self.channels_CT[:, gather],
         )
 
     def counts(self, sides: list[Side], pieces: list[Side], ranks: list[list[MicroBatch]]) -> dict[str, int]:

@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from packing.cases import Group, Rollout, make_batch, make_settings, micro_batches
+from packing.cases import Group, Rollout, make_batch, make_settings, micro_batches, pack_every_rank
 from support.token_loss import ESTIMATORS, OBJECTIVES, loss_config, loss_in_torch, loss_inputs
 
 from megatron_bicc import _C
 from megatron_bicc.algorithms.policy_loss import clip_bounds
 from megatron_bicc.algorithms.statistics import clip_masks
 from megatron_bicc.config import LossConfig
-from megatron_bicc.packing.pack import pack
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -87,23 +86,23 @@ def test_the_copies_of_a_plan_make_the_packed_rows(host, keep, dp_size):
     ]
     batch = make_batch(groups)
     settings = make_settings(max_sequence_tokens=60, max_tokens_per_microbatch=128, alignment=16, keep=keep)
-    channels_KN = random.random((2, len(batch.tokens)), dtype=np.float32)
-    expected = pack(batch, settings, dp_size, channels_KN=channels_KN)
+    channels_CT = random.random((2, len(batch.tokens)), dtype=np.float32)
+    expected = pack_every_rank(batch, settings, dp_size, channels_CT=channels_CT)
     plan = _C.Plan(batch, settings, dp_size)
     rows, response_rows = (int(total) for total in plan.sizes.sum(0)[[0, 2]])
     out = {name: np.full(rows, -9, np.int32) for name in ("tokens", "positions", "labels")}
     out |= {"gather": np.full(response_rows, -9), "channels_out": np.full(2 * response_rows, -9, np.float32)}
     sources = [batch.prompt_tokens, batch.tokens, plan.headers]
     arrays = FillArrays(
-        *map(address, [*sources, channels_KN]), 2, len(batch.tokens), *map(address, out.values())
+        *map(address, [*sources, channels_CT]), 2, len(batch.tokens), *map(address, out.values())
     )
     copies = plan.copies
     host.run_copies(address(copies), ctypes.c_int64(len(copies)), ctypes.byref(arrays))
     done = micro_batches(expected)
-    for name, field in (("tokens", "tokens_T"), ("positions", "positions_T"), ("labels", "labels_T")):
+    for name, field in (("tokens", "tokens_N"), ("positions", "positions_N"), ("labels", "labels_N")):
         np.testing.assert_array_equal(out[name], np.concatenate([getattr(m, field) for m in done]))
-    np.testing.assert_array_equal(out["gather"], np.concatenate([m.gather for m in done]))
-    np.testing.assert_array_equal(out["channels_out"], np.concatenate([m.channels.ravel() for m in done]))
+    np.testing.assert_array_equal(out["gather"], np.concatenate([m.gather_A for m in done]))
+    np.testing.assert_array_equal(out["channels_out"], np.concatenate([m.channels_CA.ravel() for m in done]))
 
 
 def test_merging_two_parts_of_a_softmax(host):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from packing.cases import Group, Rollout, make_batch, make_settings
 
-from megatron_bicc.packing.pack import pack
+from megatron_bicc.packing.pack import plan_step
 from megatron_bicc.packing.plan import StepPlan
 
 
@@ -20,7 +20,7 @@ def packed(seed: int, dp_size: int) -> StepPlan:
         for group, chance in zip(lengths, chances, strict=True)
     ]
     settings = make_settings(max_sequence_tokens=4096, max_tokens_per_microbatch=16384, vocab_size=2**31 - 1)
-    return pack(make_batch(groups), settings, dp_size)
+    return plan_step(make_batch(groups), settings, dp_size)
 
 
 @pytest.mark.parametrize("seed", range(3))

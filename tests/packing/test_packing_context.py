@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from packing.cases import ENDS, Group, Rollout, make_batch, make_settings, micro_batches
+from packing.cases import ENDS, Group, Rollout, make_batch, make_settings, micro_batches, pack_every_rank
 
-from megatron_bicc.packing.pack import pack
 from megatron_bicc.packing.types import PackingSettings, RolloutBatch
 
 WRONG, RIGHT, ANSWER = [1, 2], [3], [4, 5, 6]
@@ -17,20 +16,20 @@ def group(prompt: int, right: list[int], wrong: list[int]) -> Group:
 
 
 def shown(batch: RolloutBatch, settings: PackingSettings, rollout: int) -> list[tuple[int, list]]:
-    (context,) = pack(batch, settings, 1).contexts(rollout)
+    (context,) = pack_every_rank(batch, settings, 1).contexts(rollout)
     return [(part.rollout, list(part.ranges)) for part in context.parts]
 
 
 def test_the_layout_of_one_group_to_the_token():
     batch = RolloutBatch(
         prompt_tokens=np.array([20, 21], np.int32),
-        prompt_offsets_G=np.array([0, 2]),
+        prompt_offsets_B=np.array([0, 2]),
         tokens=np.array([30, 31, ENDS[0], 40, ENDS[1]], np.int32),
         offsets_R=np.array([0, 3, 5]),
-        group_offsets_G=np.array([0, 2]),
+        group_offsets_B=np.array([0, 2]),
         rewards_R=np.array([1, 0], np.float32),
     )
-    plan = pack(batch, make_settings(alignment=8), dp_size=1)
+    plan = pack_every_rank(batch, make_settings(alignment=8), dp_size=1)
     (micro_batch,) = plan.ranks[0]
     right_prefix = [20, 21, *WRONG, 40, *ANSWER]
     wrong_prefix = [20, 21, *RIGHT, 30, 31, *ANSWER]
@@ -38,16 +37,16 @@ def test_the_layout_of_one_group_to_the_token():
     tokens = [*right_prefix[:-1], *wrong_prefix[:-1], 6, 30, 31, 6, 40, *padding]
     labels = [*right_prefix[1:], *wrong_prefix[1:], 30, 31, ENDS[0], 40, ENDS[1], *padding]
     positions = [*range(7), *range(7), 7, 8, 9, 7, 8, *padding]
-    assert micro_batch.tokens_T.tolist() == tokens
-    assert micro_batch.labels_T.tolist() == labels
-    assert micro_batch.positions_T.tolist() == positions
+    assert micro_batch.tokens_N.tolist() == tokens
+    assert micro_batch.labels_N.tolist() == labels
+    assert micro_batch.positions_N.tolist() == positions
     assert (micro_batch.num_prefix_rows, micro_batch.num_response_rows) == (14, 5)
     assert micro_batch.cu_seqlens.tolist() == [0, 7, 14, 17, 19, 24]
     assert micro_batch.cu_prefix.tolist() == [0, 7, 14]
     assert micro_batch.cu_response_side.tolist() == [0, 3, 5]
     assert micro_batch.cu_response.tolist() == [0, 3, 5]
     assert micro_batch.rollout_S.tolist() == [0, 1]
-    assert micro_batch.gather.tolist() == [0, 1, 2, 3, 4]
+    assert micro_batch.gather_A.tolist() == [0, 1, 2, 3, 4]
     assert plan.stats["tokens_packed"] == 19
     assert plan.stats["tokens_rows"] == (8 + 3) + (8 + 2)
     assert plan.stats["tokens_context"] == 6 + 6
@@ -55,20 +54,18 @@ def test_the_layout_of_one_group_to_the_token():
 
 def test_plain_layout_shares_the_prompt_among_all_responses():
     batch = make_batch([group(3, [2], [4, 1])])
-    plan = pack(batch, make_settings(layout="plain"), dp_size=1)
+    plan = pack_every_rank(batch, make_settings(layout="plain"), dp_size=1)
     (micro_batch,) = plan.ranks[0]
     assert micro_batch.num_prefix_rows == 2
     assert micro_batch.cu_seqlens.tolist() == [0, 2, 4, 8, 9]
-    assert micro_batch.positions_T.tolist() == [0, 1, 2, 3, 2, 3, 4, 5, 2]
-    assert [micro_batch.tokens_T[row] for row in (2, 4, 8)] == [batch.prompt_tokens[2]] * 3
+    assert micro_batch.positions_N.tolist() == [0, 1, 2, 3, 2, 3, 4, 5, 2]
+    assert [micro_batch.tokens_N[row] for row in (2, 4, 8)] == [batch.prompt_tokens[2]] * 3
 
 
-@pytest.mark.parametrize(
-    "layout, only, trained", [("bilateral", False, 2), ("plain", True, 2), ("plain", False, 6)]
-)
-def test_groups_without_contrast_cost_no_token(layout, only, trained):
+@pytest.mark.parametrize("layout, trained", [("bilateral", 2), ("plain", 6)])
+def test_groups_without_contrast_cost_the_bilateral_layout_no_token(layout, trained):
     groups = [group(3, [2, 2], []), group(3, [2], [2]), group(3, [], [2, 2])]
-    plan = pack(make_batch(groups), make_settings(layout=layout, contrast_only=bool(only)), dp_size=1)
+    plan = pack_every_rank(make_batch(groups), make_settings(layout=layout), dp_size=1)
     assert sum(len(micro_batch.rollout_S) for micro_batch in micro_batches(plan)) == trained
     assert plan.stats["groups_skipped"] == (0 if trained == 6 else 2)
 
@@ -77,11 +74,11 @@ def test_a_reward_at_the_threshold_is_wrong():
     batch = replace(make_batch([group(3, [2], [2])]), rewards_R=np.array([0.7, 0.3], np.float32))
     settings = make_settings(reward_threshold=0.3)
     assert shown(batch, settings, 0) == [(1, [(0, 2)])]
-    assert pack(batch, make_settings(reward_threshold=0.7), 1).stats["groups_skipped"] == 1
+    assert pack_every_rank(batch, make_settings(reward_threshold=0.7), 1).stats["groups_skipped"] == 1
 
 
 def test_a_batch_without_contrast_packs_into_nothing():
-    plan = pack(make_batch([group(3, [2, 2], [])]), make_settings(), dp_size=2)
+    plan = pack_every_rank(make_batch([group(3, [2, 2], [])]), make_settings(), dp_size=2)
     assert plan.ranks == [[], []]
     assert (plan.stats["fill"], plan.stats["imbalance"]) == (1.0, 1.0)
 
@@ -106,9 +103,8 @@ def test_attempts_that_do_not_fit_are_left_out(truncation, budget, rollouts):
     batch = make_batch([group(3, [4], [1, 1, 1])])
     settings = make_settings(max_sequence_tokens=100, context_ratio=budget / 100, truncation=truncation)
     assert [rollout for rollout, _ in shown(batch, settings, 0)] == rollouts
-    assert len(pack(batch, settings, 1).contexts(0)[0].prefix_tokens) == 3 + 3 * len(rollouts) + 3 * bool(
-        rollouts
-    )
+    (context,) = pack_every_rank(batch, settings, 1).contexts(0)
+    assert len(context.prefix_tokens) == 3 + 3 * len(rollouts) + 3 * bool(rollouts)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +114,7 @@ def test_the_kept_part_of_a_truncated_attempt(keep, ranges):
     batch = make_batch([group(3, [4], [9])])
     settings = make_settings(max_sequence_tokens=100, context_ratio=0.1, keep=keep)
     assert shown(batch, settings, 0) == [(1, ranges)]
-    (context,) = pack(batch, settings, 1).contexts(0)
+    (context,) = pack_every_rank(batch, settings, 1).contexts(0)
     attempt = batch.tokens[4:]
     kept = np.concatenate([attempt[start:stop] for start, stop in ranges])
     assert context.prefix_tokens.tolist() == [*batch.prompt_tokens, *WRONG, *kept, *ANSWER]
@@ -143,7 +139,7 @@ def test_an_end_token_is_no_part_of_an_attempt_and_an_empty_attempt_is_not_shown
 
 def test_pair_source_trains_every_rollout_once_for_each_opposite_one():
     batch = make_batch([group(2, [3, 4], [5, 6, 7])])
-    plan = pack(batch, make_settings(context_source="pair"), dp_size=1)
+    plan = pack_every_rank(batch, make_settings(context_source="pair"), dp_size=1)
     assert [[part.rollout for part in c.parts] for c in plan.contexts(0)] == [[2], [3], [4]]
     assert [[part.rollout for part in c.parts] for c in plan.contexts(4)] == [[0], [1]]
     (micro_batch,) = plan.ranks[0]
@@ -154,7 +150,7 @@ def test_pair_source_trains_every_rollout_once_for_each_opposite_one():
 
 def test_a_large_side_is_split_between_responses_and_its_prefix_repeated():
     batch = make_batch([group(11, [30, 20, 25, 15], [1])])
-    plan = pack(batch, make_settings(layout="plain", max_tokens_per_microbatch=60), dp_size=1)
+    plan = pack_every_rank(batch, make_settings(layout="plain", max_tokens_per_microbatch=60), dp_size=1)
     assert [micro_batch.rollout_S.tolist() for micro_batch in plan.ranks[0]] == [[0, 1], [2, 3, 4]]
     assert [micro_batch.num_prefix_rows for micro_batch in plan.ranks[0]] == [10, 10]
 
@@ -164,8 +160,8 @@ def test_an_overlong_response_is_an_error_or_dropped_and_counted(limit, value):
     batch = make_batch([group(3, [5], [5]), group(3, [5, 35], [4])])
     message = f"group 1, rollout 3: a prompt of 3 and a response of 35 tokens exceed {limit} {value}"
     with pytest.raises(ValueError, match=message):
-        pack(batch, make_settings(**{limit: value}), dp_size=1)
-    plan = pack(batch, make_settings(**{limit: value}, overlong="drop"), dp_size=1)
+        pack_every_rank(batch, make_settings(**{limit: value}), dp_size=1)
+    plan = pack_every_rank(batch, make_settings(**{limit: value}, overlong="drop"), dp_size=1)
     assert plan.stats["overlong_dropped"] == 1
     trained = [r for micro_batch in micro_batches(plan) for r in micro_batch.rollout_S.tolist()]
     assert sorted(trained) == [0, 1, 2, 4]
@@ -173,9 +169,9 @@ def test_an_overlong_response_is_an_error_or_dropped_and_counted(limit, value):
 
 def test_a_rank_without_work_gets_padding_only():
     batch = make_batch([group(3, [5], [5])])
-    plan = pack(batch, make_settings(layout="plain", alignment=4), dp_size=2)
+    plan = pack_every_rank(batch, make_settings(layout="plain", alignment=4), dp_size=2)
     (empty,) = plan.ranks[1]
-    assert empty.tokens_T.tolist() == empty.labels_T.tolist() == empty.positions_T.tolist() == [0] * 4
+    assert empty.tokens_N.tolist() == empty.labels_N.tolist() == empty.positions_N.tolist() == [0] * 4
     assert (empty.num_prefix_rows, empty.num_response_rows) == (0, 0)
     assert empty.cu_seqlens.tolist() == [0, 4]
     assert empty.cu_prefix.tolist() == empty.cu_response_side.tolist() == empty.cu_response.tolist() == [0]
@@ -184,8 +180,9 @@ def test_a_rank_without_work_gets_padding_only():
 
 def test_channels_follow_the_labels():
     batch = make_batch([group(3, [5, 2], [4]), group(2, [1], [6])])
-    channels_KN = np.stack([batch.tokens, -batch.tokens]).astype(np.float32)
-    for micro_batch in micro_batches(pack(batch, make_settings(), dp_size=2, channels_KN=channels_KN)):
+    channels_CT = np.stack([batch.tokens, -batch.tokens]).astype(np.float32)
+    plan = pack_every_rank(batch, make_settings(), dp_size=2, channels_CT=channels_CT)
+    for micro_batch in micro_batches(plan):
         rows = slice(micro_batch.num_prefix_rows, micro_batch.num_prefix_rows + micro_batch.num_response_rows)
-        labels = micro_batch.labels_T[rows].astype(np.float32)
-        np.testing.assert_array_equal(micro_batch.channels, np.stack([labels, -labels]))
+        labels = micro_batch.labels_N[rows].astype(np.float32)
+        np.testing.assert_array_equal(micro_batch.channels_CA, np.stack([labels, -labels]))

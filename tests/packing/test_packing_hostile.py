@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from packing.cases import Group, Rollout, assert_same_plan, make_batch, make_settings
+from packing.cases import Group, Rollout, assert_same_plan, make_batch, make_settings, pack_every_rank
 
 from megatron_bicc import _C
 from megatron_bicc.packing.pack import pack
@@ -37,14 +37,14 @@ BAD_VALUES = [
     ("offsets_R", 6, 26, r"offsets_R ends at 26 \(group 2, rollout 5\) but there are 27"),
     ("offsets_R", 5, INT64_MAX, r"offsets_R\[5\] is 9223372036854775807 .* \(group 2, rollout 4\)"),
     ("offsets_R", 5, 18, r"group 2, rollout 4 is empty"),
-    ("prompt_offsets_G", 1, 7, r"prompt_offsets_G\[2\] is 6 after 7 \(group 1\)"),
-    ("prompt_offsets_G", 2, 3, r"group 1 is empty: RolloutBatch.prompt_offsets_G"),
-    ("prompt_offsets_G", 3, 2**31, r"prompt_offsets_G\[3\] is 2147483648 .* \(group 2\)"),
-    ("group_offsets_G", 1, 5, r"group_offsets_G\[2\] is 4 after 5 \(group 1\)"),
-    ("group_offsets_G", 1, -2, r"group_offsets_G\[1\] is -2 after 0 \(group 0\)"),
-    ("group_offsets_G", 3, 7, r"group_offsets_G\[3\] is 7 .* 6 rollouts"),
-    ("group_offsets_G", 2, 2, r"group 1 is empty: RolloutBatch.group_offsets_G"),
-    ("group_offsets_G", 1, 1, r"group 0 has one rollout \(rollout 0\)"),
+    ("prompt_offsets_B", 1, 7, r"prompt_offsets_B\[2\] is 6 after 7 \(group 1\)"),
+    ("prompt_offsets_B", 2, 3, r"group 1 is empty: RolloutBatch.prompt_offsets_B"),
+    ("prompt_offsets_B", 3, 2**31, r"prompt_offsets_B\[3\] is 2147483648 .* \(group 2\)"),
+    ("group_offsets_B", 1, 5, r"group_offsets_B\[2\] is 4 after 5 \(group 1\)"),
+    ("group_offsets_B", 1, -2, r"group_offsets_B\[1\] is -2 after 0 \(group 0\)"),
+    ("group_offsets_B", 3, 7, r"group_offsets_B\[3\] is 7 .* 6 rollouts"),
+    ("group_offsets_B", 2, 2, r"group 1 is empty: RolloutBatch.group_offsets_B"),
+    ("group_offsets_B", 1, 1, r"group 0 has one rollout \(rollout 0\)"),
     ("rewards_R", 3, np.nan, r"rewards_R\[3\] is nan \(group 1, rollout 3\)"),
     ("rewards_R", 4, np.inf, r"rewards_R\[4\] is inf \(group 2, rollout 4\)"),
     ("rewards_R", 5, -np.inf, r"rewards_R\[5\] is -inf \(group 2, rollout 5\)"),
@@ -57,7 +57,7 @@ BAD_VALUES = [
 @pytest.mark.parametrize("field, place, value, message", BAD_VALUES)
 def test_a_bad_value_is_named(field, place, value, message):
     with pytest.raises(ValueError, match=message):
-        pack(changed(field, place, value), make_settings(), dp_size=1)
+        pack_every_rank(changed(field, place, value), make_settings(), dp_size=1)
 
 
 BAD_ARRAYS = [
@@ -71,12 +71,12 @@ BAD_ARRAYS = [
     ("tokens", lambda a: misaligned(a), "tokens must be C-contiguous and aligned"),
     ("tokens", lambda a: a.tolist(), "RolloutBatch.tokens must be a NumPy array or a CPU tensor"),
     ("rewards_R", lambda a: None, "RolloutBatch.rewards_R must be a NumPy array or a CPU tensor"),
-    ("rewards_R", lambda a: a[:5], r"group_offsets_G\[3\] is 6 .* up to the 5 rollouts"),
+    ("rewards_R", lambda a: a[:5], r"group_offsets_B\[3\] is 6 .* up to the 5 rollouts"),
     ("offsets_R", lambda a: a[:0], "offsets_R holds 0 offsets; 6 rollouts need 7"),
     ("offsets_R", lambda a: a[:6], "offsets_R holds 6 offsets; 6 rollouts need 7"),
-    ("prompt_offsets_G", lambda a: a[1:], "prompt_offsets_G holds 3 offsets; 3 groups need 4"),
-    ("group_offsets_G", lambda a: a[:0], "the batch has no groups"),
-    ("group_offsets_G", lambda a: a[:1], "the batch has no groups"),
+    ("prompt_offsets_B", lambda a: a[1:], "prompt_offsets_B holds 3 offsets; 3 groups need 4"),
+    ("group_offsets_B", lambda a: a[:0], "the batch has no groups"),
+    ("group_offsets_B", lambda a: a[:1], "the batch has no groups"),
 ]
 
 
@@ -88,7 +88,7 @@ def misaligned(array: np.ndarray) -> np.ndarray:
 def test_a_bad_array_is_named(field, spoil, message):
     batch = replace(valid_batch(), **{field: spoil(getattr(valid_batch(), field))})
     with pytest.raises(ValueError, match=message):
-        pack(batch, make_settings(), dp_size=1)
+        pack_every_rank(batch, make_settings(), dp_size=1)
 
 
 BAD_SETTINGS = [
@@ -134,23 +134,29 @@ BAD_SETTINGS = [
 @pytest.mark.parametrize("changes, message", BAD_SETTINGS)
 def test_a_bad_setting_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
-        pack(valid_batch(), make_settings(**changes), dp_size=1)
+        pack_every_rank(valid_batch(), make_settings(**changes), dp_size=1)
 
 
 @pytest.mark.parametrize("dp_size", [0, -1, 2**20])
 def test_a_bad_number_of_ranks_is_named(dp_size):
     with pytest.raises(ValueError, match=f"dp_size is {dp_size}; it must be in"):
-        pack(valid_batch(), make_settings(), dp_size)
+        pack_every_rank(valid_batch(), make_settings(), dp_size)
+
+
+@pytest.mark.parametrize("rank", [-1, 2, 2**40, None, 0.0, "0"])
+def test_a_bad_rank_is_named(rank):
+    with pytest.raises(ValueError, match=f"rank is '?{rank}'?"):
+        pack(valid_batch(), make_settings(), 2, rank)
 
 
 @pytest.mark.parametrize("threads", [-1, 2000])
 def test_a_bad_number_of_threads_is_named(threads):
     with pytest.raises(ValueError, match=f"threads is {threads}; it must be in"):
-        pack(valid_batch(), make_settings(), 1, threads)
+        pack_every_rank(valid_batch(), make_settings(), 1, threads)
 
 
 BAD_CHANNELS = [
-    (np.zeros((2, 26), np.float32), r"channels must be of shape \[K, 27\]"),
+    (np.zeros((2, 26), np.float32), r"channels must be of shape \[C, 27\]"),
     (np.zeros(27, np.float32), r"channels must have 2 dimension\(s\), not 1"),
     (np.float32(1), "channels must be a NumPy array or a CPU tensor"),
     (np.zeros((2, 27), np.float64), "channels must be of dtype float32, not float64"),
@@ -161,33 +167,35 @@ BAD_CHANNELS = [
 @pytest.mark.parametrize("channels, message", BAD_CHANNELS)
 def test_bad_channels_are_named(channels, message):
     with pytest.raises(ValueError, match=message):
-        pack(valid_batch(), make_settings(), 1, channels_KN=channels)
+        pack_every_rank(valid_batch(), make_settings(), 1, channels_CT=channels)
 
 
 def test_read_only_input_is_read_and_a_read_only_buffer_refused():
     batch = valid_batch()
-    expected = pack(batch, make_settings(), 1)
+    expected = pack_every_rank(batch, make_settings(), 1)
     for field in ("tokens", "prompt_tokens", "offsets_R", "rewards_R"):
         getattr(batch, field).flags.writeable = False
-    assert_same_plan(pack(batch, make_settings(), 1), expected)
+    assert_same_plan(pack_every_rank(batch, make_settings(), 1), expected)
     plan = _C.Plan(batch, make_settings(), 1)
     rows = np.zeros(plan.sizes[:, 0].sum(), np.int32)
     rows.flags.writeable = False
-    with pytest.raises(ValueError, match="buffer tokens_T is read-only"):
-        plan.fill({"tokens_T": rows}, np.empty((0, 27), np.float32), 1)
+    with pytest.raises(ValueError, match="buffer tokens_N is read-only"):
+        plan.fill_rows(0, {"tokens_N": rows}, np.empty((0, 27), np.float32), 1)
 
 
 def test_a_buffer_of_another_size_is_refused():
     plan = _C.Plan(valid_batch(), make_settings(), 1)
-    with pytest.raises(ValueError, match="buffer tokens_T holds 3 items; the plan needs"):
-        plan.fill({"tokens_T": np.zeros(3, np.int32)}, np.empty((0, 27), np.float32), 1)
+    with pytest.raises(ValueError, match="buffer tokens_N holds 3 items; the plan needs"):
+        plan.fill_rows(0, {"tokens_N": np.zeros(3, np.int32)}, np.empty((0, 27), np.float32), 1)
+    with pytest.raises(ValueError, match="buffer cu_seqlens holds 3 items; the plan needs"):
+        plan.fill_segments({"cu_seqlens": np.zeros(3, np.int32)})
 
 
 def test_torch_tensors_are_read_in_place():
     batch = valid_batch()
     tensors = RolloutBatch(**{name: torch.from_numpy(array) for name, array in vars(batch).items()})
-    plan = pack(tensors, make_settings(), 1)
-    assert_same_plan(plan, pack(batch, make_settings(), 1))
+    plan = pack_every_rank(tensors, make_settings(), 1)
+    assert_same_plan(plan, pack_every_rank(batch, make_settings(), 1))
     assert np.shares_memory(plan.batch.tokens, batch.tokens)
 
 
@@ -203,4 +211,4 @@ def test_a_mask_is_not_ignored():
     batch = valid_batch()
     masked = replace(batch, tokens=np.ma.array(batch.tokens, mask=True))
     with pytest.raises(ValueError, match="RolloutBatch.tokens is a masked array"):
-        pack(masked, make_settings(), 1)
+        pack_every_rank(masked, make_settings(), 1)

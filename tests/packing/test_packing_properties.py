@@ -14,12 +14,13 @@ from packing.cases import (
     make_settings,
     micro_batches,
     offsets,
+    pack_every_rank,
     settings_dicts,
     side_of_segment,
 )
 from packing.oracle import pack_reference
 
-from megatron_bicc.packing.pack import pack
+from megatron_bicc.packing.pack import pack, plan_step
 from megatron_bicc.packing.plan import StepPlan
 from megatron_bicc.packing.types import MicroBatch, PackingSettings, RolloutBatch
 
@@ -32,31 +33,31 @@ ranks = st.integers(1, 4)
 @given(group_lists, settings_dicts, ranks, st.integers(0, 4), st.integers(0, 2))
 def test_equals_the_oracle_to_the_bit(groups, changes, dp_size, threads, channels):
     batch, config = make_batch(groups), make_settings(**changes)
-    channels_KN = np.random.default_rng(0).random((channels, len(batch.tokens)), dtype=np.float32)
+    channels_CT = np.random.default_rng(0).random((channels, len(batch.tokens)), dtype=np.float32)
     try:
-        expected = pack_reference(batch, config, dp_size, channels_KN)
+        expected = pack_reference(batch, config, dp_size, channels_CT)
     except ValueError as error:
         with pytest.raises(ValueError) as raised:
-            pack(batch, config, dp_size, threads, channels_KN)
+            pack_every_rank(batch, config, dp_size, threads, channels_CT)
         assert str(raised.value) == str(error)
         return
-    assert_same_plan(pack(batch, config, dp_size, threads, channels_KN), expected)
+    assert_same_plan(pack_every_rank(batch, config, dp_size, threads, channels_CT), expected)
 
 
 def packed(groups, changes, dp_size) -> tuple[RolloutBatch, PackingSettings, StepPlan]:
     batch, config = make_batch(groups), make_settings(**{**changes, "overlong": "drop"})
-    return batch, config, pack(batch, config, dp_size)
+    return batch, config, pack_every_rank(batch, config, dp_size)
 
 
 def wanted_segments(batch: RolloutBatch, config: PackingSettings) -> Counter:
     """Counts, for each rollout, the segments that train it if none is overlong."""
     wanted = Counter()
-    for start, stop in zip(batch.group_offsets_G[:-1], batch.group_offsets_G[1:], strict=True):
+    for start, stop in zip(batch.group_offsets_B[:-1], batch.group_offsets_B[1:], strict=True):
         right = [r for r in range(start, stop) if batch.rewards_R[r] > 0.5]
         wrong = [r for r in range(start, stop) if batch.rewards_R[r] <= 0.5]
         contrast = bool(right and wrong)
         if config.layout == "plain":
-            wanted.update(range(start, stop) if contrast or not config.contrast_only else ())
+            wanted.update(range(start, stop))
         elif contrast:
             pair = config.context_source == "pair"
             wanted.update({r: len(wrong) if pair else 1 for r in right})
@@ -83,11 +84,11 @@ def test_gather_index_inverts_the_packing(groups, changes, dp_size):
     batch, _, plan = packed(groups, changes, dp_size)
     for micro_batch in micro_batches(plan):
         rows = slice(micro_batch.num_prefix_rows, micro_batch.num_prefix_rows + micro_batch.num_response_rows)
-        assert_equal(micro_batch.labels_T[rows], batch.tokens[micro_batch.gather])
+        assert_equal(micro_batch.labels_N[rows], batch.tokens[micro_batch.gather_A])
         for s, rollout in enumerate(micro_batch.rollout_S):
-            own = micro_batch.gather[micro_batch.cu_response[s] : micro_batch.cu_response[s + 1]]
+            own = micro_batch.gather_A[micro_batch.cu_response[s] : micro_batch.cu_response[s + 1]]
             assert_equal(own, np.arange(*batch.offsets_R[rollout : rollout + 2]))
-            group = np.searchsorted(batch.group_offsets_G, rollout, side="right") - 1
+            group = np.searchsorted(batch.group_offsets_B, rollout, side="right") - 1
             assert micro_batch.group_S[s] == group
 
 
@@ -109,9 +110,9 @@ def test_every_response_row_sees_its_prefix_and_itself_only(groups, changes, dp_
             first, last = micro_batch.cu_response[s], micro_batch.cu_response[s + 1] - 1
             rows = visible_rows(micro_batch, s, last)
             response = batch.tokens[slice(*batch.offsets_R[rollout : rollout + 2])]
-            prefix = micro_batch.tokens_T[rows][: len(rows) - len(response) + 1]
-            assert_equal(micro_batch.tokens_T[rows], [*prefix, *response[:-1]])
-            assert_equal(micro_batch.positions_T[rows], np.arange(len(rows)))
+            prefix = micro_batch.tokens_N[rows][: len(rows) - len(response) + 1]
+            assert_equal(micro_batch.tokens_N[rows], [*prefix, *response[:-1]])
+            assert_equal(micro_batch.positions_N[rows], np.arange(len(rows)))
             assert_equal(visible_rows(micro_batch, s, first), rows[: len(rows) - len(response) + 1])
             seen[rollout, tuple(prefix.tolist())] += 1
     expected = Counter()
@@ -127,13 +128,13 @@ def test_labels_are_the_next_tokens_of_the_same_segment(groups, changes, dp_size
     for micro_batch in micro_batches(plan):
         sides = side_of_segment(micro_batch)
         for start, stop in zip(micro_batch.cu_seqlens[:-1], micro_batch.cu_seqlens[1:], strict=True):
-            inner = micro_batch.labels_T[start : max(start, stop - 1)]
-            assert_equal(inner, micro_batch.tokens_T[start + 1 : stop])
+            inner = micro_batch.labels_N[start : max(start, stop - 1)]
+            assert_equal(inner, micro_batch.tokens_N[start + 1 : stop])
         for s, side in enumerate(sides):
             start, stop = micro_batch.cu_prefix[side : side + 2]
             if start < stop:
-                first_input = micro_batch.tokens_T[micro_batch.num_prefix_rows + micro_batch.cu_response[s]]
-                assert micro_batch.labels_T[stop - 1] == first_input
+                first_input = micro_batch.tokens_N[micro_batch.num_prefix_rows + micro_batch.cu_response[s]]
+                assert micro_batch.labels_N[stop - 1] == first_input
 
 
 @some
@@ -144,13 +145,13 @@ def test_segments_cover_the_rows(groups, changes, dp_size):
         used = micro_batch.num_prefix_rows + micro_batch.num_response_rows
         prefixes = micro_batch.cu_prefix
         responses = micro_batch.num_prefix_rows + micro_batch.cu_response[1:]
-        padding = [len(micro_batch.tokens_T)] if len(micro_batch.tokens_T) > used else []
+        padding = [len(micro_batch.tokens_N)] if len(micro_batch.tokens_N) > used else []
         assert_equal(micro_batch.cu_seqlens, [*prefixes, *responses, *padding])
         assert micro_batch.cu_prefix[-1] == micro_batch.num_prefix_rows
-        assert micro_batch.cu_response[-1] == micro_batch.cu_response_side[-1] == len(micro_batch.gather)
-        for array in (micro_batch.tokens_T, micro_batch.positions_T, micro_batch.labels_T):
+        assert micro_batch.cu_response[-1] == micro_batch.cu_response_side[-1] == len(micro_batch.gather_A)
+        for array in (micro_batch.tokens_N, micro_batch.positions_N, micro_batch.labels_N):
             assert not array[used:].any()
-        assert len(micro_batch.tokens_T) - max(used, 1) < config.alignment
+        assert len(micro_batch.tokens_N) - max(used, 1) < config.alignment
 
 
 @some
@@ -158,11 +159,11 @@ def test_segments_cover_the_rows(groups, changes, dp_size):
 def test_budgets_hold(groups, changes, dp_size):
     batch, config, plan = packed(groups, changes, dp_size)
     for micro_batch in micro_batches(plan):
-        assert len(micro_batch.tokens_T) <= config.max_tokens_per_microbatch
-        assert len(micro_batch.tokens_T) % config.alignment == 0
+        assert len(micro_batch.tokens_N) <= config.max_tokens_per_microbatch
+        assert len(micro_batch.tokens_N) % config.alignment == 0
     for rollout in range(len(batch.rewards_R)):
         for context in plan.contexts(rollout):
-            prompt = batch.prompt_offsets_G[context.group + 1] - batch.prompt_offsets_G[context.group]
+            prompt = batch.prompt_offsets_B[context.group + 1] - batch.prompt_offsets_B[context.group]
             length = batch.offsets_R[rollout + 1] - batch.offsets_R[rollout]
             assert len(context.prefix_tokens) + length <= config.max_sequence_tokens
             assert len(context.prefix_tokens) - prompt <= config.context_ratio * config.max_sequence_tokens
@@ -185,15 +186,15 @@ def test_ranks_get_equal_counts_and_one_rank_no_needless_bin(groups, changes, dp
 
 def reordered(batch: RolloutBatch, order: list[int]) -> RolloutBatch:
     """Returns the batch with its groups in another order."""
-    rollouts = [r for g in order for r in range(*batch.group_offsets_G[g : g + 2])]
-    prompts = [batch.prompt_tokens[slice(*batch.prompt_offsets_G[g : g + 2])] for g in order]
+    rollouts = [r for g in order for r in range(*batch.group_offsets_B[g : g + 2])]
+    prompts = [batch.prompt_tokens[slice(*batch.prompt_offsets_B[g : g + 2])] for g in order]
     responses = [batch.tokens[slice(*batch.offsets_R[r : r + 2])] for r in rollouts]
     return RolloutBatch(
         prompt_tokens=np.concatenate(prompts),
-        prompt_offsets_G=offsets([len(prompt) for prompt in prompts]),
+        prompt_offsets_B=offsets([len(prompt) for prompt in prompts]),
         tokens=np.concatenate(responses),
         offsets_R=offsets([len(response) for response in responses]),
-        group_offsets_G=offsets(np.diff(batch.group_offsets_G)[order].tolist()),
+        group_offsets_B=offsets(np.diff(batch.group_offsets_B)[order].tolist()),
         rewards_R=batch.rewards_R[rollouts],
     )
 
@@ -214,7 +215,7 @@ def test_order_of_groups_does_not_change_what_a_response_sees(groups, changes, d
     batch, config, plan = packed(groups, changes, dp_size)
     order = list(range(len(groups)))
     random.shuffle(order)
-    other = pack(reordered(batch, order), config, dp_size)
+    other = pack_every_rank(reordered(batch, order), config, dp_size)
     assert conditioned_responses(plan) == conditioned_responses(other)
     for key in ("tokens_rows", "tokens_context", "overlong_dropped", "groups_skipped"):
         assert plan.stats[key] == other.stats[key]
@@ -225,4 +226,13 @@ def test_order_of_groups_does_not_change_what_a_response_sees(groups, changes, d
 def test_threads_and_repetition_change_nothing(groups, changes, dp_size):
     batch, config, plan = packed(groups, changes, dp_size)
     for threads in (1, 2, 7):
-        assert_same_plan(pack(batch, config, dp_size, threads), plan)
+        assert_same_plan(pack_every_rank(batch, config, dp_size, threads), plan)
+
+
+@some
+@given(group_lists, settings_dicts, ranks)
+def test_a_plan_alone_is_that_of_every_rank(groups, changes, dp_size):
+    batch, config, _ = packed(groups, changes, dp_size)
+    planned = plan_step(batch, config, dp_size)
+    for rank in range(dp_size):
+        assert_same_plan(pack(batch, config, dp_size, rank).plan, planned)

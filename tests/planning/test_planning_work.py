@@ -48,7 +48,7 @@ def test_token_counts_are_the_packers() -> None:
     assert step.response_tokens == rollouts.offsets_R[-1]
     found = rows_of(update.trained[True])
     assert found.micro_batches == len(expected.ranks[0])
-    assert found.rows in [sum(len(b.tokens_T) for b in rank) for rank in expected.ranks]
+    assert found.rows in [sum(len(b.tokens_N) for b in rank) for rank in expected.ranks]
 
 
 def test_groups_without_contrast_are_not_trained() -> None:

@@ -6,11 +6,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from hypothesis import given
-from packing.cases import Group, Rollout, group_lists, make_batch, make_settings, micro_batches
+from packing.cases import (
+    Group,
+    Rollout,
+    group_lists,
+    make_batch,
+    make_settings,
+    micro_batches,
+    pack_every_rank,
+)
 from support.runs import layout
 
 from megatron_bicc.config import Config, TrainConfig
-from megatron_bicc.packing.pack import pack
 from megatron_bicc.packing.plan import packed_sides
 from megatron_bicc.packing.types import PackingSettings
 from megatron_bicc.report.groups import BARS_SHOWN, STEPS_SHOWN, Bar, step_layouts
@@ -22,7 +29,7 @@ from megatron_bicc.training.step_metrics import report_layout
 def test_sides_are_the_rows_of_the_micro_batch(groups: list[Group]):
     settings = make_settings(max_tokens_per_microbatch=60, alignment=4, overlong="drop")
     batch = make_batch(groups)
-    for micro_batch in micro_batches(pack(batch, settings, dp_size=2)):
+    for micro_batch in micro_batches(pack_every_rank(batch, settings, dp_size=2)):
         sides = packed_sides(micro_batch)
         lengths = [side.prefix_rows for side in sides]
         lengths += [rows for side in sides for rows in side.response_rows]
@@ -42,9 +49,9 @@ def packed_step(settings: PackingSettings, dp_size: int) -> tuple[SimpleNamespac
         for _ in range(6)
     ]
     batch = make_batch(groups)
-    plans = {settings.layout == "bilateral": pack(batch, settings, dp_size)}
+    trained = [SimpleNamespace(layout=settings.layout, plan=pack_every_rank(batch, settings, dp_size))]
     config = Config(train=TrainConfig(max_tokens_per_microbatch=settings.max_tokens_per_microbatch))
-    return SimpleNamespace(batch=SimpleNamespace(rollouts=batch), plans=plans), config
+    return SimpleNamespace(batch=SimpleNamespace(rollouts=batch), trained=trained), config
 
 
 def widths(bar: Bar) -> dict[str, float]:
@@ -63,7 +70,7 @@ def test_bars_are_to_scale(kind: str):
     result, config = packed_step(settings, dp_size=2)
     record = {"step": 3, **report_layout(result, config)}
     (shown,) = step_layouts(Run("a", []), [record])
-    plan = result.plans[kind == "bilateral"]
+    plan = result.trained[0].plan
     assert shown.name == f"a, step 3, {'with context' if kind == 'bilateral' else 'prompt alone'}"
     assert len(shown.bars) == len(micro_batches(plan))
     for bar, micro_batch in zip(shown.bars, micro_batches(plan), strict=True):
@@ -78,17 +85,17 @@ def test_bars_are_to_scale(kind: str):
         right_rows = int(
             (
                 result.batch.rollouts.rewards_R[
-                    np.searchsorted(result.batch.rollouts.offsets_R, micro_batch.gather, side="right") - 1
+                    np.searchsorted(result.batch.rollouts.offsets_R, micro_batch.gather_A, side="right") - 1
                 ]
                 > 0.5
             ).sum()
         )
         assert f", {right_rows} right, {micro_batch.num_response_rows - right_rows} wrong, " in bar.caption
         assert found["padding"] == pytest.approx(
-            (len(micro_batch.tokens_T) - micro_batch.num_prefix_rows - micro_batch.num_response_rows) * unit,
+            (len(micro_batch.tokens_N) - micro_batch.num_prefix_rows - micro_batch.num_response_rows) * unit,
             abs=1.3,
         )
-        assert f": {len(micro_batch.tokens_T):,} of 200 rows" in bar.caption
+        assert f": {len(micro_batch.tokens_N):,} of 200 rows" in bar.caption
 
 
 def test_responses_follow_all_prefixes_and_sides_keep_their_colour():

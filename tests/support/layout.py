@@ -14,19 +14,20 @@ def causal_batch(tokens: torch.Tensor) -> PackedBatch:
 
 
 def row_batch(tokens: np.ndarray) -> PackedBatch:
-    """One causal sequence, int32 [T + 1], all of whose T rows are a response: nothing is shared."""
+    """One causal sequence, int32 [N + 1], all of whose N rows are a response: nothing is shared."""
     return PackedBatch.make(_one_sequence(tokens[:-1], tokens[1:], 0), torch.device("cpu"))
 
 
-def _one_sequence(tokens_T: np.ndarray, labels_T: np.ndarray, prefix: int) -> MicroBatch:
+def _one_sequence(tokens_N: np.ndarray, labels_N: np.ndarray, prefix: int) -> MicroBatch:
     """A side with one response (none if the prefix takes all rows); no channels."""
-    length, response = len(tokens_T), len(tokens_T) - prefix
+    length, response = len(tokens_N), len(tokens_N) - prefix
     cu = lambda *lengths: np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)  # noqa: E731
     segments = [response] if response else []
     return MicroBatch(
-        tokens_T=tokens_T,
-        positions_T=np.arange(length, dtype=np.int32),
-        labels_T=labels_T,
+        num_rows=length,
+        tokens_N=tokens_N,
+        positions_N=np.arange(length, dtype=np.int32),
+        labels_N=labels_N,
         num_prefix_rows=prefix,
         num_response_rows=response,
         cu_seqlens=cu(prefix, *segments),
@@ -36,6 +37,6 @@ def _one_sequence(tokens_T: np.ndarray, labels_T: np.ndarray, prefix: int) -> Mi
         rollout_S=np.zeros(len(segments), np.int32),
         group_S=np.zeros(len(segments), np.int32),
         scale_S=np.ones(len(segments), np.float32),
-        gather=np.arange(response),
-        channels=np.zeros((0, response), np.float32),
+        gather_A=np.arange(response),
+        channels_CA=np.zeros((0, response), np.float32),
     )

@@ -14,9 +14,9 @@ def torch_cat_loop(batch: RolloutBatch, settings: PackingSettings) -> list[dict[
     """Packs bilateral micro-batches (partition source, equal shares, heads) with torch.cat, side by side."""
     tokens, prompts = torch.from_numpy(batch.tokens), torch.from_numpy(batch.prompt_tokens)
     sides = []
-    for group in range(len(batch.group_offsets_G) - 1):
-        start, stop = batch.prompt_offsets_G[group : group + 2].tolist()
-        rollouts = range(*batch.group_offsets_G[group : group + 2].tolist())
+    for group in range(len(batch.group_offsets_B) - 1):
+        start, stop = batch.prompt_offsets_B[group : group + 2].tolist()
+        rollouts = range(*batch.group_offsets_B[group : group + 2].tolist())
         right = [r for r in rollouts if batch.rewards_R[r] > settings.reward_threshold]
         wrong = [r for r in rollouts if batch.rewards_R[r] <= settings.reward_threshold]
         if right and wrong:
@@ -115,9 +115,9 @@ def pair_rows(batch: RolloutBatch, settings: PackingSettings) -> tuple[list[torc
     """
     budget = int(settings.context_ratio * settings.max_sequence_tokens)
     groups: list[list[list[int]]] = []
-    for group in range(len(batch.group_offsets_G) - 1):
-        prompt = batch.prompt_tokens[slice(*batch.prompt_offsets_G[group : group + 2])].tolist()
-        rollouts = range(*batch.group_offsets_G[group : group + 2].tolist())
+    for group in range(len(batch.group_offsets_B) - 1):
+        prompt = batch.prompt_tokens[slice(*batch.prompt_offsets_B[group : group + 2])].tolist()
+        rollouts = range(*batch.group_offsets_B[group : group + 2].tolist())
         responses = {r: batch.tokens[slice(*batch.offsets_R[r : r + 2])].tolist() for r in rollouts}
         right = {r for r in rollouts if batch.rewards_R[r] > settings.reward_threshold}
         pairs = [(r, other) for r in rollouts for other in rollouts if (r in right) != (other in right)]

@@ -185,12 +185,12 @@ def lay_out(segments: list[Segment]) -> MicroBatch:
     starts = [s.prefix - 1 for s in segments for _ in s.responses]
     positions = [np.arange(p) for p in prefixes]
     positions += [start + np.arange(length) for start, length in zip(starts, responses, strict=True)]
-    positions_T = np.concatenate(positions).astype(np.int32)
+    positions_N = np.concatenate(positions).astype(np.int32)
     rows = sum(responses)
     return MicroBatch(
-        tokens_T=(np.arange(len(positions_T)) % 64).astype(np.int32),
-        positions_T=positions_T,
-        labels_T=np.zeros(len(positions_T), np.int32),
+        tokens_N=(np.arange(len(positions_N)) % 64).astype(np.int32),
+        positions_N=positions_N,
+        labels_N=np.zeros(len(positions_N), np.int32),
         num_prefix_rows=sum(prefixes),
         num_response_rows=rows,
         cu_seqlens=_cumulative(prefixes + responses),

@@ -61,10 +61,10 @@ def make_batch(groups: int, mean_length: float, max_length: int, prompt: tuple[i
     chance = np.repeat(random.random(groups), GROUP_SIZE)
     return RolloutBatch(
         prompt_tokens=random.integers(0, VOCAB_SIZE, prompts.sum(), dtype=np.int32),
-        prompt_offsets_G=np.concatenate([[0], prompts.cumsum()]),
+        prompt_offsets_B=np.concatenate([[0], prompts.cumsum()]),
         tokens=random.integers(0, VOCAB_SIZE, lengths.sum(), dtype=np.int32),
         offsets_R=np.concatenate([[0], lengths.cumsum()]),
-        group_offsets_G=np.arange(groups + 1) * GROUP_SIZE,
+        group_offsets_B=np.arange(groups + 1) * GROUP_SIZE,
         rewards_R=(random.random(rollouts) < chance).astype(np.float32),
     )
 

@@ -66,6 +66,6 @@ def make_step(algorithm: str, a: argparse.Namespace) -> Callable[[], StepResult]
 def row_passes(result: StepResult) -> int:
     """Returns the rows of a step's passes, in those of a forward pass."""
     responses, prompts = result.batch.rollouts.tokens, result.batch.rollouts.prompt_tokens
-    groups = len(result.batch.rollouts.group_offsets_G) - 1
+    groups = len(result.batch.rollouts.group_offsets_B) - 1
     trained = sum(plan.stats["tokens_packed"] for plan in result.plans.values())
     return len(responses) + len(prompts) - groups + 3 * trained
