@@ -164,7 +164,7 @@ class RunLock:
         self._file = None
 
     def _is_left(self, held: bytes) -> bool:
-        """Returns True if the holder has ended, False if the lock is gone; raises UserError if it is alive."""
+        """Returns True if the holder has ended, False if the lock is gone. Raises UserError if it lives."""
         holder = _holder(held)
         alive = self._is_alive(holder) if holder else None
         if alive is None:
