@@ -1,12 +1,14 @@
-"""One run in a directory at a time. What a killed run leaves behind is taken over by itself.
+"""A lock on the output directory: one run per directory, and the lock of a killed run is taken over.
 
-DIRECTORY/run.lock says who writes there, and its writer counts up in it every few seconds. A newcomer on the
-same host asks the kernel for that process. One on another host, or in another container, looks at the count,
-by its own clock: if it moves the run is alive, if it stands still for SILENCE_S seconds the lock is taken
-over. Only what NFS and Lustre have is used: exclusive creation, rename, and reading what another host wrote
-before. A run that was suspended and finds the lock taken ends before it writes anything.
+DIRECTORY/run.lock names the process that writes there, which increments a counter in it every few seconds.
+A new run on the same host looks for that process in /proc. A new run on another host, or in another
+container, watches the counter by its own clock: if it moves, the run is alive; if it does not move for
+SILENCE_S seconds, the lock is taken over. Only operations that NFS and Lustre support are used: exclusive
+creation, rename, and reading what another host wrote earlier. A run that was suspended and finds its lock
+taken over ends before it writes anything.
 
-Standard library only.
+Standard library only. The file is not written by `files.atomic_file`: the counter needs one that stays
+open, so that a suspended run can never write into the lock of the run that replaced it.
 """
 
 import atexit
@@ -29,14 +31,13 @@ from megatron_bicc.processes import process
 FILE = "run.lock"
 BEAT_S = 2.0
 SILENCE_S = 30.0
-"""Long beside a beat: a thread may wait for seconds while another one pickles gigabytes"""
+"""Much longer than BEAT_S: a thread may be held up for seconds while another one pickles gigabytes"""
 GRACE_S = 2.0
-"""How long a run on this host may take to end: its launcher may have been killed just now"""
+"""Seconds for a run on this host to end: its launcher may just have been killed"""
 SETTLE_S = 0.1
-"""After which a newcomer that took the lock over looks whether another one did so after it; a beat where that
-may be on another host"""
+"""Seconds from a takeover to the check that no other new run took over later; BEAT_S across hosts"""
 FILE_BYTES = 1024
-"""Always written whole, so that a reader never finds the end of an older text"""
+"""Every write has this length, so that no reader finds the end of an older, longer text"""
 EXIT_STATUS = 3
 
 logger = logging.getLogger(__name__)
@@ -44,13 +45,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Holder:
-    """Who writes to a directory."""
+    """The process that holds a lock."""
 
     token: str
-    """Of this run alone"""
+    """Unique to this run"""
     host: str
     machine: str
-    """The kernel's boot and the pid namespace, in which `pid` means something; empty if unknown"""
+    """Boot id and pid namespace, within which `pid` is meaningful; empty if unknown"""
     pid: int
     start: int
     """processes.Process.start"""
@@ -61,10 +62,10 @@ class Holder:
 
 
 class RunLock:
-    """The lock of a directory, from `acquire` to `release` kept by a thread."""
+    """The lock of a directory. From `acquire` to `release` a thread keeps it."""
 
     def __init__(self, directory: Path, beat_s: float = BEAT_S, silence_s: float = SILENCE_S) -> None:
-        """beat_s: seconds between two counts. silence_s: how long a count of another host may stand still."""
+        """beat_s: seconds between increments; silence_s: seconds without one until a takeover."""
         self.directory, self._path = directory, directory / FILE
         self._beat_s, self._silence_s = beat_s, silence_s
         own = process(os.getpid())
@@ -82,9 +83,10 @@ class RunLock:
         self._released = threading.Event()
 
     def acquire(self) -> None:
-        """Returns with the lock. Raises UserError naming host and process if another run has it.
+        """Takes the lock; waits up to `silence_s` to see whether a holder on another host is alive.
 
-        OSError if no file can be written there.
+        Raises UserError that names host and process if another run holds it, OSError if the directory
+        cannot be written.
         """
         while not self._create():
             held = self._read()
@@ -95,7 +97,7 @@ class RunLock:
         threading.Thread(target=self._beat, name="run lock", daemon=True).start()
 
     def refuse_if_alive(self) -> None:
-        """Raises UserError as `acquire` does, but only for what this host knows at once. Writes nothing."""
+        """Raises UserError if a process of this host holds the lock. Does not wait, writes nothing."""
         with contextlib.suppress(OSError):
             held = self._read()
             holder = _holder(held) if held else None
@@ -103,16 +105,16 @@ class RunLock:
                 raise self._in_use(holder)
 
     def check(self) -> None:
-        """To be called before anything is written: ends this process if another run has the lock."""
+        """Ends this process if another run has taken the lock over. To be called before every write."""
         with self._mutex, contextlib.suppress(OSError):
-            # one that was deleted by hand is made again
+            # a lock that was deleted by hand is created again
             while not self._released.is_set() and (held := self._read()) is None:
                 self._create()
             if not self._released.is_set() and self._own.token.encode() not in held:
                 self._end(_holder(held))
 
     def release(self) -> None:
-        """Removes the lock, if it is still this run's."""
+        """Removes the lock if it is still this run's."""
         with self._mutex:
             self._released.set()
             with contextlib.suppress(OSError):
@@ -126,18 +128,18 @@ class RunLock:
             self.check()
             with self._mutex, contextlib.suppress(OSError):
                 if self._file is not None:
-                    # into the file that was opened: never into another run's of the same name
+                    # by descriptor, not by name: the name may belong to another run since `check`
                     self._write(self._file)
 
     def _read(self) -> bytes | None:
-        """What the lock's file holds; None if there is none."""
+        """Returns the content of the lock file; None if there is none."""
         try:
             return self._path.read_bytes()
         except FileNotFoundError:
             return None
 
     def _create(self) -> bool:
-        """Whether there was no lock, and this run's is there now."""
+        """Creates the lock file; returns False if there is one already."""
         try:
             file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
@@ -162,7 +164,7 @@ class RunLock:
         self._file = None
 
     def _is_left(self, held: bytes) -> bool:
-        """Whether the run of a lock has ended; not if the lock has gone. Raises UserError if it is alive."""
+        """Returns True if the holder has ended, False if the lock is gone. Raises UserError if it lives."""
         holder = _holder(held)
         alive = self._is_alive(holder) if holder else None
         if alive is None:
@@ -176,7 +178,7 @@ class RunLock:
         return True
 
     def _is_alive(self, holder: Holder) -> bool | None:
-        """Whether the process of a lock is running; None if this host cannot tell."""
+        """Returns whether the holder is running; None if this host cannot know."""
         if not self._is_here(holder):
             return None
         found = process(holder.pid)
@@ -186,24 +188,24 @@ class RunLock:
             os.kill(holder.pid, 0)
         except ProcessLookupError:
             return False
-        except PermissionError:  # another user's, of whom this one may see nothing
+        except PermissionError:  # another user's process, hidden from this one in /proc
             return None
         return False  # a zombie
 
     def _is_here(self, holder: Holder) -> bool:
-        """Whether its process id is one of this process's own kernel and namespace."""
+        """Returns whether the holder's process id belongs to this kernel and pid namespace."""
         machine = (self._own.host, self._own.machine)
         return bool(self._own.machine) and (holder.host, holder.machine) == machine
 
     def _stands_still(self, held: bytes, holder: Holder | None) -> bool:
-        """Whether a lock's count does, for long enough. Raises UserError if it moves."""
+        """Returns whether the counter stands still for `silence_s`. Raises UserError if it moves."""
         logger.warning(
-            "%s is of %s; waiting %g seconds to see whether that one is alive",
+            "%s is held by %s; waiting %g seconds to see whether that run is alive",
             self._path,
-            holder or "a run that wrote nothing",
+            holder or "a run that wrote nothing to it",
             self._silence_s,
         )
-        # so many reads, not so much time: while a file server is down nothing can be read
+        # counted in reads, not in seconds: while a file server is down a read blocks and tells nothing
         for _ in range(round(self._silence_s / self._beat_s)):
             time.sleep(self._beat_s)
             now = self._read()
@@ -214,7 +216,7 @@ class RunLock:
         return True
 
     def _replace(self, held: bytes) -> bool:
-        """Whether this run's lock is there instead of `held`; of several newcomers the last one's stays."""
+        """Replaces the lock `held`; of several new runs that do, only the last returns True."""
         draft = self._path.with_name(f"{FILE}.{self._own.token}")
         self._take(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644))
         if self._read() != held:
@@ -228,11 +230,11 @@ class RunLock:
     def _in_use(self, holder: Holder | None) -> UserError:
         return UserError(
             f"output directory {self.directory} is in use by {holder or 'another run'}: "
-            "wait until that one has ended, end it, or choose another directory"
+            "wait until that run has ended, end it, or choose another directory"
         )
 
     def _end(self, holder: Holder | None) -> NoReturn:
-        """The main thread may be inside a collective that never returns, so nothing softer would end it."""
+        """Ends the process at once: its main thread may be inside a collective that never returns."""
         line = (
             f"megatron_bicc: error: process {self._own.pid} on host {self._own.host}: {self.directory} was "
             f"taken over by {holder or 'another run'}: this run was suspended, or cut off from its files, "
@@ -251,7 +253,7 @@ def _machine() -> str:
 
 
 def _holder(held: bytes) -> Holder | None:
-    """Whom a lock's file names; None if it was never written whole."""
+    """Parses the content of a lock file; None if it was never written whole."""
     try:
         record = json.loads(held)
         record.pop("count")
@@ -264,9 +266,9 @@ _lock: RunLock | None = None
 
 
 def hold(directory: str) -> None:
-    """Takes the lock of a directory for this process, to its end.
+    """Locks a directory until this process ends.
 
-    Raises UserError, one line, if another run has it or nothing can be written there.
+    Raises UserError, one line, if another run holds it or the directory cannot be written.
     """
     global _lock
     if _holds(directory):
@@ -280,12 +282,12 @@ def hold(directory: str) -> None:
     if _lock:
         _lock.release()
     _lock = lock
-    # at exit, as a checkpoint may be written until then
+    # not earlier: a thread may be writing a checkpoint until then
     atexit.register(lock.release)
 
 
 def refuse_if_alive(directory: str) -> None:
-    """Raises UserError, one line, if another run of this host has the directory. Writes nothing."""
+    """Raises UserError, one line, if another run of this host holds the directory. Writes nothing."""
     if not _holds(directory):
         RunLock(Path(directory)).refuse_if_alive()
 
@@ -295,6 +297,6 @@ def _holds(directory: str) -> bool:
 
 
 def check() -> None:
-    """To be called before a run's files are written: ends this process if another run has the directory."""
+    """Ends this process if another run has taken the directory over. To be called before every write."""
     if _lock:
         _lock.check()
