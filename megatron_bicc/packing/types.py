@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_bicc.config import ContextSource, OverlongAction, Truncation, TruncationSide
+from megatron_bicc.config import ContextSource, Keep, OverlongAction, Truncation
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class PackingSettings:
     micro-batch."""
     context_source: ContextSource = "partition"
     truncation: Truncation = "equal"
-    keep: TruncationSide = "head"
+    keep: Keep = "head"
     wrong_header: tuple[int, ...] = ()
     """Token ids before each incorrect rollout of a context."""
     right_header: tuple[int, ...] = ()
