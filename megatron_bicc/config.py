@@ -29,7 +29,7 @@ AnswerStyle: TypeAlias = Literal["auto", "boxed", "answer_line", "hash", "last_n
 Denominator: TypeAlias = Literal["plain", "conditioned"]
 ContextSource: TypeAlias = Literal["partition", "pair"]
 Truncation: TypeAlias = Literal["equal", "in_order"]
-TruncationSide: TypeAlias = Literal["head", "tail", "both_ends"]
+Keep: TypeAlias = Literal["head", "tail", "both_ends"]
 RccForm: TypeAlias = Literal["first_order", "exact"]
 DeltaKind: TypeAlias = Literal["token_mean", "sequence_sum"]
 Advantage: TypeAlias = Literal["normalized", "centered"]
@@ -146,7 +146,7 @@ class BiccConfig:
     """The whole opposite partition in one context, or one opposite rollout per context."""
     truncation: Truncation = "equal"
     """Opposite rollouts share the context's token budget equally, or fill it one after another."""
-    keep: TruncationSide = "head"
+    keep: Keep = "head"
     """Part of a truncated opposite rollout that is kept."""
     wrong_header: str = "\n\nAn incorrect attempt:\n"
     """Text before each incorrect rollout in a context."""

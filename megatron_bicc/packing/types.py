@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_bicc.config import ContextSource, OverlongAction, Truncation, TruncationSide
+from megatron_bicc.config import ContextSource, Keep, OverlongAction, Truncation
 
 Layout = Literal["plain", "bilateral"]
 """plain: the prefix is the prompt, every rollout of the group is a response. bilateral: two sides per group,
@@ -54,7 +54,7 @@ class PackingSettings:
     micro-batch."""
     context_source: ContextSource
     truncation: Truncation
-    keep: TruncationSide
+    keep: Keep
     token_cost: int
     """Cost of a row outside attention, in query-key pairs, for the balance between ranks. About 6 x hidden
     size: 24 h^2 FLOPs of dense layers against 4 h per pair."""

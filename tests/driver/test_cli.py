@@ -92,6 +92,7 @@ def test_text_settings_take_any_text(text: str):
         (["rollout.top_p=0.9"], ["no setting rollout.top_p", "whole distribution"]),
         (["rollout.sglang.top_k=5"], ["no setting rollout.sglang.top_k", "rollout.temperature"]),
         (["min_p=0"], ["no setting min_p"]),
+        (["parallel.silence_seconds=9"], ["is now called parallel.heartbeat_timeout_s"]),
         (["lr=3"], ["unknown setting lr", "did you mean optimizer.lr"]),
         (["rollout.group_size=x"], ["rollout.group_size is 'x'", "a whole number"]),
         (["rollout.group_size=4.5"], ["rollout.group_size is '4.5'", "a whole number"]),

@@ -12,7 +12,7 @@ import torch
 from packing.cases import Group, Rollout, assert_same_plan, make_batch, make_settings, pack_every_rank
 
 from megatron_bicc import _C
-from megatron_bicc.config import ContextSource, OverlongAction, Truncation, TruncationSide, settings
+from megatron_bicc.config import ContextSource, Keep, OverlongAction, Truncation, settings
 from megatron_bicc.packing.pack import pack
 from megatron_bicc.packing.types import RolloutBatch
 
@@ -142,7 +142,7 @@ def test_a_bad_setting_is_named(changes, message):
 CHOICES = {
     "context_source": ContextSource,
     "truncation": Truncation,
-    "keep": TruncationSide,
+    "keep": Keep,
     "overlong": OverlongAction,
 }
 
