@@ -1,4 +1,4 @@
-"""What the algorithm makes of each rollout: its advantage, and the weight of its tokens in the step's loss.
+"""Each rollout's advantage, and the weight of its tokens in the step's loss.
 
 Group-relative advantages (GRPO, arXiv 2402.03300; without the std: Dr. GRPO, arXiv 2503.20783); the
 Reward-Confidence Correction of their baseline (arXiv 2603.13134); the soft overlong punishment (DAPO, arXiv

@@ -92,7 +92,7 @@ def kl_in_reward(
 
 @dataclass(frozen=True)
 class LossRows:
-    """What the loss needs of each response row besides the policy's outputs; [A] each, on one device.
+    """The inputs of the loss for each response row besides the policy's outputs; [A] each, on one device.
 
     Floating tensors are float32 or float64 and carry no gradient. All rows of a response are here: a response
     is never split between micro-batches.

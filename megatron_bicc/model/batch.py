@@ -16,7 +16,7 @@ from megatron_bicc.packing.types import MicroBatch
 
 @dataclass(kw_only=True)
 class PackedBatch(PackedSeqParams):
-    """What every pipeline stage needs of a micro-batch; travels through megatron-core as packed_seq_params.
+    """Inputs of every pipeline stage for a micro-batch; travels through megatron-core as packed_seq_params.
 
     `qkv_format` stays "sbhd" with a batch of one: under "thd" megatron-core restarts the rotary positions at
     every segment, but a response's positions continue those of its prefix.

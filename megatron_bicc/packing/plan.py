@@ -30,7 +30,7 @@ class SideTable:
 
 @dataclass(frozen=True)
 class ContextPart:
-    """What a context shows of one rollout."""
+    """The part of one rollout that a context shows."""
 
     rollout: int
     ranges: tuple[tuple[int, int], ...]

@@ -93,7 +93,7 @@ class TrainedLayout:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, for metrics and the report."""
+    """The outcome of one optimizer step, for metrics and the report."""
 
     groups: list[Group]
     taken: np.ndarray
@@ -168,16 +168,17 @@ class Learner:
                 log_probs = self._log_probs(batch, plain)  # float32 [T]
                 # the policy will have moved by the time of a later update, and a conditioned denominator is
                 # not among log_probs; at the first update it is the policy itself
-                old = [self._old(each, log_probs, moved=first > 0) for each in trained]  # float32 [A] each
+                to_train = [
+                    (each.layout, packed, old_A)  # float32 [A]
+                    for each in trained
+                    for packed, old_A in self._with_old(each, log_probs, moved=first > 0)
+                ]
 
             adv = advantages(batch.rollouts, log_probs, self.config)  # float64 [R]
 
             batches = [
-                TrainBatch.make(
-                    packed, each.layout, self._share(each.layout), log_probs, old_A, adv, weight_R
-                )
-                for each, old_logps in zip(trained, old, strict=True)
-                for packed, old_A in zip(each.batches, old_logps, strict=True)
+                TrainBatch.make(packed, layout, self._share(layout), log_probs, old_A, adv, weight_R)
+                for layout, packed, old_A in to_train
             ]
             given = groups[first : first + size]
             updates.append(Update(given, taken, batch, log_probs, adv, trained, batches))
@@ -235,18 +236,20 @@ class Learner:
         """A forward pass: float32 [2, A] per micro-batch on the last pipeline stage, None on the others."""
         return self.policy.log_probs(batches) or [None] * len(batches)
 
-    def _old(self, trained: PackedLayout, log_probs: TokenLogProbs, moved: bool) -> list[Tensor | None]:
-        """Denominators of a layout's ratios, float32 [A] per micro-batch; None: the ratio starts at 1.
+    def _with_old(
+        self, trained: PackedLayout, log_probs: TokenLogProbs, moved: bool
+    ) -> list[tuple[PackedBatch, Tensor | None]]:
+        """A layout's micro-batches with their ratios' denominators, float32 [A]; None: the ratio starts at 1.
 
         moved: whether the policy will have been updated by then.
         """
         if trained.layout == "plain" or self.config.bicc.denominator == "plain":
             old_T = torch.from_numpy(log_probs.old_T).to(device.device())
-            return [old_T[packed.token_A] for packed in trained.batches]
+            return [(packed, old_T[packed.token_A]) for packed in trained.batches]
         if not moved:
-            return [None] * len(trained.batches)
-        passes = self._passes(trained.batches)
-        return [None if found_2A is None else found_2A[0] for found_2A in passes]
+            return [(packed, None) for packed in trained.batches]
+        found = zip(trained.batches, self._passes(trained.batches), strict=True)
+        return [(packed, None if found_2A is None else found_2A[0]) for packed, found_2A in found]
 
     def _update(self, update: Update) -> StepResult:
         """Takes an optimizer step. Collective.
