@@ -79,7 +79,7 @@ def test_the_command_writes_a_table_and_json(tmp_path: Path) -> None:
         (["--model", str(MODEL), "--benchmark", "BAD", "--k", "many"], "--k is many; it must be"),
         (["--model", str(MODEL), "--benchmark", "BAD", "--k", "0"], "--k is 0; it must be"),
         (["--model", str(MODEL), "--benchmark", "BAD", "evaluation.samples=2"], "give --k instead"),
-        (["--model", str(MODEL), "--benchmark", "BAD", "--dry-run"], "dry_run is no setting"),
+        (["--model", str(MODEL), "--benchmark", "BAD", "--dry-run"], "dry_run is not a setting"),
         (["--model", str(MODEL), "--benchmark", "BAD", "output_dir=x"], "give --out instead"),
         (["--model", str(MODEL), "--benchmark", "BAD", "reward.threshold=-1"], "reward.threshold is -1"),
         (["--model", str(MODEL), "--benchmark", "BAD", "evaluation.temprature=1"], "unknown setting"),
