@@ -227,7 +227,7 @@ class PlanHandle {
   }
 
   // Rows of one rank's micro-batches.
-  void fill_rows(const py::object& rank_number, const py::dict& given, const py::object& channels,
+  void fill_rows(const py::object& rank_number, const py::dict& given, const py::object& features,
                  const py::object& thread_count) const {
     const int64_t rank = read<int64_t>(rank_number, "rank"), ranks = plan_.ranks();
     if (rank < 0 || rank >= ranks) fail("rank is ", rank, "; it must be in [0, ", ranks - 1, "]");
@@ -237,19 +237,19 @@ class PlanHandle {
     int64_t threads = read<int64_t>(thread_count, "threads");
     if (threads < 0 || threads > 1024) fail("threads is ", threads, "; it must be in [0, 1024], 0 to choose");
     if (threads == 0) threads = default_threads(n.rows);
-    const py::array channel_array = checked<float>(channels, "channels", 2);
-    if (channel_array.shape(1) != tokens_.size()) {
-      fail("channels must be of shape [C, ", tokens_.size(), "], one column per response token, not [",
-           channel_array.shape(0), ", ", channel_array.shape(1), "]");
+    const py::array feature_array = checked<float>(features, "features", 2);
+    if (feature_array.shape(1) != tokens_.size()) {
+      fail("features must be of shape [F, ", tokens_.size(), "], one column per response token, not [",
+           feature_array.shape(0), ", ", feature_array.shape(1), "]");
     }
     RowBuffers out;
     out.tokens = buffer<int32_t>(given, "tokens_N", n.rows);
     out.positions = buffer<int32_t>(given, "positions_N", n.rows);
     out.labels = buffer<int32_t>(given, "labels_N", n.rows);
     out.gather = buffer<int64_t>(given, "gather_A", n.response_rows);
-    out.channels = buffer<float>(given, "channels_CA", channel_array.shape(0) * n.response_rows);
+    out.features = buffer<float>(given, "features_FA", feature_array.shape(0) * n.response_rows);
     py::gil_scoped_release release;
-    bicc::fill_rows(plan_, range, view<float>(channel_array), threads, out);
+    bicc::fill_rows(plan_, range, view<float>(feature_array), threads, out);
   }
 
  private:
@@ -290,6 +290,6 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("copies", &bicc::PlanHandle::copies)
       .def_property_readonly("headers", &bicc::PlanHandle::headers)
       .def("fill_segments", &bicc::PlanHandle::fill_segments, py::arg("buffers"))
-      .def("fill_rows", &bicc::PlanHandle::fill_rows, py::arg("rank"), py::arg("buffers"), py::arg("channels"),
+      .def("fill_rows", &bicc::PlanHandle::fill_rows, py::arg("rank"), py::arg("buffers"), py::arg("features"),
            py::arg("threads"));
 }

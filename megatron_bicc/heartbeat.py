@@ -92,7 +92,7 @@ class Heartbeat:
         """Ends the process at once: its main thread may be inside a collective that never returns."""
         line = (
             f"megatron_bicc: error: process {self._rank} on host {self._hosts[self._rank]}: {what} for "
-            f"{self._silence_s:g} seconds (parallel.heartbeat_timeout_s): the host or the link to it is down; "
+            f"{self._silence_s:g} seconds (parallel.heartbeat_timeout_s): the host or the link is down; "
             "resume from the newest checkpoint with checkpoint.resume=true"
         )
         print(f"\n{line}", file=sys.stderr, flush=True)  # on a line of its own, not behind the progress bar

@@ -35,18 +35,18 @@ Dtype dtype_of(const std::string& name) {
 }
 
 void fill(uintptr_t copies, int64_t count, uintptr_t prompt_tokens, uintptr_t response_tokens, uintptr_t headers,
-          uintptr_t channels, int64_t channel_count, int64_t response_token_count, uintptr_t tokens,
-          uintptr_t positions, uintptr_t labels, uintptr_t gather, uintptr_t channels_out, uintptr_t stream) {
+          uintptr_t features, int64_t feature_count, int64_t response_token_count, uintptr_t tokens,
+          uintptr_t positions, uintptr_t labels, uintptr_t gather, uintptr_t features_out, uintptr_t stream) {
   const FillArrays arrays{
       {pointer<const int32_t>(prompt_tokens), pointer<const int32_t>(response_tokens), pointer<const int32_t>(headers)},
-      pointer<const float>(channels),
-      channel_count,
+      pointer<const float>(features),
+      feature_count,
       response_token_count,
       pointer<int32_t>(tokens),
       pointer<int32_t>(positions),
       pointer<int32_t>(labels),
       pointer<int64_t>(gather),
-      pointer<float>(channels_out)};
+      pointer<float>(features_out)};
   launch_fill(pointer<const Copy>(copies), count, arrays, stream_of(stream));
 }
 
@@ -101,8 +101,8 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.attr("LOSS_STATISTICS") = py::make_tuple("loss", "rows", "clipped_low", "clipped_high", "clipped_dual",
                                              "kl_old_new", "kl_new_ref", "ratio_min", "ratio_max");
   m.def("fill", &bicc::fill, py::kw_only(), "copies"_a, "count"_a, "prompt_tokens"_a, "response_tokens"_a, "headers"_a,
-        "channels"_a, "channel_count"_a, "response_token_count"_a, "tokens"_a, "positions"_a, "labels"_a, "gather"_a,
-        "channels_out"_a, "stream"_a);
+        "features"_a, "feature_count"_a, "response_token_count"_a, "tokens"_a, "positions"_a, "labels"_a, "gather"_a,
+        "features_out"_a, "stream"_a);
   m.def("merge", &bicc::merge, "dtype"_a, py::kw_only(), "rows"_a, "heads"_a, "dim"_a, "out"_a, "lse"_a,
         "lse_stride"_a, "other"_a, "lse_other"_a, "lse_other_stride"_a, "stream"_a);
   m.def("pre_backward", &bicc::pre_backward, "dtype"_a, py::kw_only(), "rows"_a, "heads"_a, "dim"_a, "out"_a, "grad"_a,

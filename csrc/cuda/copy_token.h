@@ -9,14 +9,14 @@ namespace bicc {
 // Arrays of a fill; field by field those of csrc/fill.h.
 struct FillArrays {
   const int32_t* sources[3];  // by CopySource
-  const float* channels;      // [channel_count, response_tokens]
-  int64_t channel_count;
+  const float* features;      // [feature_count, response_tokens]
+  int64_t feature_count;
   int64_t response_tokens;
   int32_t* tokens;
   int32_t* positions;
   int32_t* labels;
   int64_t* gather;
-  float* channels_out;
+  float* features_out;
 };
 
 BICC_HOST_DEVICE void place_input(const FillArrays& arrays, int64_t row, int32_t token, int64_t position) {
@@ -27,9 +27,9 @@ BICC_HOST_DEVICE void place_input(const FillArrays& arrays, int64_t row, int32_t
 BICC_HOST_DEVICE void place_response_token(const Copy& copy, int64_t i, const FillArrays& arrays) {
   if (i == 0) place_input(arrays, copy.input_row - 1, static_cast<int32_t>(copy.first_input), copy.position - 1);
   arrays.gather[copy.gather + i] = copy.offset + i;
-  const int64_t start = copy.micro_start * arrays.channel_count + copy.gather - copy.micro_start;
-  for (int64_t c = 0; c < arrays.channel_count; ++c) {
-    arrays.channels_out[start + c * copy.micro_rows + i] = arrays.channels[c * arrays.response_tokens + copy.offset + i];
+  const int64_t start = copy.micro_start * arrays.feature_count + copy.gather - copy.micro_start;
+  for (int64_t c = 0; c < arrays.feature_count; ++c) {
+    arrays.features_out[start + c * copy.micro_rows + i] = arrays.features[c * arrays.response_tokens + copy.offset + i];
   }
 }
 

@@ -1,6 +1,6 @@
 """The packer: csrc behind NumPy arrays.
 
-Shape suffixes: T response tokens of the batch, M micro-batches, C channels.
+Shape suffixes: T response tokens of the batch, M micro-batches, F features.
 """
 
 from dataclasses import dataclass, fields
@@ -32,7 +32,7 @@ def pack(
     dp_size: int,
     rank: int,
     threads: int = 0,
-    channels_CT: np.ndarray | None = None,
+    features_FT: np.ndarray | None = None,
 ) -> Packed:
     """Plans the step for all data-parallel ranks and fills the micro-batches of one.
 
@@ -45,7 +45,7 @@ def pack(
         dp_size: number of data-parallel ranks.
         rank: the one whose micro-batches are filled.
         threads: threads that move tokens; 0: one for every million rows, up to the cores.
-        channels_CT: float32 [C, T], per-token data to be gathered into MicroBatch.channels_CA.
+        features_FT: float32 [C, T], per-token data to be gathered into MicroBatch.features_FA.
 
     Raises:
         ValueError: an array, a setting or a response is not usable; the message names it, with its group
@@ -53,14 +53,14 @@ def pack(
     """
     batch, native = _native_plan(batch, settings, dp_size)
     plan = _step_plan(native, batch, settings, dp_size)
-    if channels_CT is None:
-        channels_CT = np.empty((0, batch.tokens.size), np.float32)
-    channels_CT = _as_numpy("channels", channels_CT)
-    # fill_rows refuses channels of another shape and a bad rank: nothing is allocated for them before
-    fits = channels_CT.ndim == 2 and channels_CT.shape[1] == batch.tokens.size
+    if features_FT is None:
+        features_FT = np.empty((0, batch.tokens.size), np.float32)
+    features_FT = _as_numpy("features", features_FT)
+    # fill_rows refuses features of another shape and a bad rank: nothing is allocated for them before
+    fits = features_FT.ndim == 2 and features_FT.shape[1] == batch.tokens.size
     layouts = plan.ranks[rank] if isinstance(rank, int) and 0 <= rank < dp_size else []
-    channels = len(channels_CT) if fits else 0
-    return Packed(plan, _fill_rows(native, rank, layouts, channels_CT, channels, threads))
+    features = len(features_FT) if fits else 0
+    return Packed(plan, _fill_rows(native, rank, layouts, features_FT, features, threads))
 
 
 def plan_step(batch: RolloutBatch, settings: PackingSettings, dp_size: int) -> StepPlan:
@@ -122,8 +122,8 @@ def _fill_rows(
     native: _C.Plan,
     rank: int,
     layouts: list[MicroBatchLayout],
-    channels_CT: np.ndarray,
-    channels: int,
+    features_FT: np.ndarray,
+    features: int,
     threads: int,
 ) -> list[MicroBatch]:
     rows_M = np.array([layout.num_rows for layout in layouts], np.int64)
@@ -133,13 +133,13 @@ def _fill_rows(
         "positions_N": (np.int32, rows_M),
         "labels_N": (np.int32, rows_M),
         "gather_A": (np.int64, response_M),
-        "channels_CA": (np.float32, channels * response_M),
+        "features_FA": (np.float32, features * response_M),
     }
     buffers = _allocate(lengths)
-    native.fill_rows(rank, buffers, channels_CT, threads)
+    native.fill_rows(rank, buffers, features_FT, threads)
     filled = []
     for layout, views in zip(layouts, _cut(buffers, lengths), strict=True):
-        views["channels_CA"] = views["channels_CA"].reshape(channels, layout.num_response_rows)
+        views["features_FA"] = views["features_FA"].reshape(features, layout.num_response_rows)
         filled.append(MicroBatch(**vars(layout), **views))
     return filled
 

@@ -2,7 +2,7 @@
 
 Not yet called by the trainer: the GPU checks (tests/gpu) hold it to the CPU packer.
 
-Shape suffixes: C channels, T response tokens of the batch.
+Shape suffixes: F features, T response tokens of the batch.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ def fill_on_device(
     settings: PackingSettings,
     dp_size: int,
     device: torch.device,
-    channels_CT: torch.Tensor | None = None,
+    features_FT: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Packs a step straight into GPU memory; copies and launch are queued on the device's current stream.
 
@@ -26,30 +26,30 @@ def fill_on_device(
         settings: layout, contexts and budgets.
         dp_size: number of data-parallel ranks.
         device: where the rows go.
-        channels_CT: float32 [C, T] on `device`, gathered like the labels.
+        features_FT: float32 [C, T] on `device`, gathered like the labels.
 
     Returns:
-        "tokens_N", "positions_N", "labels_N" (int32), "gather_A" (int64) and "channels_CA" (float32): flat,
+        "tokens_N", "positions_N", "labels_N" (int32), "gather_A" (int64) and "features_FA" (float32): flat,
         the arrays of every rank's micro-batches of megatron_bicc.packing.pack, rank by rank.
 
     Raises:
-        ValueError: as `pack` does, and for channels of another shape, dtype or device.
+        ValueError: as `pack` does, and for features of another shape, dtype or device.
     """
-    if channels_CT is None:
-        channels_CT = torch.empty((0, len(batch.tokens)), device=device)
-    _check_channels(channels_CT, len(batch.tokens), device)
+    if features_FT is None:
+        features_FT = torch.empty((0, len(batch.tokens)), device=device)
+    _check_features(features_FT, len(batch.tokens), device)
     # the launch goes to the current device, whichever the pointers belong to
     with torch.cuda.device(device):
-        return _fill(batch, settings, dp_size, device, channels_CT)
+        return _fill(batch, settings, dp_size, device, features_FT)
 
 
-def _check_channels(channels_CT: torch.Tensor, tokens: int, device: torch.device) -> None:
-    shape_fits = channels_CT.ndim == 2 and channels_CT.shape[1] == tokens
-    kind_fits = channels_CT.dtype == torch.float32 and channels_CT.device.type == device.type
-    if not (shape_fits and kind_fits and channels_CT.is_contiguous()):
+def _check_features(features_FT: torch.Tensor, tokens: int, device: torch.device) -> None:
+    shape_fits = features_FT.ndim == 2 and features_FT.shape[1] == tokens
+    kind_fits = features_FT.dtype == torch.float32 and features_FT.device.type == device.type
+    if not (shape_fits and kind_fits and features_FT.is_contiguous()):
         raise ValueError(
-            f"channels_CT must be contiguous float32 [C, {tokens}] on {device}, not {channels_CT.dtype} "
-            f"{list(channels_CT.shape)} on {channels_CT.device}"
+            f"features_FT must be contiguous float32 [C, {tokens}] on {device}, not {features_FT.dtype} "
+            f"{list(features_FT.shape)} on {features_FT.device}"
         )
 
 
@@ -63,7 +63,7 @@ def _fill(
     settings: PackingSettings,
     dp_size: int,
     device: torch.device,
-    channels_CT: torch.Tensor,
+    features_FT: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     plan = _C.Plan(batch, settings, dp_size)
     rows, response_rows = (int(plan.sizes[:, column].sum()) for column in (0, 2))
@@ -74,21 +74,21 @@ def _fill(
         for name in ("tokens_N", "positions_N", "labels_N")
     }
     out["gather_A"] = torch.empty(response_rows, dtype=torch.int64, device=device)
-    out["channels_CA"] = torch.empty(len(channels_CT) * response_rows, device=device)
+    out["features_FA"] = torch.empty(len(features_FT) * response_rows, device=device)
     _C_cuda.fill(
         copies=copies.data_ptr(),
         count=len(copies),
         prompt_tokens=prompts.data_ptr(),
         response_tokens=responses.data_ptr(),
         headers=headers.data_ptr(),
-        channels=channels_CT.data_ptr(),
-        channel_count=len(channels_CT),
+        features=features_FT.data_ptr(),
+        feature_count=len(features_FT),
         response_token_count=len(responses),
         tokens=out["tokens_N"].data_ptr(),
         positions=out["positions_N"].data_ptr(),
         labels=out["labels_N"].data_ptr(),
         gather=out["gather_A"].data_ptr(),
-        channels_out=out["channels_CA"].data_ptr(),
+        features_out=out["features_FA"].data_ptr(),
         stream=torch.cuda.current_stream(device).cuda_stream,
     )
     return out

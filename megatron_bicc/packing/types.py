@@ -1,7 +1,7 @@
 """The packer's input and output: a batch of rollouts, its settings, packed micro-batches.
 
 Shape suffixes: B groups, R rollouts, T response tokens of the batch; N rows, A response rows and S response
-segments of a micro-batch; C channels. All arrays are C-contiguous NumPy arrays.
+segments of a micro-batch; F features. All arrays are C-contiguous NumPy arrays.
 """
 
 from dataclasses import dataclass
@@ -117,5 +117,5 @@ class MicroBatch(MicroBatchLayout):
     """int32 [N]: the next token of the row's own segment; 0 on padding"""
     gather_A: np.ndarray
     """int64 [A]: index into RolloutBatch.tokens of each response row's label"""
-    channels_CA: np.ndarray
-    """float32 [C, A]: the per-token channels given to the packer, gathered; C may be 0"""
+    features_FA: np.ndarray
+    """float32 [F, A]: the per-token features given to the packer, gathered; F may be 0"""

@@ -109,10 +109,10 @@ def draw_rollouts(config: Config, rng: np.random.Generator) -> RolloutBatch:
     c, groups, size = config.synthetic, config.rollout.prompts_per_step, config.rollout.group_size
     prompt_mean = c.prompt_tokens or max(1, config.data.max_prompt_tokens // 4)
     response_mean = c.response_tokens or max(1, config.rollout.max_new_tokens // 2)
-    prompts_G = _lengths(rng, groups, prompt_mean, c.prompt_sigma, config.data.max_prompt_tokens)
+    prompts_B = _lengths(rng, groups, prompt_mean, c.prompt_sigma, config.data.max_prompt_tokens)
     lengths_R = _lengths(rng, groups * size, response_mean, c.response_sigma, config.rollout.max_new_tokens)
     right_R = rng.random(groups * size) < c.pass_rate
-    return _batch(prompts_G, lengths_R, np.arange(groups + 1) * size, right_R.astype(np.float32))
+    return _batch(prompts_B, lengths_R, np.arange(groups + 1) * size, right_R.astype(np.float32))
 
 
 def _lengths(rng: np.random.Generator, count: int, mean: float, sigma: float, longest: int) -> np.ndarray:
@@ -134,12 +134,12 @@ def _choose(rollouts: RolloutBatch, groups: list[int]) -> RolloutBatch:
 
 
 def _batch(
-    prompts_G: np.ndarray, lengths_R: np.ndarray, group_offsets_B: np.ndarray, rewards_R: np.ndarray
+    prompts_B: np.ndarray, lengths_R: np.ndarray, group_offsets_B: np.ndarray, rewards_R: np.ndarray
 ) -> RolloutBatch:
     offsets = lambda lengths: np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)  # noqa: E731
     return RolloutBatch(
-        prompt_tokens=np.zeros(prompts_G.sum(), np.int32),
-        prompt_offsets_B=offsets(prompts_G),
+        prompt_tokens=np.zeros(prompts_B.sum(), np.int32),
+        prompt_offsets_B=offsets(prompts_B),
         tokens=np.zeros(lengths_R.sum(), np.int32),
         offsets_R=offsets(lengths_R),
         group_offsets_B=group_offsets_B.astype(np.int64),

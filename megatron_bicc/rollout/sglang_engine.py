@@ -54,8 +54,8 @@ class SglangEngine:
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
         """Returns one sample per request, in their order. Adjacent requests of one prompt go together.
 
-        Raises RolloutError when no server has answered for rollout.sglang.retry_timeout_s seconds, UserError for a
-        token that is not in the vocabulary.
+        Raises RolloutError when no server has answered for rollout.sglang.retry_timeout_s seconds, UserError
+        for a token that is not in the vocabulary.
         """
         groups = [list(group) for _, group in groupby(requests, key=lambda r: r.token_ids.tobytes())]
         samples: dict[int, list[Sample]] = {}

@@ -189,9 +189,9 @@ def gather_tokens(
     """
     # in double precision, so that the order in which ranks and segments are added does not matter
     sums = torch.zeros(kinds + 1, num_tokens, dtype=torch.float64, device=device.device())
-    for packed, values_KA in found:
-        if values_KA is not None:
-            sums[:kinds].index_add_(1, packed.token_A, values_KA.double())
+    for packed, values_XA in found:
+        if values_XA is not None:
+            sums[:kinds].index_add_(1, packed.token_A, values_XA.double())
             sums[kinds].index_add_(0, packed.token_A, torch.ones_like(packed.token_A, dtype=torch.float64))
     sums = _sum_over_ranks(sums)
     return (sums[:kinds] / sums[kinds]).float().cpu().numpy()

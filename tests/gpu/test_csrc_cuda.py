@@ -57,9 +57,9 @@ def test_fill_equals_the_cpu_to_the_bit(keep, groups, longest):
         keep=keep,
         alignment=16,
     )
-    channels_CT = np.random.default_rng(1).random((3, len(batch.tokens)), dtype=np.float32)
-    plan = pack_every_rank(batch, settings, dp_size=2, channels_CT=channels_CT)
-    out = fill_on_device(batch, settings, 2, DEVICE, torch.from_numpy(channels_CT).to(DEVICE))
+    features_FT = np.random.default_rng(1).random((3, len(batch.tokens)), dtype=np.float32)
+    plan = pack_every_rank(batch, settings, dp_size=2, features_FT=features_FT)
+    out = fill_on_device(batch, settings, 2, DEVICE, torch.from_numpy(features_FT).to(DEVICE))
     for name, tensor in out.items():
         expected = np.concatenate([getattr(m, name).ravel() for rank in plan.ranks for m in rank])
         assert tensor.cpu().numpy().tobytes() == expected.tobytes(), name

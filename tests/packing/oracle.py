@@ -90,7 +90,7 @@ class Side:
 
 
 def pack_reference(
-    batch: RolloutBatch, settings: PackingSettings, dp_size: int, channels_CT: np.ndarray | None = None
+    batch: RolloutBatch, settings: PackingSettings, dp_size: int, features_FT: np.ndarray | None = None
 ) -> StepPlan:
     """Does what megatron_bicc.packing.pack does on every rank, with the same result to the bit.
 
@@ -100,20 +100,20 @@ def pack_reference(
         batch: the scored groups.
         settings: layout, contexts and budgets.
         dp_size: number of data-parallel ranks.
-        channels_CT: float32 [C, response tokens].
+        features_FT: float32 [C, response tokens].
 
     Raises:
         ValueError: a response is overlong and settings.overlong is "error".
     """
-    return _Packer(batch, settings, channels_CT).pack(dp_size)
+    return _Packer(batch, settings, features_FT).pack(dp_size)
 
 
 class _Packer:
-    def __init__(self, batch: RolloutBatch, settings: PackingSettings, channels_CT: np.ndarray | None):
+    def __init__(self, batch: RolloutBatch, settings: PackingSettings, features_FT: np.ndarray | None):
         self.batch = batch
         self.settings = settings
-        self.channels_CT = (
-            np.empty((0, len(batch.tokens)), np.float32) if channels_CT is None else channels_CT
+        self.features_FT = (
+            np.empty((0, len(batch.tokens)), np.float32) if features_FT is None else features_FT
         )
         self.budget = settings.max_tokens_per_microbatch // settings.alignment * settings.alignment
         self.dropped = 0
@@ -293,7 +293,7 @@ class _Packer:
             group_S=np.array(groups, np.int32),
             scale_S=np.float32(1) / segments[rollouts].astype(np.float32),
             gather_A=np.array(gather, np.int64),
-            channels_CA=self.channels_CT[:, gather],
+            features_FA=self.features_FT[:, gather],
         )
 
     def counts(self, sides: list[Side], pieces: list[Side], ranks: list[list[MicroBatch]]) -> dict[str, int]:

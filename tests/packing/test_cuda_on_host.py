@@ -28,11 +28,11 @@ class FillArrays(ctypes.Structure):
     _fields_ = (
         [(f"source_{i}", ctypes.c_void_p) for i in range(3)]
         + [
-            ("channels", ctypes.c_void_p),
-            ("channel_count", ctypes.c_int64),
+            ("features", ctypes.c_void_p),
+            ("feature_count", ctypes.c_int64),
             ("response_tokens", ctypes.c_int64),
         ]
-        + [(name, ctypes.c_void_p) for name in ("tokens", "positions", "labels", "gather", "channels_out")]
+        + [(name, ctypes.c_void_p) for name in ("tokens", "positions", "labels", "gather", "features_out")]
     )
 
 
@@ -85,15 +85,15 @@ def test_the_copies_of_a_plan_make_the_packed_rows(host, keep, dp_size):
     ]
     batch = make_batch(groups)
     settings = make_settings(max_sequence_tokens=60, max_tokens_per_microbatch=128, alignment=16, keep=keep)
-    channels_CT = random.random((2, len(batch.tokens)), dtype=np.float32)
-    expected = pack_every_rank(batch, settings, dp_size, channels_CT=channels_CT)
+    features_FT = random.random((2, len(batch.tokens)), dtype=np.float32)
+    expected = pack_every_rank(batch, settings, dp_size, features_FT=features_FT)
     plan = _C.Plan(batch, settings, dp_size)
     rows, response_rows = (int(total) for total in plan.sizes.sum(0)[[0, 2]])
     out = {name: np.full(rows, -9, np.int32) for name in ("tokens", "positions", "labels")}
-    out |= {"gather": np.full(response_rows, -9), "channels_out": np.full(2 * response_rows, -9, np.float32)}
+    out |= {"gather": np.full(response_rows, -9), "features_out": np.full(2 * response_rows, -9, np.float32)}
     sources = [batch.prompt_tokens, batch.tokens, plan.headers]
     arrays = FillArrays(
-        *map(address, [*sources, channels_CT]), 2, len(batch.tokens), *map(address, out.values())
+        *map(address, [*sources, features_FT]), 2, len(batch.tokens), *map(address, out.values())
     )
     copies = plan.copies
     host.run_copies(address(copies), ctypes.c_int64(len(copies)), ctypes.byref(arrays))
@@ -101,7 +101,7 @@ def test_the_copies_of_a_plan_make_the_packed_rows(host, keep, dp_size):
     for name, field in (("tokens", "tokens_N"), ("positions", "positions_N"), ("labels", "labels_N")):
         np.testing.assert_array_equal(out[name], np.concatenate([getattr(m, field) for m in done]))
     np.testing.assert_array_equal(out["gather"], np.concatenate([m.gather_A for m in done]))
-    np.testing.assert_array_equal(out["channels_out"], np.concatenate([m.channels_CA.ravel() for m in done]))
+    np.testing.assert_array_equal(out["features_out"], np.concatenate([m.features_FA.ravel() for m in done]))
 
 
 def test_merging_two_parts_of_a_softmax(host):

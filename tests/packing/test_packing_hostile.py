@@ -186,19 +186,19 @@ def test_a_bad_number_of_threads_is_named(threads):
         pack_every_rank(valid_batch(), make_settings(), 1, threads)
 
 
-BAD_CHANNELS = [
-    (np.zeros((2, 26), np.float32), r"channels must be of shape \[C, 27\]"),
-    (np.zeros(27, np.float32), r"channels must have 2 dimension\(s\), not 1"),
-    (np.float32(1), "channels must be a NumPy array or a CPU tensor"),
-    (np.zeros((2, 27), np.float64), "channels must be of dtype float32, not float64"),
-    (np.zeros((27, 2), np.float32).T, "channels must be C-contiguous"),
+BAD_FEATURES = [
+    (np.zeros((2, 26), np.float32), r"features must be of shape \[F, 27\]"),
+    (np.zeros(27, np.float32), r"features must have 2 dimension\(s\), not 1"),
+    (np.float32(1), "features must be a NumPy array or a CPU tensor"),
+    (np.zeros((2, 27), np.float64), "features must be of dtype float32, not float64"),
+    (np.zeros((27, 2), np.float32).T, "features must be C-contiguous"),
 ]
 
 
-@pytest.mark.parametrize("channels, message", BAD_CHANNELS)
-def test_bad_channels_are_named(channels, message):
+@pytest.mark.parametrize("features, message", BAD_FEATURES)
+def test_bad_features_are_named(features, message):
     with pytest.raises(ValueError, match=message):
-        pack_every_rank(valid_batch(), make_settings(), 1, channels_CT=channels)
+        pack_every_rank(valid_batch(), make_settings(), 1, features_FT=features)
 
 
 def test_read_only_input_is_read_and_a_read_only_buffer_refused():

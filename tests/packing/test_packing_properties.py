@@ -31,17 +31,17 @@ ranks = st.integers(1, 4)
 
 @many
 @given(group_lists, settings_dicts, ranks, st.integers(0, 4), st.integers(0, 2))
-def test_equals_the_oracle_to_the_bit(groups, changes, dp_size, threads, channels):
+def test_equals_the_oracle_to_the_bit(groups, changes, dp_size, threads, features):
     batch, config = make_batch(groups), make_settings(**changes)
-    channels_CT = np.random.default_rng(0).random((channels, len(batch.tokens)), dtype=np.float32)
+    features_FT = np.random.default_rng(0).random((features, len(batch.tokens)), dtype=np.float32)
     try:
-        expected = pack_reference(batch, config, dp_size, channels_CT)
+        expected = pack_reference(batch, config, dp_size, features_FT)
     except ValueError as error:
         with pytest.raises(ValueError) as raised:
-            pack_every_rank(batch, config, dp_size, threads, channels_CT)
+            pack_every_rank(batch, config, dp_size, threads, features_FT)
         assert str(raised.value) == str(error)
         return
-    assert_same_plan(pack_every_rank(batch, config, dp_size, threads, channels_CT), expected)
+    assert_same_plan(pack_every_rank(batch, config, dp_size, threads, features_FT), expected)
 
 
 def packed(groups, changes, dp_size) -> tuple[RolloutBatch, PackingSettings, StepPlan]:
