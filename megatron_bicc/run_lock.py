@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_bicc.errors import UserError
-from megatron_bicc.processes import process
+from megatron_bicc.launcher import process
 
 FILE = "run.lock"
 BEAT_S = 2.0

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_bicc.config import AnswerStyle
-from megatron_bicc.data.boxed import has_box, last_boxed
+from megatron_bicc.data.rows import has_box, last_boxed
 from megatron_bicc.rewards import verdict
 from megatron_bicc.rewards.verdict import Reading
 from megatron_bicc.rewards.worker import WORKER, OutOfTimeError

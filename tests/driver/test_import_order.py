@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "megatron_bicc"
 ORDER = (
-    ("errors", "files", "plugins", "launcher", "processes"),
+    ("errors", "files", "plugins", "launcher"),
     ("collective",),
     ("config",),
     ("device_cpu", "heartbeat"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bicc.processes import process
+from megatron_bicc.launcher import process
 
 REPOSITORY = Path(__file__).parents[2]
 WORKER = """

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.forked import torchrun_variables
 
-from megatron_bicc.processes import Process, process
+from megatron_bicc.launcher import Process, process
 
 pytestmark = pytest.mark.timeout(900)  # a busy machine needs minutes to start a run
 REPOSITORY = Path(__file__).parents[2]

@@ -151,9 +151,9 @@ CHOICES = {
 def test_the_packers_choices_are_those_of_the_settings(name):
     choices = get_args(CHOICES[name])
     for choice in choices:
-        pack(valid_batch(), make_settings(**{name: choice}), dp_size=1)
+        pack(valid_batch(), make_settings(**{name: choice}), 1, 0)
     with pytest.raises(ValueError, match=f"{name} is 'x'; it must be one of {', '.join(choices)}$"):
-        pack(valid_batch(), make_settings(**{name: "x"}), dp_size=1)
+        pack(valid_batch(), make_settings(**{name: "x"}), 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_the_packers_limits_are_those_of_the_settings(name):
     below = rule.at_least - 1 if rule.at_most is None else np.nextafter(rule.at_least, -1)
     for value in (below, above):
         with pytest.raises(ValueError, match=f"{field} is .*; it must be in"):
-            pack(valid_batch(), make_settings(**{field: value}), dp_size=1)
+            pack(valid_batch(), make_settings(**{field: value}), 1, 0)
 
 
 @pytest.mark.parametrize("dp_size", [0, -1, 2**20])

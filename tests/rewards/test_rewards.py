@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bicc.config import RewardConfig
-from megatron_bicc.data.boxed import last_boxed
+from megatron_bicc.data.rows import last_boxed
 from megatron_bicc.errors import UserError
 from megatron_bicc.rewards import math_reward, registry
 from megatron_bicc.rewards.registry import (
