@@ -70,7 +70,7 @@ class Inputs:
     """At its state in the resume point"""
     resume: ResumePoint | None
     """The checkpoint to resume from; None: the run starts at step 0"""
-    tensors: HfTensors | None
+    tensors: HfTensors | None = None
     """The policy's initial weights, opened and checked"""
 
 
@@ -87,7 +87,9 @@ def read_inputs(config: Config) -> Inputs:
     return read_prompts(config, tokenizer, tensors)
 
 
-def read_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, tensors: HfTensors | None) -> Inputs:
+def read_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, tensors: HfTensors | None = None
+) -> Inputs:
     """`read_inputs` for settings, policy and tokenizer that have been checked."""
     is_first = device.is_first()
     found = resume_point(config, is_first)

@@ -25,17 +25,17 @@ def bandit(estimator: str, seed: int = 0, scale: float = 0.5) -> tool.Bandit:
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_gradient_and_variance_are_those_of_the_estimator(estimator: str) -> None:
     b = bandit(estimator)
-    score_KK = np.eye(tool.ARMS) - b.policy_K
-    theta_K, step = np.log(b.policy_K), 1e-6
+    score_VV = np.eye(tool.ARMS) - b.policy_V
+    theta_V, step = np.log(b.policy_V), 1e-6
     for arm in range(tool.ARMS):
         shift = step * np.eye(tool.ARMS)[arm]
-        slope = (tool.softmax(theta_K + shift) - tool.softmax(theta_K - shift)) @ b.reward_K / (2 * step)
+        slope = (tool.softmax(theta_V + shift) - tool.softmax(theta_V - shift)) @ b.reward_V / (2 * step)
         assert b.gradient()[arm] == pytest.approx(slope, abs=1e-9)
     for baseline in (0.0, 0.7):
-        draws_KK = (b.weight_K * (b.reward_K - baseline))[:, None] * score_KK
-        mean_K = b.sampler_K @ draws_KK
-        np.testing.assert_allclose(mean_K, b.gradient(), atol=1e-12)  # unbiased, whatever the constant
-        assert b.variance(baseline) == pytest.approx(b.sampler_K @ ((draws_KK - mean_K) ** 2).sum(axis=1))
+        draws_VV = (b.weight_V * (b.reward_V - baseline))[:, None] * score_VV
+        mean_V = b.sampler_V @ draws_VV
+        np.testing.assert_allclose(mean_V, b.gradient(), atol=1e-12)  # unbiased, whatever the constant
+        assert b.variance(baseline) == pytest.approx(b.sampler_V @ ((draws_VV - mean_V) ** 2).sum(axis=1))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -20,7 +20,7 @@ from megatron_bicc.metrics import Stopwatch
 from megatron_bicc.model.policy import Policy
 from megatron_bicc.rollout.types import Group, Sample
 from megatron_bicc.training.learner import Learner, StepResult
-from megatron_bicc.weights.hf_weights import hf_tensors
+from megatron_bicc.weights.hf_weights import hf_tensors, load_policy
 from support.hf_reference import ANSWER, EOS, RIGHT, WRONG, Example, response_logp
 
 HEADERS = {"wrong": WRONG, "right": RIGHT, "answer": ANSWER}
@@ -136,7 +136,7 @@ def second_update(
     it updates, which the first has moved away from the old policy."""
     learner.config.train.updates_per_step, learner.config.optimizer.lr = 2, 3e-3
     start = learner.policy.host_copy()
-    learner.policy = Policy(learner.config)
+    learner.policy = load_policy(learner.config)
     learner.policy.set_weights(start)
     learner.policy.optimizer.reload_model_params()
     moved: list[PreTrainedModel] = []
