@@ -1,7 +1,7 @@
 """Which exceptions end a run, and how each is printed. Standard library only.
 
-UserError: the user must change settings, files or the environment. One line, exit status 2. During a run these are
-CheckpointError, NotFiniteError, EngineMismatch and NoContrastError.
+UserError: the user must change settings, files or the environment. One line, exit status 2. During a run
+these are CheckpointError, NotFiniteError, EngineMismatch and NoContrastError.
 
 RolloutError, WeightSyncError and a lost peer (device.is_connection_loss): servers, hosts or links failed.
 One line that says how to resume, then the traceback, on every rank; exit status 1.
