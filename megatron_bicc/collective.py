@@ -46,7 +46,7 @@ def raised_on_all_ranks(*kinds: type[Exception], group: dist.ProcessGroup | None
 
 @contextmanager
 def shared_atomic_directory(target: Path) -> Iterator[Path]:
-    """`files.atomic_directory` for all ranks: rank 0 makes it, and renames it at the end. Collective.
+    """Yields `files.atomic_directory` to all ranks; rank 0 makes it and renames it at the end. Collective.
 
     Raises UserError on every rank if `target` exists or cannot be made. An exception of the block leaves it
     at once on the rank that raised it; rank 0 removes the directory, or the next call does.

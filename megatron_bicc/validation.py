@@ -24,7 +24,7 @@ def validate(config: Config, world_size: int) -> None:
 
 
 def validate_evaluation(config: Config, benchmarks: list[str]) -> None:
-    """`validate` for the settings that megatron_bicc.evaluate uses, and its benchmark files."""
+    """Checks the settings that megatron_bicc.evaluate uses, and its benchmark files, like `validate`."""
     check_values(config)
     _check_model(config)
     check_servers(config.rollout)

@@ -110,7 +110,7 @@ class SearchCounts:
     """The counts of one search, shared by all processes in the store."""
 
     def __init__(self, plan: Search) -> None:
-        """Collective."""
+        """Counts the first prompts as submitted. Collective."""
         self._plan = plan
         self._begin = min(plan.unfinished(0, 0), len(plan.prompts))
         # a new prefix: the store still has the keys of earlier searches, and of the run before a restart

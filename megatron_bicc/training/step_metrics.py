@@ -44,11 +44,11 @@ class Bounds:
     """Mismatch that rounding can cause at temperature 1; kl/rollout_old is quadratic in the differences."""
 
     warn: float
-    """Of kl/rollout_old: a larger value is far more than rounding usually causes"""
+    """kl/rollout_old above this is far more than rounding usually causes"""
     stop: float
-    """Of kl/rollout_old: rounding cannot cause a larger value, except through single tokens"""
+    """kl/rollout_old above this cannot be rounding, except through single tokens"""
     weight: float
-    """Of pi / mu and its inverse: not a matter of single tokens if over 1 % of the tokens exceed it"""
+    """If pi / mu or its inverse exceeds this for over 1 % of the tokens, it is not single tokens"""
 
 
 FP32 = Bounds(warn=1e-5, stop=1e-2, weight=1.1)
