@@ -324,7 +324,7 @@ class SglangConfig:
 
 @dataclass
 class RolloutConfig:
-    """Generation of the rollouts that the policy learns from."""
+    """Generation of the rollouts that the policy is trained on."""
 
     engine: str = setting("local", named=("local", "sglang"), decides_score=True)
     """local: transformers' generate in the training processes; sglang: SGLang servers."""

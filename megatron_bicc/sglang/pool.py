@@ -53,7 +53,7 @@ class BadAnswer(Exception):
 
 
 class Server:
-    """One server as this process sees it."""
+    """One server, with this process's state of it."""
 
     def __init__(self, client: ServerClient) -> None:
         self.client = client
