@@ -15,7 +15,7 @@ struct Span {
 };
 
 // Tokens are borrowed from the caller. Offsets and rewards are copied: Python may change its arrays
-// while the GIL is released, and no change of theirs may lead a read out of bounds.
+// while the GIL is released, and such a change must not cause a read out of bounds.
 struct Batch {
   Span<int32_t> prompt_tokens;
   Span<int32_t> tokens;
@@ -55,7 +55,7 @@ struct Settings {
   int64_t alignment;
   int64_t token_cost;
 
-  // Rows that a micro-batch may hold so that its padded length keeps within the limit.
+  // Most rows of a micro-batch whose padded length is within the limit.
   int64_t capacity() const { return max_tokens_per_microbatch / alignment * alignment; }
 };
 

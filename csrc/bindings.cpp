@@ -1,4 +1,4 @@
-// megatron_bicc._C: checks what Python hands over and runs the two phases without the GIL.
+// megatron_bicc._C: checks the arguments from Python and runs the two phases without the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -17,7 +17,7 @@ namespace py = pybind11;
 namespace bicc {
 namespace {
 
-// An array of the very type, laid out for plain pointers: a silent copy would hide the caller's mistake.
+// Returns an array of exactly this dtype and of plain C layout: a silent conversion would hide a mistake.
 template <class T>
 py::array checked(const py::object& object, const std::string& name, int dimensions) {
   if (!py::isinstance<py::array>(object)) fail(name, " must be a NumPy array");
@@ -52,7 +52,7 @@ T read(const py::object& value, const std::string& name) {
   }
 }
 
-// Whole numbers only: pybind11's own cast would cut the fraction off a NumPy or torch number.
+// Integers only: pybind11's own cast would truncate a NumPy or torch float.
 template <>
 int64_t read<int64_t>(const py::object& value, const std::string& name) {
   if (!PyBool_Check(value.ptr())) {
@@ -64,7 +64,7 @@ int64_t read<int64_t>(const py::object& value, const std::string& name) {
   fail(name, " is ", std::string(py::repr(value)), ", which is of the wrong type or too large");
 }
 
-// A tuple or list: a generator would be used up before anyone else can read it, and a set has no order.
+// A tuple or list: reading would exhaust a generator, and a set has no order.
 template <>
 std::vector<int64_t> read<std::vector<int64_t>>(const py::object& value, const std::string& name) {
   if (!py::isinstance<py::tuple>(value) && !py::isinstance<py::list>(value)) {
@@ -125,7 +125,7 @@ Settings read_settings(const py::object& object) {
   return s;
 }
 
-// A plan and the arrays that its batch borrows from.
+// A plan, with the arrays that its batch borrows.
 class PlanHandle {
  public:
   PlanHandle(const py::object& batch, const py::object& settings, const py::object& dp_size)
@@ -207,7 +207,7 @@ class PlanHandle {
     return py::array_t<int64_t>({count, kFields}, reinterpret_cast<const int64_t*>(copies.data()));
   }
 
-  // int32: what copies from headers count in.
+  // int32: the buffer that copies of kFromHeaders index.
   py::array_t<int32_t> headers() const {
     return py::array_t<int32_t>(static_cast<py::ssize_t>(plan_.headers.size()), plan_.headers.data());
   }
@@ -255,7 +255,7 @@ class PlanHandle {
  private:
   Range everything() const { return {0, static_cast<int64_t>(plan_.sizes.size())}; }
 
-  // A core for every million rows: below that, starting a thread costs more than it saves.
+  // One thread per million rows, at most one per core: for fewer rows, starting a thread costs more than it saves.
   static int64_t default_threads(int64_t rows) {
     const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
     return std::clamp<int64_t>(rows >> 20, 1, cores);

@@ -6,10 +6,10 @@
 namespace bicc {
 namespace {
 
-// First partners tried for a pair: more gain little and cost time (docs/packing.md).
+// Candidates for the larger piece of a pair: more gain little and cost time (docs/packing.md).
 constexpr int kPairCandidates = 32;
 
-// Pieces by decreasing rows; those already packed are skipped by path-compressed links.
+// Pieces by decreasing rows; path-compressed links skip those already packed.
 class Shelf {
  public:
   explicit Shelf(const std::vector<int64_t>& rows) : order_(rows.size()), next_(rows.size() + 1) {
@@ -51,6 +51,7 @@ struct Choice {
   int64_t rows;
 };
 
+// The piece or pair that fills `gap` best. The larger piece comes first, so its partner is found by bisection.
 Choice best_choice(Shelf& shelf, int64_t gap) {
   const int64_t end = shelf.end();
   int64_t first = shelf.fitting(0, gap);

@@ -5,8 +5,8 @@
 namespace bicc {
 namespace {
 
-// Largest equal share of `budget`: what a short attempt leaves goes to the longer ones, the remainder of
-// the division one token each to the first that still want some. Replaces wanted lengths by shares.
+// Replaces wanted lengths by equal shares of `budget`. What a short attempt leaves goes to the longer ones; the
+// remainder of the division goes to the first attempts that are longer, one token each.
 void share_equally(std::vector<int64_t>& lengths, int64_t budget) {
   std::vector<int64_t> ascending = lengths;
   std::sort(ascending.begin(), ascending.end());
@@ -36,7 +36,7 @@ void fill_in_order(std::vector<int64_t>& lengths, int64_t header, int64_t budget
   lengths.resize(shown);
 }
 
-// Attempts whose headers and one token each fit come first; the later ones are left out.
+// Keeps the first attempts whose headers and one token each fit; later ones are left out.
 void fill_equally(std::vector<int64_t>& lengths, int64_t header, int64_t budget) {
   const int64_t shown = std::min<int64_t>(lengths.size(), budget / (header + 1));
   lengths.resize(shown);
@@ -54,7 +54,7 @@ int64_t kept_tail(int64_t kept, Keep keep) {
   }
 }
 
-// Length of a rollout inside a context.
+// Length of a rollout inside a context: without a trailing end token.
 int64_t attempt_length(const Batch& batch, const Settings& settings, int64_t rollout) {
   const int32_t last = batch.tokens[batch.offsets[rollout + 1] - 1];
   const auto& ends = settings.end_token_ids;

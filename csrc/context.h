@@ -5,8 +5,8 @@
 
 namespace bicc {
 
-// Tokens kept of one rollout: of its first `length` (all but a trailing end-of-sequence token) the first `head`
-// and the last `tail`.
+// The tokens kept of one rollout: the first `head` and the last `tail` of its `length` tokens, which exclude a
+// trailing end token.
 struct Part {
   int64_t rollout;
   int64_t length;
@@ -14,8 +14,8 @@ struct Part {
   int64_t tail;
 };
 
-// Appends the parts of a context that may take `budget` tokens, headers included; all `attempts` carry a
-// header of `header` tokens. Returns the context's tokens, answer header included; 0: no context.
+// Appends the parts of a context of at most `budget` tokens, headers included; each attempt has a header of
+// `header` tokens. Returns the length of the context, answer header included; 0: no context.
 int64_t choose_context(const Batch& batch, const Settings& settings, const std::vector<int64_t>& attempts,
                        int64_t header, int64_t budget, std::vector<Part>& parts);
 

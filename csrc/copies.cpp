@@ -12,7 +12,7 @@ int32_t token_at(const Plan& plan, const Copy& copy, int64_t index) {
   return plan.headers[place];
 }
 
-// Appends the runs of one micro-batch, row after row.
+// Appends the copies of one micro-batch, in the order of its rows.
 class Copier {
  public:
   Copier(const Plan& plan, const Extent& start, const MicroBatchSize& size, std::vector<Copy>& copies)
@@ -59,7 +59,8 @@ class Copier {
     row_ += side.prefix_tokens - 1;
   }
 
-  // The next `length` tokens of a prefix, which starts at row_ and of which done_ tokens are placed.
+  // Adds the next `length` tokens of a prefix that starts at row_ and of which done_ tokens are placed. The first
+// token of a prefix is no label, and its last token is no input: it is the first input of every response.
   void add_run(const Side& side, CopySource source, int64_t offset, int64_t length) {
     if (length == 0) return;
     const int64_t skip = done_ == 0;
@@ -69,6 +70,7 @@ class Copier {
     done_ += length;
   }
 
+  // The first input is the last token of the prefix, one row before the copied inputs.
   void add_response(int64_t rollout, int64_t position, int32_t first_input) {
     const int64_t length = plan_.batch.length(rollout);
     copies_.push_back({kFromResponses, plan_.batch.offsets[rollout], length, length - 1, response_row_ + 1, position,

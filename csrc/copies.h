@@ -1,4 +1,4 @@
-// A plan as runs of tokens to be copied: what the CPU and the GPU fill both carry out.
+// A plan as a list of token runs to copy, which the CPU fill and the CUDA kernel both execute.
 #pragma once
 
 #include <vector>
@@ -24,10 +24,10 @@ struct Range {
   int64_t last;
 };
 
-// One entry per micro-batch of the range, counted from its first, and the extent of the whole range as the last.
+// Returns the start of each micro-batch of the range, relative to its first; last, the extent of the range.
 std::vector<Extent> starts_of(const Plan& plan, Range range);
 
-// Appends the copies that make micro-batch `index`, which starts at `start`. Their order does not matter.
+// Appends the copies of micro-batch `index`, which starts at `start`. Their order does not matter.
 void append_copies(const Plan& plan, int64_t index, const Extent& start, std::vector<Copy>& copies);
 
 }  // namespace bicc

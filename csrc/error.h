@@ -1,4 +1,4 @@
-// Errors that a caller can mend: they reach Python as ValueError with a one-line message.
+// Errors in the caller's input: Python gets a ValueError with a one-line message.
 #pragma once
 
 #include <sstream>
@@ -11,7 +11,7 @@ class InputError : public std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
-// Throws InputError with its arguments written one after another.
+// Throws InputError; the message is the concatenated arguments.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;

@@ -51,7 +51,7 @@ class RowWriter {
   const RowBuffers& out_;
 };
 
-// Appends running sums of lengths, from 0, to one of the int32 buffers.
+// Appends cumulative lengths, starting at 0, to an int32 buffer.
 class Cumulative {
  public:
   explicit Cumulative(int32_t* out) : out_(out) {}
@@ -73,7 +73,7 @@ class SegmentWriter {
         sides_(out.cu_response_side),
         responses_(out.cu_response) {}
 
-  // Micro-batches come in their order.
+  // Call for the micro-batches in order.
   void write(const Bin& bin, const MicroBatchSize& size) {
     for (Cumulative* list : {&seqlens_, &prefixes_, &sides_, &responses_}) list->restart();
     for (const int64_t p : bin) {

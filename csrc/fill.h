@@ -1,4 +1,4 @@
-// The threaded phase: tokens move into the caller's buffers as the plan says.
+// The threaded phase: copies tokens into the caller's buffers according to the plan.
 #pragma once
 
 #include "copies.h"
@@ -25,8 +25,7 @@ struct RowBuffers {
   float* features;     // [features * response rows]
 };
 
-// Writes what is known of every rank's micro-batches without moving a token: cumulative lengths; rollout, group and
-// scale of every segment.
+// Writes the layout of all ranks' micro-batches: cumulative lengths; rollout, group and scale of every segment.
 void fill_segments(const Plan& plan, const SegmentBuffers& buffers);
 
 // Writes the rows of the range's micro-batches: tokens, positions, labels, gather and features. `features` is

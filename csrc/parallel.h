@@ -10,8 +10,8 @@
 
 namespace bicc {
 
-// Calls body(i) for every i in [0, n), each once, in any order; the caller's thread takes part. Where the system
-// refuses a thread, those that run do the work. Rethrows an exception of `body` when all threads are done.
+// Calls body(i) once for every i in [0, n), in any order, on the calling thread and others. If the system cannot
+// start a thread, the running ones do its work. Rethrows an exception of `body` when all threads are done.
 template <class Body>
 void parallel_for(int64_t n, int64_t threads, const Body& body) {
   std::atomic<int64_t> next{0};

@@ -12,7 +12,7 @@ namespace {
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Every bin's and rank's cost is part of this sum: if it fits, they do.
+// The cost of a bin or rank is part of this sum: if the sum does not overflow, they do not.
 void check_total_cost(const Pieces& pieces) {
   int64_t total = 0;
   for (const Piece& piece : pieces.pieces) {
@@ -29,6 +29,7 @@ int64_t cost_of(const Pieces& pieces, const Bin& bin) {
   return cost;
 }
 
+// For several ranks: rounds the number of bins up to a multiple of dp_size and spreads the pieces evenly over them.
 std::vector<Bin> make_bins(const Pieces& pieces, int64_t capacity, int64_t dp_size) {
   std::vector<int64_t> rows;
   for (const Piece& piece : pieces.pieces) rows.push_back(piece.rows);
@@ -40,8 +41,8 @@ std::vector<Bin> make_bins(const Pieces& pieces, int64_t capacity, int64_t dp_si
   return bins;
 }
 
-// Costliest bin first, to the rank of least cost that still has a free slot (ties: lowest rank).
-// So a rank's own micro-batches come in order of decreasing cost: what runs out of memory does so at once.
+// Assigns the costliest bin first, to the rank of least cost with a free slot (ties: lowest rank). So a rank's
+// micro-batches come in order of decreasing cost, and a step that runs out of memory does so at its start.
 void assign_to_ranks(Plan& plan, std::vector<Bin> bins, int64_t dp_size) {
   check_total_cost(plan.pieces);
   std::vector<int64_t> costs(bins.size()), order(bins.size());

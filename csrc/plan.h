@@ -1,4 +1,4 @@
-// The serial phase: every choice of a packing, before any token is moved.
+// The serial phase: every decision of a packing, before any token is copied.
 #pragma once
 
 #include <memory>
@@ -24,7 +24,7 @@ struct Plan {
   std::vector<int32_t> headers;  // tokens of the wrong, the right and the answer header, end to end
   Sides sides;
   Pieces pieces;
-  std::vector<Bin> micro_batches;  // rank after rank, an equal number each
+  std::vector<Bin> micro_batches;  // rank by rank, an equal number each
   std::vector<MicroBatchSize> sizes;
   std::vector<int64_t> rank_costs;
   std::vector<int32_t> segments_of;  // [rollouts]: segments that train the rollout

@@ -64,7 +64,7 @@ class SideMaker {
     return choose_context(batch_, settings_, attempts, header.size(), std::min(share, room), out_.parts);
   }
 
-  // In tokens, prefix and response together; the one-token shift makes one row less of them.
+  // In tokens, prefix and response together: one more than their rows, because of the one-token shift.
   int64_t longest_sequence() const { return std::min(settings_.max_sequence_tokens, settings_.capacity() + 1); }
 
   Rollouts without_overlong(const Rollouts& rollouts, int64_t prompt) {
@@ -113,7 +113,7 @@ Piece make_piece(const Batch& batch, const Settings& settings, const Side& side,
   return piece;
 }
 
-// Shares of `responses` whose lengths sum to at most `room`.
+// Splits `responses` into shares of at most `room` tokens: first fit by decreasing length.
 std::vector<Rollouts> split(const Batch& batch, Rollouts responses, int64_t room) {
   int64_t total = 0;
   for (const int64_t r : responses) total += batch.length(r);

@@ -1,4 +1,5 @@
-// Groups become sides (a prefix and the responses that see it), sides become pieces that fit a micro-batch.
+// Turns groups into sides (a prefix and the responses that attend to it), and sides into pieces that fit a
+// micro-batch.
 #pragma once
 
 #include "batch.h"
@@ -22,8 +23,8 @@ struct Sides {
   std::vector<Side> sides;
   std::vector<Part> parts;
   std::vector<int64_t> responses;  // rollouts
-  int64_t skipped_groups = 0;      // left out for want of contrast
-  int64_t dropped = 0;             // response segments left out as overlong
+  int64_t skipped_groups = 0;      // without contrast
+  int64_t dropped = 0;             // overlong response segments
 };
 
 // A side, or a share of its responses with the prefix repeated.
@@ -39,7 +40,7 @@ struct Pieces {
   std::vector<int64_t> responses;  // rollouts, in batch order within a piece
 };
 
-// Sides with no response left are absent. Throws InputError for an overlong response unless settings drop it.
+// Omits sides without a response left. Throws InputError for an overlong response unless settings drop it.
 Sides make_sides(const Batch& batch, const Settings& settings);
 
 // Splits sides of more than settings.capacity() rows between responses, first fit by decreasing length.

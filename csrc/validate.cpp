@@ -25,7 +25,7 @@ void check_ids(const char* name, const std::vector<int64_t>& ids, int64_t vocab_
   }
 }
 
-// `item` names what lies between two offsets: "group 3" or "group 3, rollout 17".
+// item(i) names the item between offsets i and i + 1: "group 3" or "group 3, rollout 17".
 template <class Name>
 void check_offsets(const char* array, const std::vector<int64_t>& offsets, int64_t end, const char* indexed, Name item) {
   if (offsets.front() != 0) {
@@ -47,7 +47,7 @@ void check_offsets(const char* array, const std::vector<int64_t>& offsets, int64
 }
 
 bool all_in_vocabulary(Span<int32_t> tokens, int64_t vocab_size) {
-  // No early exit, so that the loop vectorises; a negative id is a large unsigned one.
+  // No early exit, so that the loop vectorises; a negative id becomes a large unsigned number.
   uint32_t largest = 0;
   for (int64_t i = 0; i < tokens.size; ++i) largest = std::max(largest, static_cast<uint32_t>(tokens[i]));
   return tokens.size == 0 || largest < static_cast<uint64_t>(vocab_size);

@@ -1,4 +1,4 @@
-// Checks at the border: after them no index computed from the batch can leave its arrays.
+// Input checks: after them no index computed from the batch can be out of bounds.
 #pragma once
 
 #include "batch.h"

@@ -1,8 +1,8 @@
 """Command line: turns YAML files and `section.name=value` overrides into a Config.
 
 jsonargparse parses the values, with the types of config.py. This module adds the file and line of a mistake
-and the nearest name. It reads YAML as nodes, since jsonargparse's own reader drops the line numbers
-and turns text such as 2025-01-31 or `on` into a date or a boolean before the setting's type is known.
+and the nearest name. It reads YAML as nodes, since jsonargparse's own reader drops the line numbers and
+turns text such as 2025-01-31 or `on` into a date or a boolean before the setting's type is known.
 """
 
 import argparse
@@ -29,7 +29,7 @@ TRUNCATED_SAMPLING = (
     "presence_penalty",
     "repetition_penalty",
 )
-"""Settings of other systems that this one does not have on purpose."""
+"""Settings of other systems that are left out on purpose."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,10 @@ def _parser() -> jsonargparse.ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; overrides win over it")
-    parser.add_argument("--print-config", action="store_true", help="print the YAML that would run, and exit")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; overrides take precedence")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved settings as YAML and exit"
+    )
     sections = [f for f in fields(Config) if is_dataclass(f.type)]
     groups = {f.name: parser.add_argument_group(f.name, f.type.__doc__) for f in sections}
     for name, setting in settings().items():
@@ -95,7 +97,7 @@ def _parser() -> jsonargparse.ArgumentParser:
 
 
 def _parse(flags: list[str], given: list[Assignment]) -> dict[str, Any]:
-    """Returns the given values by setting. Raises UserError for the first one that its field refuses."""
+    """Returns the given values by setting. Raises UserError for the first that its field does not accept."""
     parser = _parser()
     parser.parse_args(flags)
     values: dict[str, Any] = {}
@@ -106,7 +108,7 @@ def _parse(flags: list[str], given: list[Assignment]) -> dict[str, Any]:
             setting.check(values[name])
             if name == "algorithm":
                 parse_algorithm(text)
-        except argparse.ArgumentError as error:  # of another type
+        except argparse.ArgumentError as error:  # the value has another type
             hint = did_you_mean(text, setting.choices)
             raise UserError(f"{origin}: {name} is {text!r}; it must be {setting.expected}{hint}") from error
         except UserError as error:
@@ -115,7 +117,7 @@ def _parse(flags: list[str], given: list[Assignment]) -> dict[str, Any]:
 
 
 def _read_arguments(argv: list[str]) -> tuple[list[str], list[Assignment]]:
-    """Returns the flags, and everything that has a value."""
+    """Returns (flags, assignments) of a command line."""
     flags: list[str] = []
     given: list[Assignment] = []
     tokens = list(reversed(argv))
@@ -194,8 +196,8 @@ def _check_name(name: str, origin: str) -> None:
     last = name.split(".")[-1]
     if last in TRUNCATED_SAMPLING:
         raise UserError(
-            f"{origin}: there is no setting {name}: the policy gradient needs samples of the whole "
-            "distribution that log-probs are taken of; only rollout.temperature shapes it"
+            f"{origin}: there is no setting {name}: log-probs are of the whole distribution, and the "
+            "policy gradient needs samples of the same; only rollout.temperature changes both"
         )
     in_other_sections = [known for known in settings() if known.split(".")[-1] == last]
     hint = did_you_mean(name, in_other_sections or settings(), cutoff=0.0)

@@ -1,4 +1,4 @@
-"""Collective operations: gather small Python objects, raise one rank's error on all, write one directory."""
+"""Collective operations: gather small objects, raise one rank's error on all ranks, write one directory."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +27,7 @@ def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 def raised_on_all_ranks(*kinds: type[Exception], group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Runs the block on every rank; if it raises one of `kinds` on any, every rank raises. Collective.
 
-    Without this, one rank would leave with its error while the others wait for it in their next collective.
+    Without this, the failing rank would leave while the others wait for it in their next collective.
     The failing rank raises its own error, with its traceback; the others raise the first failing rank's type
     with the same text. `kinds` must be constructible from one string. An exception of any other type is
     a fault of the program: it leaves the block at once, and the launcher ends the job.
@@ -46,7 +46,7 @@ def raised_on_all_ranks(*kinds: type[Exception], group: dist.ProcessGroup | None
 
 @contextmanager
 def shared_atomic_directory(target: Path) -> Iterator[Path]:
-    """`files.atomic_directory` for all ranks: rank 0 makes it, and renames it at the end. Collective.
+    """Yields `files.atomic_directory` to all ranks; rank 0 makes it and renames it at the end. Collective.
 
     Raises UserError on every rank if `target` exists or cannot be made. An exception of the block leaves it
     at once on the rank that raised it; rank 0 removes the directory, or the next call does.
@@ -58,4 +58,4 @@ def shared_atomic_directory(target: Path) -> Iterator[Path]:
         with os_error_named(target):
             yield partial
         dist.barrier()  # rank 0 must not rename it while another rank writes
-    dist.barrier()  # `target` is there when any rank goes on
+    dist.barrier()  # no rank continues before `target` exists

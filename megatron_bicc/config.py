@@ -1,7 +1,7 @@
 """Every setting of a run: nested dataclasses with the default, type, range and meaning of each.
 
-A field is the only place where a setting is described. Its type gives the choices (`Literal`), `setting(...)`
-the range, what a changed value does to a resumed run and to a score, and the string below it the meaning.
+A setting is described at its field only. The type gives the choices (`Literal`), `setting(...)` the range and
+whether a change affects a resumed run or a score, and the string below the field the meaning.
 --help, the checks at start-up, checkpoint.resume and megatron_bicc.evaluate read them by `settings()`. Checks
 that involve several settings are in `check`.
 
@@ -51,7 +51,7 @@ RENAMED = MappingProxyType(
 
 @dataclass(frozen=True)
 class Rule:
-    """What a setting accepts beyond its type, and what depends on it."""
+    """The values that a setting accepts beyond its type, and what a change of it affects."""
 
     at_least: float | None = None
     above: float | None = None
@@ -62,10 +62,10 @@ class Rule:
     named: tuple[str, ...] = ()
     """Built-in names of a text setting that otherwise takes an import path; "" means empty."""
     form: Callable[[str], bool] | None = None
-    """Any other check of a text; `form_in_words` describes it."""
+    """Additional check of a text; `form_in_words` describes it."""
     form_in_words: str = ""
     reason: str = ""
-    """Why the range is what it is, for the error message."""
+    """Reason for the range, for the error message."""
     changes_experiment: bool = False
     """A resumed run with another value would be another experiment: refused without checkpoint.force."""
     decides_score: bool = False
@@ -86,7 +86,7 @@ class Rule:
         return f"{words}, or 0 for off" if self.zero_is_off else words
 
     def admits(self, value: Any) -> bool:
-        """Returns whether a number is within the range. NaN is within none."""
+        """Returns whether a number is within the range; NaN never is."""
         if self.zero_is_off and value == 0:
             return True
         return (
@@ -143,7 +143,7 @@ class BiccConfig:
     context_ratio: float = setting(0.4, at_least=0, at_most=1)
     """Largest fraction of train.max_sequence_tokens that a context takes."""
     context_source: ContextSource = "partition"
-    """The whole opposite partition in one context, or one opposite rollout per context."""
+    """All rollouts of the opposite partition in one context, or one opposite rollout per context."""
     truncation: Truncation = "equal"
     """Opposite rollouts share the context's token budget equally, or fill it one after another."""
     keep: Keep = "head"
@@ -221,7 +221,7 @@ class DataConfig:
     max_prompt_tokens: int = setting(1024, at_least=1, decides_score=True)
     """Longest prompt in tokens, chat template included."""
     overlong_prompts: OverlongAction = setting("error", decides_score=True)
-    """What to do with a longer prompt."""
+    """Raise an error for a longer prompt, or drop it."""
     filter: str = setting("", named=("",))
     """Function that returns whether a training prompt is used; empty: all are."""
     instruction: str = ""
@@ -229,7 +229,7 @@ class DataConfig:
     control_tokens: ControlTokens = setting("refuse", decides_score=True)
     """Control tokens such as <|im_end|> in a prompt's text: an error, encoded as text, or kept as tokens."""
     date: str = setting("", form=_is_date, form_in_words="a date, YYYY-MM-DD, or empty", decides_score=True)
-    """Today's date for chat templates that ask for it, YYYY-MM-DD; empty: the day the run first started."""
+    """Date that chat templates get as today's, YYYY-MM-DD; empty: the day the run first started."""
 
 
 @dataclass
@@ -324,7 +324,7 @@ class SglangConfig:
 
 @dataclass
 class RolloutConfig:
-    """Generation of the rollouts that the policy learns from."""
+    """Generation of the rollouts that the policy is trained on."""
 
     engine: str = setting("local", named=("local", "sglang"), decides_score=True)
     """local: transformers' generate in the training processes; sglang: SGLang servers."""
@@ -335,7 +335,10 @@ class RolloutConfig:
     prompts_per_step: int = setting(32, at_least=1, changes_experiment=True)
     """Prompts (groups) per step."""
     group_size: int = setting(
-        8, at_least=2, changes_experiment=True, reason="rollouts learn from the others of their group"
+        8,
+        at_least=2,
+        changes_experiment=True,
+        reason="advantages compare rollouts of one group",
     )
     """Rollouts per prompt."""
     max_new_tokens: int = setting(2048, at_least=1, changes_experiment=True, decides_score=True)
@@ -347,7 +350,7 @@ class RolloutConfig:
     dynamic_sampling: bool | None = setting(None, changes_experiment=True)
     """Sample prompts until prompts_per_step groups have right and wrong rollouts; null: preset."""
     max_prompts_per_step: int = setting(320, at_least=1)
-    """Most prompts that dynamic sampling samples per step; the run stops if they yield too few groups."""
+    """Maximum prompts per step of dynamic sampling; the run stops if they yield too few groups."""
     leftover: Literal["drop", "keep"] = setting("drop", changes_experiment=True)
     """Groups with contrast beyond prompts_per_step: drop them, or keep them for the next step."""
     sglang: SglangConfig = section(SglangConfig)
@@ -360,7 +363,7 @@ class WeightSyncConfig:
     method: Literal["tensor", "disk", "distributed"] = "tensor"
     """Bytes over HTTP; files that the servers read; or a broadcast from the trainer to the servers."""
     bucket_mb: float = setting(512.0, at_least=1, reason="each bucket is one request to every server")
-    """Size of a bucket of weights in MiB; a larger tensor is a bucket of its own."""
+    """Size of a bucket of weights in MiB; a larger tensor gets its own bucket."""
     path: str = ""
     """Directory for weight files, on a disk or in memory; empty: output_dir/rollout_weights."""
     keep_files: bool = True
@@ -486,14 +489,14 @@ class Setting:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """Every value that the type spells out, as text; empty for a number or free text."""
+        """The values that the type lists, as text; empty for a number or free text."""
         parts = [self.type] if get_origin(self.type) in (None, Literal) else get_args(self.type)
         spelled = {bool: ("true", "false"), type(None): ("null",)}
         return tuple(choice for part in parts for choice in spelled.get(part, get_args(part)))
 
     @property
     def expected(self) -> str:
-        """What the setting accepts, in words: choices, type and range."""
+        """The accepted values in words: choices, type and range."""
         words = {int: "a whole number", float: "a number", str: self.rule.form_in_words or "text"}
         free = [f"{words[kind]} {self.rule.remedy}".strip() for kind in self._free_types]
         if self.rule.named:
@@ -508,7 +511,7 @@ class Setting:
 
     @property
     def metavar(self) -> str:
-        """What the setting accepts, for --help: choices, or the type."""
+        """The accepted values for --help: choices, or the type."""
         free = [*filter(None, self.rule.named), "module:name"] if self.rule.named else self._free_types
         return "|".join([kind if isinstance(kind, str) else kind.__name__ for kind in free] + [*self.choices])
 
@@ -561,7 +564,10 @@ def settings() -> MappingProxyType[str, Setting]:
 
 
 def _walk(cls: type, prefix: str, inherited: bool, docs: dict[tuple[str, str], str]) -> Iterator[Setting]:
-    """inherited: changes_experiment of the section. docs: `_field_docstrings`."""
+    """Yields the settings of a class and its sections.
+
+    inherited: changes_experiment of the section. docs: `_field_docstrings`.
+    """
     for f in fields(cls):
         if is_dataclass(f.type):
             changes_experiment = inherited or f.metadata["changes_experiment"]
@@ -594,7 +600,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check(config: Config, world_size: int) -> None:
-    """Raises UserError, one line with setting, value and remedy, for the first setting that is not usable.
+    """Raises UserError, one line with setting, value and remedy, for the first setting that cannot be used.
 
     config: resolved by presets.resolve. world_size: number of processes. Needs no file and no package: see
     validation.validate for the rest.
@@ -663,7 +669,7 @@ def _check_tokens(config: Config) -> None:
     if microbatch < sequence:
         raise UserError(
             f"train.max_tokens_per_microbatch is {microbatch}; it must hold the longest sequence, "
-            f"train.max_sequence_tokens = {sequence} (of it data.max_prompt_tokens = {prompt} and "
+            f"train.max_sequence_tokens = {sequence} (of which data.max_prompt_tokens = {prompt} and "
             f"rollout.max_new_tokens = {response})"
         )
 

@@ -1,6 +1,6 @@
 """Checks that all processes run the same code, on the same settings, libraries and files.
 
-Hosts drift apart: one was not updated, one reads an older copy of the data. Their collectives would still
+Hosts may differ: one was not updated, one reads an older copy of the data. Their collectives would still
 match, and training would silently use mixed inputs.
 """
 
@@ -32,7 +32,7 @@ def check_agreement(config: Config, contents: dict[str, str]) -> None:
 
 
 def _facts(config: Config, contents: dict[str, str]) -> dict[str, str]:
-    """Returns what has to be the same on every rank, by name."""
+    """Returns everything that must be equal on all ranks, by name."""
     facts = {f"setting {name}": repr(value) for name, value in flatten(asdict(config)).items()}
     for file in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.glob("_C.*")]):
         facts[f"code megatron_bicc/{file.relative_to(PACKAGE)}"] = _sha256(file)

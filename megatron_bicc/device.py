@@ -1,5 +1,7 @@
-"""The device and the process group: CUDA with NCCL, or the CPU with gloo. Only this module
-checks for CUDA."""
+"""The device and the process group: CUDA with NCCL, or the CPU with gloo.
+
+Only this module checks for CUDA.
+"""
 
 import os
 import socket
@@ -22,7 +24,7 @@ LOST_PEER = (
     "Connection refused",
     "remote process exited or there was a network error",
 )
-"""Words of gloo, of NCCL (ncclRemoteError) and of the store for a connection that is gone"""
+"""Messages of gloo, NCCL (ncclRemoteError) and the store for a lost connection"""
 
 _heartbeat: Heartbeat | None = None
 _store: dist.Store | None = None
@@ -59,7 +61,7 @@ def node_address() -> str:
 def world_size() -> int:
     """Returns the number of processes of the job; 1 without torchrun.
 
-    Raises UserError if WORLD_SIZE is not such a number.
+    Raises UserError if WORLD_SIZE is not a positive whole number.
     """
     size = os.environ.get("WORLD_SIZE", "1")
     if not size.isdecimal() or int(size) < 1:
@@ -75,7 +77,7 @@ def is_first() -> bool:
 def start_distributed() -> None:
     """Joins the process group that torchrun describes; without torchrun, makes a group of one process.
 
-    Raises UserError that names the address if the processes cannot meet there.
+    Raises UserError that names the address if the rendezvous fails.
     """
     global _store
     if has_cuda():
@@ -86,13 +88,13 @@ def start_distributed() -> None:
 
 
 def _meet() -> tuple[dist.Store, int, int]:
-    """Returns (store, rank, number of processes) from the address that torchrun gave."""
+    """Returns (store, rank, number of processes) from the address that torchrun set."""
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
     except dist.DistError as error:
         raise UserError(
-            f"MASTER_ADDR:MASTER_PORT is {address}; {launcher.place()} cannot meet the others there: "
+            f"MASTER_ADDR:MASTER_PORT is {address}; {launcher.place()} cannot join the rendezvous there: "
             f"{first_line(error)}; give a free port of the first host, the same on every host"
         ) from error
     return dist.PrefixStore("default_pg", store), rank, size
@@ -109,14 +111,14 @@ def quiet() -> bool | None:
 
 
 def watch_hosts(heartbeat_timeout_s: float) -> None:
-    """Ends this process when another host is silent for so many seconds; 0: never. Collective."""
+    """Ends this process if another host sends no heartbeat for that many seconds; 0: off. Collective."""
     global _heartbeat
     if heartbeat_timeout_s and "RANK" in os.environ:
         _heartbeat = Heartbeat(heartbeat_timeout_s, local_rank())
 
 
 def end_distributed() -> None:
-    """Leaves the process group once every rank has come here. Collective."""
+    """Leaves the process group once every rank has reached this call. Collective."""
     dist.barrier()
     if _heartbeat:
         _heartbeat.stop()
@@ -124,10 +126,10 @@ def end_distributed() -> None:
 
 
 def is_connection_loss(error: BaseException) -> bool:
-    """Returns whether another process, or the link to it, is gone.
+    """Returns whether an error means that another process, or the link to it, is lost.
 
-    Every other failure of NCCL, gloo or the store (a timeout, a wrong size, a device fault) is not: it
-    keeps its own words.
+    Any other failure of NCCL, gloo or the store (a timeout, a wrong size, a device fault) keeps its own
+    message.
     """
     if isinstance(error, dist.DistNetworkError):
         return True
@@ -139,15 +141,15 @@ def is_connection_loss(error: BaseException) -> bool:
 
 
 def lost_connection(error: BaseException) -> str:
-    """Returns one line: which process lost the connection, and what the library says of its peer."""
+    """Returns one line: which process lost the connection, and the library's message."""
     return f"{launcher.place()} lost the connection to another process: {first_line(error)}"
 
 
 def megatron() -> AbstractContextManager:
-    """Returns a context to call megatron-core in: without CUDA its CUDA calls are redirected to the CPU."""
+    """Returns a context for calls of megatron-core: without CUDA it redirects CUDA calls to the CPU."""
     if has_cuda():
         return nullcontext()
-    # Imported late: it loads megatron-core, which takes seconds and which an evaluation does without.
+    # Imported late: it loads megatron-core, which takes seconds and which an evaluation does not need.
     from megatron_bicc.device_cpu import CudaOnCpu
 
     return CudaOnCpu()

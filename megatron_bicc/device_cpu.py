@@ -1,9 +1,9 @@
-"""Every redirection that lets megatron-core 0.16 run on a CPU over gloo.
+"""Redirects CUDA calls so that megatron-core 0.16 runs on a CPU over gloo.
 
 Megatron-core names CUDA in factory calls (`device="cuda"`), in `torch.cuda` streams and random states, and
-in tensor type names. `CudaOnCpu` sends these to the CPU while it is entered, and to nothing else: code
-outside it sees an ordinary torch. tests/driver/test_device.py names the seam that a new megatron-core moves.
-A dry run sends them to the meta device instead.
+in tensor type names. `CudaOnCpu` redirects these to the CPU while it is active; outside it torch is
+unchanged. tests/driver/test_device.py names the attribute that a new megatron-core has moved. A dry run
+redirects to the meta device instead.
 """
 
 from collections.abc import Sequence
@@ -61,13 +61,13 @@ def _all_to_all(
     input_split_sizes: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """With the split sizes as lists: gloo refuses the NumPy arrays that the token dispatcher passes."""
+    """Passes the split sizes as lists: gloo refuses the NumPy arrays that the token dispatcher passes."""
     sizes = [None if x is None else [int(n) for n in x] for x in (output_split_sizes, input_split_sizes)]
     return _ALL_TO_ALL(output, input, *sizes, **kwargs)
 
 
 def _seams(device: str = "cpu") -> list[tuple[ModuleType, str, Any]]:
-    """(module, attribute, its stand-in on `device`)"""
+    """Returns (module, attribute, its replacement on `device`) for every redirected CUDA name."""
     return [
         (torch.cuda, "current_device", lambda: device),
         (torch.cuda, "current_stream", _CpuStream),
@@ -89,10 +89,10 @@ def _is_cuda(device: Any) -> bool:
 
 
 class CudaOnCpu(TorchFunctionMode):
-    """Context in which a request for CUDA is served by the CPU; may be entered again inside itself."""
+    """Context in which requests for CUDA go to the CPU; may be nested."""
 
     def __init__(self, device: Literal["cpu", "meta"] = "cpu") -> None:
-        """`device`: where tensors that were meant for CUDA come to lie."""
+        """device: replaces CUDA in every request."""
         super().__init__()
         self.device = device
 

@@ -1,7 +1,7 @@
 """Which exceptions end a run, and how each is printed. Standard library only.
 
-UserError: the user has to change settings, files or surroundings. One line, exit status 2. Those of a run in
-progress are CheckpointError, NotFiniteError, EngineMismatch and NoContrastError.
+UserError: the user must change settings, files or the environment. One line, exit status 2. During a run
+these are CheckpointError, NotFiniteError, EngineMismatch and NoContrastError.
 
 RolloutError, WeightSyncError and a lost peer (device.is_connection_loss): servers, hosts or links failed.
 One line that says how to resume, then the traceback, on every rank; exit status 1.
@@ -21,11 +21,11 @@ from megatron_bicc import launcher
 PROGRAM = "python -m megatron_bicc.train"
 """The command that an error line names, unless another is given."""
 TURN_S = 2.0
-"""Seconds in which torchrun kills the other ranks"""
+"""Seconds within which torchrun kills the other ranks"""
 
 
 class UserError(Exception):
-    """Something the user got wrong or has to act on, in one line: name, value and remedy.
+    """A mistake or a condition that the user must act on, in one line: name, value and remedy.
 
     Only checks of this package raise it. The command prints its text without a traceback and exits with
     status 2; any other exception is a fault of the program and keeps its traceback and its cause.
@@ -45,8 +45,8 @@ def first_line(error: BaseException) -> str:
 def abort(message: str, program: str = PROGRAM) -> NoReturn:
     """Ends the process with one line on stderr and exit status 2.
 
-    The first rank that has the error prints it: rank 0 at once. The others wait for their turn, in which
-    torchrun kills them if another rank has exited; who is still alive then has an error of its own.
+    Rank 0 prints at once, the others after a pause that grows with the local rank. torchrun kills the rest as
+    soon as one rank has exited, so an error that all ranks have is printed once.
     """
     where = ""
     if launcher.rank() > 0:

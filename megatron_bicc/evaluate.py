@@ -1,4 +1,4 @@
-"""Accuracy of a policy on benchmark files.
+"""Measures the accuracy of a policy on benchmark files.
 
 python -m megatron_bicc.evaluate --model DIR --benchmark FILE [--benchmark FILE ...] --k 32 [name=value ...]
 """
@@ -52,7 +52,7 @@ NO_SETTINGS = {
     "output_dir": "--out",
     "dry_run": "nothing",
 }
-"""Settings of a run that an evaluation does not take, and what to give instead"""
+"""Settings of a run that an evaluation does not accept, and what to give instead"""
 
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark file, read."""
+    """A benchmark file and its prompts."""
 
     path: str
     prompts: list[Prompt]
@@ -68,7 +68,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an evaluation reads from files, checked."""
+    """Checked inputs of an evaluation."""
 
     config: Config
     tokenizer: PreTrainedTokenizerBase
@@ -78,7 +78,7 @@ class Inputs:
 
 
 def main(argv: list[str]) -> None:
-    """Runs a command line. errors.py lists which exception ends in what on stderr."""
+    """Runs the command line. errors.py lists what each kind of exception prints."""
     try:
         run(*_parse(argv))
     except UserError as error:
@@ -174,7 +174,7 @@ def evaluate_benchmarks(inputs: Inputs) -> dict[str, Evaluation]:
 
 
 def decisive(config: Config) -> dict[str, Any]:
-    """Returns the settings and the policy's files that decide the figures."""
+    """Returns everything that the scores depend on: settings, the policy's files, number of processes."""
     values = {
         name: value for name, value in flatten(asdict(config)).items() if settings()[name].rule.decides_score
     }
@@ -229,7 +229,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         prog=PROGRAM,
         usage="%(prog)s --model DIR --benchmark FILE [--benchmark FILE ...] [--k 32] [name=value ...]",
         description="avg@k with its standard error and the unbiased pass@k of a policy on benchmark files.",
-        epilog="settings of megatron_bicc.train that count here:\n" + "\n".join(lines),
+        epilog="settings of megatron_bicc.train that apply here:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -239,7 +239,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         required=True,
         action="append",
         metavar="FILE",
-        help=".jsonl or .parquet: MATH-500, AMC 2023, AIME 2024 and 2025, or what data.train takes",
+        help=".jsonl or .parquet: MATH-500, AMC 2023, AIME 2024 and 2025, or any schema of data.train",
     )
     parser.add_argument("--k", default="32", help="samples per prompt [32]")
     parser.add_argument("--out", metavar="DIR", help="answers and results [runs/evaluation/NAME OF MODEL]")

@@ -1,4 +1,4 @@
-"""Files that survive a killed process: JSON lines; files and directories that appear whole or not at all."""
+"""Files that survive a killed process: JSON lines, and atomically replaced files and directories."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def keep_jsonl(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def _repair(path: Path) -> None:
-    """Ends the last line if it is a whole record, else removes it: a killed process left it unfinished."""
+    """Terminates the last line if it is a whole record, else removes it: its writer was killed."""
     content = path.read_bytes() if path.exists() else b""
     complete, _, rest = content.rpartition(b"\n")
     if not rest:
@@ -89,10 +89,10 @@ def check_target(target: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; on a normal exit what is there is synced and renamed to `path`.
+    """Yields a draft path beside `path`; on normal exit the draft is synced and renamed to `path`.
 
-    So `path` is the old file or the whole new one, whenever the process is killed. After an error `path` is
-    as it was, and the draft is removed.
+    `path` is the old file or the complete new one, whenever the process is killed. After an error `path` is
+    unchanged and the draft is removed.
     """
     draft = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -106,7 +106,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """An empty directory beside `target`, renamed to it on a normal exit; removed after an error. One rank.
+    """Yields an empty directory beside `target`: renamed to it on success, removed after an error. One rank.
 
     Raises UserError if `target` exists or cannot be made; an OSError of the block becomes one.
     """
@@ -125,7 +125,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def os_error_named(target: Path) -> Iterator[None]:
-    """Turns an OSError of the block, such as a full disk, into a UserError that names `target`."""
+    """Converts an OSError of the block, such as a full disk, into a UserError that names `target`."""
     try:
         yield
     except OSError as error:

@@ -3,7 +3,7 @@
 A cut link sends no error, and the next collective would wait until its timeout of half an hour. So the
 first process of every host increments a counter in the rendezvous store and reads the counters of the other
 hosts. If a counter stops, or the store no longer answers, the process ends with one line; torchrun then
-ends its neighbours.
+ends the other processes of that host.
 """
 
 import os
@@ -47,12 +47,12 @@ class Heartbeat:
             dist.barrier()
 
     def stop(self) -> None:
-        """Stops watching. To be called when no process waits for another any more."""
+        """Stops watching. Call once no process waits for another."""
         self._ended.set()
 
     def _start(self) -> None:
         self._address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # an own connection: one that blocks must not hold up the process group's
+        # a connection of its own: if it blocks, the process group's store must not
         self._store = dist.TCPStore(
             *self._address, is_master=False, timeout=timedelta(seconds=self._silence_s)
         )
@@ -71,7 +71,7 @@ class Heartbeat:
                 count += 1
                 self._store.set(self._key(self._rank), str(count))
                 counters = self._store.multi_get(others)
-            except RuntimeError:  # _watch sees that _store_answered_at stands still
+            except RuntimeError:  # _watch notices that _store_answered_at has stopped
                 continue
             self._store_answered_at = time.monotonic()
             for rank, counter in zip(self._counters, counters, strict=True):
@@ -95,7 +95,7 @@ class Heartbeat:
             f"{self._silence_s:g} seconds (parallel.heartbeat_timeout_s): the host or the link is down; "
             "resume from the newest checkpoint with checkpoint.resume=true"
         )
-        print(f"\n{line}", file=sys.stderr, flush=True)  # on a line of its own, not behind the progress bar
+        print(f"\n{line}", file=sys.stderr, flush=True)  # a new line, not behind the progress bar
         os._exit(EXIT_STATUS)
 
     def _key(self, rank: int) -> str:

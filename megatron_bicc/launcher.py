@@ -1,8 +1,8 @@
-"""What launched this process (torchrun, SLURM, a shell): its variables, and the end of a worker without it.
+"""The launcher of this process (torchrun, SLURM, a shell): its variables; workers end when it ends.
 
 Standard library only: `end_with_launcher` runs before anything else is imported. A torchrun that is killed
-with SIGKILL does not end its workers. They would keep training beside the run that is started in their
-place, or wait at the rendezvous for half an hour.
+with SIGKILL does not end its workers. They would keep training beside the run that replaces them, or wait at
+the rendezvous for half an hour.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def process(pid: int) -> Process | None:
 
 
 def ancestors(pid: int) -> list[Process]:
-    """Returns the parent, the parent's parent and so on, as far as they can be read."""
+    """Returns the ancestors of a process, its parent first, as far as /proc can be read."""
     found: list[Process] = []
     own = process(pid)
     while own and (own := process(own.parent)):
@@ -61,7 +61,7 @@ def ancestors(pid: int) -> list[Process]:
 
 
 def rank() -> int:
-    """Returns the rank of this process in the job; 0 without a launcher. Known before the processes meet."""
+    """Returns the rank of this process in the job; 0 without a launcher. Needs no process group."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -81,7 +81,7 @@ def end_with_launcher() -> None:
     The launcher is torchrun, which starts every worker in its own session; under SLURM the step's
     slurmstepd; else the parent and the processes before it in the same process group, such as a script
     that was called by a script. All processes between launcher and worker are watched too. Nothing is
-    started if no launcher has set its variables, or if SIGHUP is ignored, as under nohup, and the launcher is
+    started if no launcher set its variables, or if SIGHUP is ignored, as under nohup, and the launcher is
     neither torchrun nor SLURM: such a process should outlive its shell.
     """
     # A thread, not prctl(PR_SET_PDEATHSIG): that signal comes when the parent's *thread* ends, and only from

@@ -59,7 +59,7 @@ class Stopwatch:
 
 @contextmanager
 def waiting_for(what: str) -> Iterator[None]:
-    """Logs what this process waits for, once the block has taken WAIT_S seconds, and every minute after.
+    """Logs that this process waits for `what`, once the block has taken WAIT_S seconds, then every minute.
 
     what: a noun phrase, such as "the other processes at 10.0.0.1:29500".
     """
@@ -81,7 +81,7 @@ def waiting_for(what: str) -> Iterator[None]:
 
 @contextmanager
 def phase(name: str) -> Iterator[list[str]]:
-    """Logs a phase of the start-up on rank 0: its name, what the block appends to the list, and its seconds.
+    """Logs a start-up phase on rank 0: its name, the entries that the block appends to the list, its seconds.
 
     `name` is a noun phrase: a rank that is still inside after ten seconds logs that it waits for it.
     """
@@ -94,7 +94,7 @@ def phase(name: str) -> Iterator[list[str]]:
 
 
 class ProgressBar:
-    """A bar over steps with elapsed and remaining time, the last reward and the last pass@1."""
+    """Progress bar over steps with elapsed and remaining time, the last reward and the last pass@1."""
 
     def __init__(self, steps: int, done: int = 0, stream: TextIO | None = None) -> None:
         """steps: of the whole run; done: steps before the resume point; stream: None is stderr."""
@@ -132,7 +132,7 @@ class RolloutRecord(TypedDict):
     advantage: float
     correct: bool
     context: str
-    """The text between prompt and response that it was trained under; empty without BICC."""
+    """Text between prompt and response in its training sequence; empty without BICC."""
 
 
 class GroupRecord(TypedDict):
@@ -170,7 +170,7 @@ class PlanRecord(TypedDict):
 
 
 class LayoutRecord(TypedDict):
-    """How a step's groups were packed."""
+    """The packing of a step's groups."""
 
     budget: int
     """Most rows of a micro-batch"""
@@ -181,7 +181,7 @@ class MetricsWriter:
     """Writes each step's numbers to metrics.jsonl, TensorBoard and Weights & Biases. For one rank."""
 
     def __init__(self, output_dir: str | Path, tensorboard: bool, wandb_project: str) -> None:
-        """Makes output_dir. Raises UserError if Weights & Biases is asked for and not installed."""
+        """Makes output_dir. Raises UserError if Weights & Biases is enabled but not installed."""
         self.output_dir = Path(output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self._tensorboard = _open_tensorboard(self.output_dir) if tensorboard else None
@@ -269,7 +269,7 @@ def _open_wandb(output_dir: Path, project: str) -> Any:
 
 
 class RunLog:
-    """The files and lines of a run, written by rank 0; on other ranks every call does nothing.
+    """Writes the files and log lines of a run on rank 0; on other ranks every call does nothing.
 
     Where stderr is a terminal there is a progress bar, else one line per step in the log.
     """
@@ -282,7 +282,7 @@ class RunLog:
         """Opens the files for the block, and ends the progress bar's line after it, also after an error.
 
         first_step: finished steps of a resumed run, 0 for a new one; later records in the files are dropped.
-        Raises UserError if Weights & Biases is asked for and not installed.
+        Raises UserError if Weights & Biases is enabled but not installed.
         """
         if not self._enabled:
             yield
@@ -326,7 +326,7 @@ class RunLog:
             write_layout(self._config.output_dir, step, layout)
 
     def finish(self, last_checkpoint: Path, export: Path) -> None:
-        """Writes report.html and prints where everything is."""
+        """Writes report.html and prints the paths of all outputs."""
         if not self._enabled:
             return
         run_lock.check()
@@ -347,7 +347,7 @@ class RunLog:
 
 
 def _words(metrics: Mapping[str, float]) -> str:
-    """Returns ": reward 0.512, pass@1 0.250, 12.3 s" with what there is of it."""
+    """Returns the step's line, ": reward 0.512, pass@1 0.250, 12.3 s", of the metrics that it has."""
     words = [f"{label} {metrics[key]:.3f}" for label, key in SHOWN.items() if key in metrics]
     if "time/step_s" in metrics:
         words.append(f"{metrics['time/step_s']:.1f} s")

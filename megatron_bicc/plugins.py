@@ -1,4 +1,4 @@
-"""Functions and classes that users name by import path: package.module:name, or path/to/file.py:name."""
+"""Loads functions and classes by import path: package.module:name, or path/to/file.py:name."""
 
 import hashlib
 import importlib
@@ -12,12 +12,12 @@ from megatron_bicc.errors import UserError
 
 
 def is_import_path(text: str) -> bool:
-    """Returns whether a setting names something by import path; the names of built-ins hold no colon."""
+    """Returns whether a setting is an import path; the names of built-ins contain no colon."""
     return ":" in text
 
 
 def load(setting: str, path: str) -> Callable[..., Any]:
-    """Imports what a setting names: a function, or a class whose instances do the work.
+    """Imports the function or class that a setting names.
 
     setting: dotted name of the setting, for the messages. path: `package.module:name` or `file.py:name`.
     Raises UserError if there is no such file, module or name, or it cannot be called. An exception that the
@@ -37,7 +37,7 @@ def load(setting: str, path: str) -> Callable[..., Any]:
 def _load_file(setting: str, file: Path) -> Any:
     if not file.is_file():
         raise UserError(f"{setting} names {str(file)!r}; there is no such file under {Path.cwd()}")
-    # one module a file, whatever the file's name: two settings may name the same one
+    # one module per file, keyed by its path: two settings may name the same file
     name = f"megatron_bicc_plugin_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]

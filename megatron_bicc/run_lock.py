@@ -54,7 +54,7 @@ class Holder:
     """Boot id and pid namespace, within which `pid` is meaningful; empty if unknown"""
     pid: int
     start: int
-    """processes.Process.start"""
+    """launcher.Process.start"""
     since: str
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Holder:
 
 
 class RunLock:
-    """The lock of a directory. From `acquire` to `release` a thread keeps it."""
+    """A lock on a directory, refreshed by a thread from `acquire` to `release`."""
 
     def __init__(self, directory: Path, beat_s: float = BEAT_S, silence_s: float = SILENCE_S) -> None:
         """beat_s: seconds between increments; silence_s: seconds without one until a takeover."""
@@ -105,7 +105,7 @@ class RunLock:
                 raise self._in_use(holder)
 
     def check(self) -> None:
-        """Ends this process if another run has taken the lock over. To be called before every write."""
+        """Ends this process if another run has taken the lock over. Call before every write."""
         with self._mutex, contextlib.suppress(OSError):
             # a lock that was deleted by hand is created again
             while not self._released.is_set() and (held := self._read()) is None:
@@ -164,7 +164,7 @@ class RunLock:
         self._file = None
 
     def _is_left(self, held: bytes) -> bool:
-        """Returns True if the holder has ended, False if the lock is gone. Raises UserError if it lives."""
+        """Returns True if the holder has ended, False if the lock is gone. Raises UserError otherwise."""
         holder = _holder(held)
         alive = self._is_alive(holder) if holder else None
         if alive is None:
@@ -198,14 +198,17 @@ class RunLock:
         return bool(self._own.machine) and (holder.host, holder.machine) == machine
 
     def _stands_still(self, held: bytes, holder: Holder | None) -> bool:
-        """Returns whether the counter stands still for `silence_s`. Raises UserError if it moves."""
+        """Returns whether the counter stops for `silence_s`; False if the lock is gone.
+
+        Raises UserError if the counter moves.
+        """
         logger.warning(
             "%s is held by %s; waiting %g seconds to see whether that run is alive",
             self._path,
             holder or "a run that wrote nothing to it",
             self._silence_s,
         )
-        # counted in reads, not in seconds: while a file server is down a read blocks and tells nothing
+        # counts reads, not seconds: while a file server is down, a blocked read proves nothing
         for _ in range(round(self._silence_s / self._beat_s)):
             time.sleep(self._beat_s)
             now = self._read()
@@ -216,7 +219,7 @@ class RunLock:
         return True
 
     def _replace(self, held: bytes) -> bool:
-        """Replaces the lock `held`; of several new runs that do, only the last returns True."""
+        """Replaces the lock `held`; if several new runs do so, only the last returns True."""
         draft = self._path.with_name(f"{FILE}.{self._own.token}")
         self._take(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644))
         if self._read() != held:
@@ -297,6 +300,6 @@ def _holds(directory: str) -> bool:
 
 
 def check() -> None:
-    """Ends this process if another run has taken the directory over. To be called before every write."""
+    """Ends this process if another run has taken the directory over. Call before every write."""
     if _lock:
         _lock.check()

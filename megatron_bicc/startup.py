@@ -1,6 +1,7 @@
-"""Start-up: settings and files are read and checked, then the processes meet and check each other.
+"""Start-up: reads and checks settings and files, then connects the processes and compares them.
 
-In this order, so that a mistake is found in seconds, before any process waits for another or loads weights.
+In this order, so that a mistake is found within seconds, before any process waits for another or loads
+weights.
 """
 
 import logging
@@ -56,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads from files, checked."""
+    """Checked inputs of a run."""
 
     config: Config
     """Resolved: presets filled in, and data.date if the chat template needs it"""
@@ -65,9 +66,9 @@ class Inputs:
     prompts: list[Prompt]
     heldout: list[Prompt]
     contents: dict[str, str]
-    """SHA-256 sums of files and token ids by name: the same on every rank, and at a resume"""
+    """SHA-256 of files and token ids by name; must be equal on all ranks and when the run is resumed"""
     collector: Collector
-    """At its state in the resume point"""
+    """In the state of the resume point, if there is one"""
     resume: ResumePoint | None
     """The checkpoint to resume from; None: the run starts at step 0"""
     tensors: HfTensors | None = None
@@ -90,7 +91,7 @@ def read_inputs(config: Config) -> Inputs:
 def read_prompts(
     config: Config, tokenizer: PreTrainedTokenizerBase, tensors: HfTensors | None = None
 ) -> Inputs:
-    """`read_inputs` for settings, policy and tokenizer that have been checked."""
+    """Reads the rest of a run's inputs, once settings, policy and tokenizer are checked."""
     is_first = device.is_first()
     found = resume_point(config, is_first)
     config = with_date(config, tokenizer, found.date if found else "")
@@ -123,7 +124,8 @@ def check_settings(config: Config) -> Config:
 def join_processes(inputs: Inputs) -> None:
     """Makes the process groups, locks output_dir, and checks that all ranks run the same. Collective.
 
-    Raises UserError, one line, if the processes cannot meet, another run has output_dir, or the ranks differ.
+    Raises UserError, one line, if the processes cannot connect, another run holds output_dir, or ranks
+    differ.
     """
     config = inputs.config
     disable_progress_bar()  # the run has its own
@@ -142,7 +144,7 @@ def join_processes(inputs: Inputs) -> None:
 def hold_output_dir(config: Config) -> None:
     """Locks the directory that the run writes to, until the process ends. Collective.
 
-    Raises UserError, one line, on every rank if another run has it or nothing can be written there.
+    Raises UserError, one line, on every rank if another run holds it or nothing can be written there.
     """
     with raised_on_all_ranks(UserError):
         if dist.get_rank() == 0:
@@ -211,7 +213,7 @@ def check_lengths(config: Config, hf_config: PretrainedConfig) -> None:
 
 
 def engine_positions(config: Config, hf_config: PretrainedConfig) -> int:
-    """Returns the tokens of the longest sequence that both the model and the rollout engine take."""
+    """Returns the length in tokens of the longest sequence that model and rollout engine accept."""
     most = positions(hf_config)
     if config.rollout.engine == "sglang":
         return min(most, server_positions(hf_config, config.rollout))
@@ -219,7 +221,7 @@ def engine_positions(config: Config, hf_config: PretrainedConfig) -> int:
 
 
 def warn_of_model(config: Config, hf_config: PretrainedConfig) -> None:
-    """Logs, on rank 0, settings that are allowed and likely not meant. `config` is resolved."""
+    """Warns, on rank 0, of settings that are valid but probably unintended. `config` is resolved."""
     warn_of_index(config.model.path)
     warning = kl_warning(config.loss)
     if warning and device.is_first():
@@ -253,7 +255,7 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
         )
     if not tokenizer.encode(string.printable, add_special_tokens=False):
         raise UserError(
-            f"model.path is {path}; its tokenizer makes no tokens of any text: "
+            f"model.path is {path}; its tokenizer encodes any text to no tokens: "
             "tokenizer.json is missing or damaged"
         )
     if tokenizer.eos_token_id is None:
@@ -265,7 +267,7 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def with_date(config: Config, tokenizer: PreTrainedTokenizerBase, first_start: str) -> Config:
-    """Fixes the date that the chat template sees, if it asks for one; returns config with data.date.
+    """Fixes the date that the chat template sees, if it uses one; returns config with data.date.
 
     first_start: data.date of the run that is resumed; empty for a new run.
     """
@@ -274,8 +276,8 @@ def with_date(config: Config, tokenizer: PreTrainedTokenizerBase, first_start: s
     day = config.data.date or first_start or date.today().isoformat()
     if not config.data.date and device.is_first():
         logger.warning(
-            "model.path is %s; its chat template asks for today's date: every prompt gets data.date=%s, also "
-            "when this is resumed on another day",
+            "model.path is %s; its chat template uses today's date: every prompt gets data.date=%s, also "
+            "when the run is resumed on another day",
             config.model.path,
             day,
         )
@@ -286,7 +288,7 @@ def with_date(config: Config, tokenizer: PreTrainedTokenizerBase, first_start: s
 def heldout_prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """Reads the first evaluation.prompts prompts of a file, with evaluation.instruction.
 
-    Raises UserError for a row that no response could answer.
+    Raises UserError for a row whose ground truth no response can match.
     """
     prompts = _prompts(config, path, tokenizer, config.evaluation.instruction)
     return prompts[: config.evaluation.prompts or None]

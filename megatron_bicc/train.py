@@ -1,4 +1,4 @@
-"""Training: rollouts, learning, weight sync, evaluation and checkpoints, step by step.
+"""Training driver: rollouts, learning, weight sync, evaluation and checkpoints.
 
 torchrun --nproc-per-node 2 -m megatron_bicc.train --config examples/configs/tiny.yaml train.steps=60
 """
@@ -60,7 +60,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> None:
-    """Runs a command line. errors.py lists which exception ends in what on stderr."""
+    """Runs the command line. errors.py lists what each kind of exception prints."""
     try:
         run(parse_config(argv))
     except UserError as error:
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(config: Config) -> None:
-    """Trains, or checks a run on paper with dry_run."""
+    """Trains; with dry_run checks the run without starting it."""
     if config.dry_run:
         # Imported late: a run does not need it.
         from megatron_bicc.planning.dry_run import dry_run, summary
@@ -115,7 +115,7 @@ def build_trainer(inputs: Inputs) -> "Trainer":
 
 
 class Trainer:
-    """The state of a run and its steps. Every method is collective."""
+    """Owns the state of a run and executes its steps. Every method is collective."""
 
     def __init__(
         self, inputs: Inputs, policy: Policy, learner: Learner, engine: Engine, weight_sync: WeightSync
@@ -164,13 +164,13 @@ class Trainer:
             self.log.finish(last_checkpoint=checkpoints(self.config.output_dir)[-1], export=target)
 
     def train_step(self) -> None:
-        """Samples, learns, hands the weights to the engine; evaluates, exports and saves if they are due."""
+        """Samples, learns and syncs the weights; evaluates, exports and saves when they are due."""
         config, clock = self.config, Stopwatch()
         with clock("step"):
             with clock("rollout"):
                 rollouts = self.roll_out()
             metrics = rollout_metrics(rollouts, config) | {"train/lr": self.policy.learning_rate()}
-            # a colocated engine lends its memory; the sync after this gives it new weights
+            # a colocated engine frees its memory here and is without weights until the sync below
             with self.engine.memory_released() if config.rollout.colocate else nullcontext():
                 results = self.learn(rollouts, clock)
             metrics |= mean_metrics([update_metrics(result, config) for result in results])
@@ -195,7 +195,7 @@ class Trainer:
                 with clock("save"):
                     self.save()
         self.log.step(self.step, metrics | clock.metrics())
-        # not before the metrics are on disk: a run that resumes from this checkpoint must not lack any
+        # after the metrics are on disk: a run that resumes from this checkpoint must have them all
         self.writer.start()
 
     def roll_out(self) -> Collected:
@@ -204,16 +204,16 @@ class Trainer:
         return self.collector.step(self.step, self._sampler(c.temperature, c.group_size))
 
     def learn(self, rollouts: Collected, clock: Stopwatch) -> list[StepResult]:
-        """Takes the step's optimizer steps, each on its share of the groups; none if nothing can be learned.
+        """Takes the step's optimizer steps, each on a share of groups; a share without a loss is skipped.
 
-        Raises EngineMismatch, before the first, if the engine computes another model.
+        Raises EngineMismatch before the first of them if engine and policy compute different models.
         """
         # groups carried over from an earlier step were sampled with other weights: their log-probs may differ
         check = None if rollouts.carried else partial(self.mismatch.step, self.step)
         return self.learner.step(rollouts.groups, clock, check)
 
     def sync(self) -> int:
-        """Hands the policy's weights to the engine as version `step`; returns their bytes."""
+        """Sends the policy's weights to the engine as version `step`; returns their size in bytes."""
         return self.weight_sync.sync(self.step)
 
     def evaluate(self) -> dict[str, float]:
@@ -235,7 +235,7 @@ class Trainer:
         return Progress(self.step, collector, schedule, asdict(self.config), self.inputs.contents)
 
     def close(self) -> None:
-        """Ends the rollout engine. The checkpoint that is being written is not waited for."""
+        """Closes the rollout engine. Does not wait for a checkpoint that is being written."""
         self.weight_sync.close()
         self.engine.close()
 
@@ -244,14 +244,14 @@ class Trainer:
         return GroupSampler(self.engine, self.inputs.verifier, self.inputs.tokenizer, sampling, group_size)
 
     def _is_due(self, every: int) -> bool:
-        """Returns whether something that is done every so many steps, and at the last step, is done now."""
+        """Returns whether an action of every `every` steps (0: never), and of the last step, is due now."""
         return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
 
     @contextmanager
     def _raised_after_checkpoint(self) -> Iterator[None]:
-        """Lets a checkpoint that is being written become whole before an error ends the run.
+        """Completes a checkpoint that is being written before an error ends the run.
 
-        For the errors that every rank raises: the first rank that exits makes torchrun kill the others.
+        For errors that every rank raises: torchrun kills the other ranks as soon as one exits.
         """
         try:
             yield

@@ -1,4 +1,4 @@
-"""Checks of settings against files, the environment and the presets: what config.check leaves."""
+"""Checks settings against files, packages and presets, after the checks of config.check."""
 
 import os
 from pathlib import Path
@@ -11,9 +11,9 @@ from megatron_bicc.sglang.settings import check_servers
 
 
 def validate(config: Config, world_size: int) -> None:
-    """Raises UserError, one line with setting, value and remedy, for the first setting that is not usable.
+    """Raises UserError, one line with setting, value and remedy, for the first setting that cannot be used.
 
-    world_size: number of processes of the run. Files are looked up, not read. A dry run needs no data.train.
+    world_size: number of processes. Files must exist but are not read. A dry run needs no data.train.
     """
     config = resolve(config)
     check(config, world_size)
@@ -24,7 +24,7 @@ def validate(config: Config, world_size: int) -> None:
 
 
 def validate_evaluation(config: Config, benchmarks: list[str]) -> None:
-    """`validate` for the settings that megatron_bicc.evaluate uses, and its benchmark files."""
+    """Checks the settings that megatron_bicc.evaluate uses, and its benchmark files, like `validate`."""
     check_values(config)
     _check_model(config)
     check_servers(config.rollout)

@@ -1,10 +1,10 @@
-"""Each rollout's advantage, and the weight of its tokens in the step's loss.
+"""Computes each rollout's advantage, and the weight of its tokens in the step's loss.
 
 Group-relative advantages (GRPO, arXiv 2402.03300; without the std: Dr. GRPO, arXiv 2503.20783); the
 Reward-Confidence Correction of their baseline (arXiv 2603.13134); the soft overlong punishment (DAPO, arXiv
 2503.14476).
 
-The arrays are checked where they are made (training.batch.collate, TokenLogProbs.check) and trusted here.
+The arrays are checked where they are built (training.batch.collate, TokenLogProbs.check), not here.
 
 Shape suffixes: B groups, R rollouts, T response tokens of the step. Offsets hold one entry more:
 `group_offsets_B` are offsets into the rollouts, `offsets_R` into the tokens.
@@ -24,8 +24,8 @@ from megatron_bicc.errors import UserError
 from megatron_bicc.packing.types import RolloutBatch
 
 ROUNDING = 1e-6
-"""Rewards whose std is at most this share of the largest of them, or of the verifier's, are equal except for
-rounding: KL penalties come from float32 log-probs, rewards are float32."""
+"""A group's rewards count as equal if their std is at most this fraction of the largest of them, or of the
+verifier's: KL penalties come from float32 log-probs, and rewards are float32."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class TokenLogProbs:
 
     old_T: np.ndarray
     ref_T: np.ndarray | None
-    """None where neither a KL nor RCC needs the reference policy"""
+    """None if the reference policy is not computed (needs_reference)"""
     rollout_T: np.ndarray
-    """As the rollout engine computed them"""
+    """Computed by the rollout engine"""
     entropy_T: np.ndarray
 
     def check(self, offsets_R: np.ndarray) -> None:
-        """Raises NotFiniteError that names rollout and token of a number that is not finite."""
+        """Raises NotFiniteError, with rollout and token, for a number that is not finite."""
         check_log_probs(self.old_T, offsets_R, "log-prob under the old policy")
         if self.ref_T is not None:
             check_log_probs(self.ref_T, offsets_R, "log-prob under the reference policy")
@@ -54,22 +54,22 @@ class Advantages:
     advantage_R: np.ndarray
     """0 in groups without contrast"""
     contrast_B: np.ndarray
-    """bool: whether the group has right and wrong rollouts"""
+    """bool: the group has right and wrong rollouts"""
     mean_B: np.ndarray
-    """Mean reward of the group, shaped"""
+    """Mean shaped reward of the group"""
     baseline_R: np.ndarray
-    """What was subtracted: the mean, RCC's b*, or what loss.baseline names"""
+    """The baseline that was subtracted: the mean, RCC's b*, or the result of loss.baseline"""
     covariance_B: np.ndarray
     """Cov(reward, delta); 0 where the log-probs that rcc.reference names were not computed"""
     delta_R: np.ndarray
-    """Confidence of each rollout; likewise"""
+    """Confidence of each rollout; 0 likewise"""
 
 
 def advantages(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config) -> Advantages:
-    """Computes every rollout's advantage from the values of the shaped rewards.
+    """Computes every rollout's advantage from the shaped rewards.
 
-    Which rollouts are right, and which groups have contrast, is decided by the verifier's rewards alone.
-    Raises UserError for what a user's loss.baseline returned.
+    The verifier's rewards alone decide which rollouts are right and which groups have contrast. Raises
+    UserError if a user's loss.baseline returns something unusable.
     """
     group_offsets_B = rollouts.group_offsets_B
     rewards_R = _shaped_rewards(rollouts, log_probs, config)
@@ -78,7 +78,7 @@ def advantages(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config)
     covariance_B, delta_R = np.zeros_like(mean_B), np.zeros(len(rewards_R))
     baseline_R = load_baseline(config)(rewards_R, group_offsets_B)
     other_T = log_probs.ref_T if config.rcc.reference == "ref" else log_probs.rollout_T
-    if other_T is not None:  # also without RCC: its covariance is a metric
+    if other_T is not None:  # also without RCC, as its covariance is a metric
         delta_R = sequence_delta(log_probs.old_T, other_T, rollouts.offsets_R, config.rcc.delta)
         corrected = rcc_baseline(rewards_R, delta_R, group_offsets_B, config.rcc.form)
         covariance_B = corrected.covariance_B
@@ -96,7 +96,7 @@ def advantages(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config)
 
 
 def _shaped_rewards(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Config) -> np.ndarray:
-    """float64 [R]: the verifier's rewards less the overlong penalty and a KL in the reward."""
+    """Returns the verifier's rewards less the overlong penalty and a KL in the reward: float64 [R]."""
     lengths_R = np.diff(rollouts.offsets_R)
     penalty_R = overlong_penalty(lengths_R, config.rollout.max_new_tokens, config.reward)
     rewards_R = rollouts.rewards_R.astype(np.float64) - penalty_R
@@ -113,7 +113,7 @@ def _shaped_rewards(rollouts: RolloutBatch, log_probs: TokenLogProbs, config: Co
 
 
 def has_contrast(rewards_R: np.ndarray, group_offsets_B: np.ndarray, threshold: float) -> np.ndarray:
-    """bool [B]: whether a group holds both a correct rollout (reward > threshold) and an incorrect one."""
+    """Returns which groups have a correct rollout (reward > threshold) and an incorrect one: bool [B]."""
     right_B = segment_sums(np.asarray(rewards_R) > threshold, group_offsets_B)
     return (right_B > 0) & (right_B < np.diff(group_offsets_B))
 
@@ -126,12 +126,12 @@ def group_advantages(
     threshold: float,
     outcomes_R: np.ndarray | None = None,
 ) -> np.ndarray:
-    """float64 [R]: (r - b) / std r of the group ("normalized", population std) or r - b ("centered").
+    """Returns (r - b) / std r of the group ("normalized", population std) or r - b ("centered"): float64 [R].
 
-    Groups without contrast get 0, and so do those whose rewards are equal except for rounding (`ROUNDING`):
-    divided by a std of rounding errors they would get large advantages of random sign. outcomes_R are the
-    verifier's rewards, which decide what has contrast; None: these. Give them when rewards_R hold more (a
-    length penalty or a KL, say), which must not move the partition.
+    0 in groups without contrast, and in those whose rewards are equal except for rounding (`ROUNDING`):
+    divided by a std of rounding errors they would get large advantages of random sign. outcomes_R: the
+    verifier's rewards, which decide the contrast; None: rewards_R. Pass them when rewards_R are shaped (by a
+    length penalty or a KL, say): shaping must not move the partition.
     """
     outcomes_R = rewards_R if outcomes_R is None else outcomes_R
     contrast_B = has_contrast(outcomes_R, group_offsets_B, threshold)
@@ -151,7 +151,7 @@ def _population_std(rewards_R: np.ndarray, group_offsets_B: np.ndarray) -> np.nd
 
 
 class Baseline(Protocol):
-    """Computes what is subtracted from each reward; `loss.baseline` names one."""
+    """Computes the baseline that is subtracted from each reward; `loss.baseline` names one."""
 
     def __call__(self, rewards_R: np.ndarray, group_offsets_B: np.ndarray) -> np.ndarray:
         """Returns the baseline of every rollout: float [R], finite.
@@ -168,7 +168,7 @@ class Baseline(Protocol):
 
 
 def mean_baseline(rewards_R: np.ndarray, group_offsets_B: np.ndarray) -> np.ndarray:
-    """float64 [R]: mean reward of each rollout's group, the baseline of GRPO."""
+    """Returns the mean reward of each rollout's group, the baseline of GRPO: float64 [R]."""
     return spread(segment_means(rewards_R, group_offsets_B), group_offsets_B)
 
 
@@ -206,7 +206,7 @@ def load_baseline(config: Config) -> Baseline:
 
 
 def _checked_baseline(name: str, found: object, rollouts: int) -> np.ndarray:
-    """float64 [R]"""
+    """Returns a user's baseline as float64 [R]. Raises UserError unless it is a finite number per rollout."""
     returned = f"loss.baseline is {name!r}; it returned"
     if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu":
         raise UserError(f"{returned} a {type(found).__name__}; return a NumPy array of numbers")
@@ -220,7 +220,7 @@ def _checked_baseline(name: str, found: object, rollouts: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class RccBaseline:
-    """The corrected baseline and what corrected it."""
+    """The corrected baseline and its correction."""
 
     baseline_B: np.ndarray
     """float64 [B]: b*"""
@@ -231,14 +231,14 @@ class RccBaseline:
 def rcc_baseline(
     rewards_R: np.ndarray, delta_R: np.ndarray, group_offsets_B: np.ndarray, form: RccForm
 ) -> RccBaseline:
-    """Reward-Confidence Correction: a group baseline that depends on the policy's confidence.
+    """Computes the Reward-Confidence Correction, a group baseline that depends on the policy's confidence.
 
     For the estimator w (R - b) grad log pi the constant baseline of least variance is b* = E[w^2 R] / E[w^2].
     With w = exp(delta) and delta the log-ratio of two policies on the rollout, b* = E[R] + 2 Cov(R, delta) to
     first order. E and Cov are over the group; no gradient flows through b*. (arXiv 2603.13134)
 
-    form: E[R] + 2 Cov(R, delta) ("first_order") or E[w^2 R] / E[w^2] ("exact"). The exact form lies within
-    [min r, max r] of its group whatever delta is.
+    form: E[R] + 2 Cov(R, delta) ("first_order") or E[w^2 R] / E[w^2] ("exact"). The exact form is
+    always within [min r, max r] of its group.
     """
     rewards_R = np.asarray(rewards_R, dtype=np.float64)
     mean_B = segment_means(rewards_R, group_offsets_B)
@@ -257,7 +257,7 @@ def _self_normalised(rewards_R: np.ndarray, delta_R: np.ndarray, group_offsets_B
     # Shifted by the group's largest delta no weight overflows, and the largest is exactly 1.
     weight_R = np.exp(2.0 * (delta_R - spread(largest_B, group_offsets_B)))
     baseline_B = segment_sums(weight_R * rewards_R, group_offsets_B) / segment_sums(weight_R, group_offsets_B)
-    # A convex combination; only rounding can carry it past an end.
+    # A convex combination: only rounding can push it outside the range of the rewards.
     lowest_B, highest_B = (ufunc.reduceat(rewards_R, starts_B) for ufunc in (np.minimum, np.maximum))
     return np.clip(baseline_B, lowest_B, highest_B)
 
@@ -265,35 +265,34 @@ def _self_normalised(rewards_R: np.ndarray, delta_R: np.ndarray, group_offsets_B
 def sequence_delta(
     logp_a_T: np.ndarray, logp_b_T: np.ndarray, offsets_R: np.ndarray, kind: DeltaKind
 ) -> np.ndarray:
-    """float64 [R]: mean ("token_mean") or sum ("sequence_sum") over a rollout's tokens of log a - log b.
+    """Returns per rollout the mean ("token_mean") or sum ("sequence_sum") of log a - log b: float64 [R].
 
-    logp_a_T and logp_b_T are the log-probs of the sampled tokens under the old policy and under the one that
-    rcc.reference names, responses end to end.
+    logp_a_T, logp_b_T: log-probs of the sampled tokens under the old policy and under the one that
+    rcc.reference names.
     """
     difference_T = np.asarray(logp_a_T, dtype=np.float64) - np.asarray(logp_b_T, dtype=np.float64)
     return (segment_means if kind == "token_mean" else segment_sums)(difference_T, offsets_R)
 
 
 def overlong_penalty(lengths_R: np.ndarray, longest: int, reward: RewardConfig) -> np.ndarray:
-    """float64 [R]: what is subtracted from the reward of a response of that many tokens.
+    """Returns the penalty that is subtracted from the reward of a response of each length: float64 [R].
 
-    Nothing up to (1 - overlong_buffer) longest tokens, then growing linearly up to overlong_penalty at
-    `longest`, where a response is truncated. DAPO (arXiv 2503.14476, equation 13): longest 20480, a share of
-    0.2 (its cache of 4096 tokens), a penalty of 1. `reward` must be resolved (presets.resolve).
+    0 up to (1 - overlong_buffer) * longest tokens, then linear up to overlong_penalty at `longest`, where a
+    response is truncated. DAPO (arXiv 2503.14476, equation 13): longest 20480, a buffer of 0.2 (its cache of
+    4096 tokens), a penalty of 1. `reward` must be resolved (presets.resolve).
     """
     cache = reward.overlong_buffer * longest
     return reward.overlong_penalty * np.clip((np.asarray(lengths_R) - (longest - cache)) / cache, 0.0, 1.0)
 
 
 def token_weights(lengths_R: np.ndarray, kind: Aggregation, constant_length: int) -> np.ndarray:
-    """float64 [R]: the weight of each token of a rollout in the loss; no other place computes denominators.
+    """Returns the weight of each token of a rollout in the loss: float64 [R]. All denominators are here.
 
-    They are over ALL R rollouts of the optimizer step, so the step's loss is a plain sum over micro-batches
-    and ranks, however the step is cut. Rollouts of groups without contrast count, though their policy loss is
-    0.
+    They cover ALL R rollouts of the optimizer step, so its loss is a plain sum over micro-batches and ranks,
+    however the step is cut. Rollouts of groups without contrast count, although their policy loss is 0.
 
     "sequence_mean" 1 / (R |o_r|): mean over tokens, then over sequences (GRPO, arXiv 2402.03300).
-    "constant" 1 / (R L) with L = constant_length: sum over tokens by a constant (Dr. GRPO, arXiv 2503.20783).
+    "constant" 1 / (R L) with L = constant_length: sum over tokens / constant (Dr. GRPO, arXiv 2503.20783).
     "token_mean" 1 / sum |o|: mean over all tokens (DAPO, arXiv 2503.14476).
     Raises ValueError for "constant" without a length.
     """
@@ -312,16 +311,16 @@ def token_weights(lengths_R: np.ndarray, kind: Aggregation, constant_length: int
 
 
 def regularises(config: Config) -> bool:
-    """Whether the loss of a resolved configuration holds a KL or an entropy bonus.
+    """Returns whether the loss of a resolved configuration has a KL or entropy term.
 
-    These are of every rollout given its prompt alone: groups without contrast take part, and under BICC the
-    plain layout is trained whatever bicc.weight is.
+    These terms cover every rollout given its prompt alone: groups without contrast are trained too, and under
+    BICC the plain layout is trained whatever bicc.weight is.
     """
     kl_in_loss = bool(config.loss.kl_coefficient) and config.loss.kl_in == "loss"
     return kl_in_loss or bool(config.loss.entropy_coefficient)
 
 
 def needs_reference(config: Config) -> bool:
-    """Whether a resolved configuration needs the frozen reference policy's log-probs."""
+    """Returns whether a resolved configuration needs the frozen reference policy's log-probs."""
     by_rcc = config.rcc.enabled and config.rcc.reference == "ref"
     return bool(config.loss.kl_coefficient) or by_rcc or config.monitoring.reference

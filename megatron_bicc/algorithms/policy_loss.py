@@ -1,7 +1,7 @@
 """The policy loss of a micro-batch: objective, engine-mismatch weight, KL, entropy bonus.
 
 With x = log pi_theta - log pi_old of a token and A its advantage, the built-in clipped objectives differ only
-in where the mean over the response stands:
+in where they average over the response:
 
     token      -A exp(clip(x))          PPO clip per token (GRPO, Dr. GRPO, DAPO)
     sequence   -A exp(clip(mean x))     GSPO, arXiv 2507.18071
@@ -9,8 +9,8 @@ in where the mean over the response stands:
 
 clip is one-sided, as min(rho A, clip(rho) A) is: from above for A > 0, from below for A < 0.
 
-The KL towards the reference policy is estimated from the log-probs of the sampled tokens. What counts in
-training is the gradient, not the value (arXiv 2506.09477, 2510.01555). For samples of pi:
+The KL to the reference policy is estimated from the log-probs of the sampled tokens. Training depends on the
+estimator's gradient, not on its value (arXiv 2506.09477, 2510.01555). For samples of pi:
 
     in the loss     k1  E grad = 0: noise
                     k2  E grad = grad KL(pi || pi_ref) of the token, given those before it
@@ -38,7 +38,7 @@ from megatron_bicc.errors import UserError
 
 @dataclass(frozen=True)
 class ClipBounds:
-    """Edges of the log ratio; the ratio at an edge is not clipped."""
+    """Clip edges of the log ratio; a ratio at an edge is not clipped."""
 
     low: float
     """Below it a token of negative advantage is clipped; -inf: never"""
@@ -49,7 +49,7 @@ class ClipBounds:
 
 
 def clip_bounds(loss: LossConfig) -> ClipBounds:
-    """Returns the edges that a resolved LossConfig means; ValueError if it still holds a None."""
+    """Returns the edges of a resolved LossConfig. Raises ValueError if a setting is still None."""
     for name in ("objective", "clip_low", "clip_high", "dual_clip"):
         if getattr(loss, name) is None:
             raise ValueError(f"loss.{name} is not set; fill it in with algorithms.presets.resolve")
@@ -61,7 +61,7 @@ def clip_bounds(loss: LossConfig) -> ClipBounds:
 
 
 def kl_penalty(logp: Tensor, ref_logp: Tensor, estimator: KlEstimator) -> Tensor:
-    """Per-token estimate of KL(pi || pi_ref) from samples of pi; same shape as logp, differentiable in it.
+    """Estimates KL(pi || pi_ref) per token from samples of pi; same shape as logp, differentiable in it.
 
     With d = log pi_ref - log pi: "k1" -d and "k3" exp(d) - 1 - d, whose values are unbiased, and "k2"
     d^2 / 2, whose gradient is. John Schulman, "Approximating KL Divergence", 2020.
@@ -84,7 +84,7 @@ def kl_in_reward(
     coefficient: float,
     estimator: KlEstimator,
 ) -> np.ndarray:
-    """float64 [R]: reward minus coefficient times the summed token KL of old against reference."""
+    """Returns the reward less coefficient times the summed token KL(old || reference): float64 [R]."""
     old, ref = (torch.from_numpy(np.asarray(logp, dtype=np.float64)) for logp in (old_logp_T, ref_logp_T))
     penalty_R = segment_sums(kl_penalty(old, ref, estimator).numpy(), offsets_R)
     return np.asarray(rewards_R, dtype=np.float64) - coefficient * penalty_R
@@ -92,9 +92,9 @@ def kl_in_reward(
 
 @dataclass(frozen=True)
 class LossRows:
-    """The inputs of the loss for each response row besides the policy's outputs; [A] each, on one device.
+    """Inputs of the loss per response row, besides the policy's outputs; [A] each, on one device.
 
-    Floating tensors are float32 or float64 and carry no gradient. All rows of a response are here: a response
+    Floating tensors are float32 or float64 without gradient. All rows of a response are present: a response
     is never split between micro-batches.
     """
 
@@ -105,11 +105,11 @@ class LossRows:
     response: Tensor
     """int64: index of the row's response segment in this micro-batch, from 0, without gaps"""
     old_logp: Tensor | None = None
-    """Log-prob of the row's token under the denominator of the ratio; None: the policy is its own old policy,
-    so the ratio starts at 1"""
+    """Log-prob of the row's token in the ratio's denominator; None: the current policy is the old policy, so
+    the ratio is 1"""
     regularisation: Tensor | None = None
-    """Weight of the row's KL and entropy in the step's loss (advantages.token_weights); None: the rows have
-    neither, as rows under a context"""
+    """Weight of the row's KL and entropy in the step's loss (advantages.token_weights); None: the rows
+    have neither, as under a context"""
     ref_logp: Tensor | None = None
     """Log-prob under the reference policy; needed for a KL in the loss"""
     engine_log_ratio: Tensor | None = None
@@ -130,7 +130,7 @@ class LossRows:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """An objective's loss of each row, and which rows it clipped; [A] each."""
+    """An objective's loss per row and its clip masks; [A] each."""
 
     loss: Tensor
     """Floating, differentiable in logp; unweighted: the caller multiplies it by LossRows.weight"""
@@ -153,9 +153,9 @@ class Objective(Protocol):
                 through it, and through nothing else.
             old_logp: float [A] without gradient, the ratio's denominator: log ratio = logp - old_logp. At the
                 first update of a batch of rollouts it may be logp.detach().
-            rows: advantage, response and weight of each row. rows.weight is the row's share of the whole
-                step's loss, over all micro-batches and ranks; it is there to be read: policy_loss applies it,
-                and then the engine-mismatch weight (loss.tis_cap), KL and entropy.
+            rows: advantage, response and weight of each row. rows.weight is the row's weight in the whole
+                step's loss, over all micro-batches and ranks. Do not apply it: policy_loss does, with the
+                engine-mismatch weight (loss.tis_cap), KL and entropy.
             loss: the resolved settings; clip_bounds(loss) gives the edges in the log ratio.
 
         The rows of a micro-batch depend on packing and layout, so a loss that is not a function of the row's
@@ -165,20 +165,20 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """A micro-batch's share of the step's loss."""
+    """A micro-batch's part of the step's loss."""
 
     share: Tensor
     """Scalar, a sum over rows"""
     tokens: TokenLoss
     old_logp: Tensor
-    """float [A]: the denominators that the ratios had"""
+    """float [A]: log-probs in the ratios' denominators"""
 
 
 def policy_loss(logp: Tensor, entropy: Tensor | None, rows: LossRows, loss: LossConfig) -> PolicyLoss:
-    """Computes a micro-batch's share of the step's loss.
+    """Computes a micro-batch's part of the step's loss.
 
-    Of each row it takes weight times the loss of its token, and regularisation times KL less entropy. Shares
-    of all micro-batches and ranks add up to the step's loss, and their gradients likewise.
+    Sums over rows: weight times token loss, plus regularisation times (KL term - entropy term). The parts of
+    all micro-batches and ranks add up to the step's loss, and their gradients to its gradient.
 
     Args:
         logp: float [A], log-probs of the rows' tokens under the policy in training.
@@ -188,7 +188,7 @@ def policy_loss(logp: Tensor, entropy: Tensor | None, rows: LossRows, loss: Loss
 
     Raises:
         ValueError: a setting left None, or rows without what a setting needs.
-        UserError: what loss.objective names by import path returned something unusable.
+        UserError: a user's loss.objective returned something unusable.
     """
     old_logp = logp.detach() if rows.old_logp is None else rows.old_logp
     tokens = load_objective(loss)(logp, old_logp, rows, loss)
@@ -252,7 +252,7 @@ def _check_objective(name: str, logp: Tensor, found: TokenLoss) -> None:
             raise UserError(f"{returned} {field.name} of dtype {tensor.dtype}; return torch.bool")
     if logp.requires_grad and len(logp) and not found.loss.requires_grad:
         raise UserError(f"{returned} a loss without a gradient; compute it from logp")
-    # a log-prob that is already broken is not the objective's fault: the step's own check names it
+    # a log-prob that is not finite is not the objective's fault: the learner's check reports it
     bad = ~torch.isfinite(found.loss.detach()) & torch.isfinite(logp.detach())
     if bad.any():
         value = float(found.loss.detach()[bad][0])
@@ -266,17 +266,17 @@ def _needed(tensor: Tensor | None, name: str, setting: str) -> Tensor:
 
 
 def _clip(log_ratio: Tensor, advantage: Tensor, bounds: ClipBounds) -> Tensor:
-    """Bounded from above where A >= 0, from below where A < 0; the gradient stays at an edge, ends beyond."""
+    """Bounds x from above where A >= 0, from below where A < 0; the gradient is 0 beyond an edge only."""
     return torch.where(advantage < 0, log_ratio.clamp(min=bounds.low), log_ratio.clamp(max=bounds.high))
 
 
 def _clipped(log_ratio: Tensor, advantage: Tensor, bounds: ClipBounds) -> tuple[Tensor, Tensor]:
-    """bool (low, high): the rows that `_clip` moves."""
+    """Returns (low, high): masks of the rows that `_clip` moves."""
     return (log_ratio < bounds.low) & (advantage < 0), (log_ratio > bounds.high) & (advantage > 0)
 
 
 def _dual_clip(log_ratio: Tensor, advantage: Tensor, bounds: ClipBounds) -> Tensor:
-    """|loss| <= c |A| where A < 0 (arXiv 1912.09729)."""
+    """Bounds the loss by c |A| where A < 0 (arXiv 1912.09729)."""
     return torch.where(advantage < 0, log_ratio.clamp(max=bounds.dual), log_ratio)
 
 
@@ -285,8 +285,8 @@ def _dual_clipped(log_ratio: Tensor, advantage: Tensor, bounds: ClipBounds) -> T
 
 
 def _response_mean(values: Tensor, response: Tensor) -> Tensor:
-    """[A]: the mean over the row's response, at each of its rows."""
-    # As many slots as rows: there are never more responses, and no count has to come back from the device.
+    """Returns at each row the mean over its response: [A]."""
+    # One slot per row, although there are fewer responses: counting them would synchronise with the device.
     sums = torch.zeros_like(values).index_add(0, response, values)
     counts = torch.zeros_like(values).index_add(0, response, torch.ones_like(values))
     return sums[response] / counts[response]
@@ -316,9 +316,9 @@ def _geometric(logp: Tensor, old_logp: Tensor, rows: LossRows, loss: LossConfig)
 
 
 def _aspo(logp: Tensor, old_logp: Tensor, rows: LossRows, loss: LossConfig) -> TokenLoss:
-    """Tokens beyond the clip interval are masked; for A > 0 the ratio is flipped (arXiv 2510.06062).
+    """Masks tokens beyond the clip interval and flips the ratio for A > 0 (arXiv 2510.06062).
 
-    The flipped ratio pi_old pi / sg(pi^2) has value pi_old / pi and that times grad log pi for gradient. Its
+    The flipped ratio pi_old pi / sg(pi^2) has the value v = pi_old / pi and the gradient v grad log pi. Its
     dual clip is soft: it bounds the value and keeps the gradient. For A < 0 ratio and dual clip are PPO's.
     """
     log_ratio, advantage, bounds = logp - old_logp, rows.advantage, clip_bounds(loss)
@@ -332,9 +332,9 @@ def _aspo(logp: Tensor, old_logp: Tensor, rows: LossRows, loss: LossConfig) -> T
 
 
 def _cispo(logp: Tensor, old_logp: Tensor, rows: LossRows, loss: LossConfig) -> TokenLoss:
-    """-A sg(clip(rho)) log pi (arXiv 2506.13585); the dual clip bounds the weight where A < 0.
+    """Computes -A sg(clip(rho)) log pi (arXiv 2506.13585); the dual clip bounds the weight where A < 0.
 
-    Both edges hold for either sign of the advantage; what is clipped is the weight, not the gradient.
+    Both edges apply to either sign of the advantage. Only the weight is clipped: no token loses its gradient.
     """
     log_ratio, advantage, bounds = (logp - old_logp).detach(), rows.advantage, clip_bounds(loss)
     log_weight = log_ratio.clamp(bounds.low, bounds.high)

@@ -1,4 +1,4 @@
-"""Named algorithms: each sets the advantage, ratio and clip, aggregation, sampling and reward shaping."""
+"""Named algorithms: presets of advantage, ratio and clip, aggregation, sampling and reward shaping."""
 
 from dataclasses import dataclass, fields, replace
 from difflib import SequenceMatcher
@@ -22,7 +22,7 @@ Section = TypeVar("Section", LossConfig, RolloutConfig, RewardConfig)
 ALIASES = MappingProxyType({"bicc": "grpo+bicc+rcc"})
 
 KL_ESTIMATORS: MappingProxyType[str, KlEstimator] = MappingProxyType({"loss": "k2", "reward": "k1"})
-"""The estimator whose expected gradient is that of KL(pi || pi_ref), by loss.kl_in (algorithms.kl)."""
+"""The estimator whose expected gradient is that of KL(pi || pi_ref), by loss.kl_in (policy_loss)."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ PRESETS = MappingProxyType(
 def parse_algorithm(name: str) -> tuple[str, bool, bool]:
     """Splits an algorithm's name such as "dapo+bicc" into (preset, bicc, rcc); "bicc" is "grpo+bicc+rcc".
 
-    Raises UserError with the nearest name for one that is unknown.
+    Raises UserError, with the nearest name, for an unknown one.
     """
     base, *additions = ALIASES.get(name, name).split("+")
     known = base in PRESETS and set(additions) <= {"bicc", "rcc"} and len(set(additions)) == len(additions)
@@ -73,10 +73,10 @@ def parse_algorithm(name: str) -> tuple[str, bool, bool]:
 
 
 def resolve(config: Config) -> Config:
-    """Returns a copy of config whose None settings are those of the preset, loss.kl_estimator of loss.kl_in.
+    """Returns a copy of config with every None filled in: from the preset; loss.kl_estimator by loss.kl_in.
 
-    Explicit values win. With BICC the default of loss.dual_clip is 3. Raises UserError for an unknown
-    algorithm.
+    Explicit values take precedence. With BICC the default of loss.dual_clip is 3. Raises UserError for an
+    unknown algorithm.
     """
     base, bicc, rcc = parse_algorithm(config.algorithm)
     bicc = bicc if config.bicc.enabled is None else config.bicc.enabled

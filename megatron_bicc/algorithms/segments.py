@@ -1,7 +1,7 @@
-"""Sums over consecutive segments of a flat array, and the checks of flat arrays at the border of a step.
+"""Sums over segments of a flat array, and checks of a step's flat arrays.
 
-The checks are for those who build the arrays (training.batch.collate, the learner's log-probs); functions
-that compute with the arrays trust them.
+The code that builds an array calls the checks (training.batch.collate, the learner's log-probs); code that
+computes with it does not check again.
 
 Shape suffixes: E elements, S segments. Offsets hold S + 1 entries: segment s is [offsets[s], offsets[s + 1]).
 """
@@ -12,9 +12,9 @@ from megatron_bicc.errors import NotFiniteError
 
 
 def check_offsets(offsets_S: np.ndarray, total: int, name: str, segment: str) -> None:
-    """Raises ValueError for offsets that do not cut `total` elements into non-empty consecutive segments.
+    """Raises ValueError unless the offsets cut `total` elements into consecutive, non-empty segments.
 
-    name is the array, segment what one segment is ("group", "rollout"); both appear in the message.
+    For the message: `name` is the array's name, `segment` what a segment is ("group", "rollout").
     """
     offsets_S = np.asarray(offsets_S)
     if offsets_S.ndim != 1 or len(offsets_S) < 1 or offsets_S.dtype.kind not in "iu":
@@ -54,17 +54,17 @@ def check_rewards(rewards_R: np.ndarray) -> None:
 
 
 def segment_sums(values_E: np.ndarray, offsets_S: np.ndarray) -> np.ndarray:
-    """float64 [S]: sum of each segment."""
+    """Returns the sum of each segment: float64 [S]."""
     if len(offsets_S) == 1:
         return np.zeros(0)
     return np.add.reduceat(np.asarray(values_E, dtype=np.float64), offsets_S[:-1])
 
 
 def segment_means(values_E: np.ndarray, offsets_S: np.ndarray) -> np.ndarray:
-    """float64 [S]: mean of each segment."""
+    """Returns the mean of each segment: float64 [S]."""
     return segment_sums(values_E, offsets_S) / np.diff(offsets_S)
 
 
 def spread(values_S: np.ndarray, offsets_S: np.ndarray) -> np.ndarray:
-    """[E]: each segment's value, repeated for each of its elements."""
+    """Returns each segment's value, repeated for each of its elements: [E]."""
     return np.repeat(values_S, np.diff(offsets_S))

@@ -1,7 +1,7 @@
-"""Numbers for the metrics, from flat arrays: a step's ratios, confidences, groups and gradient variance.
+"""Metrics from flat arrays: a step's ratios, confidences, groups and gradient variance.
 
-A number over nothing (a side without tokens, say) is left out of the dictionary, so no value is ever NaN. The
-arrays are checked where they are made and trusted here.
+A statistic of no elements (a side without tokens, say) is left out of the dictionary, so no value is ever
+NaN. The arrays are checked where they are built, not here.
 
 Shape suffixes: B groups, R rollouts, T response tokens. Offsets hold one entry more.
 """
@@ -17,20 +17,20 @@ from megatron_bicc.algorithms.segments import segment_means, segment_sums, sprea
 
 
 def gradient_statistics(sketches: Tensor, num_groups: int) -> dict[str, float]:
-    """Estimates the variance over groups of a gradient that is the sum of its groups' parts. Keys:
+    """Estimates the variance, over groups, of a gradient that is the sum of one part per group. Keys:
 
     train/gradient_variance   n / (n - 1) sum_g |g - mean g|^2 with n = num_groups: an unbiased estimate of
-                              the trace of the covariance of the summed gradient, groups being independent
+                              the trace of the covariance of the summed gradient, for independent groups
     train/gradient_noise      that over the squared norm of the summed gradient; independent of scale
 
-    `sketches` are the parts g [B, ...], or anything that keeps their inner products; the n - B other groups
-    have a part of 0. No keys for fewer than two groups; no noise where the gradient is 0.
+    sketches: the parts g [B, ...], or projections that keep their inner products; the other n - B groups
+    have a part of 0. Empty for fewer than two groups; without the noise if the gradient is 0.
     """
     if num_groups < 2:
         return {}
     parts = sketches.flatten(1).double()
     norm2 = float(parts.sum(0).square().sum())
-    # for equal parts it is 0, and rounding can push the difference below that
+    # 0 for equal parts, where rounding can make the difference negative
     variance = max((num_groups * float(parts.square().sum()) - norm2) / (num_groups - 1), 0.0)
     result = {"train/gradient_variance": variance}
     return result | {"train/gradient_noise": variance / norm2} if norm2 > 0 else result
@@ -41,15 +41,15 @@ QUANTILES = (("q01", 0.01), ("q50", 0.5), ("q99", 0.99))
 
 @dataclass(frozen=True)
 class RatioTokens:
-    """The ratio as the loss had it, and what it clipped; [T], NaN where the layout does not train a token."""
+    """The ratio that the loss used, and what it clipped; [T], NaN where the layout trains no token."""
 
     old_logp_T: np.ndarray
-    """Log-probs under the denominator of the ratio"""
+    """Log-probs in the ratio's denominator"""
     new_logp_T: np.ndarray
     """Log-probs under the policy in training, before the update"""
     low_T: np.ndarray
-    """1 where the loss of the token was clipped at the lower edge, else 0; the mean for a token that several
-    segments train. The objective decides what counts as clipped (policy_loss.TokenLoss)."""
+    """1 where the token's loss was clipped at the lower edge, else 0; the mean if several segments train the
+    token. The objective defines what is clipped (policy_loss.TokenLoss)."""
     high_T: np.ndarray
     """Likewise at the upper edge"""
     dual_T: np.ndarray
@@ -70,25 +70,25 @@ class StepTokens:
     plain_logp_T: np.ndarray
     """Log-probs of the old policy given the prompt alone"""
     rollout_logp_T: np.ndarray
-    """Log-probs as the rollout engine computed them"""
+    """Log-probs computed by the rollout engine"""
     ref_logp_T: np.ndarray | None
     """Log-probs under the reference policy; None where it is not computed"""
 
 
 def ratio_statistics(tokens: StepTokens) -> dict[str, float]:
-    """Statistics of the importance ratio and of the policies' distances. Keys, SIDE being right or wrong:
+    """Computes statistics of the importance ratio and distances of the policies. SIDE is right or wrong:
 
     ratio/SIDE/mean, /q01, /q50, /q99, /max   token ratios new / old
     clip/SIDE/low, /high, /dual               share of the side's tokens that this edge clips in the loss
     kl/old_new                                k3 estimate of KL(old || new) per token, by those ratios
     kl/old_ref                                k3 estimate of KL(old || ref) per token; needs ref_logp_T
     kl/rollout_old                            k3 estimate of KL(engine || old) per token: the engine mismatch
-    kl/old_rollout                            that of KL(old || engine), by the weights old / engine
+    kl/old_rollout                            estimate of KL(old || engine), tokens weighted by old / engine
     tis/mean, /q01, /q50, /q99, /max          weights old / engine per token before any cap
     delta/right, delta/wrong, delta/gap       mean over the side's rollouts of the token mean of log old / ref
                                               and right minus wrong; needs ref_logp_T
 
-    ratio/, clip/, delta/ and kl/old_new are of groups with contrast, the others of all tokens.
+    ratio/, clip/, delta/ and kl/old_new cover the groups with contrast, the others all tokens.
     """
     trained_T = spread(tokens.contrast_R, tokens.offsets_R)
     old_T, new_T = (x[trained_T] for x in (tokens.ratio.old_logp_T, tokens.ratio.new_logp_T))
@@ -118,17 +118,18 @@ def _reference_statistics(tokens: StepTokens) -> dict[str, float]:
 def engine_statistics(old_logp_T: np.ndarray, rollout_logp_T: np.ndarray) -> dict[str, float]:
     """Returns kl/rollout_old, kl/old_rollout and tis/* of `ratio_statistics`.
 
-    old_logp_T: under the policy, given the prompt alone. rollout_logp_T: as the rollout engine computed them.
+    old_logp_T: under the policy, given the prompt alone. rollout_logp_T: computed by the rollout
+    engine.
     """
     log_ratio_T = _difference(old_logp_T, rollout_logp_T)
-    # the tokens are samples of the engine: an expectation under the policy weighs them by old / engine
+    # the tokens are samples of the engine: an expectation under the policy weights them by old / engine
     reverse_T = np.exp(log_ratio_T) * log_ratio_T - np.expm1(log_ratio_T)
     kl = _mean("kl/rollout_old", _kl(rollout_logp_T, old_logp_T)) | _mean("kl/old_rollout", reverse_T)
     return kl | _distribution("tis", np.exp(log_ratio_T))
 
 
 def contrast_statistics(correct_R: np.ndarray, group_offsets_B: np.ndarray) -> dict[str, float]:
-    """How the groups split into right and wrong. Keys:
+    """Computes how the groups split into right and wrong. Keys:
 
     contrast/share                  share of groups with both right and wrong rollouts
     contrast/right_N_wrong_M        share of groups with N right and M wrong rollouts, for every split of
@@ -149,7 +150,7 @@ def _difference(logp_a_T: np.ndarray, logp_b_T: np.ndarray) -> np.ndarray:
 
 
 def _kl(p_T: np.ndarray, q_T: np.ndarray) -> np.ndarray:
-    """float64 [T]: k3 estimate of KL(p || q) per token, from log-probs of samples of p."""
+    """Returns the k3 estimate of KL(p || q) per token, from log-probs of samples of p: float64 [T]."""
     p, q = (torch.from_numpy(np.asarray(logp_T, dtype=np.float64)) for logp_T in (p_T, q_T))
     return kl_penalty(p, q, "k3").numpy()
 

@@ -1,6 +1,7 @@
-"""The packer: csrc behind NumPy arrays.
+"""The packer: plans a step and fills its micro-batches in C++ (csrc), on NumPy arrays.
 
-Shape suffixes: T response tokens of the batch, M micro-batches, F features.
+Shape suffixes: T response tokens of the step, A response rows, N rows, M micro-batches, S segments,
+F features.
 """
 
 from dataclasses import dataclass, fields
@@ -18,10 +19,10 @@ _CACHE_LINE = 64
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed step as one data-parallel rank holds it."""
+    """A packed step, as held by one data-parallel rank."""
 
     plan: StepPlan
-    """The whole step, every rank's micro-batches without their rows"""
+    """The whole step: the micro-batches of all ranks, without their rows"""
     micro_batches: list[MicroBatch]
     """This rank's, in the order of plan.ranks[rank]"""
 
@@ -43,20 +44,20 @@ def pack(
         batch: the scored groups.
         settings: layout, contexts and budgets.
         dp_size: number of data-parallel ranks.
-        rank: the one whose micro-batches are filled.
-        threads: threads that move tokens; 0: one for every million rows, up to the cores.
-        features_FT: float32 [C, T], per-token data to be gathered into MicroBatch.features_FA.
+        rank: the data-parallel rank whose micro-batches are filled.
+        threads: threads that copy tokens; 0: one per million rows, at most one per core.
+        features_FT: float32 [F, T], per-token data that is gathered into MicroBatch.features_FA.
 
     Raises:
-        ValueError: an array, a setting or a response is not usable; the message names it, with its group
-            and rollout.
+        ValueError: an array, a setting or a response cannot be used; the message names it, with group and
+            rollout.
     """
     batch, native = _native_plan(batch, settings, dp_size)
     plan = _step_plan(native, batch, settings, dp_size)
     if features_FT is None:
         features_FT = np.empty((0, batch.tokens.size), np.float32)
     features_FT = _as_numpy("features", features_FT)
-    # fill_rows refuses features of another shape and a bad rank: nothing is allocated for them before
+    # fill_rows raises for a wrong shape or rank; no buffer may be allocated by them before
     fits = features_FT.ndim == 2 and features_FT.shape[1] == batch.tokens.size
     layouts = plan.ranks[rank] if isinstance(rank, int) and 0 <= rank < dp_size else []
     features = len(features_FT) if fits else 0
@@ -64,7 +65,7 @@ def pack(
 
 
 def plan_step(batch: RolloutBatch, settings: PackingSettings, dp_size: int) -> StepPlan:
-    """Plans a step without moving a token: what `pack` would do on every rank. Raises as `pack` does."""
+    """Plans a step for all ranks, as `pack` does, without copying a token. Raises as `pack` does."""
     batch, native = _native_plan(batch, settings, dp_size)
     return _step_plan(native, batch, settings, dp_size)
 
@@ -145,11 +146,11 @@ def _fill_rows(
 
 
 Lengths = dict[str, tuple[type, np.ndarray]]
-"""Of each buffer: its dtype, and how many items each micro-batch has in it, int64 [M]"""
+"""By buffer name: its dtype, and the number of its items per micro-batch, int64 [M]"""
 
 
 def _allocate(lengths: Lengths) -> dict[str, np.ndarray]:
-    """Returns the buffers, cut from one block: it gets huge pages, so page faults cost little."""
+    """Returns the buffers as views of one block, which gets huge pages, so page faults cost little."""
     sizes = {
         name: int(lengths_M.sum()) * np.dtype(dtype).itemsize for name, (dtype, lengths_M) in lengths.items()
     }

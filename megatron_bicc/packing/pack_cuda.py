@@ -1,8 +1,8 @@
 """The packer's fill on a GPU: planned on the host, one launch on the current stream. Needs the CUDA build.
 
-Not yet called by the trainer: the GPU checks (tests/gpu) hold it to the CPU packer.
+The trainer does not call it yet; tests/gpu compares it with the CPU packer.
 
-Shape suffixes: F features, T response tokens of the batch.
+Shape suffixes: F features, T response tokens of the step, N rows, A response rows.
 """
 
 import numpy as np
@@ -19,18 +19,18 @@ def fill_on_device(
     device: torch.device,
     features_FT: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Packs a step straight into GPU memory; copies and launch are queued on the device's current stream.
+    """Packs a step into GPU memory; copies and launch are queued on the device's current stream.
 
     Args:
         batch: the scored groups, on the host.
         settings: layout, contexts and budgets.
         dp_size: number of data-parallel ranks.
-        device: where the rows go.
-        features_FT: float32 [C, T] on `device`, gathered like the labels.
+        device: device of the result.
+        features_FT: float32 [F, T] on `device`, gathered like the labels.
 
     Returns:
-        "tokens_N", "positions_N", "labels_N" (int32), "gather_A" (int64) and "features_FA" (float32): flat,
-        the arrays of every rank's micro-batches of megatron_bicc.packing.pack, rank by rank.
+        "tokens_N", "positions_N", "labels_N" (int32), "gather_A" (int64) and "features_FA" (float32): flat
+        arrays with the micro-batches of all ranks, as packing.pack makes them, rank by rank.
 
     Raises:
         ValueError: as `pack` does, and for features of another shape, dtype or device.
@@ -38,7 +38,7 @@ def fill_on_device(
     if features_FT is None:
         features_FT = torch.empty((0, len(batch.tokens)), device=device)
     _check_features(features_FT, len(batch.tokens), device)
-    # the launch goes to the current device, whichever the pointers belong to
+    # a launch goes to the current device, even if the pointers belong to another
     with torch.cuda.device(device):
         return _fill(batch, settings, dp_size, device, features_FT)
 
@@ -48,13 +48,13 @@ def _check_features(features_FT: torch.Tensor, tokens: int, device: torch.device
     kind_fits = features_FT.dtype == torch.float32 and features_FT.device.type == device.type
     if not (shape_fits and kind_fits and features_FT.is_contiguous()):
         raise ValueError(
-            f"features_FT must be contiguous float32 [C, {tokens}] on {device}, not {features_FT.dtype} "
+            f"features_FT must be contiguous float32 [F, {tokens}] on {device}, not {features_FT.dtype} "
             f"{list(features_FT.shape)} on {features_FT.device}"
         )
 
 
 def _queue(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on the device, from pinned memory so that the host need not wait for it."""
+    """Returns a copy on the device, made from pinned memory so that the host does not wait for it."""
     return torch.from_numpy(np.array(array)).pin_memory().to(device, non_blocking=True)
 
 

@@ -1,6 +1,6 @@
-"""A packed step: the micro-batches of every rank, and the prefix that each response is conditioned on.
+"""The plan of a step: the micro-batches of every rank, and the prefix that each response is trained under.
 
-Shape suffix: D sides.
+Shape suffixes: B groups, R rollouts, S segments, D sides.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from megatron_bicc.packing.types import MicroBatchLayout, PackingSettings, Rollo
 
 @dataclass(frozen=True)
 class SideTable:
-    """Every side of the step, before large ones are split; a side is a prefix and its responses."""
+    """The sides of a step (a prefix and its responses each), before large ones are split."""
 
     group_D: np.ndarray
     """int64 [D]"""
     part_offsets_D: np.ndarray
     """int64 [D + 1], into parts"""
     parts: np.ndarray
-    """int64 [parts, 3]: rollout shown in the context, tokens kept of its head, tokens kept of its tail;
-    a trailing end token does not count as part of the rollout here"""
+    """int64 [parts, 3]: rollout shown in the context, tokens kept of its head, tokens kept of its tail,
+    without a trailing end token"""
     response_offsets_D: np.ndarray
     """int64 [D + 1], into responses"""
     responses: np.ndarray
@@ -52,7 +52,7 @@ class StepPlan:
     """Micro-batches of a step for every data-parallel rank."""
 
     ranks: list[list[MicroBatchLayout]]
-    """An equal number each, costliest first; none where nothing is to be trained"""
+    """Equal in number, costliest first; empty lists if nothing is trained"""
     stats: dict[str, float]
     """Keys: megatron_bicc.packing.plan.step_stats."""
     sides: SideTable
@@ -110,19 +110,19 @@ def prefix_tokens(
 
 
 def step_stats(counts: dict[str, int], rank_costs: list[int], settings: PackingSettings) -> dict[str, float]:
-    """Returns `counts` with the two ratios of a packing.
+    """Returns `counts` and the two quality ratios of a packing, fill and imbalance.
 
     Args:
         counts: tokens_packed (rows without padding), tokens_prefix (those of prefixes), tokens_rows (rows
-            that one row per response would have taken for the same training: sum of |prefix| + |response|),
+            of the same training at one row per response: sum of |prefix| + |response|),
             tokens_context (context tokens, each side once), overlong_dropped (response segments),
-            groups_skipped (without contrast), microbatches (those that are not padding only).
+            groups_skipped (without contrast), microbatches (without those of padding only).
         rank_costs: cost of each rank's micro-batches, in query-key pairs.
         settings: gives the token budget of a micro-batch.
 
     Returns:
-        counts and fill (rows over the budget of the micro-batches that are not padding only) and imbalance
-        (largest over mean cost of a rank); both 1 where there is nothing to train.
+        counts, fill (rows over the budget of these micro-batches) and imbalance (largest over mean cost of a
+        rank); both ratios are 1 if nothing is trained.
     """
     budget = counts["microbatches"] * settings.max_tokens_per_microbatch
     total = sum(rank_costs)
@@ -135,7 +135,7 @@ def step_stats(counts: dict[str, int], rank_costs: list[int], settings: PackingS
 
 @dataclass(frozen=True)
 class PackedSide:
-    """A prefix and the responses behind it, within one micro-batch."""
+    """A prefix and its responses within one micro-batch."""
 
     group: int
     prefix_rows: int

@@ -1,7 +1,7 @@
 """The packer's input and output: a batch of rollouts, its settings, packed micro-batches.
 
-Shape suffixes: B groups, R rollouts, T response tokens of the batch; N rows, A response rows and S response
-segments of a micro-batch; F features. All arrays are C-contiguous NumPy arrays.
+Shape suffixes: B groups, R rollouts, T response tokens of the step; N rows, A response rows and S segments
+(responses) of a micro-batch; F features. All arrays are C-contiguous NumPy arrays.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from megatron_bicc.config import ContextSource, Keep, OverlongAction, Truncation
 
 Layout = Literal["plain", "bilateral"]
 """plain: the prefix is the prompt, every rollout of the group is a response. bilateral: two sides per group,
-right and wrong, each with rollouts of the other in its prefix."""
+right and wrong, each with rollouts of the other in its prefix (arXiv 2603.13134)."""
 
 
 @dataclass(frozen=True)
 class RolloutBatch:
     """Scored groups as flat arrays; the rollouts of a group are adjacent.
 
-    Offsets run from 0 to the length of what they cut, and every group, prompt and response holds at least one
-    item; training.batch.collate makes them so.
+    Offsets run from 0 to the length of the array that they cut; every group, prompt and response has at least
+    one item. training.batch.collate ensures both.
     """
 
     prompt_tokens: np.ndarray
@@ -40,7 +40,7 @@ class RolloutBatch:
 
 @dataclass(frozen=True)
 class PackingSettings:
-    """How groups become micro-batches; names and meanings are those of megatron_bicc.config."""
+    """Settings of the packer; names and meanings are those of megatron_bicc.config."""
 
     layout: Layout
     max_sequence_tokens: int
@@ -49,8 +49,8 @@ class PackingSettings:
     """Token ids must be in [0, vocab_size)."""
     reward_threshold: float
     context_ratio: float
-    """Share of max_sequence_tokens that a context may take, headers included. It gets less, down to nothing,
-    where prompt, context and the side's longest response would exceed max_sequence_tokens or a
+    """Share of max_sequence_tokens that a context may take, headers included. It is cut further, down to
+    nothing, where prompt, context and the side's longest response would exceed max_sequence_tokens or a
     micro-batch."""
     context_source: ContextSource
     truncation: Truncation
@@ -64,19 +64,19 @@ class PackingSettings:
     answer_header: tuple[int, ...] = ()
     """Token ids after the last rollout of a context"""
     end_token_ids: tuple[int, ...] = ()
-    """Tokens that end a response; a trailing one is left out where a rollout stands in a context."""
+    """Tokens that end a response; a context omits a rollout's trailing one."""
     overlong: OverlongAction = "error"
-    """For a response that, after its prompt, exceeds max_sequence_tokens or a micro-batch"""
+    """Action for a response that, after its prompt, exceeds max_sequence_tokens or a micro-batch"""
     alignment: int = 1
     """Every micro-batch's rows are padded to a multiple of this."""
 
 
 @dataclass(frozen=True)
 class MicroBatchLayout:
-    """Boundaries and segments of a micro-batch: what every rank knows of every other's.
+    """Boundaries and segments of a micro-batch; every rank has those of all ranks.
 
-    Rows are prefix-major: all prefix rows, all response rows, padding. A micro-batch without responses only
-    equalises the counts of ranks: it is all padding.
+    Rows are prefix-major: all prefix rows, all response rows, padding. A micro-batch of padding only
+    gives all ranks the same number of micro-batches.
     """
 
     num_rows: int

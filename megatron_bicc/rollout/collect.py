@@ -1,4 +1,4 @@
-"""From prompts to scored groups: each process generates a share, then all exchange theirs.
+"""Turns prompts into scored groups: each process generates a share, then all exchange their shares.
 
 Also diagnoses runs in which every reward is 0.
 """
@@ -19,7 +19,7 @@ from megatron_bicc.rollout.types import Engine, Group, Request, RolloutError, Sa
 
 
 def sample_seed(*parts: int | str) -> int:
-    """Returns a seed in [0, 2**63) from what identifies a sample, whatever the number of processes."""
+    """Returns a seed in [0, 2**63) from the identity of a sample; independent of the number of processes."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -33,13 +33,13 @@ class GroupSampler:
     tokenizer: PreTrainedTokenizerBase
     sampling: Sampling
     group_size: int
-    """R: samples per prompt"""
+    """Samples per prompt"""
 
     def collect(self, prompts: list[Prompt], seed: tuple[int | str, ...]) -> list[Group]:
         """Returns a group for every prompt, in their order, the same on every process. Collective.
 
-        A sample depends on the weights, its prompt, its place in the group and `seed`. Raises RolloutError
-        on every process if the engine or the verifier of one does.
+        A sample depends on the weights, its prompt, its index in the group and `seed`. Raises RolloutError on
+        every process if the engine or the verifier of one does.
         """
         rank, world = dist.get_rank(), dist.get_world_size()
         mine = prompts[rank::world]
@@ -56,9 +56,9 @@ class GroupSampler:
         ]
 
     def scored(self, prompts: list[Prompt], samples: list[Sample]) -> list[Group]:
-        """Returns the groups of prompts from their samples, which come one group after the other.
+        """Scores samples, given group by group, and returns the prompts' groups.
 
-        Raises RolloutError for a log-prob or reward that is not finite, also in a group without contrast: the
+        Raises RolloutError for a log-prob or reward that is not finite, even in a group without contrast: the
         policy or the verifier is broken.
         """
         if not prompts:  # transformers would decode an empty list as one sample without tokens
@@ -74,17 +74,17 @@ class GroupSampler:
         return groups
 
     def _rewards(self, prompt: Prompt, texts: list[str]) -> np.ndarray:
-        """float32 [R of the group]: rewards of the responses. Raises RolloutError if the verifier fails."""
+        """Returns the rewards of a group's responses: float32 [R]. Raises RolloutError if scoring fails."""
         about = (prompt.ground_truth, prompt.data_source, prompt.extra, prompt.index + 1)
         try:
             begun = prompt.begun_answer
             return self.verifier([Completion(prompt.messages, begun + text, *about) for text in texts])
-        except UserError as error:  # of a user's function
+        except UserError as error:  # raised by the checks of a user's function
             raise RolloutError(str(error)) from error
 
 
 def _without_end(sample: Sample) -> np.ndarray:
-    """int32: the sample's tokens without its end token, which need not be a special token."""
+    """Returns the sample's tokens without its end token, which need not be a special token: int32."""
     return sample.token_ids[:-1] if sample.finish_reason == "stop" else sample.token_ids
 
 
@@ -100,9 +100,9 @@ def _check(sample: Sample, reward: float, where: str) -> None:
 
 
 def exchange(own: dict[int, Group], prompts: list[Prompt]) -> dict[int, Group]:
-    """Returns the groups of all processes, by their prompts' places in `prompts`. Collective.
+    """Returns the groups of all processes by the index of their prompt in `prompts`. Collective.
 
-    Prompts are not sent: every process has them all.
+    Prompts are not sent, as every process has them all.
     """
     sent = {place: (group.samples, group.texts, group.rewards) for place, group in own.items()}
     return {
@@ -111,11 +111,11 @@ def exchange(own: dict[int, Group], prompts: list[Prompt]) -> dict[int, Group]:
 
 
 STEPS = 3
-"""Consecutive steps without any reward after which the likely reason is reported"""
+"""Consecutive steps with rewards of 0 only, after which the likely reason is reported"""
 
 
 class ZeroRewardWatch:
-    """Finds the likely reason when every reward has been 0 for several consecutive steps."""
+    """Reports the likely reason when every reward has been 0 for several consecutive steps."""
 
     def __init__(self, style: Style | None, enabled: bool) -> None:
         """style: rewards.registry.answer_style. enabled: on one process only."""
@@ -151,7 +151,7 @@ def _has_reward(groups: list[Group]) -> bool:
 def why_all_zero(groups: list[Group], style: Style | None) -> str | None:
     """Returns the likely reason in one line; None if any reward is not 0 or there are no groups.
 
-    style: how the verifier reads final answers; None for a user's function, whose reading is unknown.
+    style: format of final answers that the verifier reads; None for a user's function.
     """
     if not groups or _has_reward(groups):
         return None

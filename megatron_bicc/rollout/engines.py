@@ -1,4 +1,4 @@
-"""The rollout engines by name, and engines of the user's by import path."""
+"""Makes the rollout engine: a built-in by name, or a user's by import path."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ ENGINES: dict[str, MakeEngine] = {
     "local": make_local_engine,
     "sglang": make_sglang_engine,
 }
-"""By rollout.engine"""
+"""The built-in engines by the name that rollout.engine takes"""
 METHODS = ("generate", "memory_released", "counts", "close")
 
 

@@ -1,4 +1,4 @@
-"""The engine inside the training processes: transformers' `generate` on a Hugging Face copy of the policy."""
+"""The engine in the training processes: transformers' `generate` on a Hugging Face copy of the policy."""
 
 from collections.abc import Iterable
 
@@ -28,7 +28,7 @@ FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_p
 
 
 class LocalEngine(Engine):
-    """Every process holds a whole copy of the model and generates its own requests."""
+    """Generates in the training processes, each with a whole copy of the model."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class LocalEngine(Engine):
 
     @torch.no_grad()
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copies every tensor, under its name in a Hugging Face directory, into the model.
+        """Copies every tensor, given under its Hugging Face name, into the model.
 
         Raises UserError for a missing or an unknown name.
         """
@@ -107,7 +107,7 @@ def make_local_engine(config: Config, tokenizer: PreTrainedTokenizerBase) -> Loc
     """Returns the engine with the weights of model.path.
 
     Raises UserError if they cannot be read, are not finite, or if transformers' model has other parameters
-    than the directory and so could not be given the policy's weights.
+    than the directory, so that it could not load the policy's weights.
     """
     path, dtype = config.model.path, getattr(torch, config.model.dtype)
     engine = LocalEngine(path, tokenizer, dtype, device.device(), config.rollout.batch_size)
@@ -133,7 +133,7 @@ def weights_by_file_name(model: PreTrainedModel) -> dict[str, Tensor]:
 def check_names(model: PreTrainedModel, hf_config: PretrainedConfig) -> None:
     """Raises UserError if transformers' model has other tensors than a directory of that configuration.
 
-    The policy's weights come under the directory's names: a tensor under another name would never be updated.
+    The policy's weights have the directory's names: a tensor of another name would never be updated.
     """
     if problem := mismatch(hf_config, weights_by_file_name(model)):
         raise UserError(
@@ -143,10 +143,10 @@ def check_names(model: PreTrainedModel, hf_config: PretrainedConfig) -> None:
 
 
 class SeededSampler(LogitsProcessor):
-    """Samples inside generate's greedy search, each row from its own random stream.
+    """Samples within generate's greedy search, each row from its own random stream.
 
-    argmax(p / noise) with exponential noise is a draw from p (the Gumbel-max trick), so the token that greedy
-    search picks is a sample that depends on the row's seed alone, not on the other rows of the batch.
+    argmax(p / noise) with exponential noise is a draw from p (the Gumbel-max trick), so greedy search picks a
+    sample, which depends on the row's seed alone, not on the other rows of the batch.
     """
 
     def __init__(self, seeds: list[int], temperature: float) -> None:
@@ -164,7 +164,7 @@ class SeededSampler(LogitsProcessor):
 
 
 def _left_padded(rows: list[np.ndarray], pad: int) -> tuple[Tensor, Tensor]:
-    """(token ids int64, attention mask int64), both [rows, longest]."""
+    """Returns (token ids int64, attention mask int64), both [rows, longest]."""
     width = max(len(row) for row in rows)
     ids = np.full((len(rows), width), pad, dtype=np.int64)
     mask = np.zeros_like(ids)

@@ -1,8 +1,8 @@
-"""The groups of a step. Dynamic sampling (DAPO, arXiv 2503.14476) draws prompts until enough have contrast.
+"""Collects a step's groups. Dynamic sampling (DAPO, arXiv 2503.14476) continues until enough have contrast.
 
-A group has contrast if it holds right and wrong rollouts. An engine that streams is given more prompts while
-others are generated (rollout/streaming_sampler.py). Any other engine works in rounds; a round's prompts
-depend only on the rounds before it, so they are the same on every process and in a resumed run.
+A group has contrast if it has right and wrong rollouts. An engine that streams gets more prompts while others
+are generated (rollout/streaming_sampler.py). Any other engine works in rounds; a round's prompts depend only
+on the rounds before it, so they are the same on every process and in a resumed run.
 """
 
 from dataclasses import dataclass
@@ -34,13 +34,13 @@ class Collected:
     carried: int
     """Number of `groups` that an earlier step sampled"""
     leftover: int
-    """Number of groups with contrast that were not needed: kept for the next step, or dropped"""
+    """Number of groups with contrast that were not needed: kept for the next step or dropped"""
     aborted: int
     """Number of groups aborted before they finished"""
 
 
 class Collector:
-    """Draws prompts and collects their groups; keeps the position in the data and the groups left over."""
+    """Draws prompts and collects their groups. State: position in the data, and the groups left over."""
 
     def __init__(self, config: Config, prompts: list[Prompt], sampler: PromptSampler) -> None:
         """`config` is resolved (algorithms.presets.resolve)."""
@@ -48,7 +48,7 @@ class Collector:
         self.leftover: list[Group] = []
 
     def step(self, step: int, sampler: GroupSampler) -> Collected:
-        """Returns the groups of a step. Raises NoContrastError at the cap on prompts. Collective."""
+        """Returns a step's groups. Raises NoContrastError at rollout.max_prompts_per_step. Collective."""
         wanted, carried = self.config.rollout.prompts_per_step, self.leftover
         if not self.config.rollout.dynamic_sampling:
             sampled = sampler.collect(self._draw(wanted), (self.config.seed, step))
@@ -64,22 +64,22 @@ class Collector:
         return Collected(groups, sampled, len(carried), len(over), aborted)
 
     def _in_rounds(self, step: int, wanted: int, sampler: GroupSampler) -> tuple[list[Group], int]:
-        """Returns the groups of enough prompts for `wanted` to have contrast, and 0: none is aborted."""
+        """Collects rounds until `wanted` groups have contrast. Returns (groups, 0 aborted)."""
         rollout, sampled, found, number = self.config.rollout, [], 0, 0
-        # a round no larger than a step leaves less than a step over
+        # a round of at most a step's prompts leaves over less than a step
         while count := min(
             likely_prompts(wanted, len(sampled), found),
             rollout.prompts_per_step,
             rollout.max_prompts_per_step - len(sampled),
         ):
-            # with the round's number: a prompt drawn twice in a step gets new seeds
+            # seeded by the round, too: a prompt drawn twice in a step gets new seeds
             sampled += sampler.collect(self._draw(count), (self.config.seed, step, number))
             found = sum(self._has_contrast(group) for group in sampled)
             number += 1
         return sampled, 0
 
     def _while_others_run(self, step: int, wanted: int, sampler: GroupSampler) -> tuple[list[Group], int]:
-        """Returns the same from a streaming engine, and the number of groups aborted."""
+        """Does the same with a streaming engine. Returns (groups, number of groups aborted)."""
         rollout = self.config.rollout
         plan = Search(
             prompts=[self.prompts[i] for i in self.sampler.peek(rollout.max_prompts_per_step)],
@@ -101,9 +101,9 @@ class Collector:
             "rollout.max_prompts_per_step, or set rollout.dynamic_sampling=false"
         )
         return (
-            f"rollout.max_prompts_per_step is {self.config.rollout.max_prompts_per_step}; of so many prompts "
-            f"{found} have right and wrong rollouts, {wanted} are needed; {wrong} are all wrong and {right} "
-            f"all right: {cause}"
+            f"rollout.max_prompts_per_step is {self.config.rollout.max_prompts_per_step}; of these "
+            f"prompts {found} have right and wrong rollouts, {wanted} are needed; {wrong} are all wrong and "
+            f"{right} all right: {cause}"
         )
 
     def _draw(self, count: int) -> list[Prompt]:
@@ -116,13 +116,13 @@ class Collector:
         return 0 < self._correct(group).sum() < len(group.rewards)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state to checkpoint, as JSON values."""
+        """Returns the state for a checkpoint, as JSON values."""
         rows = {prompt.index: i for i, prompt in enumerate(self.prompts)}
         leftover = [_to_json(group, rows[group.prompt.index]) for group in self.leftover]
         return self.sampler.state_dict() | {"leftover": leftover}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resumes after the last step of a state. Raises UserError for one of other data or another seed."""
+        """Restores a state. Raises UserError if it is of other data or another seed."""
         self.sampler.load_state_dict(state)
         self.leftover = [_from_json(group, self.prompts) for group in state["leftover"]]
 

@@ -1,4 +1,4 @@
-"""The engine whose samples come from SGLang servers: requests, answers, and groups in flight."""
+"""The engine that samples on SGLang servers: requests, answers, and groups in flight."""
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -29,14 +29,14 @@ from megatron_bicc.weights.hf_files import INDEX, SINGLE, weight_map
 
 LEAST_LOG_PROB = float(np.finfo(np.float32).min)
 LOG_PROB_ROUNDING = 1e-3
-"""How far above 0 rounding may put the log of a probability of 1"""
+"""Largest log-prob above 0 that is accepted as rounding of a probability of 1"""
 ACCEPTED: dict[str, Any] = {
     "rope_is_neox_style": True,
     "dual_chunk_attention_config": None,
     "scale_emb": None,
     "original_num_attention_heads": None,
 }
-"""Entries of config.json that SGLang reads and transformers does not, and the value without effect"""
+"""Entries of config.json that only SGLang reads, and their value without effect"""
 SampleGroup = Callable[[list[Request]], Awaitable[list[Sample]]]
 
 
@@ -44,7 +44,7 @@ class SglangEngine:
     """Sends each group as one request to one server of the pool."""
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, pool: ServerPool) -> None:
-        """pool: servers of the model of model.path; `close` closes it."""
+        """pool: servers with the model of model.path; closed by `close`."""
         self.pool = pool
         hf_config = supported_config(config.model.path)
         self._vocab_size = hf_config.vocab_size
@@ -52,7 +52,7 @@ class SglangEngine:
         self._per_process = max(1, config.rollout.sglang.max_concurrency // dist.get_world_size())
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
-        """Returns one sample per request, in their order. Adjacent requests of one prompt go together.
+        """Returns one sample per request, in their order. Adjacent requests of one prompt are one group.
 
         Raises RolloutError when no server has answered for rollout.sglang.retry_timeout_s seconds, UserError
         for a token that is not in the vocabulary.
@@ -79,7 +79,7 @@ class SglangEngine:
     def memory_released(self) -> Iterator[None]:
         """Frees the servers' memory inside the context; after it they need new weights.
 
-        They get their memory back also when the block raises, as attached servers outlive the run.
+        The memory is allocated again even if the block raises, as attached servers outlive the run.
         Raises RolloutError if a server fails.
         """
         with _server_errors():
@@ -87,15 +87,17 @@ class SglangEngine:
         try:
             yield
         except BaseException:
-            with suppress(ServerError):  # the first error counts
+            with suppress(ServerError):  # the first error is the one to raise
                 self.pool.take_memory()
             raise
         with _server_errors():
             self.pool.take_memory()
 
     def counts(self) -> dict[str, float]:
-        """Returns the rollouts of all processes since the last call that were requested again after a failure
-        (rollout/resent), among them those that stale weights had made (rollout/stale). Collective."""
+        """Returns the rollouts of all processes that were requested again since the last call. Collective.
+
+        rollout/resent: after any failure; rollout/stale: those of them sampled with stale weights.
+        """
         parts = gathered(self.pool.drain_counts())
         resent, stale = (float(sum(column)) for column in zip(*parts, strict=True))
         return {"rollout/resent": resent, "rollout/stale": stale}
@@ -111,7 +113,7 @@ class SglangEngine:
                 f"a prompt has token {prompt.max()}; the policy's vocabulary has {self._vocab_size} tokens, "
                 "and the rollout server would crash on it"
             )
-        # the version now: weights that arrive while the request runs make its answer stale
+        # the version at the time of the request: a weight sync meanwhile makes the answer stale
         read = partial(
             read_samples,
             count=len(group),
@@ -134,7 +136,7 @@ def _server_errors() -> Iterator[None]:
 
 
 def make_sglang_engine(config: Config, tokenizer: PreTrainedTokenizerBase) -> SglangEngine:
-    """Starts or finds the servers and returns their engine. Collective. Raises as start_servers does."""
+    """Starts the servers, or attaches to them, and returns their engine. Collective; see start_servers."""
     return SglangEngine(config, tokenizer, start_servers(config, supported_config(config.model.path)))
 
 
@@ -176,7 +178,7 @@ class GroupStream:
         return self._outstanding
 
     def _start(self, key: int, requests: list[Request]) -> None:
-        # returns nothing: the portal would wait for a task
+        # not a coroutine: the portal would wait for its end
         self._tasks.start_soon(self._run, key, requests)
 
     async def _run(self, key: int, requests: list[Request]) -> None:
@@ -191,7 +193,7 @@ class GroupStream:
 
 @contextmanager
 def group_stream(portal: BlockingPortal, sample: SampleGroup, most_samples: int) -> Iterator[GroupStream]:
-    """Returns a context with a stream. On exit, unfinished groups are cancelled and waited for."""
+    """Yields a stream. On exit cancels unfinished groups and waits until they have ended."""
     ended, tasks = portal.start_task(_task_group)
     try:
         yield GroupStream(portal, tasks, sample, most_samples)
@@ -242,7 +244,7 @@ def read_samples(
     a token that is not one of `ends`.
     """
     if not isinstance(answer, list) or len(answer) != count:
-        raise BadAnswer(f"{count} samples were requested, and the answer is {str(answer)[:100]}")
+        raise BadAnswer(f"{count} samples were requested; the answer is {str(answer)[:100]}")
     try:
         return [_sample(item["output_ids"], item["meta_info"], version, vocab_size, ends) for item in answer]
     except (KeyError, IndexError) as error:
@@ -273,7 +275,7 @@ def _sample(
         raise BadAnswer("the log-probs are not those of the tokens")
     _check_log_probs(log_probs)
     number = int(version) if version.isdigit() else 0
-    # by the last token, like the local engine: an end token may come exactly at max_new_tokens
+    # by the last token, as in the local engine: an end token may be the max_new_tokens-th
     reason = "stop" if ended else "length"
     return Sample(np.array(output_ids, np.int32), np.array(log_probs, np.float32), reason, number)
 
@@ -290,7 +292,7 @@ def _check_tokens(output_ids: Any, vocab_size: int) -> None:
 
 def _check_log_probs(log_probs: list[Any]) -> None:
     for value in log_probs:
-        # a comparison with NaN is false, so NaN is refused
+        # a comparison with NaN is false, so NaN is rejected
         if type(value) not in (int, float) or not LEAST_LOG_PROB <= value <= LOG_PROB_ROUNDING:
             raise BadAnswer(f"a sample with {str(value)[:100]} for a log-prob")
 

@@ -1,7 +1,7 @@
 """Dynamic sampling on an engine that streams: prompts are submitted while others are generated.
 
-Every process submits prompts to the engine and scores their groups. The counts that all processes need, of
-prompts submitted, groups finished and groups with contrast, are kept in torch.distributed's store. The
+Every process submits prompts to the engine and scores their groups. The shared counts (prompts submitted,
+groups finished, groups with contrast) are in torch.distributed's store, which needs no collective. The
 process that finishes a group submits the prompts that are missing by then, so none waits for a slow one.
 """
 
@@ -20,14 +20,14 @@ from megatron_bicc.rollout.collect import GroupSampler, exchange
 from megatron_bicc.rollout.types import Group, RolloutError, Stream
 
 LOOK_S = 0.5
-"""Seconds that a process waits for a group before it checks whether enough have been found"""
+"""Seconds that a process waits for a group before it checks whether enough were found"""
 
 
 def likely_prompts(wanted: int, finished: int, found: int) -> int:
-    """Returns how many more prompts are likely needed for `wanted` groups with contrast.
+    """Estimates how many more prompts `wanted` groups with contrast need.
 
-    Estimated from the share of finished groups with contrast so far; before any has finished, all are
-    assumed to have it.
+    From the share of finished groups with contrast, with one success added: before any group has finished,
+    all are assumed to have contrast, and the estimate is finite while none has.
     """
     return max(0, math.ceil((wanted - found) * (finished + 1) / (found + 1)))
 
@@ -37,17 +37,17 @@ class Search:
     """One step's search for groups with contrast."""
 
     prompts: list[Prompt]
-    """In the order in which they are submitted; as many as a step may submit"""
+    """Prompts in the order of submission; all that the step may submit"""
     wanted: int
     """Groups with contrast"""
     at_once: int
     """Limit on unfinished groups, over all processes"""
     seed: tuple[int, ...]
     finish: bool
-    """Whether to wait for groups that are unfinished when enough are found; else they are aborted"""
+    """Once enough are found, wait for unfinished groups; False: abort them"""
 
     def unfinished(self, finished: int, found: int) -> int:
-        """Returns how many groups should be in flight now."""
+        """Returns the number of groups that should be in flight now."""
         return min(likely_prompts(self.wanted, finished, found), self.at_once)
 
 
@@ -58,14 +58,14 @@ class Found:
     groups: list[Group]
     """All finished groups, in the order of their prompts"""
     submitted: int
-    """Number of prompts submitted: the first ones of the search"""
+    """Number of prompts submitted, from the first of the search"""
 
 
 def search(plan: Search, sampler: GroupSampler, has_contrast: Callable[[Group], bool]) -> Found:
     """Submits prompts until enough groups have contrast or all prompts were submitted. Collective.
 
-    How many are submitted depends on how long the answers take; a group's seeds depend only on its prompt and
-    its place. Raises RolloutError on every process if the engine of one does.
+    The number of submitted prompts depends on timing; a group's seeds depend only on its prompt and index.
+    Raises RolloutError on every process if the engine of one does.
     """
     counts = SearchCounts(plan)
     with raised_on_all_ranks(RolloutError):
@@ -73,6 +73,7 @@ def search(plan: Search, sampler: GroupSampler, has_contrast: Callable[[Group], 
             with sampler.engine.stream(sampler.sampling) as stream:
                 own = _own_groups(plan, counts, stream, sampler, has_contrast)
         except RolloutError:
+            # the other processes must leave their loops: raised_on_all_ranks waits for them
             counts.give_up()
             raise
     groups = exchange(own, plan.prompts)
@@ -86,7 +87,7 @@ def _own_groups(
     sampler: GroupSampler,
     has_contrast: Callable[[Group], bool],
 ) -> dict[int, Group]:
-    """Returns the groups that this process finished, by their prompts' places."""
+    """Returns the groups that this process finished, by the index of their prompt."""
 
     def submit(places: range) -> None:
         for place in places:
@@ -106,24 +107,24 @@ def _own_groups(
 
 
 class SearchCounts:
-    """The counts of one search, in the store that all processes share."""
+    """The counts of one search, shared by all processes in the store."""
 
     def __init__(self, plan: Search) -> None:
-        """Collective."""
+        """Counts the first prompts as submitted. Collective."""
         self._plan = plan
         self._begin = min(plan.unfinished(0, 0), len(plan.prompts))
-        # a fresh prefix, so that no key of an earlier search or of a run before a restart is read
+        # a new prefix: the store still has the keys of earlier searches, and of the run before a restart
         prefix = gathered(secrets.token_hex(8))[0]
         self._store = dist.PrefixStore(f"megatron_bicc/search/{prefix}", device.store())
         self._store.compare_set("submitted", "", f"{self._begin} by all")
 
     def first(self) -> range:
-        """Returns the places that this process submits first: an equal share for every process."""
+        """Returns the indices of the prompts that this process submits first: an equal share of the start."""
         return range(dist.get_rank(), self._begin, dist.get_world_size())
 
     def finished(self, has_contrast: bool) -> range:
-        """Counts a finished group. Returns the places that this process submits next."""
-        # `found` first: else another process could count this group as finished without contrast
+        """Counts a finished group. Returns the indices of the prompts that this process submits next."""
+        # `found` first: between the two, another process would count this group as one without contrast
         found = self._store.add("found", int(has_contrast))
         finished = self._store.add("finished", 1)
         return self._claim(min(finished + self._plan.unfinished(finished, found), len(self._plan.prompts)))
@@ -146,11 +147,11 @@ class SearchCounts:
         self._store.add("given up", 1)
 
     def _claim(self, goal: int) -> range:
-        """Returns the places up to `goal` that nobody has submitted; no other process gets any of them."""
+        """Claims the prompts up to index `goal` that no process has submitted, and returns their indices."""
         while True:
             now = self._store.get("submitted").decode()
             start = int(now.split()[0])
-            # compare-and-set; with the rank, since another process may write the same number
+            # compare-and-set; the rank tells this claim from one of another process with the same goal
             claim = f"{goal} by {dist.get_rank()}"
             if start >= goal:
                 return range(0)

@@ -15,7 +15,7 @@ from megatron_bicc.weights.verify import TokenGroup
 
 
 class RolloutError(Exception):
-    """The rollouts of a step failed, for example because no server answers. One line: what and why."""
+    """Sampling failed, for example because no server answers. One line: what and why."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Group:
 
 
 def unscored(groups: Iterable[TokenGroup]) -> list[Group]:
-    """Returns the same as groups without log-probs, texts and rewards: for the policy's log-probs of them."""
+    """Returns token groups as Groups without log-probs, texts and rewards, for Learner.log_probs."""
     return [
         Group(
             Prompt(0, [], group.prompt, "", "", {}),
@@ -77,13 +77,13 @@ def unscored(groups: Iterable[TokenGroup]) -> list[Group]:
 
 @runtime_checkable
 class Engine(Protocol):
-    """Generates samples with the policy's weights. Every process of the run has an engine of its own.
+    """Generates samples with the policy's weights. Every process of the run has its own engine.
 
-    `rollout.engine=package.module:Class` or `file.py:Class` names a class of yours: it is called as
+    `rollout.engine=package.module:Class` or `file.py:Class` names a user's class: it is called as
     Class(config, tokenizer) on every process, after torch.distributed has started, and must have the weights
     of model.path then. Subclass Engine to inherit the methods below that do nothing.
 
-    How it gets new weights (weights.sync.make_weight_sync): either it has a method
+    An engine gets new weights in one of two ways (weights.sync.make_weight_sync): either it has a method
     `load_weights(tensors: Iterable[tuple[str, Tensor]], version: int) -> None`, which reads the iterator to
     its end: every parameter once, whole, under its Hugging Face name. That method is collective: each tensor
     is gathered from the policy's ranks as it is read, so every process must read all of them. Or it has an
@@ -95,14 +95,14 @@ class Engine(Protocol):
         """Returns one sample per request, in the requests' order. Not collective.
 
         Requests of one group are adjacent and have the same prompt. Sample.weight_version must be the version
-        that came with the weights. Raises RolloutError, on this process alone, if samples cannot be had: the
-        caller raises it on every process.
+        passed with the weights. Raises RolloutError, on this process alone, if sampling fails: the caller
+        raises it on every process.
         """
 
     def memory_released(self) -> AbstractContextManager[None]:
-        """Returns a context in which training may use the memory that the engine has on the policy's devices.
+        """Returns a context in which training may use the engine's memory on the policy's devices.
 
-        After it the engine need not have weights: a weight sync follows. By default nothing is released.
+        After it the engine may lack weights: a weight sync follows. By default nothing is released.
         """
         return nullcontext()
 
@@ -111,11 +111,11 @@ class Engine(Protocol):
         return {}
 
     def close(self) -> None:
-        """Ends what the engine started. Called once, after the weight sync is closed."""
+        """Releases everything that the engine started. Called once, after the weight sync is closed."""
 
 
 class Stream(Protocol):
-    """Groups of samples that are submitted one by one and come back as they finish."""
+    """Groups of samples that are submitted one by one and returned as they finish."""
 
     def submit(self, key: int, requests: list[Request]) -> None:
         """Submits the requests of one prompt; `next` returns their samples under this key. Does not block."""

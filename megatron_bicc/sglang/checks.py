@@ -1,4 +1,4 @@
-"""Checks of the rollout servers: their settings, and whether a running one serves the policy's model."""
+"""Checks running rollout servers: readiness, context length, and whether they serve the policy's model."""
 
 import time
 from collections.abc import Callable
@@ -24,7 +24,7 @@ LENGTHS = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length
 
 
 def server_positions(hf_config: PretrainedConfig, rollout: RolloutConfig) -> int:
-    """Returns the most tokens that a server takes; an attached one is assumed to take what the model does."""
+    """Returns the longest sequence of a server in tokens; for an attached one, that of the model."""
     scaling = hf_config.rope_parameters
     factor = 1.0 if "original_max_position_embeddings" in scaling else scaling.get("factor", 1.0)
     most = int(factor * next(vars(hf_config)[key] for key in LENGTHS if vars(hf_config).get(key)))
@@ -37,8 +37,8 @@ async def wait_until_ready(
 ) -> None:
     """Waits until a server is healthy and generates.
 
-    check_starting: called between attempts; raises if waiting is useless. Raises UserError, one line, for a
-    server that is not ready within timeout_s seconds or refuses the requests.
+    check_starting: called before each attempt; raises if the server has ended. Raises UserError, one line,
+    for a server that is not ready within timeout_s seconds or refuses the requests.
     """
     end = time.monotonic() + timeout_s
     with waiting_for(f"rollout server {client.url}, at most {timeout_s:g} s"):
@@ -82,7 +82,7 @@ async def check_model(client: ServerClient, hf_config: PretrainedConfig) -> None
 async def _is_token(client: ServerClient, token: int) -> bool:
     """Returns whether a token id is in the server's vocabulary.
 
-    An unknown id as input would crash the server; as the key of a bias it is refused.
+    An unknown id as input would crash the server; as the key of a logit bias it is rejected.
     """
     sampling: dict[str, Any] = {"max_new_tokens": 1, "logit_bias": {str(token): 0.0}}
     try:

@@ -1,4 +1,4 @@
-"""HTTP to one SGLang server: its answers as Python values, its failures as two kinds of error."""
+"""HTTP client of one SGLang server. Failures are of two kinds: retry elsewhere, or give up."""
 
 import json
 from collections.abc import AsyncIterator, Sequence
@@ -33,7 +33,7 @@ class NotSglang(ServerUnavailable):
 
 
 class ConnectionBroken(ServerUnavailable):
-    """The connection failed, or ended before the answer."""
+    """The connection failed, or closed before the answer."""
 
 
 class ServerRefusal(ServerError):
@@ -80,7 +80,7 @@ class ServerClient:
         return answer
 
     async def generate(self, body: dict[str, Any], timeout_s: float | None = None) -> Any:
-        """POST /generate. Returns {output_ids, meta_info}, or a list of them for batched input."""
+        """Sends POST /generate. Returns {output_ids, meta_info}, or a list of them for batched input."""
         return await self.post("/generate", body, timeout_s)
 
     async def abort(self, rid: str) -> None:
@@ -97,7 +97,7 @@ class ServerClient:
         return await self._described("/server_info", {})
 
     async def paths(self) -> set[str]:
-        """Returns the server's HTTP paths, which differ between SGLang versions."""
+        """Returns the server's HTTP paths; they differ between SGLang versions."""
         return set((await self._described("/openapi.json", {"paths": dict}))["paths"])
 
     async def is_healthy(self, timeout_s: float) -> bool:
@@ -109,7 +109,7 @@ class ServerClient:
         return True
 
     async def flush_cache(self) -> None:
-        """Drops cached prefixes. The server refuses it while requests run."""
+        """Drops cached prefixes. The server refuses while requests are running."""
         await self.post("/flush_cache", {})
 
     async def pause(self, mode: Literal["abort", "retract", "in_place"]) -> None:
@@ -160,8 +160,8 @@ class ServerClient:
         return self._decoded(path, response)
 
     def _masked(self, text: str) -> str:
-        """Returns `text` without the API key: some servers repeat the header that they refuse."""
-        # the key is kept in the headers only, whose repr hides it
+        """Returns `text` without the API key: some servers quote a header that they reject."""
+        # the key is stored in the headers only, whose repr masks it
         key = self._http.headers.get("Authorization", "").removeprefix("Bearer ")
         return text.replace(key, "***") if key else text
 

@@ -22,7 +22,7 @@ from collections.abc import Callable
 SHM = re.compile(r"/dev/shm/[^\s]+$")
 POLL_S = 0.5
 TERM_S = 15.0
-"""Seconds that a server has to end after SIGTERM"""
+"""Seconds that a server has to exit after SIGTERM"""
 LONGEST_PAUSE_S = 60.0
 """Longest pause before a restart in seconds; the first is 1 s, doubled each time"""
 PR_SET_PDEATHSIG = 1
@@ -31,7 +31,7 @@ PR_SET_PDEATHSIG = 1
 def main(log: str, command: list[str]) -> int:
     """Runs `command` with its output appended to `log` until standard input ends. Returns the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        # the pipe decides when to end; a handler, unlike SIG_IGN, is not inherited by the server
+        # only the pipe ends the guard; a handler, unlike SIG_IGN, is not inherited by the server
         signal.signal(number, lambda *_: None)
     pause_s, ready = 1.0, False
     while True:
@@ -59,7 +59,7 @@ def read_pipe(timeout_s: float) -> bytes | None:
 
 
 def start(log: str, command: list[str]) -> subprocess.Popen:
-    """Starts the server in a session of its own."""
+    """Starts the server in a new session."""
     libc = ctypes.CDLL(None)
     with open(log, "ab") as output:
         return subprocess.Popen(
@@ -74,7 +74,7 @@ def start(log: str, command: list[str]) -> subprocess.Popen:
 
 
 def finish(server: subprocess.Popen, left: set[str], patience_s: float) -> int:
-    """Ends the server's whole session, then removes those files of `left` that no process maps any more."""
+    """Ends the server's whole session, then removes the files of `left` that no process maps."""
     if server.poll() is None:
         server.send_signal(signal.SIGTERM)
     wait_until(lambda: server.poll() is not None, patience_s)
@@ -90,14 +90,14 @@ def finish(server: subprocess.Popen, left: set[str], patience_s: float) -> int:
 
 
 def wait_until(true: Callable[[], bool], timeout_s: float) -> None:
-    """Waits until `true` returns true, at most timeout_s seconds."""
+    """Waits until `true()` holds, at most timeout_s seconds."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end and not true():
         time.sleep(0.05)
 
 
 def session(leader: int) -> list[int]:
-    """Returns the living processes of a session."""
+    """Returns the running processes of a session."""
     return [pid for pid in processes() if session_of(pid) == leader and not is_zombie(pid)]
 
 
@@ -116,7 +116,7 @@ def mapped(pid: int) -> set[str]:
     try:
         with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as lines:
             return {found.group() for line in lines if (found := SHM.search(line.rstrip()))}
-    except OSError:  # it has ended, or belongs to another user
+    except OSError:  # the process has ended, or belongs to another user
         return set()
 
 

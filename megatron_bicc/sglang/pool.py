@@ -41,28 +41,28 @@ class RequestFailed(Exception):
 
 
 class RequestWithdrawn(Exception):
-    """A server hangs, so a request was withdrawn from it. One line: the server, and how it was found out."""
+    """A request was cancelled because its server hangs. One line: the server and the failed check."""
 
 
 class StaleWeights(Exception):
-    """A server sampled with other weights than the current ones. One line: which."""
+    """A server sampled with weights other than the current ones. One line: their version."""
 
 
 class BadAnswer(Exception):
-    """An answer that does not fit its request. One line: what is wrong with it."""
+    """An answer that does not fit its request. One line: the mismatch."""
 
 
 class Server:
-    """One server as this process sees it."""
+    """One server, with this process's state of it."""
 
     def __init__(self, client: ServerClient) -> None:
         self.client = client
         self.outstanding = 0
-        """Samples that it is generating for this process"""
+        """Samples that the server is generating for this process"""
         self.reason = ""
-        """Why it gets no requests; empty if it does"""
+        """Reason for sending it no requests; empty if it is used"""
         self.gate = anyio.Semaphore(0)
-        """Held by the health check while it talks to the server, and while the pool is paused"""
+        """Held by the health check during a check, and by the pool while it is paused"""
         self._running: set[anyio.CancelScope] = set()
 
     async def generate(self, body: dict[str, Any], timeout_s: float) -> Any:
@@ -72,12 +72,13 @@ class Server:
         """
         samples = len(body["input_ids"])
         self.outstanding += samples
-        # new ids for each attempt: a server refuses an id that it still works on
+        # new ids for each attempt: a server rejects the id of a request that is still running
         rids = [uuid4().hex for _ in range(samples)]
         try:
             with anyio.CancelScope() as scope:
                 self._running.add(scope)
                 return await self.client.generate(body | {"rid": rids}, timeout_s)
+            # reached only if `withdraw` cancelled the scope, which swallows the cancellation
             raise RequestWithdrawn(self.reason)
         except anyio.get_cancelled_exc_class():
             await self._abort(rids)
@@ -93,23 +94,23 @@ class Server:
                 await self.client.abort(rid)
 
     def avoid(self, reason: str) -> None:
-        """Sends it no new requests."""
+        """Sends the server no new requests."""
         if not self.reason:
             log.warning("rollout server not used: %s", reason)
         self.reason = reason
 
     def withdraw(self, reason: str) -> None:
-        """Sends it no new requests, and moves its unfinished ones to other servers."""
+        """Sends the server no new requests, and cancels its running ones, which `ask` sends to others."""
         self.avoid(reason)
         for scope in self._running:
             scope.cancel()
 
 
 class ServerPool:
-    """All servers that this process sends requests to, and the event loop that their clients live in.
+    """The servers that this process sends requests to, and the event loop of their clients.
 
     Coroutine methods run in that loop; the others may be called from any other thread. A new pool is paused
-    and expects the servers to have the weights that they started with: `resume` begins the health checks.
+    and expects the servers to have their initial weights; `resume` starts the health checks.
     """
 
     def __init__(
@@ -120,9 +121,9 @@ class ServerPool:
         first: int = 0,
         spawned: list[SpawnedServer] | None = None,
     ) -> None:
-        """urls: of all servers. own: of those whose weights and memory this process manages.
+        """urls: all servers. own: those whose weights and memory this process manages.
 
-        first: of equally busy servers this one is taken, so that processes do not all start with the same.
+        first: index of the server preferred among equally busy ones; processes should differ in it.
         spawned: server processes to end on `close`.
         """
         key = os.environ.get(settings.api_key_variable) if settings.api_key_variable else None
@@ -134,7 +135,7 @@ class ServerPool:
         self._stale = 0
         self.on_stale: Callable[[ServerClient], Awaitable[str]] = self._no_weights
         """Called by the health check for one of `own` that lacks the current weights: sends them, or returns
-        why the server cannot be used. The weight sync sets it."""
+        the reason why the server cannot be used. Set by the weight sync."""
         self._settings = settings
         self._spawned = spawned or []
         self._loop = start_blocking_portal()
@@ -155,7 +156,7 @@ class ServerPool:
             server.ready()
 
     def pause(self) -> None:
-        """Waits for the health checks that are running and stops them, so that they do not interfere."""
+        """Waits for running health checks and stops them, so that they do not disturb a weight sync."""
         if not self._paused:
             self.portal.call(self._acquire_gates)
         self._paused = True
@@ -167,7 +168,7 @@ class ServerPool:
         self._paused = False
 
     def hold(self, version: str, failed: dict[str, str]) -> None:
-        """Sets the weight version that all servers have, except those that failed: reasons by URL."""
+        """Sets the weight version that all servers have except the failed ones, given as reasons by URL."""
         self.version = version
         for server in self.servers:
             reason = failed.get(server.client.url, "")
@@ -176,10 +177,10 @@ class ServerPool:
             server.reason = reason
 
     async def ask(self, body: dict[str, Any], read: Callable[[Any], Result]) -> Result:
-        """Sends a request to the least busy server, to others if that fails. Returns `read` of the answer.
+        """Sends a request to the least busy server, on failure to others. Returns `read` of the answer.
 
-        read: raises StaleWeights or BadAnswer for an answer that cannot be used. Raises RequestFailed when
-        all attempts of retry_timeout_s seconds have failed, or a healthy server refuses the request.
+        read: raises StaleWeights or BadAnswer for an unusable answer. Raises RequestFailed when all attempts
+        of retry_timeout_s seconds have failed, or when a healthy server refuses the request.
         """
         attempts = Attempts(self._settings.retry_timeout_s)
         while True:
@@ -202,22 +203,22 @@ class ServerPool:
                 attempts.failed(reason, error)
 
     def reasons(self) -> str:
-        """Returns why servers are not used."""
+        """Returns the reasons why servers are not used."""
         return "; ".join(server.reason for server in self.servers if server.reason)
 
     def release_memory(self) -> None:
-        """Frees the memory of this process's own servers, which then need new weights. Raises ServerError."""
+        """Frees the memory of this process's own servers; they then need new weights. Raises ServerError."""
         self.pause()
         for server in self.servers:
             server.reason = f"{server.client.url}: its memory was released; it needs new weights"
         self.portal.call(self._each_own, ServerClient.release_memory)
 
     def take_memory(self) -> None:
-        """Allocates that memory again, for the next weight sync to fill. Raises ServerError."""
+        """Allocates that memory again; the next weight sync fills it. Raises ServerError."""
         self.portal.call(self._each_own, ServerClient.take_memory)
 
     def drain_counts(self) -> tuple[int, int]:
-        """Returns the samples requested again, and of them those rejected as stale, since the last call."""
+        """Returns (samples requested again, those of them rejected as stale) since the last call."""
         counts = self._resent, self._stale
         self._resent = self._stale = 0
         return counts
@@ -260,13 +261,13 @@ class ServerPool:
     async def _check_server(self, server: Server) -> None:
         while True:
             async with server.gate:
-                # an own server is checked when idle, too: others may wait for its weights
+                # an own server is checked even when idle: other processes may wait for its weights
                 if server.outstanding or server.reason or server.client in self.own:
                     await self._look(server)
             await anyio.sleep(CHECK_EVERY_S)
 
     async def _look(self, server: Server) -> None:
-        """Withdraws the requests of a server that hangs; uses one again that is healthy and up to date."""
+        """Cancels the requests of a server that hangs; uses one again that is healthy and up to date."""
         client, seconds = server.client, self._settings.health_timeout_s
         if (server.outstanding or server.reason) and not await client.is_healthy(seconds):
             return server.withdraw(f"{client.url}: /health did not succeed within {seconds:g} s")
@@ -286,7 +287,7 @@ class ServerPool:
 
 
 def start_servers(config: Config, hf_config: PretrainedConfig) -> ServerPool:
-    """Starts the servers, or finds those of rollout.sglang.servers, and waits for them. Collective.
+    """Starts the servers, or connects to those of rollout.sglang.servers, and waits for them. Collective.
 
     Every process sends requests to all servers that it can reach. A server's weights and memory are managed
     by one process: the first if the servers were attached, else the first of its node, which started it.
@@ -308,7 +309,7 @@ def start_servers(config: Config, hf_config: PretrainedConfig) -> ServerPool:
 
 
 def _urls(rollout: RolloutConfig, spawned: list[SpawnedServer]) -> tuple[list[str], list[str]]:
-    """Returns the URLs of all servers that this process can reach, and of its own. Collective."""
+    """Returns (URLs of all servers that this process can reach, URLs of its own servers). Collective."""
     if rollout.launch == "attach":
         urls = server_urls(rollout.sglang.servers)
         return urls, urls if dist.get_rank() == 0 else []
@@ -320,7 +321,7 @@ def _urls(rollout: RolloutConfig, spawned: list[SpawnedServer]) -> tuple[list[st
 
 
 class Attempts:
-    """The attempts at one request: the pauses between them, and when to give up."""
+    """Paces the attempts at one request and decides when to give up."""
 
     def __init__(self, retry_timeout_s: float) -> None:
         self._retry_s = retry_timeout_s
@@ -337,7 +338,7 @@ class Attempts:
     def failed(self, reason: str, cause: Exception | None = None) -> None:
         """Raises RequestFailed with this reason if retry_timeout_s seconds of failures have passed.
 
-        After an attempt that ran longer than that the count restarts: it was real work that was lost.
+        After an attempt that ran longer than that, the time restarts: the server was working, not failing.
         """
         now = time.monotonic()
         if self._failing_since is None or now - self._begun > self._retry_s:

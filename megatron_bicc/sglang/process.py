@@ -1,4 +1,4 @@
-"""Servers that the run starts itself: their arguments, ports, processes and logs."""
+"""Starts servers of the run: arguments, ports, processes and logs."""
 
 import os
 import shlex
@@ -18,22 +18,22 @@ CPU_ARGUMENTS = (
 )
 CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
 EVERY_NODE = "0.0.0.0"
-"""As rollout.sglang.host: the node's own address; the server does not bind to all interfaces"""
+"""Value of rollout.sglang.host for the node's own address; the server does not bind to all interfaces"""
 LOG_LINES = 12
-"""Last lines of the log that the error of a failed start quotes"""
+"""Number of last log lines that the error of a failed start quotes"""
 
 
 class SpawnedServer:
-    """A server process under its guard (megatron_bicc.sglang.guard), which ends it with this process."""
+    """A server process under a guard (megatron_bicc.sglang.guard) that ends it when this process ends."""
 
     def __init__(self, config: Config, index: int) -> None:
-        """index: number of the server on its node."""
+        """index: of the server on its node."""
         settings = config.rollout.sglang
         host = device.node_address() if settings.host == EVERY_NODE else settings.host
         self.url = f"http://{host}:{_free_port(host)}"
         self.log = Path(config.output_dir) / f"servers/{socket.gethostname()}_{index}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        # servers with the same seed would sample the same numbers
+        # servers with equal seeds would sample equal random numbers
         seed = config.seed + device.node_rank() * settings.servers_per_node + index
         guard = [sys.executable, "-m", "megatron_bicc.sglang.guard", str(self.log)]
         self._guard = subprocess.Popen(
@@ -50,7 +50,7 @@ class SpawnedServer:
             raise UserError(f"rollout server {self.url} ended during its start, see {self.log}: {last}")
 
     def ready(self) -> None:
-        """Has the guard restart the server from now on when it ends."""
+        """Signals the guard that the server is ready: from now on it restarts the server when it ends."""
         self._guard.stdin.write(b"r")
         self._guard.stdin.flush()
 
@@ -74,7 +74,7 @@ def _command(config: Config, url: str, seed: int) -> list[str]:
 
 
 def _environment(config: Config, index: int) -> dict[str, str]:
-    # with torchrun's settings a server would wait forever for a store at the trainer's address
+    # with torchrun's variables a server would wait forever for a store at the trainer's address
     env = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     # torchrun's variables describe the trainer's job, not the server's
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

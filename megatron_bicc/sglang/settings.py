@@ -1,4 +1,4 @@
-"""Checks of the rollout servers' settings, before anything is started. Imports no torch and no SGLang."""
+"""Checks the rollout servers' settings, before anything is started. Imports neither torch nor SGLang."""
 
 import ipaddress
 import os
@@ -28,7 +28,7 @@ REFUSED = {
 
 
 def check_servers(rollout: RolloutConfig) -> None:
-    """Raises UserError, one line with setting, value and remedy, for the first setting that is not usable."""
+    """Raises UserError, one line with setting, value and remedy, for the first unusable setting."""
     if rollout.engine != "sglang":
         if rollout.colocate:
             raise UserError("rollout.colocate is true; it needs rollout.engine=sglang")
@@ -161,7 +161,7 @@ def _options(arguments: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _stands_for(given: str, name: str) -> bool:
-    # argparse, which SGLang uses, also accepts the beginning of a name
+    # argparse, which SGLang uses, also accepts a unique prefix of a name
     return len(given) > len("--") and name.startswith(given)
 
 

@@ -1,7 +1,7 @@
 """A step's rollouts as flat arrays, and its micro-batches as the gradient pass reads them.
 
 Shape suffixes: B groups, R rollouts, T response tokens (of a step or of a part of it); A response rows of a
-micro-batch.
+micro-batch; E elements and S segments of a flat array; X kinds of values per token.
 """
 
 from collections.abc import Iterable
@@ -27,15 +27,15 @@ from megatron_bicc.rollout.types import Group
 
 @dataclass(frozen=True)
 class StepBatch:
-    """Rollouts as flat arrays. Made by `collate`, which checks them; every function behind it trusts them."""
+    """Rollouts as flat arrays. `collate` makes and checks them; later functions do not check again."""
 
     rollouts: RolloutBatch
     rollout_logp_T: np.ndarray
-    """float32 [T]: log-probs as the rollout engine computed them"""
+    """float32 [T]: log-probs computed by the rollout engine"""
 
     @property
     def num_groups(self) -> int:
-        """B"""
+        """Number of groups, B."""
         return len(self.rollouts.group_offsets_B) - 1
 
     @property
@@ -44,7 +44,7 @@ class StepBatch:
         return np.diff(self.rollouts.offsets_R)
 
     def select(self, groups: np.ndarray) -> "StepBatch":
-        """Returns the batch of these groups (indices), in that order."""
+        """Returns the batch of the given groups (indices), in the given order."""
         if np.array_equal(groups, np.arange(self.num_groups)):
             return self
         r = self.rollouts
@@ -61,13 +61,13 @@ class StepBatch:
 def _select(
     values_E: np.ndarray, offsets_S: np.ndarray, segments: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(the values of the chosen segments, their offsets)"""
+    """Returns (values of the chosen segments, their offsets)."""
     parts = [values_E[offsets_S[s] : offsets_S[s + 1]] for s in segments]
     return np.concatenate([values_E[:0], *parts]), _offsets([len(part) for part in parts])
 
 
 def collate(groups: list[Group]) -> StepBatch:
-    """Flat arrays of groups, in their order: the one place where rollouts are checked.
+    """Concatenates groups, in their order, to flat arrays; the only place where rollouts are checked.
 
     Raises ValueError for a group, prompt or response without items and for log-probs that do not match the
     tokens; NotFiniteError for a reward or a log-prob of the engine that is not finite.
@@ -104,7 +104,7 @@ def _concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:
 def packing_settings(
     config: Config, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PackingSettings, PackingSettings]:
-    """(plain layout, bilateral layout) of a resolved configuration."""
+    """Returns the packer's settings for (plain layout, bilateral layout) of a resolved configuration."""
 
     def encode(text: str) -> tuple[int, ...]:
         return tuple(tokenizer.encode(text, add_special_tokens=False))
@@ -123,7 +123,7 @@ def packing_settings(
         right_header=encode(config.bicc.right_header),
         answer_header=encode(config.bicc.answer_header),
         end_token_ids=end_token_ids(hf_config, tokenizer, config.model.path),
-        # sequence parallel cuts a micro-batch's rows into equal shares
+        # sequence parallel splits a micro-batch's rows evenly over the tensor-parallel ranks
         alignment=config.parallel.tensor,
         token_cost=6 * hf_config.hidden_size,
     )
@@ -132,12 +132,12 @@ def packing_settings(
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """A micro-batch of this rank in training, all of it on the device."""
+    """A micro-batch of this rank with the inputs of its loss, on the device."""
 
     packed: PackedBatch
     layout: Layout
     share: float
-    """The layout's share of the policy's loss: bicc.weight, or 1 - bicc.weight"""
+    """Weight of the layout in the policy loss: bicc.weight, or 1 - bicc.weight"""
     rows: LossRows
 
     @classmethod
@@ -151,10 +151,10 @@ class TrainBatch:
         advantages: Advantages,
         token_weight_R: np.ndarray,
     ) -> "TrainBatch":
-        """Takes each row's values from the flat arrays of its update.
+        """Gathers each row's values from the flat arrays of the optimizer step.
 
-        old_logp_A: the ratio's denominators; None: the ratio starts at 1. token_weight_R: float64, over the
-        whole optimizer step (algorithms.advantages.token_weights).
+        old_logp_A: log-probs in the ratio's denominator; None: the ratio is 1. token_weight_R: float64, over
+        the whole optimizer step (algorithms.advantages.token_weights).
         """
 
         def of_tokens(values_T: np.ndarray) -> Tensor:
@@ -163,17 +163,18 @@ class TrainBatch:
         def of_rollouts(values_R: np.ndarray) -> Tensor:
             return torch.from_numpy(values_R).to(packed.rollout_A.device)[packed.rollout_A]
 
-        # a rollout that several segments train (context_source=pair) counts once in all
+        # scale: a rollout trained by several segments (context_source=pair) counts once in total
         weight_A = of_rollouts(token_weight_R) * packed.scale_A.double()
         rows = LossRows(
             advantage=of_rollouts(advantages.advantage_R.astype(np.float32)),
             weight=(weight_A * share).float(),
             response=packed.response_A,
             old_logp=old_logp_A,
-            # KL and entropy compare with policies that see the prompt alone, whatever bicc.weight is
+            # KL and entropy are of the policy given the prompt alone, in full whatever bicc.weight is: the
+            # tokens were sampled so, and only then are the estimators expectations under the policy
             regularisation=weight_A.float() if layout == "plain" else None,
             ref_logp=None if log_probs.ref_T is None else of_tokens(log_probs.ref_T),
-            # the mismatch is the engine's, not that of a context which it never saw
+            # both given the prompt alone: a context, which the engine never saw, is no engine mismatch
             engine_log_ratio=of_tokens(log_probs.old_T - log_probs.rollout_T),
         )
         return cls(packed, layout, share, rows)
@@ -182,33 +183,36 @@ class TrainBatch:
 def gather_tokens(
     found: Iterable[tuple[PackedBatch, Tensor | None]], kinds: int, num_tokens: int
 ) -> np.ndarray:
-    """float32 [kinds, T]: each token's values, or their means where several segments hold it. Collective.
+    """Returns each token's values on every rank: float32 [kinds, T]. Collective.
 
     found: this rank's micro-batches with their values, float or bool [kinds, A]; None except on the last
-    pipeline stage. Tokens that no micro-batch of any rank holds are NaN. Every rank gets all tokens.
+    pipeline stage. A token that several segments train gets the mean of its values, one that no micro-batch
+    has gets NaN.
     """
-    # in double precision, so that the order in which ranks and segments are added does not matter
+    # double precision: the order in which ranks and segments are added must not change the float32 result
     sums = torch.zeros(kinds + 1, num_tokens, dtype=torch.float64, device=device.device())
     for packed, values_XA in found:
         if values_XA is not None:
             sums[:kinds].index_add_(1, packed.token_A, values_XA.double())
             sums[kinds].index_add_(0, packed.token_A, torch.ones_like(packed.token_A, dtype=torch.float64))
     sums = _sum_over_ranks(sums)
+    # the last row counts segments: 1 for most tokens, 0 / 0 = NaN for a token that is not trained
     return (sums[:kinds] / sums[kinds]).float().cpu().numpy()
 
 
 def sum_scalar(value: float) -> float:
-    """The sum over data-parallel ranks of a number that the last pipeline stage holds (0 on the others)."""
+    """Sums a number over data-parallel ranks; all but the last pipeline stage pass 0. Collective."""
     return float(_sum_over_ranks(torch.tensor(value, dtype=torch.float64, device=device.device())))
 
 
 def sum_over_all(values: Tensor) -> Tensor:
-    """The sum over all ranks of parts that no two of them share, in place. Collective."""
+    """Sums over all ranks, in place, values of which no two ranks hold the same part. Collective."""
     dist.all_reduce(values)
     return values
 
 
 def _sum_over_ranks(values: Tensor) -> Tensor:
+    # not over tensor-parallel ranks: they hold the same values
     dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
     dist.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
     return values

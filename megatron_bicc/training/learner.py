@@ -1,10 +1,11 @@
-"""Optimizer steps from scored groups: collate, log-probs, advantages, micro-batches, update.
+"""Turns scored groups into optimizer steps: collate, log-probs, advantages, micro-batches, update.
 
 Every denominator and group statistic is computed over the whole optimizer step before it is cut into
 micro-batches; they reach the loss as per-token weights and per-rollout advantages. So the gradient does not
 depend on packing, micro-batch size or parallel layout.
 
-Shape suffixes: B groups, R rollouts, T response tokens; A response rows of a micro-batch.
+Shape suffixes: B groups, R rollouts, T response tokens; A response rows of a micro-batch; X, Y directions of
+the gradient sketch.
 """
 
 import math
@@ -53,26 +54,26 @@ from megatron_bicc.training.batch import (
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Rollouts of an optimizer step in one of the two layouts."""
+    """The rollouts of an optimizer step, packed in one of the two layouts."""
 
     layout: Layout
     plan: StepPlan
-    """Of all data-parallel ranks"""
+    """The plan of all data-parallel ranks"""
     batches: list[PackedBatch]
     """This rank's micro-batches, on the device"""
 
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step, ready to be taken: everything that the old policy decides is computed."""
+    """One optimizer step before it is taken: everything that depends on the old policy is computed."""
 
     groups: list[Group]
-    """That the step was given, with contrast or not"""
+    """All groups of the optimizer step, with contrast or not"""
     taken: np.ndarray
-    """int64: indices into `groups` of those that are trained: all where KL or entropy is in the loss, else
-    those with contrast"""
+    """int64: indices into `groups` of the trained ones: all if KL or entropy is in the loss, else those with
+    contrast"""
     batch: StepBatch
-    """The rollouts of the taken groups; the arrays below are of these"""
+    """Rollouts of the taken groups; the arrays below cover these only"""
     log_probs: TokenLogProbs
     advantages: Advantages
     trained: list[PackedLayout]
@@ -83,7 +84,7 @@ class Update:
 
 @dataclass(frozen=True)
 class TrainedLayout:
-    """A layout that was trained, for metrics and the report."""
+    """A trained layout, for metrics and the report."""
 
     layout: Layout
     plan: StepPlan
@@ -114,7 +115,7 @@ class Learner:
     """Turns scored groups into optimizer steps of the policy."""
 
     def __init__(self, config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
-        """`config` is resolved (algorithms.presets.resolve); the policy as it is now becomes the reference.
+        """config: resolved (algorithms.presets.resolve). The policy's current weights become the reference.
 
         Raises UserError for a loss.objective or loss.baseline that cannot be loaded.
         """
@@ -137,16 +138,17 @@ class Learner:
     ) -> list[StepResult]:
         """Learns from a batch of rollouts: train.updates_per_step optimizer steps, each on a share of groups.
 
-        The policy at the start is the old policy of every one of them. A share in which no group has both
-        right and wrong rollouts is skipped, unless KL or entropy is in the loss. Returns a result per
-        optimizer step taken. Collective.
+        The policy at the start is the old policy of all of them. A share without a group of mixed outcomes is
+        skipped, unless KL or entropy is in the loss. Returns one result per optimizer step taken. Collective.
 
-        check: called before the first of them with the log-probs of each; the weights are unchanged if it
-        raises. Raises NotFiniteError, before the policy is changed, for a number that is not finite.
+        check: called with the log-probs of every optimizer step before the first one; if it raises, the
+        weights are unchanged. Raises NotFiniteError, before the policy changes, for a number that is not
+        finite.
         """
         everything = collate(groups)  # B groups, R rollouts, T response tokens
         size = max(1, len(groups) // self.config.train.updates_per_step)
         updates: list[Update] = []
+        # Prepare all updates before the first is taken: their old policy is the one before this step.
         for first in range(0, len(groups), size):
             share = everything.select(np.arange(first, min(first + size, len(groups))))
             offsets_B = share.rollouts.group_offsets_B
@@ -154,7 +156,7 @@ class Learner:
             taken_B = np.ones_like(contrast_B) if self.regularises else contrast_B
             if not taken_B.any():
                 continue
-            # groups without contrast count in the denominators, although they contribute no gradient
+            # before the selection: groups without contrast count in the denominators
             weight_R = token_weights(
                 share.lengths_R, self.config.loss.aggregation, self.config.rollout.max_new_tokens
             )[spread(taken_B, offsets_B)]
@@ -166,8 +168,8 @@ class Learner:
                 trained = self._trained(batch, plain)
             with clock("logprob"):
                 log_probs = self._log_probs(batch, plain)  # float32 [T]
-                # the policy will have moved by the time of a later update, and a conditioned denominator is
-                # not among log_probs; at the first update it is the policy itself
+                # conditioned denominators are not in log_probs. The first update needs none, as the policy is
+                # its own old policy; later updates, by which it has moved, need them computed now
                 to_train = [
                     (each.layout, packed, old_A)  # float32 [A]
                     for each in trained
@@ -188,12 +190,12 @@ class Learner:
             return [self._update(update) for update in updates]
 
     def log_probs(self, groups: list[Group]) -> np.ndarray:
-        """float32 [T]: the policy's own log-prob of every response token, given its prompt. Collective."""
+        """Returns the policy's log-prob of every response token: float32 [T]. Collective."""
         batch = collate(groups)
         return self._policy_log_probs(batch, self._pack(batch, self.plain).batches)[0]
 
     def _share(self, layout: Layout) -> float:
-        """A layout's share of the policy's loss: w or 1 - w of J = w J_bicc + (1 - w) J_grpo."""
+        """Returns the layout's weight in the policy loss: w or 1 - w of J = w J_bicc + (1 - w) J_grpo."""
         return self.bicc_weight if layout == "bilateral" else 1.0 - self.bicc_weight
 
     def _pack(self, batch: StepBatch, settings: PackingSettings) -> PackedLayout:
@@ -202,10 +204,10 @@ class Learner:
         return PackedLayout(settings.layout, packed.plan, batches)
 
     def _trained(self, batch: StepBatch, plain: PackedLayout) -> list[PackedLayout]:
-        """The layouts to train on, one or both, bilateral first.
+        """Returns the layouts to train on, bilateral first.
 
-        Both where bicc.weight mixes them, and where KL or entropy, which the plain layout carries, is in the
-        loss.
+        Both if bicc.weight mixes them, or if KL or entropy, whose terms the plain layout carries, is in the
+        loss. The plain layout has served for the log-probs already, so it is not packed again.
         """
         trained = []
         if self.bicc_weight > 0:
@@ -217,7 +219,7 @@ class Learner:
         return trained
 
     def _log_probs(self, batch: StepBatch, plain: PackedLayout) -> TokenLogProbs:
-        """Log-probs of the old and the reference policy over the plain layout, checked. Collective."""
+        """Computes and checks the log-probs of the old and the reference policy, plain layout. Collective."""
         old_T, entropy_T = self._policy_log_probs(batch, plain.batches)
         ref_T = None
         if self.reference is not None:
@@ -228,20 +230,21 @@ class Learner:
         return log_probs
 
     def _policy_log_probs(self, batch: StepBatch, batches: list[PackedBatch]) -> np.ndarray:
-        """float32 [2, T]: log-probs and entropies of the policy as it is. Collective."""
+        """Returns log-probs and entropies under the policy's current weights: float32 [2, T]. Collective."""
         found = zip(batches, self._passes(batches), strict=True)
         return gather_tokens(found, 2, len(batch.rollouts.tokens))
 
     def _passes(self, batches: list[PackedBatch]) -> list[Tensor | None]:
-        """A forward pass: float32 [2, A] per micro-batch on the last pipeline stage, None on the others."""
+        """Runs a forward pass: float32 [2, A] per micro-batch on the last pipeline stage, None on others."""
         return self.policy.log_probs(batches) or [None] * len(batches)
 
     def _with_old(
         self, trained: PackedLayout, log_probs: TokenLogProbs, moved: bool
     ) -> list[tuple[PackedBatch, Tensor | None]]:
-        """A layout's micro-batches with their ratios' denominators, float32 [A]; None: the ratio starts at 1.
+        """Returns a layout's micro-batches with the log-probs in their ratios' denominators, float32 [A].
 
-        moved: whether the policy will have been updated by then.
+        None: the ratio is 1, or this is not the last pipeline stage. moved: whether the policy will have been
+        updated before these micro-batches are trained.
         """
         if trained.layout == "plain" or self.config.bicc.denominator == "plain":
             old_T = torch.from_numpy(log_probs.old_T).to(device.device())
@@ -256,7 +259,8 @@ class Learner:
 
         Raises NotFiniteError, before the policy is changed, for a loss, ratio or gradient that is not finite.
         """
-        # by micro-batch, on the last pipeline stage only: float [5, A], the fields of RatioTokens
+        # by micro-batch index, on the last pipeline stage only: float [5, A], the fields of RatioTokens; kept
+        # from the loss, so that metrics need no other forward pass
         ratios: dict[int, Tensor] = {}
 
         def loss(index: int, logp_A: Tensor, entropy_A: Tensor) -> Tensor:
@@ -269,8 +273,10 @@ class Learner:
 
         with self.policy.gradient_sketch(update.batch.num_groups) as sketch:
             own_loss, _ = self.policy.accumulate_gradients([b.packed for b in update.batches], loss)
+        # over all groups of the step, not just the taken ones: the others have a gradient of 0
         gradient = gradient_statistics(sum_over_all(sketch.values_BXY), len(update.groups))
         total = sum_scalar(own_loss)
+        # every check comes before policy.update: after an error the weights are those before the step
         if not math.isfinite(total):
             raise NotFiniteError(f"the loss is {total}; weights and optimizer were left as they were")
         found = [(batch, ratios.get(i)) for i, batch in enumerate(update.batches)]
@@ -294,7 +300,7 @@ class Learner:
     def _ratio(
         self, update: Update, layout: Layout, found: list[tuple[TrainBatch, Tensor | None]]
     ) -> RatioTokens:
-        """A layout's ratios, brought to every rank and checked. Collective."""
+        """Gathers a layout's ratios on every rank and checks them. Collective."""
         rollouts = update.batch.rollouts
         own = ((batch.packed, ratio_5A) for batch, ratio_5A in found if batch.layout == layout)
         ratio = RatioTokens(*gather_tokens(own, 5, len(rollouts.tokens)))
@@ -302,7 +308,7 @@ class Learner:
             spread(update.advantages.contrast_B, rollouts.group_offsets_B), rollouts.offsets_R
         )
         for logp_T, policy in ((ratio.old_logp_T, "old policy"), (ratio.new_logp_T, "policy in training")):
-            # the bilateral layout trains no row of a group without contrast: NaN there
+            # 0 for a group without contrast: the bilateral layout does not train it, so it is NaN
             check_log_probs(
                 np.where(contrast_T, logp_T, 0.0), rollouts.offsets_R, f"log-prob under the {policy}"
             )

@@ -1,4 +1,4 @@
-"""A step's metrics (docs/metrics.md), its records for the report, and the engine mismatch check.
+"""Computes a step's metrics (docs/metrics.md) and report records, and checks for engine mismatch.
 
 Before a step's first update the policy has the weights that the engine sampled with, so only rounding may
 differ. kl/rollout_old is the mean over tokens of k3 = pi / mu - 1 - log(pi / mu), with mu the engine's and pi
@@ -36,44 +36,44 @@ logger = logging.getLogger(__name__)
 
 
 class EngineMismatch(UserError):
-    """Rollout engine and policy compute different models: one line that says what to compare."""
+    """Rollout engine and policy compute different models. One line, with what to compare."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Mismatch that rounding explains at temperature 1; kl/rollout_old grows as the square of differences."""
+    """Mismatch that rounding can cause at temperature 1; kl/rollout_old is quadratic in the differences."""
 
     warn: float
-    """For kl/rollout_old: above it is far more than rounding causes"""
+    """kl/rollout_old above this is far more than rounding usually causes"""
     stop: float
-    """For kl/rollout_old: rounding cannot cause more, except through single tokens"""
+    """kl/rollout_old above this cannot be rounding, except through single tokens"""
     weight: float
-    """For pi / mu and its inverse: if over 1 % of the tokens exceed it, it is not single tokens"""
+    """If pi / mu or its inverse exceeds this for over 1 % of the tokens, it is not single tokens"""
 
 
 FP32 = Bounds(warn=1e-5, stop=1e-2, weight=1.1)
 """Differences of 1e-4 in log-probs, kl/rollout_old 5e-9, are already large"""
 BITS_16 = Bounds(warn=1e-2, stop=0.5, weight=2.0)
-"""1e-3 is healthy; 24 random layers reached differences of 0.2 (docs/weight_sync.md), about 1e-2"""
+"""1e-3 is normal; 24 random layers reached differences of 0.2 (docs/weight_sync.md), about 1e-2"""
 BITS_16_EXPERTS = Bounds(warn=0.1, stop=0.5, weight=2.0)
 """Rounding occasionally makes a router choose another expert: differences up to 1.33 were measured"""
 
 
 def bounds_of(config: Config, experts: bool) -> Bounds:
-    """Bounds for the coarser of the policy's and the engine's number formats, at the sampling temperature."""
+    """Returns the bounds for the coarser number format, the policy's or the engine's, at the temperature."""
     rollout = config.rollout
     coarse = any(word in rollout.sglang.server_args for word in ("quant", "kv-cache-dtype"))
     # the number format of an attached server is not known
     known = rollout.engine == "local" or (rollout.launch == "spawn" and not coarse)
     plain = BITS_16_EXPERTS if experts else BITS_16
     bounds = FP32 if config.model.dtype == "float32" and known else plain
-    # the temperature divides the logits, and with them their errors
+    # dividing the logits by the temperature divides their errors, too
     scale = max(1.0, 1.0 / rollout.temperature)
     return Bounds(bounds.warn * scale**2, bounds.stop * scale**2, bounds.weight**scale)
 
 
 class MismatchCheck:
-    """Compares engine and policy at each step of a run; remembers whether it has warned."""
+    """Compares engine and policy at each step of a run; warns once per series of mismatches."""
 
     def __init__(self, config: Config, experts: bool) -> None:
         """experts: whether the policy has experts (mixture of experts)."""
@@ -112,7 +112,7 @@ class MismatchCheck:
 
 
 def rollout_metrics(collected: Collected, config: Config) -> dict[str, float]:
-    """Rewards, lengths and contrast of all rollouts that a step sampled, learned from or not."""
+    """Returns rewards, lengths and contrast of all rollouts that a step sampled, trained on or not."""
     groups = collected.sampled
     rewards_R = np.concatenate([group.rewards for group in groups])
     samples = [sample for group in groups for sample in group.samples]
@@ -134,7 +134,7 @@ def rollout_metrics(collected: Collected, config: Config) -> dict[str, float]:
 
 
 def update_metrics(result: StepResult, config: Config) -> dict[str, float]:
-    """Loss, gradient, baselines, ratios by side and tokens of one optimizer step."""
+    """Returns loss, gradient, baselines, ratios by side and token counts of one optimizer step."""
     stats = [trained.plan.stats for trained in result.trained]
     packed, rows, context = (
         float(sum(s[f"tokens_{name}"] for s in stats)) for name in ("packed", "rows", "context")
@@ -156,7 +156,7 @@ def update_metrics(result: StepResult, config: Config) -> dict[str, float]:
 
 
 def _baselines(result: StepResult) -> dict[str, float]:
-    """Of the groups with contrast; empty if there are none."""
+    """Returns the baselines' metrics over groups with contrast; empty without such groups."""
     adv = result.advantages
     if not adv.contrast_B.any():
         return {}
@@ -169,7 +169,7 @@ def _baselines(result: StepResult) -> dict[str, float]:
 
 
 def _ratios(result: StepResult, config: Config) -> dict[str, float]:
-    """Of the ratios as trained: given a context where BICC trains with one, else given the prompt alone."""
+    """Returns metrics of the trained ratios: given BICC's context, or the prompt alone without BICC."""
     rollouts = result.batch.rollouts
     tokens = StepTokens(
         ratio=result.trained[0].ratio,  # bilateral first
@@ -184,7 +184,7 @@ def _ratios(result: StepResult, config: Config) -> dict[str, float]:
 
 
 def mean_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Mean over the optimizer steps of a batch of rollouts; token counts are summed."""
+    """Returns the means over the optimizer steps of a batch of rollouts; token counts are summed."""
     names = dict.fromkeys(name for update in updates for name in update)
     values = {name: [update[name] for update in updates if name in update] for name in names}
     return {
@@ -195,9 +195,10 @@ def mean_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
 def report_groups(
     result: StepResult, tokenizer: PreTrainedTokenizerBase, config: Config
 ) -> list[dict[str, Any]]:
-    """The first monitoring.report_groups groups with contrast, as docs/metrics.md describes groups.jsonl.
+    """Returns the groups of a step for groups.jsonl (docs/metrics.md).
 
-    Then the first group that is all right and the first that is all wrong, which have no advantage.
+    They are the first monitoring.report_groups groups with contrast, then the first that is all right and the
+    first that is all wrong.
     """
     right_shares = [float((group.rewards > config.reward.threshold).mean()) for group in result.groups]
     plan = next((trained.plan for trained in result.trained if trained.layout == "bilateral"), None)
@@ -240,13 +241,13 @@ def _describe(group: Group, advantages: list[float], contexts: list[str], config
 def _context(
     plan: StepPlan | None, rollout: int, prompt_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    """The text between prompt and response; empty without BICC. The first of several contexts."""
+    """Returns the text between prompt and response, of the first context if several; empty without BICC."""
     contexts = plan.contexts(rollout) if plan else []
     return tokenizer.decode(contexts[0].prefix_tokens[prompt_length:]) if contexts else ""
 
 
 def report_layout(result: StepResult, config: Config) -> LayoutRecord:
-    """The rows of every micro-batch of all ranks, as docs/metrics.md describes layout.jsonl."""
+    """Returns the micro-batches of all ranks for layout.jsonl (docs/metrics.md)."""
     correct_R = result.batch.rollouts.rewards_R > config.reward.threshold
     plans: list[PlanRecord] = [
         {

@@ -89,7 +89,7 @@ def test_a_run_says_which_date_it_takes(settings: list[str], caplog: pytest.LogC
     assert date.fromisoformat(inputs.config.data.date) in days
     assert text(inputs).startswith(date.fromisoformat(inputs.config.data.date).strftime("%d.%m.%Y "))
     (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "its chat template asks for today's date" in line
+    assert "its chat template uses today's date" in line
     assert f"data.date={inputs.config.data.date}" in line
 
 

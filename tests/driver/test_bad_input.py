@@ -110,7 +110,9 @@ def test_what_is_said_of_truths_and_styles(
     (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     with caplog.at_level("INFO", logger="megatron_bicc"):
         read_inputs(parse_config([*arguments, "reward.answer=boxed"]))
-    said = [record.getMessage() for record in caplog.records if record.name == "megatron_bicc.startup"]
+    said = [
+        record.getMessage() for record in caplog.records if record.name == "megatron_bicc.rewards.registry"
+    ]
     text, styles, mismatch = [line.partition(": ")[2] for line in said]
     assert text == "1 of 3 ground truths are compared as text, such as 'See solution' in row 3"
     assert styles.startswith(

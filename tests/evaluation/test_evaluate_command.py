@@ -109,7 +109,7 @@ def test_a_model_without_its_tokenizer(tmp_path: Path, capsys: pytest.CaptureFix
     for name in ("config.json", "model.safetensors"):
         shutil.copy(MODEL / name, tmp_path)
     line = mistake(["--model", str(tmp_path), "--benchmark", str(HELD_OUT)], capsys)
-    assert f"model.path is {tmp_path}; its tokenizer makes no tokens of any text" in line
+    assert f"model.path is {tmp_path}; its tokenizer encodes any text to no tokens" in line
 
 
 def test_logs_of_servers_lie_beside_the_answers(tmp_path: Path) -> None:

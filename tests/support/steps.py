@@ -134,7 +134,7 @@ def second_update(
 ) -> tuple[StepResult, PreTrainedModel]:
     """A batch of rollouts in two updates, each on all of `groups`: the second's result, and the policy that
     it updates, which the first has moved away from the old policy."""
-    learner.config.train.updates_per_step, learner.config.optimizer.lr = 2, 3e-3
+    learner.config.train.updates_per_step, learner.config.optimizer.lr = 2, 1e-3
     start = learner.policy.host_copy()
     learner.policy = load_policy(learner.config)
     learner.policy.set_weights(start)

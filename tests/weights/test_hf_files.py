@@ -4,18 +4,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from support.models import make_model
-from support.steps import TOKENIZER, make_config
+from support.steps import make_config
 
 from megatron_bicc.model.families import supported_config
-from megatron_bicc.rollout.local import LocalEngine
 from megatron_bicc.weights.hf_files import SafetensorsDirectory, checked_tensors, fingerprint
 from megatron_bicc.weights.hf_weights import load_policy
 
 
-def test_policy_and_engine_read_each_header_once(
+def test_checks_and_policy_read_each_header_once(
     tmp_path: Path, single_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_model("qwen3_untied").save_pretrained(tmp_path, max_shard_size="60kB")
@@ -25,7 +23,6 @@ def test_policy_and_engine_read_each_header_once(
     )
     tensors = checked_tensors(tmp_path, supported_config(tmp_path))
     load_policy(make_config(tmp_path, "grpo"), tensors)
-    LocalEngine(str(tmp_path), TOKENIZER, torch.float32, torch.device("cpu"), 1, tensors)
     assert len(names) > 1
     assert sorted(names) == sorted(file.name for file in tmp_path.glob("*.safetensors"))
 
