@@ -1,4 +1,4 @@
-"""Encodes prompts with the policy's tokenizer, fixes the date that a chat template sees, finds the end tokens.
+"""Encodes prompts with the policy's tokenizer, fixes the chat template's date, and finds the end tokens.
 
 Prompts are encoded so that no text of a message is lost, and no text becomes a control token unless the
 settings allow it. A chat template that reads the clock sees one date for the whole run, on any day it is

@@ -357,7 +357,7 @@ def has_box(text: str) -> bool:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Returns the contents of the last \boxed{...} or \fbox{...}, stripped; None if it is absent or not closed.
+    r"""Returns the contents of the last \boxed{...} or \fbox{...}, stripped; None if absent or not closed.
 
     Without braces (\boxed 2, as in the published MATH) they are the number, command or letter that follows.
     """

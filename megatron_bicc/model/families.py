@@ -1,7 +1,7 @@
-"""Which Hugging Face models can be trained, read from their config.json.
+"""Decides from config.json whether a Hugging Face model can be trained, and reads its dimensions.
 
 A family is a row of FAMILIES. Everything that reads a config.json (training, evaluation, dry run, plan,
-conversion, rollout engines) gets it from `supported_config`, so that all of them accept the same models.
+conversion, rollout engines) uses `supported_config`, so that all of them accept the same models.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from megatron_bicc.errors import UserError
 
 @dataclass(frozen=True)
 class Family:
-    """What a Hugging Face architecture computes beyond a Llama layer and its config.json."""
+    """Features of a Hugging Face architecture beyond a Llama layer and its config.json."""
 
     qk_norm: bool = False
     """RMSNorm of each head's queries and keys"""

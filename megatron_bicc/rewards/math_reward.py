@@ -56,7 +56,7 @@ def _last_number(text: str) -> str | None:
 def _auto(text: str) -> str | None:
     """Reads a last line `Answer: X`, else the last box, else the last `Answer: X`, else the last `#### X`.
 
-    So a box in the derivation does not outrank the answer at the end, and a Markdown heading is not an answer.
+    So a box in the derivation does not outrank the answer at the end, and a Markdown heading no answer.
     """
     lines = text.rstrip().splitlines()
     if lines and (ending := _LAST_LINE.fullmatch(lines[-1])):

@@ -167,7 +167,7 @@ def answer_style(reward: RewardConfig) -> Style | None:
 
 
 def check_reward(reward: RewardConfig) -> None:
-    """Raises UserError if reward.verifier cannot be found, or a built-in one scores an empty response correct.
+    """Raises UserError if reward.verifier cannot be found, or a built-in one accepts an empty response.
 
     In the second case every response would be correct. A user's function is not called: it may need prompts
     and columns.

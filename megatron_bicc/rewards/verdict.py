@@ -180,7 +180,7 @@ def _interval(text: str) -> tuple[str, str] | None:
 
 
 def _bounds(sides: list[str]) -> tuple[str, str] | None:
-    """Returns variable and interval of x < 1 or 1 < x < 2, given as [side, relation, side, ...]; else None."""
+    """Returns variable and interval of x < 1 or 1 < x < 2, split at the relations; None for other forms."""
     if len(sides) == 3:
         left, relation, right = sides
         if re.fullmatch(_NAME, right) and not re.fullmatch(_NAME + "|", left):

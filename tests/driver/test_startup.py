@@ -295,8 +295,8 @@ def test_a_stale_index_is_told_of(
     ):
         caplog.clear()
         read()
-        assert caplog.messages == [f"{model}: {INDEX} lies beside model.safetensors and is not read, as "
-                                   "transformers has it"]  # fmt: skip
+        assert caplog.messages == [f"{model}: {INDEX} is next to model.safetensors and is not read, as in "
+                                   "transformers"]  # fmt: skip
     assert largest_difference(model, tmp_path / "out", prompts=2)[0] < 1e-3
 
 

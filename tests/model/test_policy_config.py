@@ -199,7 +199,7 @@ def test_other_values_are_refused_or_change_nothing(
         try:
             found = generated(path)
         except UserError as error:  # of weights whose shapes are others
-            assert "config.json asks for" in str(error)
+            assert "config.json requires" in str(error)
             continue
         assert found[0] == tokens, (key, value)
         np.testing.assert_allclose(found[1], log_probs, atol=1e-5, err_msg=f"{key} {value}")
