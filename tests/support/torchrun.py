@@ -1,4 +1,4 @@
-"""Several processes for a test."""
+"""Runs a test's worker in several processes."""
 
 import subprocess
 import sys

@@ -74,7 +74,7 @@ def _peak_mb(call: Callable[..., Callable[[], Any]], arguments: tuple) -> float:
 
 
 def peak_beyond(call: Callable[[], Any]) -> int:
-    """Returns the peak memory of a call beyond what was in use before, in bytes; on the GPU if there is one."""
+    """Returns a call's peak memory beyond what was in use before, in bytes; the GPU's if there is one."""
     if device.has_cuda():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

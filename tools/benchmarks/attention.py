@@ -178,7 +178,7 @@ def make_and_run(layers: int, hidden: int, segments: list[Segment]) -> Callable[
 
 
 def lay_out(segments: list[Segment]) -> MicroBatch:
-    """Returns the packed rows. A prefix's last token is not one of its rows, but each response's first row."""
+    """Returns the packed rows. A prefix's last token is not one of its rows: it starts each response."""
     prefixes = [s.prefix - 1 for s in segments]
     responses = [length for s in segments for length in s.responses]
     starts = [s.prefix - 1 for s in segments for _ in s.responses]
