@@ -1,4 +1,4 @@
-"""Conversion in one process: bit-exact round trips, and one line for everything that does not fit."""
+"""Tests conversion in one process: bit-exact round trips, and one line for everything that does not fit."""
 
 import importlib.util
 import json

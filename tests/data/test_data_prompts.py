@@ -1,4 +1,4 @@
-"""Prompt files: every schema read, every fault named with file and row."""
+"""Tests prompt files: every schema, and an error with file and row for every fault."""
 
 import datetime
 import json

@@ -1,4 +1,4 @@
-"""Damaged and unusual model directories: one line, and one verdict from whatever reads them."""
+"""Tests damaged and unusual model directories: one line, and the same verdict from every reader."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What config.json may say: what the policy does not compute is refused, what transformers ignores is not."""
+"""Tests config.json: refuses what the policy does not compute, accepts what transformers ignores."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A run on paper finds what the run itself would stumble over, at any number of processes."""
+"""Tests that a dry run finds the errors that the run would raise, at any number of processes."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The launch scripts: dry runs, errors on a machine without GPUs, and the command that they give to torchrun.
+"""Tests the launch scripts: dry runs, errors on a machine without GPUs, and the torchrun command line.
 
 If a test needs GPUs or SLURM, `PYTHON`, `srun` and `scontrol` are test doubles that print their arguments.
 """

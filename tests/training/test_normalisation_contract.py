@@ -1,4 +1,4 @@
-"""A step's gradient does not depend on how the step is cut, for any preset, with and without BICC and RCC."""
+"""Tests that a step's gradient does not depend on how it is split, for any preset, with and without BICC and RCC."""
 
 from pathlib import Path
 
