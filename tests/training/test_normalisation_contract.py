@@ -1,4 +1,4 @@
-"""Tests that a step's gradient does not depend on how it is split, for any preset, with and without BICC and RCC."""
+"""Tests that no way to split a step changes its gradient, for all presets, with and without BICC and RCC."""
 
 from pathlib import Path
 
