@@ -79,7 +79,7 @@ place_rollout() {
     colocate)
         ((GPUS_PER_NODE % SERVER_GPUS == 0)) || fail "SERVER_GPUS=$SERVER_GPUS does not divide GPUS_PER_NODE=$GPUS_PER_NODE"
         settings+=(rollout.colocate=true)
-        add_servers 0 $((GPUS_PER_NODE / SERVER_GPUS)) " --mem-fraction-static 0.35" # beside the policy's state
+        add_servers 0 $((GPUS_PER_NODE / SERVER_GPUS)) " --mem-fraction-static 0.35" # the policy's state stays on the GPU
         ;;
     split)
         TRAINERS=$((GPUS_PER_NODE - SERVER_GPUS))

@@ -214,8 +214,8 @@ class CheckpointWriter:
     def check(self) -> None:
         """Raises CheckpointError if a checkpoint failed, at the same call on every rank. Does not wait."""
         if self._writing:
-            # a rank whose thread has failed must not raise before the others can: they would go on to the
-            # next step's collectives and wait there
+            # a rank whose thread has failed must not raise before the others can: they would enter the next
+            # step's collectives and wait there
             done = torch.tensor(int(self._writing.done()), device=device.device())
             dist.all_reduce(done, dist.ReduceOp.MIN)
             if done:

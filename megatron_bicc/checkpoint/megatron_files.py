@@ -171,7 +171,7 @@ class _StreamPlanner(dcp.DefaultSavePlanner):
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """Returns the tensor in storage of its own, which can be freed: it may be part of a mapped file."""
+    """Returns the tensor with its own storage, which can be freed: it may be a view of a mapped file."""
     storage = tensor.untyped_storage()
     owned = storage.resizable() and storage.nbytes() == tensor.nbytes and tensor.is_contiguous()
     return tensor if owned else tensor.clone(memory_format=torch.contiguous_format)

@@ -103,7 +103,7 @@ class PromptEncoder:
                 add_generation_prompt=not begun,
                 continue_final_message=begun,
             )
-        except Exception as error:  # templates raise whatever their authors chose, and jinja2 its own errors
+        except Exception as error:  # templates may raise any exception, and jinja2 raises its own
             raise UserError(
                 f"the tokenizer's chat template refuses the messages: {first_line(error)}"
             ) from error

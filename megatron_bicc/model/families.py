@@ -45,7 +45,7 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    # transformers' key-value cache keeps no more than the window, whatever the class says
+    # transformers' key-value cache keeps only the window, even for classes that ignore it
     "sliding_window": (None,),
     "attention_chunk_size": (None,),
     "layer_types": (None, ["full_attention"]),
@@ -146,8 +146,8 @@ def _check_quantization(hf_config: PretrainedConfig) -> None:
         if found is not None:
             method = found.get("quant_method") if isinstance(found, dict) else None
             raise UserError(
-                f"{key} in config.json says that the weights are quantised ({method or 'unknown method'}), "
-                "which is not supported; dequantise them first"
+                f"{key} in config.json says that the weights are quantized ({method or 'unknown method'}), "
+                "which is not supported; dequantize them first"
             )
 
 
@@ -246,7 +246,7 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
         return
     _check_divides("expert", parallel.expert, "num_experts", hf_config.num_experts)
     if parallel.tensor > 1 and not parallel.sequence:
-        raise UserError("parallel.sequence=false: a model with experts needs it beside parallel.tensor > 1")
+        raise UserError("parallel.sequence=false: a model with experts needs it if parallel.tensor > 1")
 
 
 def _check_divides(setting: str, size: int, name: str, dimension: int) -> None:

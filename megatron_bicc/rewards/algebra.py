@@ -38,7 +38,7 @@ def equal(a: str, b: str) -> bool:
     x, y = _parsed(a), _parsed(b)
     if _is_rounding(a, y) or _is_rounding(b, x):
         return True
-    if _differ(x, y):  # much faster than math-verify, which tries every simplification before it says no
+    if _differ(x, y):  # much faster than math-verify, which first tries every simplification
         return False
     # math-verify is not symmetric in its arguments, but the verdict must be
     sets = {"allow_set_relation_comp": True, "timeout_seconds": None}

@@ -201,7 +201,7 @@ def has_safetensors(path: Path) -> bool:
 
 
 def index_of(path: Path) -> Path | None:
-    """Returns the index that says which file holds which tensor; None if one file holds them all.
+    """Returns the index of tensors by file; None if one file holds them all.
 
     As in transformers, an index next to a model.safetensors is not read.
     """

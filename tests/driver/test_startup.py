@@ -114,16 +114,16 @@ def both_stale(path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "fp8": (config(quantization_config={"quant_method": "fp8"}), "quantised (fp8)"),
-    "gptq": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised (gptq)"),
-    "awq": (config(quantization_config={"quant_method": "awq", "bits": 4}), "quantised (awq)"),
+    "fp8": (config(quantization_config={"quant_method": "fp8"}), "quantized (fp8)"),
+    "gptq": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantized (gptq)"),
+    "awq": (config(quantization_config={"quant_method": "awq", "bits": 4}), "quantized (awq)"),
     "bitsandbytes": (
         config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
-        "quantised (bitsandbytes)",
+        "quantized (bitsandbytes)",
     ),
     "compressed": (
         config(quantization_config={"quant_method": "compressed-tensors"}),
-        "quantised (compressed",
+        "quantized (compressed",
     ),
     "window": (
         config(architectures=["LlamaForCausalLM"], model_type="llama", sliding_window=8),

@@ -244,7 +244,7 @@ def test_refusals_say_what_to_do(model_dirs: dict[str, Path], tmp_path: Path) ->
         (
             "qwen2",
             {"quantization_config": {"quant_method": "fp8"}},
-            r"quantised \(fp8\).*; dequantise them first",
+            r"quantized \(fp8\).*; dequantize them first",
         ),
         ("qwen2", {"model_type": "qwen3"}, "model_type is 'qwen3', but architectures names Qwen2ForCausalLM"),
         (
