@@ -56,14 +56,14 @@ def advantages_of_a_group(config: Config, directory: Path) -> Any:
     rollouts = SimpleNamespace(
         rewards_R=np.array([1, 0, 0], np.float32),
         offsets_R=np.array([0, 1, 2, 4]),
-        group_offsets_G=np.array([0, 3]),
+        group_offsets_B=np.array([0, 3]),
     )
     old_T, ref_T, rollout_T = (
         np.array(values, np.float32)
         for values in ([-1.0, -2.0, -3.0, -0.5], [-1.3, -1.9, -2.6, -0.9], [-1.1, -2.2, -2.9, -0.7])
     )
     found = advantages(rollouts, TokenLogProbs(old_T, ref_T, rollout_T, old_T), resolve(config))
-    return np.asarray(found.advantage_R).tolist(), np.asarray(found.baseline_G).tolist()
+    return np.asarray(found.advantage_R).tolist(), np.asarray(found.baseline_R).tolist()
 
 
 def questions(config: Config, directory: Path) -> Any:

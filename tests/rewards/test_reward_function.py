@@ -189,6 +189,6 @@ def test_start_up_takes_both_seams(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     inputs = read_inputs(parse_config([*settings, keep]))
     assert [prompt.index for prompt in inputs.prompts] == [1, 2, 3]
     assert [prompt.index for prompt in inputs.heldout] == [0, 1, 2, 3, 4]
-    assert inputs.prompt_digests[TRAIN_IDS] != everything.prompt_digests[TRAIN_IDS]
+    assert inputs.contents[TRAIN_IDS] != everything.contents[TRAIN_IDS]
     found = [Completion(MESSAGES, "\\boxed{2}", "2", extra={"max_characters": 9})]
     assert inputs.verifier(found).tolist() == [1.0]

@@ -1,7 +1,7 @@
-"""Forks training runs from one process with all modules loaded, which saves seconds per run.
+"""Runs forked from one process that has everything loaded: each ends as a program of its own does.
 
-python tests/support/forked_runs.py reads requests from stdin, [command line, file for stderr] as JSON, and
-answers each with the run's process id and, after it has ended, with its exit status.
+python tests/support/forked_runs.py: takes orders on stdin, [command line, file for stderr] as JSON, and
+answers each with the run's process id, then, once that has ended, with its exit status.
 """
 
 import json
@@ -20,7 +20,7 @@ class ForkedRuns:
 
     def __init__(self) -> None:
         command = [sys.executable, "-W", "ignore", __file__]
-        # unbuffered: `select` does not see data that is already in a buffer
+        # unbuffered: what `select` does not see must not have been read already
         self._worker = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -32,31 +32,31 @@ class ForkedRuns:
         self._err = Path()
 
     def start(self, settings: list[str], err: Path) -> int:
-        """Starts a run with this command line; returns its process id. err: file for its stderr."""
+        """The process id of a run with this command line. err: file for what it says on stderr."""
         self._err = err
         self._worker.stdin.write(json.dumps([settings, str(err)]).encode() + b"\n")
         return int(self._worker.stdout.readline())
 
     def wait(self, timeout_s: float = 300) -> dict:
-        """Waits for the run to end; returns {"status": exit status, "err": its stderr}."""
+        """The run's end: {"status": exit status, "err": what it said on stderr}."""
         assert select.select([self._worker.stdout], [], [], timeout_s)[0], (
             f"the run has not ended: {self._err.read_text()}"
         )
         return {"status": int(self._worker.stdout.readline()), "err": self._err.read_text()}
 
     def close(self) -> None:
-        """Kills the process that runs are forked from, and a run that has not ended."""
+        """Ends the process that runs are forked from, and a run that has not ended."""
         os.killpg(self._worker.pid, signal.SIGKILL)
         self._worker.wait()
 
 
 def serve() -> None:
-    """Serves requests until stdin is closed. In a forked child it returns when the run has ended."""
+    """The worker's life. In a forked child it returns when the run has ended."""
     from megatron_bicc.cli import parse_config
     from megatron_bicc.startup import read_inputs
     from megatron_bicc.train import main
 
-    # loads what every run would otherwise load again
+    # what every run would load anew
     settings = ["parallel.tensor=1", "data.train=examples/data/heldout.parquet"]
     read_inputs(parse_config(["--config", "examples/configs/tiny.yaml", *settings]))
     for order in iter(sys.stdin.readline, ""):

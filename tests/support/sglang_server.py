@@ -1,4 +1,4 @@
-"""Real SGLang servers for tests, on a CPU and without the package's launcher."""
+"""Real SGLang servers for tests, on a CPU and without the product's own launcher."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 PYTHON = Path(__file__).parents[2] / ".venv-sglang/bin/python"
-# The share of memory is a limit, not an allocation; a small one fails if other processes use more meanwhile.
+# The share of memory is a bound, not what is taken; a small one fails when others take memory meanwhile.
 ARGUMENTS = (
     "-W ignore -m sglang.launch_server --device cpu --attention-backend torch_native "
     "--sampling-backend pytorch --grammar-backend none --disable-overlap-schedule --sleep-on-idle "
@@ -24,14 +24,14 @@ SERVED = ("llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "registry", "util
 
 
 def quick_start() -> dict[str, str]:
-    """Returns environment variables that save a server the import of some 200 model modules."""
+    """Environment that saves a server the import of some 200 models' modules."""
     modules = PYTHON.parents[1].glob("lib/python3*/site-packages/sglang/srt/models/*.py")
     skipped = sorted(module.stem for module in modules if module.stem not in SERVED)
     return {"SGLANG_DISABLED_MODEL_ARCHS": ",".join(skipped)}
 
 
 class SglangServer:
-    """A server of one model. It keeps its port when it is restarted."""
+    """A server of one model. Its port stays when it is started again."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class SglangServer:
         tensor_parallel: int = 1,
         tokenizer: bool = False,
     ) -> None:
-        """tokenizer: load the model's tokenizer, so that the server also accepts text."""
+        """tokenizer: whether it reads the model's, to be asked in text, too."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -51,13 +51,13 @@ class SglangServer:
         self._command = [str(PYTHON), *ARGUMENTS.split(), *model_arguments]
         self._command += ["--tp-size", str(tensor_parallel)]
         self._command += [] if tokenizer else ["--skip-tokenizer-init"]
-        # without it SGLang requires a NUMA node per rank
+        # without it SGLang wants a NUMA node for each rank
         cores = "|".join(map(str, range(tensor_parallel)))
         self._env = {"SGLANG_CPU_OMP_THREADS_BIND": cores} if tensor_parallel > 1 else {}
         self._process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        """Starts the server; `wait` returns when it is ready."""
+        """Starts it; `wait` until it can serve."""
         env = os.environ | {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"} | quick_start() | self._env
         # compiling SGLang and torch at every start takes longer than the tests
         env.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -67,7 +67,7 @@ class SglangServer:
             )
 
     def wait(self, timeout_s: float = 600) -> None:
-        """Waits until the server is ready."""
+        """Until it can serve."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end and self._process.poll() is None:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
@@ -76,7 +76,7 @@ class SglangServer:
         raise AssertionError(f"the server did not start:\n{self._log.read_text()[-3000:]}")
 
     def kill(self) -> None:
-        """Kills all its processes with SIGKILL."""
+        """kill -9 of all its processes."""
         if self._process:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)

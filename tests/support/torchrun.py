@@ -1,4 +1,4 @@
-"""Runs a test's worker in several processes."""
+"""Several processes for a test."""
 
 import subprocess
 import sys
