@@ -1,4 +1,4 @@
-"""Builds the native extensions; everything else about the package is in pyproject.toml.
+"""Builds the native extensions; all other metadata is in pyproject.toml.
 
 `megatron_bicc._C` is plain C++17. `megatron_bicc._C_cuda` is built where nvcc is on PATH and there are CUDA
 sources. Neither includes a torch header, so an isolated build needs only setuptools and pybind11.
@@ -15,7 +15,7 @@ from setuptools import Extension, setup
 
 HEADERS = glob("csrc/**/*.h*", recursive=True) + glob("csrc/**/*.cuh", recursive=True)
 CUDA_EXTENSION = "megatron_bicc._C_cuda"
-# Native code for A100 and H100; the PTX lets the driver compile for whatever comes later.
+# Native code for A100 and H100; the PTX lets the driver compile for later GPUs.
 CUDA_TARGETS = [
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=sm_90",
@@ -24,7 +24,7 @@ CUDA_TARGETS = [
 
 
 class BuildExtensions(build_ext):
-    """Leaves the CUDA extension to nvcc, which knows where its own headers and static runtime lie."""
+    """Builds the CUDA extension with nvcc, which finds its own headers and static runtime."""
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name != CUDA_EXTENSION:
@@ -37,7 +37,7 @@ class BuildExtensions(build_ext):
 
 
 def native_extensions() -> list[Extension]:
-    """The extensions that this machine can build."""
+    """Returns the extensions that this machine can build."""
     flags = ["-O3", "-pthread"]
     extensions: list[Extension] = [
         Pybind11Extension(

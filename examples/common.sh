@@ -17,7 +17,7 @@
 #           split       on every node the last SERVER_GPUS GPUs serve, the others train
 #           attach      the servers at SERVERS serve; all GPUs of the nodes train
 #   SERVER_GPUS=n       GPUs of one SGLang server (its tensor-parallel size)
-#   SERVERS=urls        attach: http://host:port of each server, separated by commas
+#   SERVERS=urls        for attach: http://host:port of each server, separated by commas
 #   DRY_RUN=1           check the run on any machine, without GPUs, and exit
 #
 # Arguments are settings of the run, section.name=value; `python -m megatron_bicc.train --help` lists them. The
@@ -46,7 +46,7 @@ check_number GPUS_PER_NODE 1
 check_number MASTER_PORT 1 65535
 check_number MAX_RESTARTS 0
 
-# Under SLURM the script starts itself again, once on every node of the job.
+# Under SLURM, restarts the script once on every node of the job.
 spread_over_slurm_nodes() {
     [[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} && -z ${DRY_RUN:-} ]] || return 0
     command -v srun >/dev/null || fail "SLURM_JOB_ID is set but srun is not on PATH"
@@ -79,7 +79,7 @@ place_rollout() {
     colocate)
         ((GPUS_PER_NODE % SERVER_GPUS == 0)) || fail "SERVER_GPUS=$SERVER_GPUS does not divide GPUS_PER_NODE=$GPUS_PER_NODE"
         settings+=(rollout.colocate=true)
-        add_servers 0 $((GPUS_PER_NODE / SERVER_GPUS)) " --mem-fraction-static 0.35" # beside the policy's state
+        add_servers 0 $((GPUS_PER_NODE / SERVER_GPUS)) " --mem-fraction-static 0.35" # the policy's state stays on the GPU
         ;;
     split)
         TRAINERS=$((GPUS_PER_NODE - SERVER_GPUS))
@@ -131,7 +131,7 @@ launch() {
     local nodes=$1 sglang=.venv-sglang/bin/python
     shift
     spread_over_slurm_nodes "$@"
-    [[ -x $(command -v "$PYTHON") ]] || fail "there is no $PYTHON; make setup makes it"
+    [[ -x $(command -v "$PYTHON") ]] || fail "$PYTHON not found; run make setup"
     find_nodes "$nodes"
     place_rollout
     if [[ -z ${DRY_RUN:-} ]]; then
@@ -140,7 +140,7 @@ launch() {
         check_environment
         settings+=(checkpoint.resume=true) # a restarted run resumes from its latest checkpoint
     elif [[ $ROLLOUT != attach && ! -x $sglang ]]; then
-        echo "not checked: SGLang: there is no $sglang; make sglang makes it"
+        echo "not checked: SGLang: $sglang not found; run make sglang"
         settings+=("rollout.sglang.python=$PYTHON")
     fi
     [[ -z ${OUT:-} ]] || settings+=("output_dir=$OUT")
@@ -149,7 +149,7 @@ launch() {
     [[ -z ${EVAL_DATA:-} ]] || settings+=("evaluation.data=$EVAL_DATA")
     dry_run "$@"
     [[ -z ${DRY_RUN:-} ]] || exit 0
-    # otherwise torchrun's shared store never tells a host that comes back where to rendezvous
+    # with torchrun's shared store, a restarted host never learns the new rendezvous address
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$TRAINERS" \
         --max-restarts "$MAX_RESTARTS" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" \

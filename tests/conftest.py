@@ -1,4 +1,4 @@
-"""Fixtures that tests of several rooms share."""
+"""Shared fixtures."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ from megatron_bicc.model.policy import start_model_parallel
 
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Directories of support.models.MODELS, by name."""
+    """Returns the directories of support.models.MODELS, by name."""
     return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
 def single_process() -> None:
-    """megatron-core's process groups for one process."""
+    """Creates megatron-core's process groups for one process."""
     device.start_distributed()
     start_model_parallel(Config())

@@ -1,12 +1,12 @@
-"""Measures the effect of RCC on gradient variance where everything is known: a small softmax bandit.
+"""Measures the effect of RCC on gradient variance on a small softmax bandit, whose gradient is known exactly.
 
     python tools/bandit_variance.py --output docs/bandit_variance.md
 
 The policy is pi = softmax(theta) over V arms with binary rewards R and expected reward J, the reference is
 another softmax, delta = log pi - log pi_ref and g(a) = grad log pi(a) = e_a - pi. Two estimators of grad J:
 
-    weighted    arms drawn from pi_ref, w (R - b) g with w = exp(delta): the one for which RCC is derived
-    on-policy   arms drawn from pi, (R - b) g: the one of an on-policy GRPO step
+    weighted    arms drawn from pi_ref, w (R - b) g with w = exp(delta): the estimator that RCC is derived for
+    on-policy   arms drawn from pi, (R - b) g: the estimator of an on-policy GRPO step
 
 Shape suffixes: V arms (the vocabulary of responses of one token), R rollouts of a group, B groups.
 """
@@ -45,7 +45,7 @@ class Bandit:
         return 1.0 - 2.0 * self.policy_V + (self.policy_V**2).sum()
 
     def gradient(self) -> np.ndarray:
-        """[V]: grad J in theta"""
+        """Returns grad J with respect to theta, [V]."""
         return self.policy_V * (self.reward_V - self.policy_V @ self.reward_V)
 
     def baseline(self, name: str) -> float:

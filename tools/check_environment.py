@@ -3,8 +3,8 @@
 
 tools/check_environment.py --gpus 8 --nodes 4 --node-rank 0 --master-addr host0 --shared runs/x
 
-Run it on all hosts at the same time. It prints one line per failure on stderr and exits with status 1; else
-with 0.
+Run it on all hosts at the same time. It prints one line per failure on stderr and exits with status 1, or
+with 0 if all checks pass.
 """
 
 import argparse
@@ -20,7 +20,7 @@ OLDEST_DRIVER = 525
 """The oldest driver branch that runs CUDA 12"""
 OLDEST_NCCL = (2, 18)
 STALE_S = 900.0
-"""A file of another host that is this much older than one's own is from an earlier start"""
+"""A file of another host that is this much older than this host's is from an earlier start"""
 
 
 class Failure(Exception):

@@ -4,7 +4,7 @@ python tools/convert_hf_checkpoint.py import HF_DIR OUT [--tp 2 --pp 2]
 python tools/convert_hf_checkpoint.py export MEGATRON_DIR OUT [--hf HF_DIR]
 python tools/convert_hf_checkpoint.py verify HF_DIR MEGATRON_DIR [--tolerance 1e-4]
 
-All of them also run under torchrun, which splits the work between the processes. A checkpoint loads under
+All commands also run under torchrun, and then split the work between the processes. A checkpoint loads under
 every layout; --tp, --pp and --ep only check that the model fits that layout. MEGATRON_DIR may be the
 checkpoint of a training run.
 """
@@ -25,7 +25,7 @@ from megatron_bicc.model.policy import start_model_parallel
 
 
 def main(argv: list[str]) -> int:
-    """Creates megatron-core's process groups around `run`."""
+    """Calls `run` with megatron-core's process groups. Returns the exit status."""
     device.start_distributed()
     start_model_parallel(Config())
     try:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Draws a packed micro-batch: attention mask, positions, labels. Writes docs/packed_microbatch.svg.
 
-Everything in the picture comes from the packer's output for a small group; the mask follows from the
-cumulative lengths that the attention kernels get.
+The picture shows the packer's output for a small group; the mask follows from the cumulative lengths that
+the attention kernels receive.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def draw(micro_batch: MicroBatch, names: list[str]) -> pyplot.Figure:
 
 
 def annotate(figure: pyplot.Figure, axes: pyplot.Axes, micro_batch: MicroBatch) -> pyplot.Figure:
-    """Labels the segments beside the mask and the colours below it."""
+    """Labels the segments next to the mask and the colours below it."""
     sides = packed_sides(micro_batch)
     texts = [f"prefix {number}" for number in range(1, len(sides) + 1)]
     texts += [f"response {rollout + 1}" for side in sides for rollout in side.rollouts]

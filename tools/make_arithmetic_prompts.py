@@ -3,8 +3,8 @@
     python tools/make_arithmetic_prompts.py --out examples/data
 
 A problem is two steps from a two-digit number, `47+8-6=`, such that every result has two digits and
-forgetting every carry and borrow gives another answer. A hash of its text decides whether it is held out, so
-the two parts never overlap, whoever draws from them.
+forgetting every carry and borrow gives a different answer. A hash of its text decides whether it is held out,
+so the two parts never overlap, whatever the seed.
 """
 
 import argparse
@@ -22,12 +22,12 @@ HELD_OUT_SHARE = 10
 
 
 def add(a: int, b: int, carry: bool = True) -> int:
-    """a + b; without the carry: digit by digit, the carry into the tens forgotten (47+8 -> 45)."""
+    """Returns a + b; without the carry, digit by digit, forgetting the carry into the tens (47+8 -> 45)."""
     return a + b if carry or a % 10 + b % 10 < 10 else a + b - 10
 
 
 def subtract(a: int, b: int, borrow: bool = True) -> int:
-    """a - b; without the borrow: in every digit the smaller from the larger (52-8 -> 56)."""
+    """Returns a - b; without the borrow, in every digit the smaller from the larger (52-8 -> 56)."""
     if borrow:
         return a - b
     width = max(len(str(a)), len(str(b)))
@@ -37,25 +37,25 @@ def subtract(a: int, b: int, borrow: bool = True) -> int:
 
 @dataclass(frozen=True)
 class Problem:
-    """first (operator operand)*, worked from left to right."""
+    """A number and (operator, operand) pairs, evaluated from left to right."""
 
     first: int
     rest: tuple[tuple[str, int], ...]
 
     @property
     def text(self) -> str:
-        """The question as the policy sees it."""
+        """The question as given to the policy."""
         return f"{self.first}{''.join(f'{op}{x}' for op, x in self.rest)}="
 
     def values(self, right: bool = True) -> list[int]:
-        """Result of every step, by the right procedure or without carries and borrows."""
+        """Returns the result of every step, by the right procedure or without carries and borrows."""
         values = [self.first]
         for op, x in self.rest:
             values.append((add if op == "+" else subtract)(values[-1], x, right))
         return values[1:]
 
     def solution(self, right: bool = True) -> str:
-        """The steps and the boxed answer."""
+        """Returns the steps and the boxed answer."""
         lines, left = [], self.first
         for (op, x), value in zip(self.rest, self.values(right), strict=True):
             lines.append(f"{left}{op}{x}={value}\n")

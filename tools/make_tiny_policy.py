@@ -3,10 +3,10 @@
     python tools/make_tiny_policy.py --out examples/tiny_policy
 
 The policy is trained on generated arithmetic (tools/make_arithmetic_prompts.py). Half of the demonstrations
-forget every carry and borrow, so that the policy, trained to convergence, uses the right procedure and a
-wrong one about half of the time each: the ability is latent, the errors are systematic. Half of them have
-labelled attempts before the answer, in the token form of bilateral contexts (BiccConfig's headers), so that
-the policy can read a context. The correctness of the answer is independent of the attempts.
+forget every carry and borrow, so that the policy, trained to convergence, uses the right and a wrong
+procedure about half of the time each: the ability is latent, the errors are systematic. Half of the
+demonstrations have labelled attempts before the answer, in the token form of bilateral contexts (BiccConfig's
+headers), so that the policy can read a context. The correctness of the answer is independent of the attempts.
 """
 
 import argparse

@@ -27,7 +27,7 @@ BYTES_PER_GBIT = 1e9 / 8
 
 
 def main(argv: list[str]) -> int:
-    """Prints the plan; returns the exit status: 0; 1 if it does not fit; 2 for bad input, in one line."""
+    """Prints the plan; returns the exit status: 0; 1 if it does not fit; 2 for bad input, with one line."""
     arguments = _parser().parse_intermixed_args(argv)
     try:
         plan, others = _plans(arguments)
@@ -61,7 +61,7 @@ def _count(text: str) -> int:
 
 
 def _picture(text: str) -> Path:
-    """Parses the name of a picture, whose ending is its format."""
+    """Parses the file name of a picture; its suffix selects the format."""
     if Path(text).suffix not in (".png", ".pdf", ".svg"):
         raise argparse.ArgumentTypeError(f"{text} must end in .png, .pdf or .svg")
     return Path(text)

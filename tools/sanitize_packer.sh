@@ -27,7 +27,7 @@ if [[ ! -e $library || -n $(find csrc -maxdepth 1 -newer "$library") ]]; then
     "$compiler" "${flags[@]}" -shared "${objects[@]}" -o "$library"
 fi
 
-# The interpreter is not built with the sanitizers, so their runtime is loaded first; it owns its leaks.
+# The interpreter is not built with the sanitizers, so their runtime is preloaded; its own leaks are ignored.
 preload="$("$compiler" -print-file-name=libasan.so):$("$compiler" -print-file-name=libstdc++.so)"
 LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
     "$python" tests/packing/fuzz_packer.py --inputs "$inputs" --extension "$library"

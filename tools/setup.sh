@@ -4,7 +4,7 @@
 #   setup.sh build      csrc built in place, the package installed editable
 #   setup.sh browser    Chromium for the tests of report.html, if there is none and root can install it
 #   setup.sh sglang     .venv-sglang with SGLang, the rollout server
-# After an interruption, the next call does not mistake unfinished work for finished.
+# An interrupted stage is repeated by the next call.
 set -Eeuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -64,7 +64,7 @@ install_sglang() {
     local locked=requirements-sglang.lock
     forget_unfinished_packages
     if has_nvidia_gpu; then
-        # SGLang pins its kernels, and they its torch.
+        # SGLang pins its kernels, which pin torch.
         "${pip_install_many[@]}" "$(grep -E '^sglang==' $locked)"
         return
     fi
@@ -90,7 +90,7 @@ install_browser() {
             DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=3 install --quiet --yes \
                 --no-install-recommends chromium fonts-dejavu-core; } && return
     fi
-    # The rest of the tests does not need it, and a test that does says so where it is skipped.
+    # Other tests do not need it; those that do are skipped with this reason.
     echo "setup: no Chromium: report.html is not tested in a browser; on Debian: apt-get install chromium" >&2
 }
 

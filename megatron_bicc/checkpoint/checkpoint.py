@@ -1,11 +1,11 @@
-"""Training checkpoints in megatron-core's dist_checkpointing format: background writing, loading.
+"""Writes training checkpoints in the background, and loads them: megatron-core's dist_checkpointing format.
 
 OUTPUT_DIR/checkpoints/step_00000050/    weights and optimizer, sharded; progress.json; manifest.json
 OUTPUT_DIR/checkpoints/latest            symbolic link to the newest
 
-A step that saves waits only until weights and optimizer are copied to host memory. A thread writes them, to
-a directory aside that is renamed when it is whole. The thread's collectives have their own process group,
-so that they never mix with those of the run.
+A step that saves waits only until weights and optimizer are copied to host memory. A thread writes them to
+a temporary directory and renames it when it is complete. The thread's collectives have their own process
+group, so that they never mix with those of the run.
 """
 
 import gc
@@ -46,7 +46,7 @@ from megatron_bicc.model.policy import Policy
 PROGRESS, LATEST, PARTIAL = "progress.json", "latest", ".partial"
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
-"""Words of the RuntimeErrors in which torch's zip writer loses the system's error, such as a full disk"""
+"""Texts of the RuntimeErrors by which torch's zip writer replaces the system's error, such as a full disk"""
 
 
 class CheckpointError(UserError):
@@ -55,7 +55,7 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Progress:
-    """State of a run beside its weights and optimizer: what progress.json holds."""
+    """State of a run besides its weights and optimizer: the contents of progress.json."""
 
     step: int
     """Finished steps"""
@@ -72,7 +72,7 @@ class Progress:
 def checkpoints(output_dir: str) -> list[Path]:
     """Returns the finished checkpoints of a run, oldest first.
 
-    A checkpoint gets its name when it is whole; damage after that is found when it is read.
+    A checkpoint gets its name when it is complete; later damage is found when it is read.
     """
     root = Path(output_dir) / "checkpoints"
     return sorted(p for p in root.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name) and p.is_dir())
@@ -178,7 +178,7 @@ T = TypeVar("T")
 class CheckpointWriter:
     """Writes a run's checkpoints, one at a time. Its methods are collective.
 
-    Whenever the processes are killed, every checkpoint with a final name is whole, and `latest` is one of
+    Even if the processes are killed, every checkpoint with a final name is complete, and `latest` is one of
     them. A checkpoint that cannot be written raises CheckpointError on every rank; the earlier ones stay.
     """
 
@@ -206,7 +206,7 @@ class CheckpointWriter:
             raise _failure(final, error) from error
 
     def start(self) -> None:
-        """Begins to write the snapshot, if there is one. Does not wait."""
+        """Starts writing the snapshot, if there is one. Does not wait."""
         if self._snapshot:
             self._writing = self._thread.submit(self._write, *self._snapshot)
             self._snapshot = None
@@ -214,7 +214,8 @@ class CheckpointWriter:
     def check(self) -> None:
         """Raises CheckpointError if a checkpoint failed, at the same call on every rank. Does not wait."""
         if self._writing:
-            # a rank whose thread has failed must not raise while another one's has not: they would part ways
+            # a rank whose thread has failed must not raise before the others can: they would enter the next
+            # step's collectives and wait there
             done = torch.tensor(int(self._writing.done()), device=device.device())
             dist.all_reduce(done, dist.ReduceOp.MIN)
             if done:
@@ -236,7 +237,7 @@ class CheckpointWriter:
             self._together(lambda: _publish(final, parts, self._keep) if dist.get_rank() == 0 else None)
         except (OSError, CheckpointException) as error:
             if not _is_of_disk(error):
-                raise  # a lost peer or a fault of the program keeps its own words
+                raise  # a lost peer or a bug keeps its own message and traceback
             shutil.rmtree(aside, ignore_errors=True)
             raise _failure(final, error) from error
 
@@ -254,8 +255,8 @@ def _aside(final: Path) -> Path:
 def _take(aside: Path, policy: Policy, progress: Progress) -> dict[str, Any]:
     """Writes the small files; returns the tensors, in host memory and in the form that torch writes.
 
-    No `files.atomic_directory`: the directory is begun here, in the run, and gets its name in the thread.
-    What a killed run has left is removed.
+    Does not use `files.atomic_directory`: the directory is created here, in the main thread, and renamed in
+    the writing thread. Removes the leftovers of a killed run.
     """
     if dist.get_rank() == 0:
         run_lock.check()
@@ -280,12 +281,12 @@ def collect_tensors(directory: Path, state: dict[str, Any]) -> dict[str, Any]:
 def write_tensors(directory: Path, tensors: dict[str, Any], group: dist.ProcessGroup) -> None:
     """Writes what `collect_tensors` returned. Collective over `group`.
 
-    By torch's writer: megatron-core's starts a process that loads the whole program again, and that
-    outlives a killed run.
+    Uses torch's writer: megatron-core's starts a process that imports the whole program again and outlives a
+    killed run.
     """
     dcp.save(
         tensors,
-        # one thread: of two, torch loses the second one's error
+        # one thread: with two, torch drops the second one's error
         storage_writer=dcp.FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0),
         planner=torch_strategy.MCoreSavePlanner(flatten_state_dict=False),
         process_group=group,
@@ -305,7 +306,7 @@ class _Later(torch_strategy.TorchDistSaveShardedStrategy):
 
 
 def _publish(final: Path, parts: list[dict[str, Any]], keep: int) -> None:
-    """Gives a whole checkpoint its name. At every moment the newest one is whole, and `latest` names one."""
+    """Renames a complete checkpoint to its final name, and lets `latest` point to it; removes old ones."""
     run_lock.check()
     write_manifest(_aside(final), parts)
     if final.exists():
@@ -321,14 +322,14 @@ def _publish(final: Path, parts: list[dict[str, Any]], keep: int) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Renames a checkpoint and removes it: half a checkpoint must not look like a whole one."""
+    """Renames a checkpoint, then removes it: a half-removed one must not look complete."""
     doomed = checkpoint.with_name(checkpoint.name + ".old" + PARTIAL)
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def _is_of_disk(error: BaseException) -> bool:
-    """Returns whether all failures are failed writes: the system's error, or torch's words for it."""
+    """Returns whether all failures are failed writes: OSError, or torch's replacement for it."""
     failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
     return all(
         isinstance(own, OSError) or any(words in str(own) for words in TORCH_WRITER) for own, _ in failures
@@ -336,7 +337,7 @@ def _is_of_disk(error: BaseException) -> bool:
 
 
 def _failure(final: Path, error: BaseException) -> CheckpointError:
-    """Returns the one line about a checkpoint that could not be written, by what failed on whichever rank."""
+    """Returns the error for a checkpoint that could not be written, from the failure of any rank."""
     own = cause(error)
     hint = "; is the disk full?" if isinstance(own, RuntimeError) else ""
     return CheckpointError(

@@ -1,8 +1,7 @@
 """Converts between a Hugging Face directory and megatron-core's distributed checkpoint.
 
-CHECKPOINT/hf/ keeps what the checkpoint's format has no place for: configuration, tokenizer, and which file
-held which tensor. With it an import followed by an export restores every tensor and every byte of these
-files.
+CHECKPOINT/hf/ keeps what the checkpoint's format cannot hold: configuration, tokenizer, and the index of
+tensors by file. With it an import followed by an export restores every tensor, and these files byte for byte.
 """
 
 import json
@@ -94,7 +93,7 @@ def export_hf(source: Path, target: Path, side_files: Path | None) -> None:
     if side_files is None and source.is_dir() and not (source / HF).is_dir():
         raise UserError(
             f"{source}: there is no {HF}/ in it with configuration and tokenizer; "
-            "to a run's checkpoint give the model's directory by --hf"
+            "for a run's checkpoint give the model's directory by --hf"
         )
     beside = side_files or source / HF
     hf_config = supported_config(beside)
@@ -193,7 +192,7 @@ def _read_file(
 
 
 def _keep_index(source: Path, target: Path, file_of: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    """Copies the source's own index if it says the same, in full; else writes a new one."""
+    """Copies the source's own index if it is complete and agrees; else writes a new one."""
     index = index_of(source)
     written = json.loads(index.read_text()) if index else {}
     # transformers fails on an index without metadata

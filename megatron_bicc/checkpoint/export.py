@@ -33,7 +33,7 @@ def export_step(policy: Policy, config: Config, step: int) -> None:
 def forget_exports(output_dir: str, step: int) -> None:
     """Removes the exports after a step, unfinished ones included, before a run resumes from its checkpoint.
 
-    They belong to a branch that is given up, and would count as the newest. For one rank only. Raises
+    They belong to the discarded part of the run, and would count as the newest. For one rank only. Raises
     CheckpointError if one cannot be removed.
     """
     for path in (Path(output_dir) / "exports").glob("step_*"):

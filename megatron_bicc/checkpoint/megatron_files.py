@@ -1,7 +1,7 @@
-"""The files of a distributed checkpoint: where each parameter is, reading and writing them, the manifest.
+"""Reads and writes the files of a distributed checkpoint: the place of each parameter, and the manifest.
 
 megatron-core's format is independent of the layout: its tensors are whole, and each rank loads its own part.
-What it holds for a policy is taken from megatron-core itself, by building the policy on the meta device.
+Its contents for a policy are derived from megatron-core itself, by building the policy on the meta device.
 Parameters are read and written one at a time. manifest.json has the size and SHA-256 of every file, so that a
 flipped bit is found.
 """
@@ -104,7 +104,7 @@ def slots_of(hf_config: PretrainedConfig) -> tuple[list[Slot], list[ShardedObjec
 
 
 def _slot(name: str, entry: ShardedTensor | ShardedTensorFactory, shape: torch.Size) -> Slot:
-    # the two halves of a gated linear are separate entries, the second after the first: together they are it
+    # a gated linear is two entries, gate and up; the parameter is both, one after the other
     first = entry.build()[0] if isinstance(entry, ShardedTensorFactory) else entry
     return Slot(rule_for(name, 0), first.key, tuple(first.global_offset), tuple(first.global_shape), shape)
 
@@ -171,7 +171,7 @@ class _StreamPlanner(dcp.DefaultSavePlanner):
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """Returns the tensor in storage of its own, which can be freed: it may be part of a mapped file."""
+    """Returns the tensor with its own storage, which can be freed: it may be a view of a mapped file."""
     storage = tensor.untyped_storage()
     owned = storage.resizable() and storage.nbytes() == tensor.nbytes and tensor.is_contiguous()
     return tensor if owned else tensor.clone(memory_format=torch.contiguous_format)
@@ -203,7 +203,7 @@ class MegatronCheckpoint:
             padded = slot.rule.kind == "vocab" and found[0] >= wanted[0] and found[1:] == wanted[1:]
             if found != wanted and not padded:
                 raise UserError(
-                    f"{self.path}: tensor {slot.key} has shape {found}; config.json asks for {wanted}"
+                    f"{self.path}: tensor {slot.key} has shape {found}; config.json requires {wanted}"
                 )
 
     def dtype(self, slot: Slot) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The checkpoint to resume from, and whether a run may resume from it with its present settings and files."""
+"""Finds the checkpoint to resume from, and checks that settings and files are of the same experiment."""
 
 import hashlib
 import logging
@@ -86,7 +86,7 @@ def check_resume(progress: Progress, config: Config, contents: dict[str, str], f
 
 
 def _changes_experiment(name: str) -> bool:
-    """name: a setting, or one with what is read from its files in parentheses, such as WEIGHTS."""
+    """Returns whether a change makes it another experiment. name: a setting, or an entry such as WEIGHTS."""
     return settings()[name.partition(" ")[0]].rule.changes_experiment
 
 

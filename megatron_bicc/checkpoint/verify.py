@@ -1,6 +1,6 @@
 """Compares the logits of a distributed checkpoint with those of transformers.
 
-Shape suffixes: P tokens of a prompt, L rows that are compared, V vocabulary.
+Shape suffixes: P tokens of a prompt, L rows whose logits are compared, V vocabulary.
 """
 
 import itertools

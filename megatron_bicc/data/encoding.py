@@ -1,7 +1,7 @@
-"""Maps between texts and token ids with the policy's tokenizer: prompts, a fixed date, end tokens.
+"""Encodes prompts with the policy's tokenizer, fixes the chat template's date, and finds the end tokens.
 
 Prompts are encoded so that no text of a message is lost, and no text becomes a control token unless the
-settings allow it. A chat template that reads the clock gets one date for the whole run, on whatever day it is
+settings allow it. A chat template that reads the clock sees one date for the whole run, on any day it is
 resumed.
 """
 
@@ -93,7 +93,7 @@ class PromptEncoder:
         return Turns(written, re.compile("|".join(longest_first) or r"(?!)"))  # (?!) matches nothing
 
     def _render(self, messages: list[Message]) -> str:
-        """Returns the text that the chat template makes of the messages."""
+        """Returns the messages as the chat template renders them."""
         begun = messages[-1]["role"] == "assistant"
         try:
             return self._tokenizer.apply_chat_template(
@@ -103,7 +103,7 @@ class PromptEncoder:
                 add_generation_prompt=not begun,
                 continue_final_message=begun,
             )
-        except Exception as error:  # templates raise whatever their authors chose, and jinja2 its own errors
+        except Exception as error:  # templates may raise any exception, and jinja2 raises its own
             raise UserError(
                 f"the tokenizer's chat template refuses the messages: {first_line(error)}"
             ) from error
@@ -176,7 +176,7 @@ def asks_for_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def fix_date(tokenizer: PreTrainedTokenizerBase, today: date) -> None:
-    """Makes the chat template see this date, at midnight, instead of the clock.
+    """Replaces the clock that the chat template reads by this date, at midnight.
 
     It prepends a macro, which shadows the function of that name: transformers passes only plain data to
     templates, so the function itself cannot be replaced. The macro ends with a newline, so that the template

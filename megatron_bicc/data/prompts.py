@@ -73,7 +73,7 @@ def load_prompts(
     keeps all.
 
     Raises UserError, one line with file and row (from 1), for: an unreadable file, a malformed row, an
-    unknown schema, a prompt that is empty, overlong (unless dropped) or not whole in its tokens, a missing
+    unknown schema, a prompt that is empty, overlong (unless dropped) or incomplete in its tokens, a missing
     ground truth, a filter that fails, no prompts left.
     """
     path = Path(path)
@@ -145,9 +145,9 @@ def _refuse_overlong(length: int, limit: int, overlong: OverlongAction) -> None:
 
 
 class PromptSampler:
-    """Draws prompts in shuffled epochs; a draw may cross from one epoch into the next.
+    """Draws prompts in shuffled epochs; a draw may span two epochs.
 
-    The order depends on the seed and the number of prompts only, and `state_dict` is enough to resume it.
+    The order depends on the seed and the number of prompts only, so `state_dict` is enough to resume it.
     """
 
     def __init__(self, num_prompts: int, prompts_per_step: int, seed: int):
@@ -175,7 +175,7 @@ class PromptSampler:
         return [int(orders[n // self._num_prompts][n % self._num_prompts]) for n in draws]
 
     def _order(self, epoch: int) -> np.ndarray:
-        """int64 [num_prompts]: a permutation."""
+        """Returns a permutation of the prompts, int64 [num_prompts]."""
         return np.random.default_rng([self._seed, epoch]).permutation(self._num_prompts)
 
     def state_dict(self) -> dict[str, int]:

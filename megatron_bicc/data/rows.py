@@ -26,7 +26,7 @@ Row = dict[str, Any]
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """Half of a UTF-16 surrogate pair, escaped in JSON"""
 MOST_DIGITS = 4300
-"""Digits of the longest whole number that Python parses by default"""
+"""Digits of the longest integer that Python parses by default"""
 
 
 class JsonFloat(float):
@@ -112,25 +112,27 @@ def _parse_line(path: Path, number: int, line: bytes) -> Row:
     except UnicodeError as error:
         raise UserError(f"{path}, row {number}: not UTF-8 ({error}); write the file as UTF-8") from error
     except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}, row {number}: not valid JSON ({error}); write one object a line") from error
+        raise UserError(
+            f"{path}, row {number}: not valid JSON ({error}); write one object per line"
+        ) from error
     except (UserError, ValueError) as error:  # valid JSON that is refused: a repeated key, a huge number
         raise UserError(f"{path}, row {number}: {error}") from error
     if not isinstance(row, dict):
         raise UserError(
-            f"{path}, row {number}: a {type(row).__name__}, not a JSON object; write one object a line"
+            f"{path}, row {number}: a {type(row).__name__}, not a JSON object; write one object per line"
         )
     return row
 
 
 def _integer(text: str) -> int:
-    """Parses a whole number of JSON. Raises UserError for one with more digits than Python parses."""
+    """Parses an integer of JSON. Raises UserError for one with more digits than Python parses."""
     if len(text) > MOST_DIGITS:
         raise UserError(f"a whole number of {len(text)} digits; write it as a text")
     return int(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Makes a JSON object of its pairs. Raises UserError for a repeated key."""
+    """Builds a JSON object from its pairs. Raises UserError for a repeated key."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
@@ -142,12 +144,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 Message = dict[str, str]
 
 ASKS_NOTHING = ("system", "developer", "tool", "function")
-"""Roles whose messages ask nothing and may be empty"""
+"""Roles whose messages hold no question and may be empty"""
 NOT_READ = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """Fields of a message that chat templates may render, but this package does not read"""
 ROLE = re.compile(r"[A-Za-z][\w-]*")
 GSM8K_MARK = "####"
-"""Stands before the final answer in a solution of GSM8K"""
+"""Precedes the final answer in a solution of GSM8K"""
 MOST_ZEROS = 1000
 """Largest exponent of a number in scientific notation"""
 
@@ -219,8 +221,8 @@ SCHEMAS = (
 def read_question(row: Row, instruction: str = "") -> Question:
     """Returns prompt and answer of a row in any of SCHEMAS; `instruction` is appended to the last question.
 
-    Raises UserError if no schema fits, the prompt is malformed or asks nothing, or the ground truth is not
-    one text or number.
+    Raises UserError if no schema fits, the prompt is malformed or holds no question, or the ground truth is
+    not one text or number.
     """
     schema = next((s for s in SCHEMAS if s.columns <= row.keys()), None)
     if schema is None:
@@ -355,9 +357,9 @@ def has_box(text: str) -> bool:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Returns what stands in the last \boxed{...} or \fbox{...}, stripped; None if none is there or closes.
+    r"""Returns the contents of the last \boxed{...} or \fbox{...}, stripped; None if absent or not closed.
 
-    Without braces (\boxed 2, as in the published MATH) it is the number, command or letter that follows.
+    Without braces (\boxed 2, as in the published MATH) they are the number, command or letter that follows.
     """
     boxes = list(_BOX.finditer(text))
     if not boxes:

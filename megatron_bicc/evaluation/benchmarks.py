@@ -1,6 +1,6 @@
-"""Samples and scores the answers to held-out prompts, in training and in an evaluation of its own.
+"""Samples and scores answers to held-out prompts, during training and in a separate evaluation.
 
-An evaluation keeps finished answers in a file; when it is restarted after a kill, it resumes from there.
+An evaluation keeps finished answers in a file and resumes from it after a kill.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def run_benchmark(
 
 
 def _from_first(value: dict[int, Answers]) -> dict[int, Answers]:
-    """Returns the first process's value on all. Collective."""
+    """Returns the first process's value on every process. Collective."""
     shared = [value]
     dist.broadcast_object_list(shared, src=0)
     return shared[0]

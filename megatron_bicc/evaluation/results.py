@@ -104,7 +104,7 @@ class Estimate:
 
     value: float
     standard_error: float
-    """Of the mean over prompts; NaN for a single prompt"""
+    """Standard error of the mean over prompts; NaN for a single prompt"""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def pass_at_k(num_samples: int, correct_B: np.ndarray, k: int) -> np.ndarray:
 
 
 def summarize(answers: list[Answers], threshold: float) -> Evaluation:
-    """Computes the figures of answers, equally many per prompt; correct are rewards above the threshold."""
+    """Computes the figures of answers, equally many per prompt; a reward above the threshold is correct."""
     rewards = np.array([one.rewards for one in answers])
     correct_B, samples = (rewards > threshold).sum(1), rewards.shape[1]
     ks = sorted({2**i for i in range(samples.bit_length())} | {samples})

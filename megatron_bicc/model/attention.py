@@ -1,4 +1,4 @@
-"""Attention of responses to a prefix that they share, computed once per prefix.
+"""Shared-prefix attention: responses attend to a prefix that is computed once for all of them.
 
 Rows are prefix-major: the prefix rows of all sides, then the response rows. Two variable-length calls and a
 merge:
@@ -65,7 +65,10 @@ class SharedPrefixAttention(torch.autograd.Function):
         out, lse = kernels.forward(VarlenCall(q, k, v, causal, scale))
         rows = slice(first, first + cross.bounds_q[-1])
         if first > 0 and rows.stop > first:  # kernels do not take calls without rows or keys
+            # the keys before the first response row are those of the prefixes
             out_cross, lse_cross = kernels.forward(VarlenCall(q[rows], k[:first], v[:first], cross, scale))
+            # finite: a response row attends at least to itself. Where a side has no prefix, lse_cross is -inf
+            # and its share 0.
             merged = torch.logaddexp(lse[:, rows], lse_cross)
             out[rows] = _share(lse[:, rows], merged) * out[rows] + _share(lse_cross, merged) * out_cross
             lse[:, rows] = merged
@@ -80,9 +83,11 @@ class SharedPrefixAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         rows, first, grad = ctx.rows, ctx.rows.start, grad.contiguous()
         kernels = _kernels(q)
+        # both calls get the merged out and lse, so each returns its part of the exact gradient
         dq, dk, dv = kernels.backward(VarlenCall(q, k, v, ctx.causal, ctx.scale), grad, out, lse)
         if first > 0 and rows.stop > first:
             call = VarlenCall(q[rows], k[:first], v[:first], ctx.cross, ctx.scale)
+            # a slice of lse [H, N] along N is strided; the CUDA kernel reads contiguous memory
             dq_cross, dk_cross, dv_cross = kernels.backward(
                 call, grad[rows], out[rows], lse[:, rows].contiguous()
             )
@@ -93,7 +98,7 @@ class SharedPrefixAttention(torch.autograd.Function):
 
 
 def _share(part_HQ: Tensor, whole_HQ: Tensor) -> Tensor:
-    """Returns one part's share of the softmax mass, [Q, H, 1]."""
+    """Returns the fraction of the softmax's mass that one part holds, [Q, H, 1]."""
     return torch.exp(part_HQ - whole_HQ).t().unsqueeze(-1)
 
 

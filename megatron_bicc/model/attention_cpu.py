@@ -18,7 +18,7 @@ DROPOUT = 0.0
 def forward(call: VarlenCall) -> tuple[Tensor, Tensor]:
     """Returns (output [Q, H, C], log-sum-exp [H, Q])."""
     q, k, v = _at_least_fp32(call.q_QHC, call.k_KGC, call.v_KGC)
-    # what rows without keys keep: no tile holds them
+    # rows without keys are in no tile and keep these values
     out, lse_QH = torch.zeros_like(q), torch.full(q.shape[:2], float("-inf"), dtype=q.dtype)
     for tile in call.segments.tiles:
         tile_out, tile_lse = _aten._scaled_dot_product_flash_attention_for_cpu(

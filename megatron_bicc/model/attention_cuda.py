@@ -58,6 +58,6 @@ def backward(
         unused,
         scale=call.scale,
     )
-    if s.keyless_rows is not None:
+    if s.keyless_rows is not None:  # as in forward
         dq[s.keyless_rows] = 0.0
     return dq, dk, dv

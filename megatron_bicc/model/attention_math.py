@@ -18,7 +18,7 @@ def forward(call: VarlenCall) -> tuple[Tensor, Tensor]:
         scores = _scores(q_QHC[rows], k_KGC[keys], call)
         lse[:, rows] = scores.logsumexp(-1)
         p = (scores - lse[:, rows].unsqueeze(-1)).exp()
-        out[rows] = torch.einsum("hqk,khd->qhd", p, _heads(v_KGC[keys], q_QHC))
+        out[rows] = torch.einsum("hqk,khc->qhc", p, _heads(v_KGC[keys], q_QHC))
     return out, lse
 
 
@@ -32,17 +32,17 @@ def backward(
         q, grad = q_QHC[rows], grad_QHC[rows]
         k, v = _heads(k_KGC[keys], q), _heads(v_KGC[keys], q)
         p = (_scores(q, k_KGC[keys], call) - lse_HQ[:, rows].unsqueeze(-1)).exp()
-        # the softmax's own derivative, from the output: sum over keys of p dp = grad . out
+        # the softmax's derivative needs sum over keys of p dp, which is grad . out
         delta = (grad * out_QHC[rows]).sum(-1).t().unsqueeze(-1)
-        ds = p * (torch.einsum("qhd,khd->hqk", grad, v) - delta) * call.scale
-        dq[rows] = torch.einsum("hqk,khd->qhd", ds, k)
-        dk[keys] = _summed(torch.einsum("hqk,qhd->khd", ds, q), k_KGC)
-        dv[keys] = _summed(torch.einsum("hqk,qhd->khd", p, grad), v_KGC)
+        ds = p * (torch.einsum("qhc,khc->hqk", grad, v) - delta) * call.scale
+        dq[rows] = torch.einsum("hqk,khc->qhc", ds, k)
+        dk[keys] = _summed(torch.einsum("hqk,qhc->khc", ds, q), k_KGC)
+        dv[keys] = _summed(torch.einsum("hqk,qhc->khc", p, grad), v_KGC)
     return dq, dk, dv
 
 
 def _scores(q: Tensor, k: Tensor, call: VarlenCall) -> Tensor:
-    scores = torch.einsum("qhd,khd->hqk", q, _heads(k, q)) * call.scale
+    scores = torch.einsum("qhc,khc->hqk", q, _heads(k, q)) * call.scale
     if call.segments.causal:
         later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(later, float("-inf"))

@@ -1,6 +1,7 @@
-"""A packed micro-batch on the device: the policy's input, and which rollout and token each response row is.
+"""A packed micro-batch on the device: the policy's input, and the rollout and token of each response row.
 
-Shape suffixes: N rows, A response rows, S response segments, T response tokens of the batch, R its rollouts.
+Shape suffixes: N rows of the micro-batch, A response rows, S responses, T response tokens of the step, R its
+rollouts.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from megatron_bicc.packing.types import MicroBatch
 
 @dataclass(kw_only=True)
 class PackedBatch(PackedSeqParams):
-    """Inputs of every pipeline stage for a micro-batch; travels through megatron-core as packed_seq_params.
+    """Inputs of every pipeline stage for a micro-batch; passed through megatron-core as packed_seq_params.
 
     `qkv_format` stays "sbhd" with a batch of one: under "thd" megatron-core restarts the rotary positions at
     every segment, but a response's positions continue those of its prefix.
@@ -39,7 +40,7 @@ class PackedBatch(PackedSeqParams):
     response_rows: slice
     """The response rows among the N rows"""
     group_rows: list[tuple[int, slice]]
-    """(group, its rows among the A response rows); a group may come several times"""
+    """(group, its rows among the A response rows); a group may occur several times"""
     causal: Segments
     """Every segment attends to itself, causally"""
     cross: Segments
@@ -71,7 +72,7 @@ class PackedBatch(PackedSeqParams):
 
     @classmethod
     def one_sequence(cls, tokens_N: Tensor) -> "PackedBatch":
-        """One causal sequence, int64 [N], none of whose rows is a response."""
+        """Returns one causal sequence of tokens int64 [N], all of whose rows are prefix."""
         rows, where = len(tokens_N), tokens_N.device
         none_A, prefix = tokens_N[:0], np.array([0, rows], np.int32)
         return cls(
@@ -91,7 +92,7 @@ class PackedBatch(PackedSeqParams):
 
     @classmethod
     def padding(cls, rows: int, device: torch.device) -> "PackedBatch":
-        """A micro-batch of padding only."""
+        """Returns a micro-batch of padding only."""
         zeros_N, nothing = torch.zeros(rows, dtype=torch.long, device=device), np.array([0])
         return replace(
             cls.one_sequence(zeros_N),
@@ -102,7 +103,7 @@ class PackedBatch(PackedSeqParams):
 
 
 def _group_rows(batch: MicroBatch) -> list[tuple[int, slice]]:
-    """Adjacent responses of a group become one entry."""
+    """Returns PackedBatch.group_rows; adjacent responses of a group become one entry."""
     changes = np.flatnonzero(np.diff(batch.group_S)) + 1
     firsts = np.concatenate([np.zeros(min(1, len(batch.group_S)), int), changes])
     bounds = batch.cu_response[[*firsts, len(batch.group_S)]].tolist()

@@ -1,4 +1,4 @@
-"""The policy as megatron-core modules: its configuration, its layers, and a GPTModel that ends in log-probs.
+"""Builds the policy of megatron-core modules: configuration, layers, and a GPTModel that returns log-probs.
 
 Shape suffixes: N rows of a micro-batch, A response rows of a micro-batch, C channels of a head.
 """
@@ -261,7 +261,7 @@ class PolicyModel(GPTModel):
         return VocabShard(first, min(rows, self.true_vocab_size - first), group)
 
     def _preprocess(self, *, packed_seq_params: PackedBatch, **inputs: Any) -> tuple[Any, ...]:
-        """Adds the rotary angles of each row's own position: a response's positions continue its prompt's."""
+        """Adds the rotary angles of each row's position: a response's positions continue its prefix's."""
         decoder_input, _, *others = super()._preprocess(packed_seq_params=packed_seq_params, **inputs)
         return (decoder_input, self.rotary(packed_seq_params.positions_N), *others)
 

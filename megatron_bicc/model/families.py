@@ -1,7 +1,7 @@
-"""Which Hugging Face models can be trained, read from their config.json.
+"""Decides from config.json whether a Hugging Face model can be trained, and reads its dimensions.
 
 A family is a row of FAMILIES. Everything that reads a config.json (training, evaluation, dry run, plan,
-conversion, rollout engines) gets it from `supported_config`, so that all of them accept the same models.
+conversion, rollout engines) uses `supported_config`, so that all of them accept the same models.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from megatron_bicc.errors import UserError
 
 @dataclass(frozen=True)
 class Family:
-    """What a Hugging Face architecture computes beyond a Llama layer and its config.json."""
+    """Features of a Hugging Face architecture beyond a Llama layer and its config.json."""
 
     qk_norm: bool = False
     """RMSNorm of each head's queries and keys"""
@@ -45,7 +45,7 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    # transformers' key-value cache keeps no more than the window, whatever the class says
+    # transformers' key-value cache keeps only the window, even for classes that ignore it
     "sliding_window": (None,),
     "attention_chunk_size": (None,),
     "layer_types": (None, ["full_attention"]),
@@ -146,8 +146,8 @@ def _check_quantization(hf_config: PretrainedConfig) -> None:
         if found is not None:
             method = found.get("quant_method") if isinstance(found, dict) else None
             raise UserError(
-                f"{key} in config.json says that the weights are quantised ({method or 'unknown method'}), "
-                "which is not supported; dequantise them first"
+                f"{key} in config.json says that the weights are quantized ({method or 'unknown method'}), "
+                "which is not supported; dequantize them first"
             )
 
 
@@ -246,7 +246,7 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
         return
     _check_divides("expert", parallel.expert, "num_experts", hf_config.num_experts)
     if parallel.tensor > 1 and not parallel.sequence:
-        raise UserError("parallel.sequence=false: a model with experts needs it beside parallel.tensor > 1")
+        raise UserError("parallel.sequence=false: a model with experts needs it if parallel.tensor > 1")
 
 
 def _check_divides(setting: str, size: int, name: str, dimension: int) -> None:

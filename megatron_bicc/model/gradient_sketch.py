@@ -1,10 +1,10 @@
-"""Each group's part of the output layer's gradient, projected on fixed random directions.
+"""Projects each group's part of the output layer's gradient on fixed random directions.
 
 A row adds outer(gradient of its logits, its hidden state) to the output layer's gradient M [vocabulary,
-hidden], so a group's part is a sum over its rows and needs no backward pass of its own. Its sketch is U' M W,
+hidden], so a group's part is a sum over its rows and needs no separate backward pass. Its sketch is U' M W,
 with U [vocabulary, X] and W [hidden, Y] of random signs over sqrt(X) and sqrt(Y): the expectation over U and
 W of an inner product of sketches is that of the gradients (Johnson and Lindenstrauss, 1984; Achlioptas, 2003,
-for random signs). A dimension that is no larger than its X or Y is kept whole.
+for random signs). A dimension that is not larger than its X or Y is not projected.
 
 Shape suffixes: B groups, V this rank's part of the vocabulary, L rows of a chunk, X and Y directions of the
 vocabulary and of the hidden states.

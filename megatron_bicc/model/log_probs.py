@@ -1,8 +1,8 @@
 """Log-probs and entropy of labels over a vocabulary that is sharded over tensor-parallel ranks.
 
-Computed in chunks of rows: no [A, V] tensor outlives a chunk, and backward computes each chunk's logits
-again. Four matrix products stand where a dense implementation has three; the logits of a micro-batch, which
-would be its largest tensor by far, are never stored.
+Computed in chunks of rows: no [A, V] tensor outlives a chunk, and backward recomputes each chunk's logits.
+That takes four matrix products instead of three, but the logits of a micro-batch, by far its largest tensor,
+are never stored.
 
 Shape suffixes: A response rows, L rows of a chunk, V tokens of this rank's part of the vocabulary; H is the
 hidden size here.
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**26
-"""Logits of a chunk on this rank, at most"""
+"""Maximum number of logits of a chunk on this rank"""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class VocabShard:
     first: int
     """Token id of its first row"""
     size: int
-    """Rows that are tokens, at least one; the rows after them are padding, whose logits count as -inf"""
+    """Number of rows that are tokens, at least one; the padding rows after them are left out"""
     group: dist.ProcessGroup
     """The tensor-parallel group"""
 
@@ -60,14 +60,17 @@ class VocabParallelLogProbs(torch.autograd.Function):
         log_probs, entropy, lse = found
         ctx.save_for_backward(hidden, weight, labels, lse, entropy)
         ctx.temperature, ctx.shard, ctx.on_gradient = temperature, shard, on_gradient
+        # copies, since rows of `found` share memory with what is saved: callers may change outputs in place
         return log_probs.clone(), entropy.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, lse, entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
+        # summed over chunks in fp32: bf16 would lose the small contributions of later chunks
         grad_weight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
         tokens = slice(0, ctx.shard.size)
+        # one device-to-host sync; without an entropy bonus it saves two passes over every chunk's [L, V]
         has_entropy = bool(grad_entropy.any())
         for rows in _chunks(hidden, weight):
             log_p = _logits(hidden[rows], weight, ctx.temperature, ctx.shard).sub_(lse[rows].unsqueeze(-1))
@@ -87,13 +90,13 @@ class VocabParallelLogProbs(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Returns slices of the rows; one empty slice if there are none: all ranks must make the same calls."""
+    """Returns slices of the rows; one empty slice if there are none: all ranks make the same collectives."""
     rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
     return [slice(i, i + rows) for i in range(0, max(1, hidden.shape[0]), rows)]
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float, shard: VocabShard) -> Tensor:
-    """Returns logits in at least float32, without those of the padding: [L, V]."""
+    """Returns logits over the temperature in at least float32, without the padding: [L, V]."""
     logits = (hidden @ weight[: shard.size].t()).to(_at_least_float32(hidden))
     return logits if temperature == 1.0 else logits.div_(temperature)
 
@@ -114,6 +117,7 @@ def _forward_chunk(
     largest = logits.amax(-1)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=shard.group)
     logits.sub_(largest.unsqueeze(-1))
+    # one rank holds the label's logit and the others contribute 0, so that the sum over ranks is that logit
     local, is_local = _local_labels(labels_L, shard)
     label_logit = logits.gather(-1, local).squeeze(-1).where(is_local, torch.zeros_like(largest))
     exp = logits.exp()
@@ -150,7 +154,7 @@ def _gradient(
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left @ right to `total`, in place if their types allow it: bf16 products are summed in fp32."""
+    """Adds left @ right to `total`, in one call if the types are equal; bf16 products are added in fp32."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:

@@ -57,7 +57,7 @@ def start_model_parallel(config: Config, gloo_groups: bool = True) -> None:
 
 
 def data_parallel(megatron_config: TransformerConfig, module: PolicyModel) -> DistributedDataParallel:
-    """Wraps a chunk: parameters and fp32 gradients lie in buffers that are sharded over data-parallel ranks.
+    """Wraps a chunk: parameters and fp32 gradients get buffers that are sharded over data-parallel ranks.
 
     The gradient of a weight is summed over all ranks that hold a copy of it: a dense weight's over the
     data-parallel group, an expert's over megatron-core's expert-data-parallel group.
@@ -72,7 +72,7 @@ def data_parallel(megatron_config: TransformerConfig, module: PolicyModel) -> Di
 
 
 class WeightSource(Protocol):
-    """Where a new policy's weights come from; `weights.hf_weights.HfWeights` is a Hugging Face directory."""
+    """Fills a new policy with weights; `weights.hf_weights.HfWeights` reads a Hugging Face directory."""
 
     def load(self, modules: list[PolicyModel]) -> None:
         """Fills every parameter of this rank. Collective.
@@ -193,7 +193,7 @@ class Policy:
 
     @contextmanager
     def weights(self, host_weights: list[Tensor]) -> Iterator[None]:
-        """Gives the policy other weights in the block, a `host_copy` such as the reference's."""
+        """Swaps in other weights in the block, a `host_copy` such as the reference's."""
         own = self.host_copy()
         self.set_weights(host_weights)
         try:

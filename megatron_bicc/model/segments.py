@@ -1,7 +1,7 @@
-"""Which rows see which keys: the segments of a variable-length attention call, and the CPU kernel's tiles.
+"""Defines which rows attend to which keys: segments of a variable-length call, and the CPU kernel's tiles.
 
 A CUDA kernel takes all segments of a call at once, by their boundaries. The CPU kernel takes a batch of
-segments of one length, so short segments of about one length are padded and computed together, as a tile:
+segments of equal length, so short segments of similar length are padded and computed together, as a tile:
 profiled micro-batches of 144 segments take 8 calls, in a third (forward) to half (backward) of the time.
 
 Shape suffixes: N rows of a call, Q query rows, K key rows, H query heads, G key-value heads, C channels,
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segments:
-    """Rows bounds_q[i]:bounds_q[i + 1] see no keys but bounds_k[i]:bounds_k[i + 1].
+    """Query rows bounds_q[i]:bounds_q[i + 1] attend to keys bounds_k[i]:bounds_k[i + 1] only.
 
     The boundaries are on the host for CPU kernels and, as cumulative lengths, on the device for CUDA's.
     """
@@ -27,7 +27,7 @@ class Segments:
     bounds_q: list[int]
     bounds_k: list[int]
     causal: bool
-    """Row j of a segment sees only its first j + 1 keys"""
+    """Row j of a segment attends only to its first j + 1 keys"""
     cu_q: Tensor
     """int32 [segments + 1], on the device"""
     cu_k: Tensor
@@ -41,6 +41,7 @@ class Segments:
     def of_themselves(cls, cu: np.ndarray, device: torch.device) -> "Segments":
         """Returns causal attention of each segment to itself; int32 cumulative lengths [segments + 1]."""
         lengths = np.diff(cu)
+        # a segment without rows has no keys either: dropping it saves kernel work and changes nothing
         cu = np.concatenate([[0], lengths[lengths > 0].cumsum()])
         return cls._make(cu, cu, True, device)
 
@@ -52,6 +53,7 @@ class Segments:
     @classmethod
     def _make(cls, cu_q: np.ndarray, cu_k: np.ndarray, causal: bool, device: torch.device) -> "Segments":
         q_lens, k_lens = np.diff(cu_q), np.diff(cu_k)
+        # CUDA's kernel leaves rows without keys unwritten; the caller fills them in
         keyless = np.repeat(k_lens == 0, q_lens)
         return cls(
             bounds_q=cu_q.tolist(),
@@ -72,7 +74,7 @@ class Segments:
 
     @cached_property
     def tiles(self) -> list["Tile"]:
-        """The segments as the CPU kernel takes them; made once for all layers and passes."""
+        """The segments as tiles for the CPU kernel; computed once for all layers and passes."""
         return make_tiles(self.ranges(), self.causal)
 
 
@@ -88,19 +90,19 @@ class VarlenCall:
 
 
 LONGEST = 64
-"""Rows up to which a segment shares a tile; copying a longer one costs more than a call of its own"""
+"""Longest segment, in rows, that shares a tile; copying a longer one costs more than a separate call"""
 STEPS = 8
 """Padding bounds: a length is rounded up by at most 1 / STEPS of it, or to a multiple of STEPS"""
 
 
 @dataclass(frozen=True)
 class TileRows:
-    """Where the rows of a tile's segments are among all rows of a call; all segments get the same length."""
+    """Maps the rows of a tile's segments to the rows of a call; all segments are padded to one length."""
 
     segments: int
     """S"""
     index: slice | Tensor
-    """int64 [S * L]; padding repeats a segment's last row"""
+    """int64 [S * L]; padding repeats a segment's last row, so that its values are finite"""
     real: Tensor | None = None
     """int64: positions in `index` that are not padding; None with a slice, which has no padding"""
     padding: Tensor | None = None
@@ -112,7 +114,7 @@ class TileRows:
         return taken.unflatten(0, (self.segments, -1)).transpose(1, 2)
 
     def take_gradient(self, x_NH: Tensor) -> Tensor:
-        """Gathers an output's gradient, with zeros for the padding: a copied row must not count twice."""
+        """Gathers the output's gradient, zero at the padding: a copied row must not count twice."""
         if self.real is None:
             return self.take(x_NH)
         taken = x_NH.index_select(0, self.index).index_fill_(0, self.padding, 0.0)
@@ -149,11 +151,12 @@ def make_tiles(segments: list[tuple[slice, slice]], causal: bool) -> list[Tile]:
             short[_rounded_up(length)].append(rows)
         else:
             tiles.append(Tile(TileRows(1, rows), TileRows(1, keys)))
+    # a causal segment attends to itself: its queries and keys are the same rows
     return tiles + [Tile(rows, rows) for rows in map(_padded, short.values(), short)]
 
 
 def _rounded_up(length: int) -> int:
-    """Returns the length that a segment is padded to: few different lengths make few, large tiles."""
+    """Returns the length that a segment is padded to: few distinct lengths make few, large tiles."""
     step = max(STEPS, 2 ** (length.bit_length() - 1) // STEPS)
     return -(-length // step) * step
 

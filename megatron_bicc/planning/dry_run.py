@@ -1,4 +1,4 @@
-"""Dry run: everything that a run's start-up checks, every rank's shard, and one synthetic packed step."""
+"""Dry run: checks all that a run's start-up checks, builds every rank's shard, packs one synthetic step."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ class DryRun:
 def dry_run(config: Config, world_size: int) -> DryRun:
     """Checks a run of `world_size` processes without starting any.
 
-    Raises UserError, one line, for the first thing that the run's start-up would refuse.
+    Raises UserError, one line, for the first error that the run's start-up would raise.
     """
     unchecked: list[str] = []
     config = check_settings(config)
@@ -82,7 +82,7 @@ def tokenizer_or_estimate(path: str) -> PreTrainedTokenizerBase | UnknownTokeniz
 def _check_prompts(
     config: Config, tokenizer: PreTrainedTokenizerBase | UnknownTokenizer, unchecked: list[str]
 ) -> None:
-    """Reads prompts and compares the checkpoint to resume, as far as they are there."""
+    """Reads the prompts and checks the checkpoint to resume from, as far as they exist."""
     train, heldout = config.data.train, config.evaluation.data
     if not train:
         unchecked.append("prompts: data.train is not set")
@@ -124,7 +124,7 @@ def _layout_lines(found: DryRun) -> list[str]:
 
 
 def _shard_lines(shards: list[Shard]) -> list[str]:
-    """Formats one line per pipeline stage: its ranks differ by their optimizer's share at most."""
+    """Formats one line per pipeline stage: its ranks differ only in their share of the optimizer."""
     lines = [f"{len(shards)} distinct shards, of these on each pipeline stage (GB = 1e9 bytes per rank):"]
     for stage in sorted({shard.pipeline_rank for shard in shards}):
         own = [shard for shard in shards if shard.pipeline_rank == stage]

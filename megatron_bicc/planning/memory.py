@@ -1,7 +1,7 @@
-"""Peak memory of a rank, from the sizes of the policy and what its layers save for the backward pass.
+"""Estimates a rank's peak memory from the policy's sizes and what its layers save for the backward pass.
 
 Saved bytes are counted term by term; tests compare them with the storages of a real forward pass. Sizes have
-the names of `Sizes`; all are of one rank where tensor parallel cuts them.
+the names of `Sizes`; where tensor parallel cuts them, they are those of one rank.
 """
 
 from dataclasses import dataclass
@@ -104,7 +104,7 @@ class Sizes:
 
     @property
     def products_a_layer(self) -> int:
-        """Weights of a layer that a token is multiplied with: of the experts, only those it is routed to."""
+        """Weights of a layer that a token is multiplied by: only those of the experts it is routed to."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
         mlps = self.experts_a_token or 1
         return attention + 3 * self.hidden * self.ffn * mlps + self.hidden * self.experts
@@ -119,7 +119,7 @@ class Sizes:
 
     @property
     def kv_bytes_a_token(self) -> int:
-        """Bytes of a token's keys and values in bf16, all layers."""
+        """Bytes of one token's keys and values in bf16, over all layers."""
         return 2 * 2 * self.layers * self.groups * self.head_dim
 
 
@@ -129,7 +129,7 @@ def element_bytes(config: Config) -> int:
 
 
 Norms = Literal["fused", "composite"]
-"""fused: CUDA's norm saves its input; composite: torch's on a CPU saves two fp32 tensors of that size"""
+"""fused: CUDA's norm saves its input; composite: torch's norm on a CPU saves two fp32 tensors of that size"""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Saved:
     layer: int
     """Per layer, under model.recompute"""
     layer_whole: int
-    """Per layer without recompute: also of a layer whose forward pass has just been recomputed"""
+    """Per layer without recompute; also for a layer whose forward pass has just been recomputed"""
     first_stage: int
     """In addition to the layers, on the first pipeline stage"""
     last_stage: int
@@ -147,7 +147,7 @@ class Saved:
 
 
 def saved_bytes(sizes: Sizes, config: Config, rows: int, response_rows: int, norms: Norms = "fused") -> Saved:
-    """Returns what a micro-batch of `rows` rows saves. Assumes evenly loaded experts."""
+    """Returns the bytes that a micro-batch of `rows` rows saves. Assumes evenly loaded experts."""
     element = element_bytes(config)
     shares = config.parallel.tensor if config.parallel.sequence else 1
     own_rows = rows // shares
@@ -164,12 +164,12 @@ def saved_bytes(sizes: Sizes, config: Config, rows: int, response_rows: int, nor
 
 
 def _norm(size: int, element: int, norms: Norms) -> int:
-    """Bytes per row: a norm's input and its statistic."""
+    """Returns bytes per row: a norm's input and its statistic."""
     return (8 if norms == "composite" else element) * size + 4
 
 
 def _attention(sizes: Sizes, config: Config, element: int, norms: Norms) -> int:
-    """Bytes per row: queries, keys and values before and after the rotary embedding, its cosines and sines,
+    """Returns bytes per row: queries, keys and values before and after the rotary embedding, its cos and sin,
     the output, which is also the next product's input, and the log-sum-exp."""
     heads, groups = sizes.heads // config.parallel.tensor, sizes.groups // config.parallel.tensor
     mixed = (heads + 2 * groups) * sizes.head_dim
@@ -182,7 +182,7 @@ def _attention(sizes: Sizes, config: Config, element: int, norms: Norms) -> int:
 
 
 def _mlp(sizes: Sizes, config: Config, rows: int, element: int) -> int:
-    """Bytes of all rows: gate and up in one tensor, silu's result, up's copy, their product: five widths.
+    """Returns bytes of all rows: gate and up in one tensor, silu's result, up's copy, the product: 5 widths.
     With experts, that and the expert's input and output for every row that is routed to this rank."""
     if not sizes.experts:
         return rows * element * 5 * sizes.ffn // config.parallel.tensor
@@ -212,7 +212,7 @@ class Memory:
 
     @property
     def state(self) -> int:
-        """What is allocated all the time."""
+        """Bytes that are allocated all the time."""
         return self.weights + self.gradients + self.optimizer + self.reserve
 
     @property
@@ -222,7 +222,7 @@ class Memory:
 
 
 def in_flight(config: Config, micro_batches: int, stage: int) -> float:
-    """Returns how many micro-batches' activations a stage holds at once, in units of all its layers.
+    """Returns the number of micro-batches whose activations a stage holds at once, as a share of its layers.
 
     megatron-core's 1F1B: one per stage from here to the last. Interleaved: two per later stage for the first
     chunk's warm-up, and a round of all stages for each further chunk.
@@ -255,7 +255,7 @@ def memory_of(shard: Shard, sizes: Sizes, config: Config, micro_batches: int, cl
 
 
 def _logits(sizes: Sizes, config: Config, rows: int) -> int:
-    """Bytes of a chunk's logits, and of the output layer's gradient in fp32 and in the weights' type."""
+    """Returns bytes of a chunk's logits and of the output layer's gradient, in fp32 and the weights' type."""
     vocabulary = -(-sizes.vocabulary // config.parallel.tensor)
     chunk = min(rows, max(1, CHUNK_ELEMENTS // vocabulary)) * vocabulary
     element = element_bytes(config)
@@ -263,7 +263,7 @@ def _logits(sizes: Sizes, config: Config, rows: int) -> int:
 
 
 def _sync_bucket(sizes: Sizes, config: Config) -> int:
-    """Bytes of a bucket, or of the largest whole tensor and the parts that it is gathered from."""
+    """Returns bytes of a bucket, or of the largest whole tensor and the parts that it is gathered from."""
     element = element_bytes(config)
     largest = element * sizes.hidden * max(sizes.vocabulary, 2 * sizes.ffn)
     return int(max(config.weight_sync.bucket_mb * 2**20, largest)) + largest
@@ -282,7 +282,7 @@ class KvSpace:
 
 
 def kv_space(fullest: Memory, sizes: Sizes, cluster: Cluster, server_gpus: int) -> KvSpace:
-    """Returns the room of a server of `server_gpus` GPUs next to a policy whose state stays on them."""
+    """Returns a server's room on `server_gpus` GPUs that also hold the policy's state."""
     weights = 2 * sizes.parameters // server_gpus
     left = int(cluster.gpu.memory_bytes) - fullest.state - weights
     return KvSpace(weights, left, max(0, left) * server_gpus // sizes.kv_bytes_a_token)

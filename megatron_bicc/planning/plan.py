@@ -1,6 +1,6 @@
 """Plans a configuration on a cluster: memory and step time under stated assumptions, and layouts that fit.
 
-A plan is printed as text, written as JSON, and drawn.
+Formats a plan as text, as JSON and as a chart.
 """
 
 import copy
@@ -46,7 +46,7 @@ class Tokens:
     packed: int
     """Rows that a step trains"""
     one_row_a_response: int
-    """Rows that the same training takes if each response has its own copy of the prefix"""
+    """Rows of the same training if each response has its own copy of the prefix"""
 
     @property
     def saved(self) -> int:
@@ -62,9 +62,9 @@ class Plan:
     cluster: Cluster
     parameters: int
     ranks: list[Memory]
-    """Of the first and the last pipeline stage"""
+    """Memory of the first and the last pipeline stage"""
     micro_batches: int
-    """Per data-parallel rank and update"""
+    """Number per data-parallel rank and update"""
     bubble: float
     """Idle share of the pipeline's time"""
     flops: int
@@ -193,7 +193,7 @@ def propose(
     server_gpus: int,
     tokenizer: PreTrainedTokenizerBase | UnknownTokenizer,
 ) -> list[Plan]:
-    """Plans every layout that a run's start-up accepts; returns those that fit, the shortest step first.
+    """Plans every layout that a run's start-up accepts; returns those that fit, fastest first.
 
     Tensor parallel stays within a host and is always used with sequence parallel. All settings but `parallel`
     and `model.recompute` are those of `config`, which must be resolved.

@@ -1,4 +1,4 @@
-"""Every rank's shard of the policy, built on the meta device in one process, by a run's own classes."""
+"""Builds every rank's shard of the policy on the meta device in one process, with the classes of a run."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -51,7 +51,7 @@ ADAM_BYTES = 8
 
 @dataclass(frozen=True)
 class Shard:
-    """What one rank holds of the policy; bytes are as allocated, with padding."""
+    """One rank's part of the policy; bytes are as allocated, with padding."""
 
     rank: int
     pipeline_rank: int
@@ -73,7 +73,7 @@ class Shard:
 def distinct_ranks(parallel: ParallelConfig, world_size: int, has_experts: bool) -> list[int]:
     """Returns the ranks whose shards differ in shape.
 
-    Tensor parallel cuts every tensor evenly, so one rank stands for its tensor-parallel group; with experts
+    Tensor parallel cuts every tensor evenly, so one rank represents its tensor-parallel group; with experts
     it does not, since expert-parallel groups cross the tensor-parallel ones.
     """
     return list(range(0, world_size, 1 if has_experts else parallel.tensor))
@@ -88,8 +88,8 @@ def build_shards(
 ) -> list[Shard]:
     """Builds the shards of `ranks`; None: of every distinct rank.
 
-    weights: if given, every parameter must be there in the right shape. Raises UserError naming what does not
-    fit: layout, architecture or tensor.
+    weights: if given, must hold every parameter in the right shape. Raises UserError naming the layout,
+    architecture or tensor that does not fit.
     """
     megatron_config = transformer_config(hf_config, config)
     if ranks is None:

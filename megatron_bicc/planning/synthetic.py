@@ -1,4 +1,4 @@
-"""A step that no policy has sampled: lengths and rewards drawn from given statistics, packed like a run's.
+"""Draws a synthetic step: lengths and rewards from given statistics, packed as a run packs its rollouts.
 
 Shape suffixes: B groups, R rollouts.
 """
@@ -20,11 +20,11 @@ from megatron_bicc.training.batch import packing_settings
 
 CHARACTERS_PER_TOKEN = 4
 Layout = Literal["plain", "bilateral"]
-"""Responses after their prompt alone, or after a context of the other side too"""
+"""Responses after the prompt alone, or after the prompt and a context of the other side"""
 
 
 class UnknownTokenizer:
-    """Stands in for a missing tokenizer: about four characters of English per token, no end token."""
+    """Replaces a missing tokenizer: about four characters of English per token, no end token."""
 
     eos_token_id = None
 
@@ -39,12 +39,12 @@ class UnknownTokenizer:
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step of the synthetic step, on the groups that a run's would train."""
+    """One optimizer step of the synthetic step, on the groups that a run would train."""
 
     log_probs: StepPlan
     """Plain layout over which log-probs of the old and the reference policy are computed"""
     trained: dict[Layout, StepPlan]
-    """What is trained, in one layout or both"""
+    """The layouts that are trained: plain, bilateral or both"""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def synthetic_step(
     tokenizer: PreTrainedTokenizerBase | UnknownTokenizer,
     data_parallel: int,
 ) -> SyntheticStep:
-    """Draws a step by `config.synthetic` and the run's seed, and packs it as the learner does.
+    """Draws a step from `config.synthetic` and the run's seed, and packs it as the learner does.
 
     Raises UserError if the run could not pack it, or if no group would be trained.
     """

@@ -1,4 +1,4 @@
-"""FLOPs of a step and bytes that it sends, from the micro-batches of a packed synthetic step.
+"""Counts a step's FLOPs and the bytes that it sends, from the micro-batches of a packed synthetic step.
 
 A product of [a, b] by [b, c] counts 2abc FLOPs. Bytes are what one rank sends.
 """
@@ -18,7 +18,7 @@ from megatron_bicc.planning.synthetic import SyntheticStep
 
 @dataclass(frozen=True)
 class Load:
-    """What micro-batches hold, on the data-parallel rank with the most work."""
+    """Size of the micro-batches on the data-parallel rank with the most work."""
 
     micro_batches: int
     rows: int
@@ -48,7 +48,7 @@ NOTHING = Load(0, 0, 0, 0)
 
 
 def load_of(plan: StepPlan) -> Load:
-    """Returns the load of the rank that costs most by the packer's measure, pairs and rows."""
+    """Returns the load of the rank with the highest cost by the packer's measure, pairs and rows."""
     ranks = [sum((_count(batch) for batch in rank), NOTHING) for rank in plan.ranks]
     return max(ranks, key=lambda r: r.pairs + plan.settings.token_cost * r.rows)
 
@@ -106,7 +106,7 @@ class Traffic:
     data: int
     expert: int
     sync: int
-    """From all ranks together: the whole policy to the rollout servers"""
+    """Of all ranks together: the whole policy to the rollout servers"""
 
 
 def traffic_of(

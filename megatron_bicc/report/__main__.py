@@ -1,4 +1,4 @@
-"""Writes the HTML report of a run, or a comparison of several.
+"""Writes the HTML report of one run, or a comparison of several.
 
 python -m megatron_bicc.report RUN [RUN ...] [--output FILE]
 """

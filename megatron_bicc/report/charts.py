@@ -1,6 +1,6 @@
 """Draws the charts of one or several runs with matplotlib: inline SVG for the report, PNG for other pages.
 
-A chart is a set of curves; its legend, its table of values and its alt text are derived from them.
+A chart is a set of curves; its legend, table of values and alt text are derived from them.
 """
 
 import io

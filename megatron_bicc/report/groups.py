@@ -1,4 +1,4 @@
-"""Prepares the single steps that the report shows: their groups rollout by rollout, and their packed layout.
+"""Prepares single steps for the report: their groups, rollout by rollout, and their packed layout.
 
 Groups become the JSON that report.js reads. A packed micro-batch becomes a bar, to scale, of SVG paths.
 """

@@ -1,6 +1,6 @@
 """Writes report.html: one or several runs on one page that needs no network.
 
-The page begins with a summary computed from the metrics, numbers and sentences; then come the differing
+The page begins with a summary computed from the metrics, in numbers and sentences, followed by the differing
 settings, the charts, the packed layouts and the groups.
 """
 
@@ -64,11 +64,11 @@ def fact_table(runs: Sequence[Run]) -> list[list[str]]:
 
 def sentences(runs: Sequence[Run]) -> list[str]:
     """Returns the summary: each run's progress, warnings, and comparisons on held-out prompts."""
-    said = []
+    found = []
     for run in runs:
-        said += [_story(run), *_warnings(run)]
-    said += [_comparison(runs[0], other) for other in runs[1:]]
-    return [sentence for sentence in said if sentence]
+        found += [_story(run), *_warnings(run)]
+    found += [_comparison(runs[0], other) for other in runs[1:]]
+    return [sentence for sentence in found if sentence]
 
 
 def differing_settings(runs: Sequence[Run]) -> list[list[str]]:

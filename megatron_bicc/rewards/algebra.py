@@ -1,4 +1,4 @@
-"""Compares two answers by computer algebra: math-verify decides if their values agree to hundreds of digits.
+"""Compares two answers by computer algebra: by value to hundreds of digits, else by math-verify.
 
 Its time is not bounded: call it only in a process that may be killed (rewards.worker).
 """
@@ -38,8 +38,9 @@ def equal(a: str, b: str) -> bool:
     x, y = _parsed(a), _parsed(b)
     if _is_rounding(a, y) or _is_rounding(b, x):
         return True
-    if _differ(x, y):  # much faster than a proof that no simplification makes them equal
+    if _differ(x, y):  # much faster than math-verify, which first tries every simplification
         return False
+    # math-verify is not symmetric in its arguments, but the verdict must be
     sets = {"allow_set_relation_comp": True, "timeout_seconds": None}
     return verify(y, x, **sets) or verify(x, y, **sets)
 
@@ -115,6 +116,7 @@ def _differ(x: list[Any], y: list[Any]) -> bool:
     if not x or not y or not isinstance(x[0], Expr) or not isinstance(y[0], Expr):
         return False
     names = sorted(x[0].free_symbols | y[0].free_symbols, key=str)
+    # arbitrary points at which no usual function is zero, undefined or accidentally equal to another
     at = {name: Rational(17 + 6 * i, 13) for i, name in enumerate(names)}
     p, q = _evaluated(x[0], at), _evaluated(y[0], at)
     if p is None or q is None:

@@ -1,7 +1,7 @@
-"""Scores a response by its final answer: read in a style that prompts ask for, compared as mathematics.
+"""Scores a response by its final answer: finds the answer by its marker, compares it as mathematics.
 
-The answer of the response is compared with the ground truth by rewards.verdict: plain numbers in this
-process, all else in the worker process of rewards.worker.
+rewards.verdict compares the answer with the ground truth: plain numbers in this process, all else in the
+worker process of rewards.worker.
 """
 
 import re
@@ -56,7 +56,7 @@ def _last_number(text: str) -> str | None:
 def _auto(text: str) -> str | None:
     """Reads a last line `Answer: X`, else the last box, else the last `Answer: X`, else the last `#### X`.
 
-    So a box in the derivation does not outrank the answer at the end, nor a Markdown heading an answer.
+    So a box in the derivation does not outrank the answer at the end, and a Markdown heading no answer.
     """
     lines = text.rstrip().splitlines()
     if lines and (ending := _LAST_LINE.fullmatch(lines[-1])):
@@ -83,9 +83,9 @@ class StyleOfAnswer:
     response: Callable[[str], str]
     """Ground truth -> a response that gives exactly that answer"""
     marker: str = ""
-    """Pattern of prompts that ask for the style; empty if none do"""
+    """Pattern that occurs in prompts that request the style; empty if none do"""
     shown: str = ""
-    """The marker as messages show it"""
+    """The marker as log messages show it"""
 
 
 STYLES: dict[Style, StyleOfAnswer] = {

@@ -1,4 +1,4 @@
-r"""Brings answers to one spelling: Unicode, Markdown and plain text become simple LaTeX.
+r"""Normalizes the spelling of answers: Unicode, Markdown and plain text become simple LaTeX.
 
 Only the spelling changes, never the value: rewards.verdict compares the meaning.
 """
@@ -132,7 +132,7 @@ _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 
 
 @lru_cache(maxsize=65536)
 def normalize(text: str) -> str:
-    """Returns the answer in one spelling; empty if nothing remains."""
+    """Returns the normalized answer; empty if nothing remains."""
     for _ in range(4):  # wrappers nest: **$\boxed{5}$.**
         before = text
         text = _unwrapped(_characters(text))

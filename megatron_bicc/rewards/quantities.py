@@ -39,7 +39,7 @@ class Number:
 
 
 def read_number(text: str) -> Number | None:
-    """Returns the number that a normalized answer is; None if it is something else."""
+    """Parses a normalized answer that is a plain number; returns None for any other."""
     text = text.strip()
     while text.startswith("(") and text.endswith(")") and "," not in text and ")" not in text[:-1]:
         text = text[1:-1].strip()
@@ -240,7 +240,7 @@ def read_compound(text: str) -> list[Quantity] | None:
 
 
 def _is_unit(word: str, written: str, before: str, described: bool) -> bool:
-    """Returns whether a word is a unit: a sign, a known unit, a plural, or any word beside another unit.
+    """Returns whether a word is a unit: a sign, a known unit, a plural, or any word next to another unit.
 
     described: a unit follows. An unknown word that is not a plural is not a unit: 5 dozen, 5 squared and 5
     below are not 5. Few single letters are units: 5 m, but not 5x.

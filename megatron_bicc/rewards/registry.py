@@ -35,8 +35,8 @@ class Completion:
     messages: list[Message]
     """Chat messages of the prompt: role and content"""
     response: str
-    """Text of the response without special tokens, after a begun assistant message of the prompt if it has
-    one"""
+    """Text of the response without special tokens; if the prompt ends with an assistant message, that text
+    comes first"""
     ground_truth: str
     """The right final answer"""
     data_source: str = ""
@@ -58,12 +58,12 @@ class RewardFunction(Protocol):
     It is named as pkg.module:name or path/to/file.py:name. It is called once per prompt with all responses to
     it (rollout.group_size, or the samples of an evaluation), in the main thread of the rank that generated
     them, and returns one finite number per response, in order. A response is correct if its number exceeds
-    reward.threshold. A coroutine function is awaited. It must not change the completions: their messages and
-    columns are the prompt's own.
+    reward.threshold. A coroutine function is awaited. It must not modify the completions: they share messages
+    and columns with the prompt.
 
-    The run ends with an error that names verifier and prompt if the function raises, or returns another
-    number of values, or one that is not finite. The same responses must get the same rewards: a resumed run
-    repeats a step.
+    The run ends with an error that names verifier and prompt if the function raises, or returns the wrong
+    number of values, or one that is not finite. The same responses must get the same rewards, so that a
+    resumed run can repeat a step.
     """
 
     def __call__(self, completions: list[Completion], /) -> Sequence[float] | Awaitable[Sequence[float]]:
@@ -167,9 +167,10 @@ def answer_style(reward: RewardConfig) -> Style | None:
 
 
 def check_reward(reward: RewardConfig) -> None:
-    """Raises UserError if reward.verifier cannot be found, or a built-in one calls an empty response correct.
+    """Raises UserError if reward.verifier cannot be found, or a built-in one accepts an empty response.
 
-    Then every response would be correct. A user's function is not called: it may need prompts and columns.
+    In the second case every response would be correct. A user's function is not called: it may need prompts
+    and columns.
     """
     if plugins.is_import_path(reward.verifier):
         plugins.load("reward.verifier", reward.verifier)
@@ -183,10 +184,10 @@ def check_reward(reward: RewardConfig) -> None:
 
 
 def check_truths(reward: RewardConfig, path: str, prompts: list[Prompt]) -> None:
-    """Checks the ground truths of a file's prompts against a built-in verifier; a user's one is not checked.
+    """Checks the ground truths of a file's prompts against a built-in verifier; skips a user's function.
 
-    Logs on the first process how they are read, and what looks like a mistake. Raises UserError, with file
-    and row, for a truth that no response can meet.
+    Logs on the first process how they are read, and likely mistakes. Raises UserError, with file and row, for
+    a truth that no response can match.
     """
     if plugins.is_import_path(reward.verifier):
         return
@@ -232,7 +233,7 @@ def compared_as_text(reward: RewardConfig, truths: list[str]) -> list[int]:
 
 
 def describe_styles(reward: RewardConfig, prompts: list[Prompt]) -> str:
-    """Returns one line: how many truths each style reads, and how many prompts ask for which style."""
+    """Returns one line: number of truths that each style reads, and of prompts that request each style."""
     verifier, first = _built_in(reward.verifier), prompts[:INSPECTED]
     truths = [prompt.ground_truth for prompt in first]
     counts = []
@@ -249,7 +250,7 @@ def describe_styles(reward: RewardConfig, prompts: list[Prompt]) -> str:
 
 
 def style_mismatch(style: Style, prompts: list[Prompt]) -> str | None:
-    """Returns one line if most prompts ask for a marker and none for that of `style`; else None."""
+    """Returns a warning if most prompts request a marker and none that of `style`; else None."""
     asked = _asked(prompts)
     most = max(asked, key=lambda name: asked[name])
     if style in ("auto", "last_number") or asked[style] or 2 * asked[most] < len(prompts[:INSPECTED]):
@@ -261,7 +262,7 @@ def style_mismatch(style: Style, prompts: list[Prompt]) -> str | None:
 
 
 def _asked(prompts: list[Prompt]) -> dict[Style, int]:
-    """Returns for each style with a marker how many of the first prompts show it."""
+    """Returns, for each style with a marker, the number of the first prompts that contain it."""
     counts: dict[Style, int] = {name: 0 for name, style in STYLES.items() if style.marker}
     for prompt in prompts[:INSPECTED]:
         for name in asked_styles("\n".join(message["content"] for message in prompt.messages)):

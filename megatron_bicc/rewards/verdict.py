@@ -1,8 +1,9 @@
 r"""Decides whether two final answers are equal: rules by the form of an answer, then computer algebra.
 
-The rules are tried in the order of RULES; the first that applies to both answers decides. An answer may leave
-out a unit or the name of a variable. The result is symmetric: it does not depend on which of the two is the
-truth.
+The rules are tried in the order of RULES; the first that returns a verdict decides. They come before computer
+algebra because it reads words, units, tuples and bases as products of symbols and would equate wrong answers.
+An answer may omit a unit or the name of a variable. The result is symmetric: it does not depend on which of
+the two is the truth.
 """
 
 import re
@@ -44,7 +45,7 @@ def same(answer: str, truth: str) -> bool:
 
 
 def quick(answer: str, truth: str) -> bool | None:
-    """Compares without computer algebra, equal texts and two plain numbers; None if that does not decide."""
+    """Compares equal texts and plain numbers, without computer algebra; None if that does not decide."""
     a, b = normalize(answer), normalize(truth)
     if not a or not b or not _balanced(a) or not _balanced(b):
         return False
@@ -80,10 +81,11 @@ def reading(truth: str) -> Reading | None:
 def _same(a: str, b: str) -> bool:
     if a == b:
         return bool(a)
+    # a x b against b x a: equal as numbers, not as vectors or sets, and the text does not say which they are
     crossed = [set(_CROSS.findall(text)) for text in (a, b)]
     if any(p != q and (q, p) in crossed[1] for p, q in crossed[0]):
         return False
-    if _UNREAD.search(a) or _UNREAD.search(b):
+    if _UNREAD.search(a) or _UNREAD.search(b):  # compared as text
         return re.sub(r"[\s{}]", "", a) == re.sub(r"[\s{}]", "", b)
     for rule in RULES:
         verdict = rule(a, b)
@@ -103,14 +105,16 @@ def _numbers(a: str, b: str) -> bool | None:
 
 
 def _words(a: str, b: str) -> bool | None:
-    """Compares words as text, not as products of letters. Opposite mathematics, letters may be a product."""
+    """Compares words as text, not as products of letters. Against mathematics, letters may be a product."""
     words = [_is_words(text) for text in (a, b)]
     if all(words):
         x, y = _spelled(a), _spelled(b)
+        # case matters for two letters that are not a word, such as the points AB and the lengths ab
         return x == y if len(x) > 2 or x in _SHORT_WORDS else unwrap_text(a) == unwrap_text(b)
     if not any(words):
         return None
     word, other = (a, b) if words[0] else (b, a)
+    # abc is a product if the other answer is written as one: a \cdot b \cdot c, a b c
     if word.isalpha() and re.search(r"\\cdot|\^|(?<![a-zA-Z])[a-z] [a-z](?![a-zA-Z])", other):
         return algebra.equal(word, other)
     return _same_choice(word, other) or False
@@ -136,7 +140,7 @@ def _same_choice(a: str, b: str) -> bool | None:
 
 
 def _choice(text: str) -> tuple[str, str] | None:
-    """Returns letter and text of an option; a letter alone is one too."""
+    """Returns letter and text of an option, which may be a letter alone; None for any other answer."""
     match = re.fullmatch(r"\(?([A-Z])\)[.:]?\s*(.*)|([A-Z])[.:]\s+(.+)|([A-Z])", text)
     more = r"\([A-Z]\)|^[A-Z]\)?$|^(?:[,;/&]|(?:and|or|but|not)(?![a-zA-Z]))"
     if match and re.search(more, match[2] or match[4] or ""):
@@ -149,7 +153,7 @@ def _choice(text: str) -> tuple[str, str] | None:
 def _conditions(a: str, b: str) -> bool | None:
     """Compares inequalities as intervals: x > 3 is (3, infinity); x < 1 or x > 2 is a union."""
     x, y = _interval(a), _interval(b)
-    if x is None and y is None:
+    if x is None and y is None:  # an inequality that is not solved for a variable, against a set: x^2 < 4
         condition, other = (a, b) if _RELATION.search(a) else (b, a)
         inequality = re.search(r"[<>]|\\[lg]e(?![a-zA-Z])", condition)
         return algebra.equal(a, b) if inequality and not _RELATION.search(other) and _is_set(other) else None
@@ -162,6 +166,7 @@ def _conditions(a: str, b: str) -> bool | None:
 
 def _interval(text: str) -> tuple[str, str] | None:
     """Returns the variable, empty if there is none, and the interval or union of a condition on it."""
+    # set-builder notation, \{x | x > 3\}, is the condition itself
     text = re.sub(rf"^\\\{{\s*{_NAME}\s*(?:\\in\s*\\mathbb\{{R\}}\s*)?[|:]\s*(.*)\\\}}$", r"\1", text)
     pieces, names = [], set()
     for condition in re.split(r"\s*(?<![a-zA-Z])or(?![a-zA-Z])\s*", text):
@@ -175,6 +180,7 @@ def _interval(text: str) -> tuple[str, str] | None:
 
 
 def _bounds(sides: list[str]) -> tuple[str, str] | None:
+    """Returns variable and interval of x < 1 or 1 < x < 2, split at the relations; None for other forms."""
     if len(sides) == 3:
         left, relation, right = sides
         if re.fullmatch(_NAME, right) and not re.fullmatch(_NAME + "|", left):
@@ -228,16 +234,19 @@ def _lists(a: str, b: str) -> bool | None:
     brackets = {open_a + close_a, open_b + close_b}
     if len(items_a) != len(items_b):
         return False
+    # x < 1 or x > 2 is a union, x < 1 and x > 2 an intersection
     inequality = r"[<>]|\\[lg]e(?![a-zA-Z])"
     disjunctions = [bool(re.search(r"(?<![a-zA-Z])or(?![a-zA-Z])", text)) for text in (a, b)]
     if disjunctions[0] != disjunctions[1] and any(re.search(inequality, i) for i in items_a + items_b):
         return False
     if len(items_a) == 1 and (open_a or close_a or open_b or close_b):
+        # \{x\} may also be the fractional part of x, which differs from x
         fractional = "{" in (open_a, open_b) and open_a != open_b and "." in items_a[0] + items_b[0]
         nested = open_a == open_b == "{" and items_a[0].startswith("\\{") != items_b[0].startswith("\\{")
         return not fractional and not nested and _same(items_a[0], items_b[0])
     if brackets in ({"{}"}, {""}, {"{}", ""}):
         return _unordered(items_a, items_b)
+    # points and vectors are written in either brackets or none; an interval [1,2) is neither
     if len(brackets) == 2 and not brackets <= {"()", "", "<>", "column"} and brackets != {"row", ""}:
         return False
     return all(_same(p, q) for p, q in zip(items_a, items_b, strict=True))
@@ -259,7 +268,7 @@ def _listed(text: str) -> tuple[str, list[str], str] | None:
         items = _split(bracketed[2], words=begin == "{")
         if begin == "{":
             items = list(dict.fromkeys(items))  # an element counts once
-        if begin + end == "[]" and len(items) == 2 and _same(items[0], items[1]):
+        if begin + end == "[]" and len(items) == 2 and _same(items[0], items[1]):  # the interval [5,5]
             items = items[:1]
         if len(items) > 1 or begin + end in ("{}", "()"):
             return begin, items, end
@@ -277,7 +286,7 @@ def _split(text: str, words: bool = False) -> list[str]:
             depth += 1 + (match[0] == "\\begin{")
         elif match[0] in ("\\}", "}", ")", "]"):
             depth -= 1
-        elif match[0] == "\\end{":
+        elif match[0] == "\\end{":  # the closing brace after it ends the level that \begin{ opened
             pass
         elif depth == 0:
             parts.append(text[start : match.start()])
@@ -287,6 +296,7 @@ def _split(text: str, words: bool = False) -> list[str]:
 
 
 def _both_signs(text: str) -> list[str]:
+    """Returns the two values of an answer with \\pm; the answer itself if it has none or is an inequality."""
     if not re.search(r"\\(?:pm|mp)(?![a-zA-Z])", text) or _RELATION.search(text) and "=" not in text:
         return [text]
     upper = re.sub(r"\\pm(?![a-zA-Z])", "+", re.sub(r"\\mp(?![a-zA-Z])", "-", text))
@@ -305,6 +315,7 @@ def _closes_at_end(text: str) -> bool:
 
 
 def _unordered(a: list[str], b: list[str]) -> bool:
+    """Compares multisets. Takes an equal text first: a comparison by value may be slow."""
     left = list(b)
     for item in a:
         match = next((i for i, other in enumerate(left) if item == other), None)
@@ -321,6 +332,7 @@ def _equations(a: str, b: str) -> bool | None:
     x, y = (_RELATION.split(text) for text in (a, b))
     if len(x) == 1 and len(y) == 1:
         return None
+    # for relations other than = and \approx: the same ones are left to later rules, others differ
     if set(x[1::2]) | set(y[1::2]) - {"\\approx"} != {"="} and set(x[1::2]) | set(y[1::2]) != {"\\approx"}:
         known = sorted(x[1::2]) == sorted(y[1::2]) or sorted(x[1::2]) == sorted(
             _FLIPPED.get(r, "") for r in y[1::2]
@@ -331,6 +343,7 @@ def _equations(a: str, b: str) -> bool | None:
     first, second = _assigned(x), _assigned(y)
     if len(x) > 1 and len(y) > 1:
         if first and second and first[0] and second[0]:
+            # other names may be one equation rearranged, y = 2x and x = y/2: left to computer algebra
             return (
                 first[0] == second[0]
                 and _same(first[1], second[1])
@@ -383,6 +396,7 @@ def _same_quantity(a: Quantity, b: Quantity) -> bool:
         return a.unit == b.unit and _same(a.value, b.value)
     if _same(a.value, b.value):
         return True
+    # without the sign it may be the fraction: 50 % equals 0.5
     percent, plain = (a, b) if a.unit == "%" else (b, a)
     number, other = read_number(percent.value), read_number(plain.value)
     return percent.unit == "%" and bool(number and other) and number.value == 100 * other.value  # type: ignore[union-attr]
@@ -410,6 +424,7 @@ def _in_base(text: str) -> tuple[str, str] | None:
 
 def _ratios(a: str, b: str) -> bool | None:
     """Compares ratios, 2:4 with 1:2 and 1/2, and times of day by their digits."""
+    # as ratios, 3:30 would equal 1:10
     clocks = [_CLOCK.fullmatch(text) for text in (a, b)]
     if all(clocks):
         return [int(p) for p in clocks[0].groups()] == [int(p) for p in clocks[1].groups()]  # type: ignore[union-attr]
@@ -421,6 +436,7 @@ def _ratios(a: str, b: str) -> bool | None:
         return (
             _same(f"\\frac{{{parts[0]}}}{{{parts[1]}}}", other) if len(parts) == 2 and all(parts) else False
         )
+    # cross-multiplied, so that a term may be zero
     return all(
         _same(f"({x[0]})\\cdot ({q})", f"({y[0]})\\cdot ({p})") for p, q in zip(x[1:], y[1:], strict=True)
     )

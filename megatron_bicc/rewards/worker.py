@@ -8,8 +8,7 @@ The worker process handles requests in a fork of itself, which has imported ever
 fork once a request has used up its processor time, and a new fork handles the next request. The worker ends
 when its stdin is closed, and so with the process that started it.
 
-This module imports only the standard library until the worker process serves: it is also what that process
-starts.
+This module is also the worker's main program, so it imports only the standard library until it serves.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face directory: tensors read and written one at a time, and their checks.
+"""Reads, writes and checks the files of a Hugging Face directory, one tensor at a time.
 
 Training, evaluation, dry run, plan and conversion all use `checked_tensors`, so all of them accept the same
 directories, and the rollout engine's model is filled with the same tensors as the policy.
@@ -201,9 +201,9 @@ def has_safetensors(path: Path) -> bool:
 
 
 def index_of(path: Path) -> Path | None:
-    """Returns the index that says which file holds which tensor; None if one file holds them all.
+    """Returns the index of tensors by file; None if one file holds them all.
 
-    transformers' rule: next to a model.safetensors no index is read.
+    As in transformers, an index next to a model.safetensors is not read.
     """
     return path / INDEX if (path / INDEX).is_file() and not (path / SINGLE).is_file() else None
 
@@ -324,7 +324,7 @@ def checked_tensors(path: str | Path, hf_config: PretrainedConfig, allow_pickle:
 def warn_of_index(path: str | Path) -> None:
     """Logs one line, on the first process, if an unused index lies next to model.safetensors."""
     if device.is_first() and all((Path(path) / name).is_file() for name in (SINGLE, INDEX)):
-        logger.warning("%s: %s lies beside %s and is not read, as transformers has it", path, INDEX, SINGLE)
+        logger.warning("%s: %s is next to %s and is not read, as in transformers", path, INDEX, SINGLE)
 
 
 def expected_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
@@ -357,7 +357,7 @@ def expected_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 def mismatch(hf_config: PretrainedConfig, found: Mapping[str, Tensor]) -> str | None:
     """Returns what is wrong with the names or shapes of a supported model's tensors; None if nothing is.
 
-    A tied output layer may be there or not.
+    A tied output layer may be present or absent.
     """
     expected = expected_shapes(hf_config)
     if hf_config.tie_word_embeddings and OUTPUT in found:
@@ -366,7 +366,7 @@ def mismatch(hf_config: PretrainedConfig, found: Mapping[str, Tensor]) -> str | 
         if name not in found:
             return f"tensor {name} is missing"
         if found[name].shape != shape:
-            return f"tensor {name} has shape {tuple(found[name].shape)}; config.json asks for {shape}"
+            return f"tensor {name} has shape {tuple(found[name].shape)}; config.json requires {shape}"
     for name in sorted(found.keys() - expected.keys()):
         return f"tensor {name} is not part of a {hf_config.architectures[0]}; remove it"
     return None
@@ -410,7 +410,7 @@ SLICES, SLICE_BYTES = 8, 4096
 
 
 def fingerprint(path: str | Path) -> tuple[str, str]:
-    """Returns two SHA-256 that tell a model from another in about no time: (its files, its weights).
+    """Returns two SHA-256 by which models can be told apart quickly: (of its files, of its weights).
 
     The first is of the side files' content and of the safetensors' names and sizes; the second of a few
     slices of each safetensors file, since all of their bytes would take minutes. Neither depends on where the

@@ -1,4 +1,4 @@
-"""Which Hugging Face tensors make up which megatron-core parameter, and how tensor parallel cuts it.
+"""Maps Hugging Face tensors to megatron-core parameters, and defines how tensor parallel cuts each.
 
 A parameter's whole form has one dimension along which tensor parallel cuts it evenly:
 
@@ -29,7 +29,7 @@ CUT_DIMENSION: dict[Kind, int] = {"vocab": 0, "qkv": 0, "gate_up": 1, "row": 1}
 
 @dataclass(frozen=True)
 class Rule:
-    """One parameter: its megatron-core name, the Hugging Face tensors that it is made of, its kind.
+    """A parameter's megatron-core name, the Hugging Face tensors that it is made of, and its kind.
 
     `{i}` is the layer and `{e}` the expert: counted on this rank in `megatron`, in the whole model in `hf`.
     """

@@ -1,4 +1,4 @@
-"""Weights between a Hugging Face directory and the policy's shards, under every layout."""
+"""Loads the policy's shards from a Hugging Face directory, and gathers and exports them, under any layout."""
 
 import collections
 import shutil
@@ -74,7 +74,7 @@ def fill_parameters(chunks: list[PolicyModel], hf_config: PretrainedConfig, sour
     for chunk in chunks:
         for rule, parameter in _parameters(chunk):
             tensors = {name: source.read(name) for name in rule.hf_names(first_expert)}
-            shard = (rank, size) if rule.expert is None else (0, 1)
+            shard = (rank, size) if rule.expert is None else (0, 1)  # tensor parallel does not cut experts
             try:
                 whole = to_whole(rule.kind, list(tensors.values()), hf_config, size)
                 part = cut(rule.kind, whole, *shard, parameter.shape)
@@ -124,13 +124,15 @@ def _load_tied_output(
 def hf_tensors(chunks: list[PolicyModel], hf_config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
     """Yields every Hugging Face tensor of the policy, whole, on every rank, one at a time. Collective.
 
-    The experts of a layer come in order of their index, whatever rank holds them. All ranks of the tensor-,
-    expert- and pipeline-parallel groups must exhaust the iterator together.
+    The experts of a layer are yielded in order of their index, not of the rank that holds them. All ranks of
+    the tensor-, expert- and pipeline-parallel groups must exhaust the iterator together.
     """
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     tp_group = parallel_state.get_tensor_model_parallel_group()
     ep_group = parallel_state.get_expert_model_parallel_group()
     own = [parameter for chunk in chunks for _, parameter in _parameters(chunk)]
+    # Every rank walks the tables of all stages in one order, so that all make the same collective calls: from
+    # the stage that holds the parameter to the others, then from the other tensor or expert ranks.
     for stage, table in enumerate(_tables(chunks)):
         for owner, i in _in_order(table, ep_group.size()):
             rule, shape, dtype = table[i]
@@ -207,11 +209,11 @@ def save_hf(
     """Writes a Hugging Face directory: the policy's weights with `source`'s configuration and tokenizer.
 
     Collective; one process has `is_writer` and holds one tensor at a time. Files have at most `largest_file`
-    bytes, unless one tensor is larger. Written aside and renamed, so `target` is whole or absent; an earlier
-    one is replaced at the end. Raises UserError, on the writer, if it cannot be written.
+    bytes, unless one tensor is larger. Written aside and renamed, so `target` is complete or absent; an
+    earlier one is replaced at the end. Raises UserError, on the writer, if it cannot be written.
     """
     described, stream = describe_hf(chunks, hf_config), hf_tensors(chunks, hf_config)
-    if not is_writer:
+    if not is_writer:  # takes part in every gather
         collections.deque(stream, maxlen=0)
         return
     fresh, old = (target.with_name(target.name + suffix) for suffix in (".new", ".old"))
@@ -222,7 +224,7 @@ def save_hf(
         write_model(partial, described, ((name, tensor.cpu()) for name, tensor in stream), largest_file)
         run_lock.check()
     try:
-        if target.exists():
+        if target.exists():  # rename does not replace a directory that holds files
             target.rename(old)
         fresh.rename(target)
     except OSError as error:

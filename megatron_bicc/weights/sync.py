@@ -1,8 +1,8 @@
-"""After each optimizer step: the policy's weights into the rollout engine.
+"""Copies the policy's weights to the rollout engine after each optimizer step.
 
 The policy's parameters are gathered one by one from their shards, whole and under their Hugging Face names.
-The stream fills the model of an engine that lives in the training processes, or goes to SGLang servers by one
-of the transports (weights.transport), and the servers' weights are then verified (weights.verify).
+The stream either fills the model of an engine in the training processes, or is sent to SGLang servers by one
+of the transports (weights.transport), whose weights are then verified (weights.verify).
 """
 
 import contextlib
@@ -57,14 +57,14 @@ class WeightSync(Protocol):
     """Keeps the weights of a rollout engine equal to the policy's. Every process of the run has one."""
 
     def sync(self, version: int) -> int:
-        """Gives the engine the policy's weights under this version. Returns their bytes. Collective.
+        """Sends the policy's weights to the engine under this version. Returns their bytes. Collective.
 
         Raises NotFiniteError for weights that are not finite, before anything is sent, and WeightSyncError,
         on every process, if the engine does not have the policy's weights afterwards.
         """
 
     def close(self) -> None:
-        """Frees what the syncs kept. Called before the engine is closed."""
+        """Frees what was kept between syncs. Called before the engine is closed."""
 
 
 class LoadsWeights(Protocol):
@@ -75,9 +75,9 @@ class LoadsWeights(Protocol):
 
 
 def make_weight_sync(config: Config, policy: Policy, engine: Any, log_probs: LogProbs) -> WeightSync:
-    """Returns the weight sync for an engine, by what the engine has (rollout.types.Engine). Collective.
+    """Returns the weight sync that fits the engine's attributes (rollout.types.Engine). Collective.
 
-    log_probs: the policy's, to verify servers with. Raises UserError if the engine cannot take weights or
+    log_probs: the policy's, to verify servers. Raises UserError if the engine cannot take weights or
     model.path cannot be read.
     """
     if isinstance(getattr(engine, "pool", None), ServerPool):
@@ -120,20 +120,20 @@ class ServerWeightSync:
         self.transport = TRANSPORTS[settings.method](pool.portal.call)
         self.pool = pool
         self.version = -1
-        """Version of the newest `push`"""
+        """Version of the latest `push`"""
         self._config = config
         self._policy = policy
         self._log_probs = log_probs
         self._checksums: dict[Layout, Checksums] = {}
-        """Of the newest weights, for every layout in which comparable servers hold them"""
+        """Checksums of the newest weights, for each layout of comparable servers"""
         self._confirmed: set[Layout] = set()
-        """Layouts whose checksums have once been equal, so that unequal ones prove wrong weights"""
+        """Layouts whose checksums were equal at least once, so that unequal ones prove wrong weights"""
         pool.on_stale = self._restore_or_reason
 
     def sync(self, version: int) -> int:
         """As WeightSync.sync. A server that fails is not used until the health check has restored it."""
         self._policy.check_weights()
-        self.pool.pause()
+        self.pool.pause()  # a health check must not restore a server while its weights change
         stream = Measured(hf_tensors(self._policy.modules, self._policy.hf_config))
         with device.megatron():
             failed = self.push(iter(stream), version)
@@ -144,9 +144,9 @@ class ServerWeightSync:
     def push(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> dict[str, str]:
         """Streams the tensors into this process's servers and verifies their weights. Collective.
 
-        A server that fails is left out with its version INCOMPLETE; `restore` repairs it. Returns the reasons
-        of all processes by URL. Raises WeightSyncError, on every process, naming a tensor that is unknown,
-        missing or misshapen, what differs in a server, or a file that cannot be written.
+        A server that fails is left out, its version INCOMPLETE, until `restore` repairs it. Returns the
+        failures of all processes, reason by URL. Raises WeightSyncError, on every process, naming a tensor
+        that is unknown, missing or misshapen, what differs in a server, or a file that cannot be written.
         """
         stream = checked(tensors, self.expected)
         with raised_on_all_ranks(WeightSyncError):
@@ -161,10 +161,11 @@ class ServerWeightSync:
         return {url: reason for some, _ in outcomes for url, reason in some.items()}
 
     async def restore(self, client: ServerClient) -> None:
-        """Gives a server that comes late the weights of the newest `push`, from its files. At any time.
+        """Loads the weights of the latest `push` into a restarted or late server, from the files it kept.
 
-        Verified by checksums only, as the policy may be busy. Raises ServerError if the server fails,
-        WeightSyncError if no files are kept or the server's weights differ afterwards.
+        Not collective, and may run at any time: it verifies by checksums only, as the policy may be busy.
+        Raises ServerError if the server fails, WeightSyncError if no files are kept or the server's weights
+        differ afterwards.
         """
         if self.files.complete is None:
             raise WeightSyncError(
@@ -179,13 +180,13 @@ class ServerWeightSync:
             await self._compare_checksums(receiver)
             await receiver.resume(self.version)
         except BaseException:
-            with anyio.CancelScope(shield=True):
+            with anyio.CancelScope(shield=True):  # also when cancelled: the server must not stay paused
                 await receiver.abandon()
             raise
 
     def close(self) -> None:
         """Leaves the servers' process group and removes the files."""
-        self.pool.pause()  # no health check may want the files
+        self.pool.pause()  # no health check may read the files any more
         self.transport.close()
         self.files.remove()
         with contextlib.suppress(OSError):  # other processes may have files in it
@@ -201,7 +202,7 @@ class ServerWeightSync:
     def _deliver(
         self, stream: Iterator[tuple[str, Tensor]], version: int
     ) -> tuple[dict[str, str], list[Probe]]:
-        """Brings the stream to this process's servers. Returns why some failed, and the others' probes."""
+        """Sends the stream to this process's servers. Returns why some failed, and the others' probes."""
         run, explicit = self.pool.portal.call, self.transport.explicit
         receivers = [Receiver(client, self._config.weight_sync.timeout_s) for client in self.pool.own]
         if not receivers:
@@ -220,7 +221,7 @@ class ServerWeightSync:
 
     def _stream(self, receivers: list[Receiver], stream: Iterator[tuple[str, Tensor]], version: int) -> None:
         settings, hf_config = self._config.weight_sync, self._policy.hf_config
-        # also the layouts of earlier syncs: a server that failed since may come back and be restored
+        # layouts of earlier syncs too: a server that failed meanwhile may be restored later
         layouts = {_layout(receiver) for receiver in live(receivers) if comparable(receiver)}
         self._checksums = {
             layout: Checksums(hf_config, *layout) for layout in layouts | self._checksums.keys()
@@ -253,7 +254,7 @@ class ServerWeightSync:
         """Returns the parameters whose checksums differ; none for a server that is not comparable.
 
         Raises WeightSyncError naming them, unless this layout's checksums have never been equal: then the
-        server may hash its weights in another form than the expected one, and the log-probs decide.
+        server may fuse or pad its weights in an unexpected way, and the log-probs decide.
         """
         layout = _layout(receiver)
         if layout not in self._checksums or not comparable(receiver):
@@ -275,6 +276,7 @@ class ServerWeightSync:
         """Raises WeightSyncError for a probe that does not agree with the policy. Collective."""
         if not probes:
             return
+        # the same on every process; the one that owns the server can find the parameters
         wrong = disagreeing(probes, self._log_probs, getattr(torch, self._config.model.dtype))
         with raised_on_all_ranks(WeightSyncError):
             for one in wrong:
@@ -283,7 +285,7 @@ class ServerWeightSync:
                         raise mismatch(one.url, self._wrong_parameters(one, client))
 
     def _wrong_parameters(self, one: Probe, client: ServerClient) -> Iterable[str]:
-        """Returns the parameters that are wrong in a server, if that can be found out."""
+        """Returns the parameters that are wrong in a server; empty if they cannot be determined."""
         if one.unequal or self.files.complete is None:
             return one.unequal
         receiver = Receiver(client, self._config.weight_sync.timeout_s)

@@ -1,7 +1,7 @@
-"""How weights reach SGLang servers: buckets of whole tensors, the receiving servers, and three transports.
+"""Sends weights to SGLang servers: buckets of whole tensors, the receiving servers, and three transports.
 
 A sync streams whole tensors under their Hugging Face names, checks them against the model's names and shapes,
-cuts the stream into buckets and gives each bucket to a transport:
+cuts the stream into buckets and sends each bucket by a transport:
 
     tensor       in the body of an HTTP request
     disk         as files of a Hugging Face directory that the server loads at the end
@@ -57,7 +57,7 @@ class Run(Protocol):
 
 
 class Bucket:
-    """Some consecutive tensors of the stream, each with a storage of its own, on the policy's device."""
+    """Consecutive tensors of the stream, each with its own storage, on the policy's device."""
 
     def __init__(self, tensors: list[tuple[str, Tensor]]) -> None:
         self.tensors = tensors
@@ -72,7 +72,7 @@ class Bucket:
         return self._host
 
     def clear(self) -> None:
-        """Frees the tensors, also where somebody still holds the bucket."""
+        """Frees the tensors even while the bucket is still referenced."""
         self.tensors.clear()
         self._host = None
 
@@ -96,10 +96,10 @@ def expected_shapes(path: str, hf_config: PretrainedConfig) -> dict[str, tuple[i
 def checked(
     tensors: Iterable[tuple[str, Tensor]], expected: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields the same tensors. SGLang itself reports success for a name that it does not know.
+    """Yields the same tensors after checking them: SGLang reports success even for an unknown name.
 
-    Raises WeightSyncError, before the tensor is yielded, for a name that is unknown or comes twice or a wrong
-    shape; at the end for names that did not come.
+    Raises WeightSyncError, before the tensor is yielded, for an unknown or repeated name or a wrong shape; at
+    the end for missing names.
     """
     missing = dict(expected)
     for name, tensor in tensors:
@@ -137,7 +137,7 @@ def buckets(tensors: Iterable[tuple[str, Tensor]], capacity: int) -> Iterator[Bu
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
-    """Copies a view: it would keep all of the larger tensor in memory, and pickle would send all of it."""
+    """Copies a view, which would keep the larger tensor in memory, and which pickle would send in full."""
     owns_all = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if owns_all else tensor.clone(memory_format=torch.contiguous_format)
 
@@ -146,10 +146,10 @@ def _own_storage(tensor: Tensor) -> Tensor:
 
 
 class Receiver:
-    """A server while it takes new weights: between `begin` and `resume` or `abandon`.
+    """A server during a weight update: between `begin` and `resume` or `abandon`.
 
-    From `begin` on it generates nothing and its weight version is INCOMPLETE, so that no sample of mixed
-    weights can be taken for a good one, even if this process dies during the sync.
+    From `begin` on it generates nothing and its weight version is INCOMPLETE, so that a sample of mixed
+    weights is always recognized as such, even if this process dies during the sync.
     """
 
     def __init__(self, client: ServerClient, timeout_s: float) -> None:
@@ -177,8 +177,8 @@ class Receiver:
     async def begin(self, explicit: bool) -> None:
         """Pauses the server and aborts its running requests: no sequence may mix two versions.
 
-        explicit: whether the transport's updates stand between /begin_weight_update and /end_weight_update,
-        which servers before 0.5.21 do not have. Raises ServerError.
+        explicit: wrap the transport's updates in /begin_weight_update and /end_weight_update, which servers
+        before 0.5.21 do not have. Raises ServerError.
         """
         self.info = await self.client.server_info()
         self.paths = await self.client.paths()
@@ -248,7 +248,7 @@ def each(run: Run, receivers: list[Receiver], act: Callable[[Receiver], Awaitabl
 
 
 def abandon(run: Run, receivers: list[Receiver]) -> None:
-    """Lets servers generate again after an error, as far as they answer."""
+    """Resumes generation after an error on the servers that answer."""
     run(_outcomes, [receiver.abandon() for receiver in receivers])
 
 
@@ -260,13 +260,13 @@ async def _outcomes(acts: list[Awaitable[Any]]) -> list[Any]:
 
 
 class Transport(Protocol):
-    """Brings buckets to servers. A server that fails gets its `error` set and takes no further part."""
+    """Sends buckets to servers. A server that fails gets its `error` set and takes no further part."""
 
     explicit: bool
-    """Whether the update stands between the servers' begin and end"""
+    """True if the servers must be sent /begin_weight_update and /end_weight_update around the buckets"""
 
     def send(self, receivers: list[Receiver], bucket: Bucket) -> None:
-        """Gives the bucket to every live server."""
+        """Sends the bucket to every live server."""
 
     def finish(self, receivers: list[Receiver], directory: Path | None) -> None:
         """Called after the last bucket. directory: all weights as files; None if none are written."""
@@ -276,7 +276,7 @@ class Transport(Protocol):
 
 
 class TensorTransport:
-    """HTTP carries the bytes: one request per server and bucket."""
+    """Sends the bytes over HTTP: one request per server and bucket."""
 
     explicit = True
     path = "/update_weights_from_tensor"
@@ -300,9 +300,9 @@ class TensorTransport:
 
 
 def encode_bucket(bucket: Bucket) -> list[bytes]:
-    """Returns base64, in parts, of what the server unpickles: a list of (name, tensor on the CPU).
+    """Returns the base64 text, in parts, of the pickle that the server loads: (name, CPU tensor) pairs.
 
-    SGLang's API takes a pickle; the trainer only writes one. Takes 4/3 of the bucket's bytes beside it.
+    SGLang's API takes a pickle; the trainer only writes one. Needs 4/3 of the bucket's bytes in addition.
     """
     text = _Base64Writer()
     pickle.Pickler(text, protocol=4).dump(bucket.host)
@@ -320,7 +320,7 @@ def request_body(text: list[bytes], tensor_parallel: int) -> list[bytes]:
 
 
 class _Base64Writer:
-    """A file for pickle that keeps only the base64 of what is written: never the pickle beside it."""
+    """A file object for pickle that keeps only the base64 of its output, never the pickle itself."""
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
@@ -346,7 +346,7 @@ class _Base64Writer:
 
 
 class DiskTransport:
-    """Servers load the files of the sync: they must see the directory under the same path."""
+    """Makes servers load the files of the sync; they must see the directory under the same path."""
 
     explicit = False
 
@@ -371,7 +371,7 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 class DistributedTransport:
     """Broadcasts in one process group of this process and all ranks of its servers.
 
-    The group lasts from sync to sync and is made again when a server is lost.
+    The group is kept between syncs and recreated when a server is lost.
     """
 
     explicit = True
@@ -383,8 +383,8 @@ class DistributedTransport:
     def send(self, receivers: list[Receiver], bucket: Bucket) -> None:
         """Broadcasts every tensor of the bucket.
 
-        A server that died, or restarted since the last sync, breaks the group for all. So after a failure the
-        bucket is sent once more, in a new group of the remaining servers.
+        A server that died or restarted since the last sync breaks the group for all. After a failure the
+        bucket is therefore sent once more, in a new group of the remaining servers.
         """
         if not self._try(receivers, bucket):
             self.close()
@@ -413,9 +413,9 @@ class DistributedTransport:
 
 
 def _take_out(receivers: list[Receiver], errors: list[ServerError | None], last: bool) -> bool:
-    """Returns whether there are errors. Only unreachable servers are taken out, unless it is the last try.
+    """Returns whether there are errors. Drops only unreachable servers, unless it is the last try.
 
-    A refusal may come from a server that only lost its group, which a new group repairs.
+    A refusal may come from a server that only lost its group; a new group repairs that.
     """
     for receiver, error in zip(receivers, errors, strict=True):
         if error and (last or isinstance(error, ServerUnavailable)):
@@ -424,7 +424,7 @@ def _take_out(receivers: list[Receiver], errors: list[ServerError | None], last:
 
 
 class BroadcastGroup:
-    """A process group beside the default one: this process is rank 0, the servers' ranks follow."""
+    """A process group besides the default one: this process is rank 0, the servers' ranks follow."""
 
     def __init__(self, receivers: list[Receiver], run: Run) -> None:
         self.clients = [receiver.client for receiver in receivers]
@@ -478,7 +478,7 @@ class BroadcastGroup:
     async def _together(
         self, work: Callable[[], None], posts: list[Awaitable[Any]]
     ) -> list[ServerError | None]:
-        """Runs `work` in a thread beside the requests that need it. Returns each request's failure.
+        """Runs `work` in a thread, concurrently with the requests that need it. Returns each one's failure.
 
         Each side waits for the other, so a failure on one must end the other: aborting the group ends `work`,
         dropping its connections ends the requests.
@@ -488,7 +488,7 @@ class BroadcastGroup:
         done, _ = await asyncio.wait([thread, *requests], return_when=asyncio.FIRST_EXCEPTION)
         if any(task.exception() for task in done):
             self._abort()
-            await asyncio.wait([thread])
+            await asyncio.wait([thread])  # the group must not be destroyed while the thread is still in it
             self._drop()
             await asyncio.wait(requests)
         errors = [request.exception() for request in requests]
@@ -508,7 +508,7 @@ class BroadcastGroup:
         return 1 + sum(self.sizes)
 
     def _make(self, store: dist.Store) -> None:
-        # the servers call the same function, which decides the store keys by which ranks find each other
+        # the servers call the same private function: both sides must derive the same keys in the store
         group, _ = _new_process_group_helper(
             self._world_size(),
             0,
@@ -538,21 +538,21 @@ class BroadcastGroup:
             self._process_group.abort()
 
     def _drop(self) -> None:
-        """Closes the connections, which ends the servers' wait in the group."""
+        """Closes the connections, so that servers waiting in the group fail."""
         if self._process_group:
             dist.destroy_process_group(self._process_group)
             self._process_group = None
 
 
 def _address_for(url: str) -> str:
-    """Returns this host's address as a server sees it: loopback for a server on this host."""
+    """Returns this host's address on the route to a server: loopback for a server on this host."""
     server = urlsplit(url)
     with socket.create_connection((server.hostname, server.port or 80), timeout=10) as connection:
         return connection.getsockname()[0]
 
 
 def _store(address: str, world_size: int, timeout: timedelta) -> dist.TCPStore:
-    """Returns the store where the ranks find each other; it listens at that address only, on a free port."""
+    """Returns the rendezvous store of the group; it listens at that address only, on a free port."""
     listener = socket.create_server(
         (address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET
     )
@@ -580,14 +580,14 @@ TRANSPORTS: dict[str, Callable[[Run], Transport]] = {
 
 
 REMOVER = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], ignore_errors=True)"
-"""A program whose standard input ends when its parent does, even by kill -9"""
+"""Removes a directory once its parent has ended, even by kill -9: that closes its standard input"""
 
 
 class WeightFiles:
     """The weights of the newest sync as a Hugging Face directory under `root`, one shard per bucket.
 
-    Nothing stays under `root` when this process ends, however it ends: the directory may be in memory. Raises
-    WeightSyncError where a file cannot be written.
+    `root` is removed when this process ends, even by kill -9, since it may be in memory (/dev/shm). Raises
+    WeightSyncError if a file cannot be written.
     """
 
     def __init__(self, root: Path, source: Path) -> None:
@@ -601,7 +601,7 @@ class WeightFiles:
         self._remover: subprocess.Popen | None = None
 
     def start(self) -> None:
-        """Removes the previous version, and what a killed run left, and begins a new one."""
+        """Removes the previous version and leftovers of a killed run, and begins a new version."""
         self.remove()
         if self._remover is None:
             command = [sys.executable, "-S", "-c", REMOVER, str(self.root.absolute())]

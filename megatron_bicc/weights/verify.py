@@ -1,4 +1,4 @@
-"""Two checks that an SGLang server has the policy's weights: log-probs always, checksums where comparable.
+"""Checks that an SGLang server has the policy's weights: by log-probs always, by checksums where comparable.
 
 **Log-probs.** After every sync the server samples a few tokens, and the policy computes their log-probs.
 
@@ -11,7 +11,7 @@ computes the same from the policy's tensors. The server's parameters differ from
     padded      with zeros: the vocabulary to a multiple of 64; heads, so that all ranks get as many;
                 the inner dimension of an MLP or an expert, to a multiple of 32 on each rank
 
-This is so on CPUs without quantisation and with tensor parallelism only (`comparable`).
+That holds on CPUs without quantization and with tensor parallelism only (`comparable`).
 """
 
 import hashlib
@@ -53,14 +53,14 @@ MEDIAN_16_BITS = 0.08
 
 @dataclass(frozen=True)
 class Probe:
-    """What a server sampled after a sync."""
+    """A few tokens that a server sampled after a sync, with its log-probs."""
 
     url: str
     dtype: torch.dtype
     """Type of the server's weights"""
     group: TokenGroup
     log_probs: np.ndarray
-    """float32: the server's, of all response tokens, one response after the other"""
+    """float32 [T]: the server's, of all response tokens, one response after the other"""
     unequal: list[str]
     """Parameters whose checksums differ, though the log-probs may agree"""
 
@@ -80,9 +80,9 @@ async def probe(receiver: Receiver, temperature: float, vocabulary: int, unequal
 
 
 def disagreeing(probes: list[Probe], log_probs: LogProbs, dtype: torch.dtype) -> list[Probe]:
-    """Returns the probes whose log-probs are not those of the policy, of type `dtype`. Collective.
+    """Returns the probes whose log-probs are not those of the policy, whose type is `dtype`. Collective.
 
-    probes: of all processes, the same on each, and so is the result.
+    probes: those of all processes. Every process must pass the same ones; the result is the same on all.
     """
     ours = log_probs([one.group for one in probes])
     found, end = [], 0
@@ -95,7 +95,7 @@ def disagreeing(probes: list[Probe], log_probs: LogProbs, dtype: torch.dtype) ->
 
 
 def _agree(differences: np.ndarray, both_fp32: bool) -> bool:
-    """A NaN among them does not agree."""
+    """Returns whether the differences are within the tolerance; NaN is not."""
     if both_fp32:
         return bool(differences.max() <= LARGEST_FP32)
     return bool(np.median(differences) <= MEDIAN_16_BITS)
@@ -188,7 +188,7 @@ def comparable(receiver: Receiver) -> bool:
 
 
 async def unequal_parameters(receiver: Receiver, checksums: Checksums) -> set[str]:
-    """Returns the parameters of a server whose checksums are not these. Raises ServerError."""
+    """Returns the server's parameters whose checksums differ from these. Raises ServerError."""
     served = await served_checksums(receiver)
     return {name for rank, theirs in enumerate(served) for name in unequal(checksums.of_rank(rank), theirs)}
 
@@ -196,7 +196,7 @@ async def unequal_parameters(receiver: Receiver, checksums: Checksums) -> set[st
 async def changed_by_files(receiver: Receiver, directory: Path) -> set[str]:
     """Returns the parameters of a server that change when it loads the right weights from files.
 
-    Works for checksums of any kind: equal ones mean equal weights. Raises ServerError.
+    Works for any kind of checksum, since it compares the server's own before and after. Raises ServerError.
     """
     before = await served_checksums(receiver)
     await receiver.load_files(directory)
@@ -218,7 +218,7 @@ def mismatch(url: str, names: Iterable[str]) -> WeightSyncError:
     """Returns the error for a server with these parameters wrong; no names: it is unknown which."""
     return WeightSyncError(
         f"after weight sync SGLang server {url} has other weights than the policy: "
-        f"{listed(names) or 'it cannot tell which'}"
+        f"{listed(names) or 'which ones is unknown'}"
     )
 
 

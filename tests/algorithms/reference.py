@@ -1,7 +1,8 @@
-"""Every preset's loss written from its paper's formula, in double-precision loops over Python floats.
+"""Every preset's loss by its paper's formula, in double-precision loops over Python floats.
 
-Nothing here uses the package. `new` are the log-probs that a derivative is taken in; `frozen` has the same
-values and stands wherever a paper writes a stop-gradient, so that finite differences see it as a constant.
+It does not use the package. `new` are the log-probs that a derivative is taken in; `frozen` has the same
+values and replaces them wherever a paper writes a stop-gradient, so that finite differences treat it as a
+constant.
 """
 
 import math

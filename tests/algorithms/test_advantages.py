@@ -1,4 +1,4 @@
-"""Advantages, RCC baselines, token weights, KL in the reward, and the refusal of malformed arrays."""
+"""Tests advantages, RCC baselines, token weights, KL in the reward, and malformed arrays."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The bandit where gradient and variance are known, and the committed table made from it."""
+"""Tests the softmax bandit, whose gradient and variance are known, and the table generated from it."""
 
 import importlib.util
 import sys

@@ -1,7 +1,7 @@
-"""What each KL estimator's gradient is in expectation, exactly, as every response of a small policy is known.
+"""Tests the expected gradient of each KL estimator, exactly: all responses of a small policy are enumerated.
 
 The policy gives responses of two tokens out of three; its parameters are the logits of the first token and of
-the second after each first one. Shape suffixes: O responses, T their tokens, end to end, P parameters.
+the second after each first one. Shape suffixes: O responses, T their tokens, one after another, P parameters.
 """
 
 from collections.abc import Callable

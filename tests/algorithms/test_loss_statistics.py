@@ -1,4 +1,4 @@
-"""Statistics of a step against plain loops, and their agreement with what the loss really clips."""
+"""Tests a step's statistics against plain loops, and its clip fractions against what the loss clips."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Overlong shaping moves the values of rewards, never their side.
+"""Tests that the overlong penalty changes rewards, but not which responses are right.
 
 Shape suffix: R rollouts.
 """

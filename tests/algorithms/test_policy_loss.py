@@ -1,4 +1,4 @@
-"""Every preset against its paper's formula in plain loops, and the normalisation contract."""
+"""Tests every preset against its paper's formula in plain loops, and the normalisation contract."""
 
 import math
 from dataclasses import replace

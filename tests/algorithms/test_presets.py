@@ -1,4 +1,4 @@
-"""Names of algorithms and what they resolve to."""
+"""Tests the names of algorithms and the settings that they resolve to."""
 
 from dataclasses import fields, replace
 

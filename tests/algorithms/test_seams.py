@@ -1,4 +1,4 @@
-"""Objectives and baselines by import path: the same result as the built-in, or one clear line."""
+"""Tests objectives and baselines by import path: the built-in's result, or one clear line."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the reference policy's log-probs are used for, and when they are asked for."""
+"""Tests which settings need the reference policy's log-probs, and what they are used for."""
 
 from types import SimpleNamespace
 

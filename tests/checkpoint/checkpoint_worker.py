@@ -1,4 +1,4 @@
-"""Run by test_checkpoint_resume.py: checkpoint_worker.py OUT KILLS; writes OUT/report.json."""
+"""Worker of test_checkpoint_resume.py: checkpoint_worker.py OUT KILLS; writes OUT/report.json."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Run by test_convert_command.py: convert_worker.py OUT; converts OUT/small, experts, large: report.json"""
+"""Worker of test_convert_command.py: convert_worker.py OUT; converts OUT/small, experts and large."""
 
 import importlib.util
 import json

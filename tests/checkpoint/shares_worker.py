@@ -1,7 +1,7 @@
-"""Run by test_shares.py: shares_worker.py OUT; the same work by jobs of several sizes.
+"""Worker of test_shares.py: shares_worker.py OUT; does the same work in jobs of several sizes.
 
-Every process of a job writes what it collected and what it evaluated to OUT/JOB/RANK.json; the job's runs are
-in OUT/JOB/RUN. All jobs are forked from one process that has everything loaded.
+Every process of a job writes what it collected and evaluated to OUT/JOB/RANK.json; the job's runs are in
+OUT/JOB/RUN. All jobs are forked from one process with all modules loaded.
 """
 
 import json

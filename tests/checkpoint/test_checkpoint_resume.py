@@ -1,6 +1,6 @@
-"""What a run goes on from: damaged checkpoints, changed settings, disks that are full, processes killed.
+"""Tests resuming: damaged checkpoints, changed settings, full disks, killed processes.
 
-One process that has everything loaded forks a run, so that a run costs a second or two, not ten.
+Runs are forked from one process with all modules loaded, so that a run takes a second or two, not ten.
 """
 
 import json

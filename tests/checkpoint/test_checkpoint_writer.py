@@ -1,4 +1,4 @@
-"""Checkpoints written behind a run hold the moment of the snapshot; one at a time; failures are told."""
+"""Tests background writing: the state at the snapshot, one checkpoint at a time, failures reported."""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""Conversion in one process: bit-exact round trips, and one line for everything that does not fit."""
+"""Tests conversion in one process: bit-exact round trips, and one line for everything that does not fit."""
 
 import importlib.util
 import json
@@ -292,7 +292,7 @@ def test_damaged_checkpoints(tmp_path: Path, single_process: None) -> None:
     import_hf(source, megatron, allow_pickle=False)
     (megatron / "manifest.json").unlink()
     other = hf_directory(tmp_path / "other", "qwen2")
-    with pytest.raises(UserError, match="linear_proj.weight has shape .* asks for"):
+    with pytest.raises(UserError, match="linear_proj.weight has shape .* requires"):
         export_hf(megatron, tmp_path / "back", side_files=other)
     data = next(megatron.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:2000])

@@ -1,4 +1,4 @@
-"""Conversion by several processes, a checkpoint under other layouts, and the memory that conversion takes."""
+"""Tests conversion by several processes, a checkpoint under other layouts, and the memory it needs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Any number of prompts on any number of processes comes to what one process makes of them."""
+"""Tests that any number of prompts on any number of processes gives the result of one process."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Chat messages as token ids: every message's text, and no control token but the template's."""
+"""Tests chat messages as token ids: all text of every message, no control token but the template's."""
 
 from collections import Counter
 from typing import Any

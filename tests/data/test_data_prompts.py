@@ -1,4 +1,4 @@
-"""Prompt files: every schema read, every fault named with file and row."""
+"""Tests prompt files: every schema, and an error with file and row for every fault."""
 
 import datetime
 import json
@@ -191,7 +191,7 @@ def test_bad_files_are_named(tmp_path, tokenizer):
         ("broken.parquet", "cannot be read as .parquet"),
         ("latin.jsonl", "row 1: not UTF-8"),
         ("wide.jsonl", "row 1: not UTF-8"),
-        ("array.jsonl", "row 1: a list, not a JSON object; write one object a line"),
+        ("array.jsonl", "row 1: a list, not a JSON object; write one object per line"),
         ("twins.parquet", "two columns have one name"),
         ("latin.parquet", "cannot be read as .parquet: 'utf-8' codec"),
         ("empty.jsonl", "the file has no rows"),

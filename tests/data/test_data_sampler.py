@@ -1,4 +1,4 @@
-"""The order of prompts: whole epochs, the same for a seed, resumable anywhere."""
+"""Tests the order of prompts: whole epochs, determined by the seed, resumable anywhere."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Chat templates that ask for today's date get one date for a whole run, resumed on whatever day."""
+"""Tests that a chat template which reads the clock sees one date for a whole run, on any day."""
 
 import json
 import logging

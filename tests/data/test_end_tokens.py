@@ -1,4 +1,4 @@
-"""Which tokens end a response, and that no such token is part of what is scored."""
+"""Tests which tokens end a response, and that they are not part of the scored text."""
 
 import json
 import shutil

@@ -1,7 +1,7 @@
-"""Run by test_two_hosts.py: hosts_worker.py OUT; writes OUT/report.json.
+"""Worker of test_two_hosts.py: hosts_worker.py OUT; writes OUT/report.json.
 
-One process that has everything loaded forks the processes of each host: a start costs a second or two. What
-torchrun itself does is tried by real torchruns.
+The processes of each host are forked from one with all modules loaded, so that a start takes a second or two.
+torchrun's own behaviour is tested with real torchruns.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A file or directory is the old one or the whole new one, whenever its writer stops."""
+"""Tests that a file or directory is either the old or the complete new one, whenever its writer stops."""
 
 from pathlib import Path
 

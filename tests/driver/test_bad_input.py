@@ -1,4 +1,4 @@
-"""Every mistake in a run's settings or files: one line that names it, exit status 2, before any training."""
+"""Tests mistakes in a run's settings or files: one line that names it, exit status 2, before training."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The command line: precedence, types, and one line for every mistake."""
+"""Tests the command line: precedence, types, and one line for every mistake."""
 
 import socket
 import subprocess

@@ -1,4 +1,4 @@
-"""Settings that are well typed but make no sense together."""
+"""Tests settings that are well typed but contradict each other."""
 
 import sys
 from collections.abc import Callable

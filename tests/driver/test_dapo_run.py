@@ -1,4 +1,4 @@
-"""A run with dynamic sampling, leftovers and several updates a step: metrics, and that it goes on exactly."""
+"""Tests a run with dynamic sampling, leftover groups and several updates per step: metrics, exact resume."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The seams through which megatron-core runs on a CPU: a test names the one that a new version moves."""
+"""Tests each redirection by which megatron-core runs on a CPU, so that a new version fails by name."""
 
 import importlib.metadata
 

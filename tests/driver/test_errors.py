@@ -1,4 +1,4 @@
-"""What ends a run, and what of it is on stderr: one line, or a line and the traceback."""
+"""Tests how errors end a run: one line on stderr, or a line and the traceback."""
 
 import logging
 

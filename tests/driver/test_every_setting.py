@@ -1,4 +1,4 @@
-"""Every setting changes something or is refused, and no value out of its range is accepted.
+"""Tests that every setting has an effect or is refused, and that no value out of its range is accepted.
 
 A setting without an entry in CHANGES, TESTS or ONLY_READ fails here, so a new field cannot be forgotten.
 """

@@ -1,4 +1,4 @@
-"""Every supported family on the local engine: two steps of training, and an evaluation of what they made."""
+"""Tests every family on the local engine: two training steps, and an evaluation of the result."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Imports inside the package point down one list of rooms; the training path knows no plans and no pages."""
+"""Tests that imports follow one order of packages, and that training imports neither planning nor report."""
 
 import ast
 from collections.abc import Iterator

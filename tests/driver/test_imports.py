@@ -1,4 +1,4 @@
-"""What a run loads before its first step."""
+"""Tests which modules a run imports before its first step."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A worker ends soon after its launcher; one without, or that is to outlive its shell, does not."""
+"""Tests that a worker ends soon after its launcher, unless it has none or must outlive its shell."""
 
 import contextlib
 import os

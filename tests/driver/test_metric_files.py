@@ -1,4 +1,4 @@
-"""metrics.jsonl and groups.jsonl: what is written, what a killed process leaves, what a resume forgets."""
+"""Tests metrics.jsonl and groups.jsonl: contents, after a kill, and cut back at a resume."""
 
 import json
 import math

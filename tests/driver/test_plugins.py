@@ -1,4 +1,4 @@
-"""What users name by import path is found, or the setting is named with what is wrong."""
+"""Tests import paths of users' code: loaded, or an error that names the setting."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A whole run on one process: what it writes, that it goes on where it was killed, and what it exports."""
+"""Tests a whole run on one process: its output, exact resume after a kill, its export."""
 
 import json
 import os

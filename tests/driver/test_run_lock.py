@@ -1,4 +1,4 @@
-"""One run a directory: who is refused, what is taken over, and that of several newcomers one gets it."""
+"""Tests that one run at a time uses a directory: refusals, takeovers, races."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What a run writes, draws and says while it goes on."""
+"""Tests what a run writes, plots and logs."""
 
 import io
 import re

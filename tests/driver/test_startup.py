@@ -1,4 +1,4 @@
-"""Damaged and unusual model directories: one line, and one verdict from whatever reads them."""
+"""Tests damaged and unusual model directories: one line, and the same verdict from every reader."""
 
 import json
 import logging
@@ -114,16 +114,16 @@ def both_stale(path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "fp8": (config(quantization_config={"quant_method": "fp8"}), "quantised (fp8)"),
-    "gptq": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised (gptq)"),
-    "awq": (config(quantization_config={"quant_method": "awq", "bits": 4}), "quantised (awq)"),
+    "fp8": (config(quantization_config={"quant_method": "fp8"}), "quantized (fp8)"),
+    "gptq": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantized (gptq)"),
+    "awq": (config(quantization_config={"quant_method": "awq", "bits": 4}), "quantized (awq)"),
     "bitsandbytes": (
         config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
-        "quantised (bitsandbytes)",
+        "quantized (bitsandbytes)",
     ),
     "compressed": (
         config(quantization_config={"quant_method": "compressed-tensors"}),
-        "quantised (compressed",
+        "quantized (compressed",
     ),
     "window": (
         config(architectures=["LlamaForCausalLM"], model_type="llama", sliding_window=8),
@@ -295,8 +295,8 @@ def test_a_stale_index_is_told_of(
     ):
         caplog.clear()
         read()
-        assert caplog.messages == [f"{model}: {INDEX} lies beside model.safetensors and is not read, as "
-                                   "transformers has it"]  # fmt: skip
+        assert caplog.messages == [f"{model}: {INDEX} is next to model.safetensors and is not read, as in "
+                                   "transformers"]  # fmt: skip
     assert largest_difference(model, tmp_path / "out", prompts=2)[0] < 1e-3
 
 

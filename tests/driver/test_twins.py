@@ -1,4 +1,4 @@
-"""torchrun killed with -9, and a second run in a directory that is in use."""
+"""Tests torchrun killed by SIGKILL, and a second run in a directory that is in use."""
 
 import os
 import re

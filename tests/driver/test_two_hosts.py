@@ -1,4 +1,4 @@
-"""Two hosts in rehearsal: network namespaces, a cable between them, and what can happen to it."""
+"""Tests runs on two simulated hosts: network namespaces, a link between them, and its failures."""
 
 import json
 import subprocess

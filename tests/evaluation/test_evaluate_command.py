@@ -1,4 +1,4 @@
-"""python -m megatron_bicc.evaluate on the tiny policy: figures, a kill, mistakes."""
+"""Tests python -m megatron_bicc.evaluate on the tiny policy: figures, a kill, mistakes."""
 
 import json
 import os

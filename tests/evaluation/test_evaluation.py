@@ -1,4 +1,4 @@
-"""avg@k and pass@k against their definitions, the file of answers, and what the benchmarks look like."""
+"""Tests avg@k and pass@k against their definitions, the file of answers, and the benchmarks' columns."""
 
 import itertools
 import json

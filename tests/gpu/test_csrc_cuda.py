@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc/cuda against the CPU packer and PyTorch. Skipped without a GPU or the CUDA build.
+"""Tests the CUDA kernels of csrc/cuda against the CPU packer and PyTorch. Skipped without a GPU or the build.
 
 Shape suffixes: T rows, H heads, D head dimension.
 """

@@ -1,4 +1,4 @@
-"""Run by torchrun: logits of two processes against transformers', log-probs against log_softmax.
+"""Run by torchrun: compares logits of two processes with transformers', log-probs with log_softmax.
 
 torchrun --nproc-per-node 2 logits_worker.py BROKEN MODEL ...
 

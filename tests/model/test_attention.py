@@ -1,4 +1,4 @@
-"""Shared-prefix attention against one causal row a response, values and gradients."""
+"""Tests shared-prefix attention against one causal row per response, values and gradients."""
 
 from types import ModuleType
 

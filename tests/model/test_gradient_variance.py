@@ -1,4 +1,4 @@
-"""The variance of the gradient over groups: its formula, its sketch, and both against exact gradients.
+"""Tests the gradient's variance over groups: formula and sketch, against exact gradients.
 
 Shape suffixes: B groups, V vocabulary, H hidden size, A response rows.
 """

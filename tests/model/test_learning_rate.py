@@ -1,4 +1,4 @@
-"""The learning rate of every update of a run, against the formula that the settings' help gives."""
+"""Tests the learning rate of every update of a run against the formula in the settings' help."""
 
 import math
 from types import SimpleNamespace

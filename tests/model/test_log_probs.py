@@ -1,4 +1,4 @@
-"""Vocabulary-parallel log-probs on one rank against log_softmax and its gradients."""
+"""Tests vocabulary-parallel log-probs on one rank against log_softmax and its gradients."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Logits and log-probs under tensor parallel, and weights that one process refuses for both.
+"""Tests logits and log-probs under tensor parallel, and that weights refused by one process fail on both.
 
 tests/model/test_logits_match_hf.py has logits of one process.
 """

@@ -1,4 +1,4 @@
-"""Logits of megatron-core and of transformers from the same weights, in fp32."""
+"""Tests that megatron-core and transformers compute the same logits from the same weights, in fp32."""
 
 from functools import partial
 from pathlib import Path

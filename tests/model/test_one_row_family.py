@@ -1,4 +1,4 @@
-"""A Llama-like family is one row of FAMILIES: nothing else is needed for weights, logits and export."""
+"""Tests that one row of FAMILIES adds a Llama-like family: weights, logits and export."""
 
 from pathlib import Path
 

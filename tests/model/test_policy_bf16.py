@@ -1,4 +1,4 @@
-"""bf16 weights with fp32 main weights: rounding errors of the shared layout and of the optimizer."""
+"""Tests bf16 weights with fp32 main weights: rounding errors of the shared layout and of the optimizer."""
 
 from pathlib import Path
 

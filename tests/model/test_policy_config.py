@@ -1,4 +1,4 @@
-"""What config.json may say: what the policy does not compute is refused, what transformers ignores is not."""
+"""Tests config.json: refuses what the policy does not compute, accepts what transformers ignores."""
 
 import json
 import shutil
@@ -199,7 +199,7 @@ def test_other_values_are_refused_or_change_nothing(
         try:
             found = generated(path)
         except UserError as error:  # of weights whose shapes are others
-            assert "config.json asks for" in str(error)
+            assert "config.json requires" in str(error)
             continue
         assert found[0] == tokens, (key, value)
         np.testing.assert_allclose(found[1], log_probs, atol=1e-5, err_msg=f"{key} {value}")
@@ -244,7 +244,7 @@ def test_refusals_say_what_to_do(model_dirs: dict[str, Path], tmp_path: Path) ->
         (
             "qwen2",
             {"quantization_config": {"quant_method": "fp8"}},
-            r"quantised \(fp8\).*; dequantise them first",
+            r"quantized \(fp8\).*; dequantize them first",
         ),
         ("qwen2", {"model_type": "qwen3"}, "model_type is 'qwen3', but architectures names Qwen2ForCausalLM"),
         (

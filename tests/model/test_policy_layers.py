@@ -1,4 +1,4 @@
-"""What layers are built of where Transformer Engine or apex is installed, by construction."""
+"""Tests, by construction, the layers that Transformer Engine or apex provide if installed."""
 
 import logging
 import re

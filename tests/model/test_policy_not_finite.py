@@ -1,4 +1,4 @@
-"""A gradient, weight, log-prob or reward that is not finite ends the run before anything is made of it."""
+"""Tests that a gradient, weight, log-prob or reward that is not finite ends the run before it is used."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Which parameters weight decay shrinks."""
+"""Tests which parameters weight decay applies to."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Random batches and settings for the packer's tests, and what they have in common."""
+"""Random batches and settings for the packer's tests, and properties that all packings share."""
 
 from dataclasses import dataclass, fields, replace
 from itertools import product

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Feeds malformed batches and settings to the packer: it must pack them or raise ValueError, nothing else.
+"""Feeds malformed batches and settings to the packer, which must pack them or raise ValueError.
 
-What it packs must equal the oracle. A crash ends this process with a signal; the inputs follow from --seed.
+Packed results must equal the oracle's. A crash ends this process with a signal; --seed determines the inputs.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The packer's oracle: slow, obvious, and equal to csrc to the bit.
 
-It takes what `pack` accepts and checks no more than overlong responses. A side's context is chosen one token
-at a time and micro-batches are built from Python lists.
+It takes the same arguments as `pack` and checks nothing but overlong responses. It chooses a side's context
+one token at a time and builds micro-batches from Python lists.
 """
 
 from dataclasses import dataclass

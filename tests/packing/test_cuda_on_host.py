@@ -1,4 +1,4 @@
-"""The arithmetic of the CUDA kernels, compiled for the host: it needs no GPU. tests/gpu runs the kernels.
+"""Tests the CUDA kernels' arithmetic, compiled for the host, without a GPU. tests/gpu runs the kernels.
 
 Shape suffixes: T response rows.
 """

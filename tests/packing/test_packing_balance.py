@@ -1,4 +1,4 @@
-"""How full the bins are and how even the ranks, on a workload of realistic lengths."""
+"""Tests the fill of the bins and the balance of the ranks, for realistic lengths."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Packings worked out by hand: contexts, layout, splitting."""
+"""Tests packings worked out by hand: contexts, layout, splitting."""
 
 from dataclasses import replace
 

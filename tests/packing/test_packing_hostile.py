@@ -1,4 +1,4 @@
-"""Malformed input: one clear exception that names the place, never a crash, never a silent fix."""
+"""Tests malformed input: one exception that names the place, no crash, no silent fix."""
 
 import subprocess
 import sys

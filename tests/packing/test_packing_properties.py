@@ -1,4 +1,4 @@
-"""What holds for every batch: the C++ packer against its oracle and against the definition of the layout."""
+"""Tests properties of every batch: the C++ packer against its oracle and the definition of the layout."""
 
 from collections import Counter
 

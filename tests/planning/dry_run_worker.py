@@ -1,4 +1,4 @@
-"""Several dry runs in one process, which belongs to no other job: their output as JSON.
+"""Does several dry runs in one process, which belongs to no other job; writes their output as JSON.
 
 python dry_run_worker.py '[[world_size, [argument, ...], rank], ...]' out.json
 """

@@ -1,4 +1,4 @@
-"""Several plans in one process, which belongs to no other job: exit status, output and figures as JSON.
+"""Makes several plans in one process, which belongs to no other job; writes status, output, figures as JSON.
 
 python plan_worker.py '{"name": [argument, ...], ...}' DIRECTORY
 """

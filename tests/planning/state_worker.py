@@ -1,4 +1,4 @@
-"""Bytes of weights, gradients and optimizer of real policies, measured rank by rank, and as planned.
+"""Measures bytes of weights, gradients and optimizer of real policies, rank by rank, and plans them.
 
 torchrun --nproc-per-node 2 state_worker.py TINY SMALL EXPERTS out.json
 """

@@ -1,4 +1,4 @@
-"""A run on paper finds what the run itself would stumble over, at any number of processes."""
+"""Tests that a dry run finds the errors that the run would raise, at any number of processes."""
 
 import json
 import shutil
@@ -110,7 +110,7 @@ def test_what_is_absent_is_named(results: dict[str, dict], case: str, unchecked:
         ("heads", ["parallel.tensor=4", "num_key_value_heads=2"]),
         ("world", ["parallel.tensor is 2", "number of processes, 3"]),
         ("missing", ["missing", "tensor model.layers.2.mlp.up_proj.weight is missing"]),
-        ("misshapen", ["misshapen", "model.layers.2.mlp.up_proj.weight", "config.json asks for (256, 128)"]),
+        ("misshapen", ["misshapen", "model.layers.2.mlp.up_proj.weight", "config.json requires (256, 128)"]),
         ("no contrast", ["synthetic.pass_rate is 0", "no group"]),
     ],
 )

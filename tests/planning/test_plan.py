@@ -1,4 +1,4 @@
-"""tools/plan.py: others' published layouts fit, impossible ones do not, and its outputs agree."""
+"""Tests tools/plan.py: published layouts fit, impossible ones do not, all outputs agree."""
 
 import json
 import subprocess

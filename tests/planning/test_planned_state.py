@@ -1,4 +1,4 @@
-"""The dry run's shards and the plan's memory against real policies on two processes: equal to the byte."""
+"""Tests the dry run's shards and the plan's memory against real policies on two processes, to the byte."""
 
 import json
 import subprocess

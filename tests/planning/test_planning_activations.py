@@ -1,4 +1,4 @@
-"""The plan's saved bytes against the storages that a real forward pass keeps alive."""
+"""Tests the plan's saved bytes against the storages that a real forward pass keeps."""
 
 from pathlib import Path
 

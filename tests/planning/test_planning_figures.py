@@ -1,4 +1,4 @@
-"""Memory, traffic and seconds of a plan against arithmetic written out here, on sizes that fit on paper.
+"""Tests memory, traffic and seconds of a plan against arithmetic written out here, on small sizes.
 
 The policy: 8 layers, hidden 64, 8 heads and 4 groups of 8, MLP 96, vocabulary 1000, bf16; on 32 ranks: tensor
 2 with sequence parallel, pipeline 4 of 2 chunks, data 4.

@@ -1,4 +1,4 @@
-"""The plan's counts of rows, pairs and FLOPs against the packer, a brute-force mask and torch's counter."""
+"""Tests the plan's rows, pairs and FLOPs against the packer, a brute-force mask and torch's counter."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Curves: their points, and how they are drawn."""
+"""Tests curves: their points, and how they are drawn."""
 
 import re
 import runpy

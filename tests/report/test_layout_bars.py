@@ -1,4 +1,4 @@
-"""The picture of a packed step, from the packer's own micro-batches to the bars of the page."""
+"""Tests the chart of a packed step, from the packer's micro-batches to the bars of the page."""
 
 import re
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The page, drawn from files that the run's own writer wrote."""
+"""Tests the page, from files written by the run's own writer."""
 
 import re
 from pathlib import Path

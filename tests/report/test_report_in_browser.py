@@ -1,4 +1,4 @@
-"""report.html in a headless Chromium: silent, alone, fitting, usable by keyboard, deaf to its rollouts."""
+"""Tests report.html in headless Chromium: no errors or requests, layout, keyboard, hostile rollouts."""
 
 import re
 import shutil

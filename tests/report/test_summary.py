@@ -1,4 +1,4 @@
-"""The summary of the report: what happened, and which settings differ."""
+"""Tests the report's summary: progress, comparisons, and differing settings."""
 
 from megatron_bicc.report.page import differing_settings, sentences
 from megatron_bicc.report.runs import Run

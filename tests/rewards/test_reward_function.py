@@ -1,4 +1,4 @@
-"""reward.verifier by import path: what a user's function is given, and what becomes of its mistakes."""
+"""Tests reward.verifier by import path: the function's arguments, and errors for its mistakes."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Final answers: found in a response, compared by mathematics, never hanging."""
+"""Tests final answers: found in a response, compared as mathematics, in bounded time."""
 
 import json
 import os

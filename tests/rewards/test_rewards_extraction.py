@@ -1,4 +1,4 @@
-"""How answers are marked: read in every style, asked for by prompts, and said when nothing is read."""
+"""Tests the styles of marking answers: reading, detection in prompts, and warnings when nothing is read."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Run by test_streaming_sampler_ranks.py: streaming_sampler_worker.py OUT, on three processes."""
+"""Worker of test_streaming_sampler_ranks.py: streaming_sampler_worker.py OUT, on three processes."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The local engine: samples that their seed fixes, log-probs that a forward pass confirms."""
+"""Tests the local engine: samples determined by their seed, log-probs equal to a forward pass."""
 
 import json
 import shutil

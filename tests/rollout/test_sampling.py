@@ -1,4 +1,4 @@
-"""Dynamic sampling: enough groups with contrast, a cap, what is left over, and resuming to the group."""
+"""Tests dynamic sampling in rounds: enough groups with contrast, the cap, leftovers, exact resume."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Groups on their way from the servers: in the order in which they finish, bounded, and given up for good."""
+"""Tests the stream of groups from servers: order of completion, bounds, aborts."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Dynamic sampling on an engine that streams: prompts asked for while others run, and what is over."""
+"""Tests dynamic sampling on a streaming engine: prompts submitted while others run, and surplus groups."""
 
 import pytest
 from support.scripted import GROUP_SIZE, PROMPTS, WANTED, Scripted, drawn, indices, make_collector, some, step

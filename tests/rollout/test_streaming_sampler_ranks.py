@@ -1,4 +1,4 @@
-"""Three processes look for groups with contrast together."""
+"""Tests that three processes search for groups with contrast together."""
 
 import json
 import subprocess

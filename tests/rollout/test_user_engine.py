@@ -1,4 +1,4 @@
-"""A rollout engine from a user's file: a run trains on its rollouts and gives it every step's weights."""
+"""Tests a rollout engine from a user's file: a run trains on its rollouts and syncs weights to it."""
 
 from pathlib import Path
 from types import SimpleNamespace

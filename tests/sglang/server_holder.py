@@ -1,4 +1,4 @@
-"""A trainer as far as its servers can tell: starts two and lives until it is killed.
+"""Stands in for a trainer that owns servers: starts two and lives until it is killed.
 
 python server_holder.py DIRECTORY: prints a line of URLs once they are ready.
 """

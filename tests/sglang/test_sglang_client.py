@@ -1,4 +1,4 @@
-"""The SGLang engine without SGLang: HTTP, answers, settings, the pool, the guard of a process."""
+"""Tests the SGLang engine without SGLang: HTTP, answers, settings, the pool, the guard of a process."""
 
 import json
 import os

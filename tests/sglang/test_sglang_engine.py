@@ -1,7 +1,7 @@
-"""The SGLang engine against two real servers: what it samples, and what it survives.
+"""Tests the SGLang engine against two real servers: its samples, and the faults that it tolerates.
 
-The servers belong to a process of their own (server_holder.py), which stands for a trainer; the tests attach
-to them. The last test kills it. Needs `make sglang`.
+The servers belong to another process (server_holder.py), which stands in for a trainer; the tests attach to
+them. The last test kills it. Needs `make sglang`.
 """
 
 import json

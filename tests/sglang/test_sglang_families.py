@@ -1,4 +1,4 @@
-"""Two steps of training on a real SGLang server, for the architectures that no other test serves.
+"""Tests two training steps on a real SGLang server, for the architectures that no other test serves.
 
 Qwen3 is in test_weight_sync_servers.py, Qwen3-MoE in test_weight_sync_layouts.py.
 """

@@ -1,8 +1,8 @@
-"""Whole runs on real SGLang servers: killed and resumed, robbed of their server, exported into one.
+"""Tests whole runs on real SGLang servers: killed and resumed, a server lost, exported into a server.
 
-A server on a CPU does not sample by the seed that it is sent, so a proxy (support/recording_proxy.py) answers
-what it has been asked before as the server did then. With that a resumed run must equal one that was never
-stopped. Needs `make sglang`.
+A server on a CPU ignores the seed of a request, so a proxy (support/recording_proxy.py) answers repeated
+requests as the server did the first time. With that a resumed run must equal one that was never stopped.
+Needs `make sglang`.
 """
 
 import json

@@ -1,1 +1,1 @@
-"""What several tests share: models, examples, and the Hugging Face reference of a step."""
+"""Shared helpers of the tests: models, examples, and the Hugging Face reference of a step."""

@@ -1,4 +1,4 @@
-"""One optimizer step of every preset, cut in many ways, for the tests of the normalisation contract."""
+"""One optimizer step of every preset, split in many ways, for the tests of the normalisation contract."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,34 +24,34 @@ from support.steps import TOKENIZER, hf_gradients, make_config, make_examples, p
 
 ALGORITHMS = tuple(f"{preset}{additions}" for preset in PRESETS for additions in ("", "+bicc+rcc"))
 OUTCOMES = (*3 * ((1, 0, 0, 1, 1), (0, 1, 0, 1, 0, 0), (1, 0), (0, 0, 1)), (1, 1, 1))
-"""Rewards of 13 groups; the last has no contrast and yet counts in every denominator"""
+"""Rewards of 13 groups; the last has no contrast, but counts in every denominator"""
 
 LONGEST_ROW = 32
-"""Rows that a micro-batch must at least hold: a prompt and a response"""
+"""Smallest budget of a micro-batch in rows: a prompt and a response"""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step came to."""
+    """The outcome of a step."""
 
     loss: float
     gradients: dict[str, torch.Tensor]
     micro_batches: list[int]
-    """Of every data-parallel rank: of the bilateral layout where there are two"""
+    """Number per data-parallel rank, in the bilateral layout if there are two layouts"""
 
 
 class OffPolicyLearner(Learner):
-    """Takes the engine's log-probs for those of the old policy: ratios leave 1, so that clips act."""
+    """Uses the engine's log-probs as the old policy's: ratios differ from 1, so that clipping acts."""
 
     def _log_probs(self, batch: StepBatch, plain: PackedLayout) -> TokenLogProbs:
         return replace(super()._log_probs(batch, plain), old_T=batch.rollout_logp_T)
 
 
 class Stepper:
-    """Takes steps of every preset, with one policy under the process groups that are there."""
+    """Takes steps of every preset, with one policy under the existing process groups."""
 
     def __init__(self, inputs: Path, **parallel: int) -> None:
-        """`inputs` is `save_inputs`'."""
+        """inputs: the directory that `save_inputs` wrote."""
         self.path, self.parallel = inputs / "reference", parallel
         self.groups: list[Group] = torch.load(inputs / "groups.pt", weights_only=False)
         self.dp_size = parallel_state.get_data_parallel_world_size()
@@ -62,7 +62,7 @@ class Stepper:
         self.moved = self.policy.host_copy()
 
     def step(self, algorithm: str, micro_batches: int, order: Sequence[int] = range(len(OUTCOMES))) -> Step:
-        """A step in so many micro-batches a rank, over the groups in that order."""
+        """Takes a step with that many micro-batches per rank, over the groups in that order."""
         config = self._configure(algorithm)
         config.train.max_tokens_per_microbatch = self._budgets(config.bicc.enabled)[micro_batches]
         self.policy.set_weights(self.reference)
@@ -74,16 +74,16 @@ class Stepper:
         return Step(result.loss, hf_gradients(self.policy), [len(rank) for rank in ranks])
 
     def _configure(self, algorithm: str) -> Config:
-        """Beside BICC and RCC, every term of the loss is on."""
+        """Returns a configuration; with BICC and RCC, every other term of the loss is on as well."""
         terms = {"loss__kl_coefficient": 0.1, "loss__entropy_coefficient": 0.01, "loss__tis_cap": 1.1}
         config = make_config(self.path, algorithm, **(terms if "+" in algorithm else {}))
         config.train.max_sequence_tokens, config.bicc.context_ratio = 64, 0.25  # contexts are cut
         config.parallel = replace(config.parallel, **self.parallel)
         return config
 
-    @cache  # noqa: B019 a test holds one
+    @cache  # noqa: B019 a test keeps one
     def _budgets(self, bicc: bool) -> dict[int, int]:
-        """Numbers of micro-batches a rank, and a token budget that gives each."""
+        """Returns, for each possible number of micro-batches per rank, a token budget that gives it."""
         config = self._configure("bicc" if bicc else "grpo")
         settings = packing_settings(config, self.policy.hf_config, TOKENIZER)[bicc]
         rollouts = collate(self.groups[:-1]).rollouts
@@ -96,7 +96,7 @@ class Stepper:
 
 
 def save_inputs(root: Path) -> None:
-    """The reference policy, the policy in training, which has moved away from it, and the groups."""
+    """Saves the reference policy, the policy in training, which differs from it, and the groups."""
     model = make_model("qwen3_tied")
     model.save_pretrained(root / "reference")
     perturb(model).save_pretrained(root / "moved")

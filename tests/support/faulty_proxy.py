@@ -1,4 +1,4 @@
-"""A proxy before a real server that spoils some of its answers."""
+"""A proxy of a real server that replaces some of its answers by faults."""
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ ANSWERS: dict[Fault, bytes] = {
 
 
 class FaultyProxy(Proxy):
-    """Passes everything on but the next `count` requests to generate, which get the fault for an answer."""
+    """Forwards everything except the next `count` requests to /generate, which it answers with the fault."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -22,11 +22,11 @@ class FaultyProxy(Proxy):
         self._count = 0
 
     def spoil(self, fault: Fault, count: int) -> None:
-        """From now on, until `count` requests were spoiled."""
+        """Answers the next `count` requests with the fault."""
         self._fault, self._count = fault, count
 
     async def answer(self, path: str, request: bytes) -> bytes | None:
-        """The fault, for a request to generate while there are some to spoil."""
+        """Returns the fault for a request to /generate while the count lasts; else None."""
         if path != "/generate" or not self._count:
             return None
         self._count -= 1

@@ -1,4 +1,4 @@
-"""What runs leave behind, in forms that can be compared."""
+"""Reads the output of finished runs in forms that can be compared."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def metrics(out: Path) -> list[dict]:
-    """metrics.jsonl without the times, which differ from run to run."""
+    """Returns metrics.jsonl without the times, which differ between runs."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
 
 
 def state(checkpoint: Path) -> dict[str, Any]:
-    """The weights of a checkpoint and the optimizer's tensors and numbers, by dotted names. Needs a process
+    """Returns a checkpoint's weights and the optimizer's tensors and numbers, by dotted name. Needs a process
     group."""
     return _flat(dist_checkpointing.load_plain_tensors(str(checkpoint)))
 
@@ -29,7 +29,7 @@ def _flat(tree: Any, name: str = "") -> dict[str, Any]:
 
 
 def assert_equal(held: dict[str, Any], expected: dict[str, Any]) -> None:
-    """To the bit."""
+    """Asserts that two states are equal to the bit."""
     assert held.keys() == expected.keys()
     for name, value in expected.items():
         same = torch.equal(held[name], value) if isinstance(value, Tensor) else held[name] == value
@@ -37,12 +37,12 @@ def assert_equal(held: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def progress(checkpoint: Path) -> dict[str, Any]:
-    """Where the run of a checkpoint stood, without its settings: they name directories and servers."""
+    """Returns a checkpoint's progress without the run's settings, which name directories and servers."""
     return json.loads((checkpoint / "progress.json").read_text()) | {"config": None}
 
 
 def one_line(ended: dict) -> str:
-    """The line that a run ends in which has given up, by {"status": exit status, "err": stderr}."""
+    """Returns the error line of a failed run, given {"status": exit status, "err": stderr}."""
     assert ended["status"] == 2, ended
     (line,) = [line for line in ended["err"].splitlines() if "error: " in line]
     assert "Traceback" not in ended["err"]

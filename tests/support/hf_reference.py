@@ -1,6 +1,6 @@
-"""A training step made only of Hugging Face models, one row a response, and plain autograd: slow and obvious.
+"""A training step in plain Hugging Face models and autograd, one row per response: slow and obvious.
 
-Nothing of the product is used here but its configuration classes.
+It uses nothing of the package but its configuration classes.
 """
 
 import math
@@ -28,7 +28,7 @@ class Example:
 def response_logp(
     model: PreTrainedModel, prefix: list[int], response: list[int], temperature: float
 ) -> torch.Tensor:
-    """log p of each response token, by one unpacked forward pass."""
+    """Returns log p of each response token, by one unpacked forward pass."""
     log_p = next_token_log_probs(model, prefix, response, temperature)
     return log_p.gather(-1, torch.tensor(response)[:, None])[:, 0]
 
@@ -36,13 +36,13 @@ def response_logp(
 def next_token_log_probs(
     model: PreTrainedModel, prefix: list[int], response: list[int], temperature: float
 ) -> torch.Tensor:
-    """[response length, vocabulary]: log p of every token at each place of the response."""
+    """Returns log p of every token at each position of the response, [response length, vocabulary]."""
     logits = model(torch.tensor([prefix + response])).logits[0, len(prefix) - 1 : -1]
     return (logits / temperature).log_softmax(-1)
 
 
 def context_of(group: Example, i: int) -> list[int]:
-    """Every opposite response, labelled, without its end of sequence; budgets are not reached here."""
+    """Returns the context: every opposite response after its header, without end token or budget."""
     right = group.rewards[i] > 0.5
     tokens: list[int] = []
     for response, reward in zip(group.responses, group.rewards, strict=True):
@@ -53,7 +53,7 @@ def context_of(group: Example, i: int) -> list[int]:
 
 
 def baseline(group: Example, delta: list[float], config: Config) -> float:
-    """Mean reward, or b* of RCC."""
+    """Returns the mean reward, or b* of RCC."""
     rewards, n = group.rewards, len(group.rewards)
     mean = sum(rewards) / n
     if not config.rcc.enabled:
@@ -66,7 +66,7 @@ def baseline(group: Example, delta: list[float], config: Config) -> float:
 
 
 def token_loss(logp: torch.Tensor, old: torch.Tensor, advantage: float, config: Config) -> torch.Tensor:
-    """PPO's clipped loss of each token, with the dual clip where it is on."""
+    """Returns PPO's clipped loss of each token, with the dual clip if it is on."""
     ratio = (logp - old).exp()
     clipped = ratio.clamp(1 - config.loss.clip_low, 1 + config.loss.clip_high)
     loss = -torch.minimum(ratio * advantage, clipped * advantage)
@@ -82,7 +82,7 @@ def regularisation(
     response: list[int],
     config: Config,
 ) -> torch.Tensor:
-    """KL penalty less entropy bonus at each token of a response, given its prompt alone."""
+    """Returns KL penalty less entropy bonus at each token of a response, given the prompt alone."""
     temperature, loss = config.rollout.temperature, config.loss
     log_p = next_token_log_probs(policy, prompt, response, temperature)
     total = loss.entropy_coefficient * (log_p.exp() * log_p).sum(-1)
@@ -101,7 +101,7 @@ def reference_loss(
     groups: list[Example],
     config: Config,
 ) -> torch.Tensor:
-    """The loss of a whole step under GRPO's aggregation, with gradients for `policy`."""
+    """Returns the loss of a whole step under GRPO's aggregation, differentiable in `policy`."""
     total, count = torch.zeros(()), sum(len(group.responses) for group in groups)
     weight = config.bicc.weight if config.bicc.enabled else 0.0
     for group in groups:

@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces joined by a cable that can be cut. Needs root and iproute2."""
+"""Simulates two hosts by network namespaces with a link that can be cut. Needs root and iproute2."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ CLONE_NEWNET = 0x40000000
 
 
 def why_not() -> str:
-    """Why this machine cannot play two hosts; empty if it can."""
+    """Returns why this machine cannot simulate two hosts; empty if it can."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         return "two hosts need root and iproute2"
     with_one = subprocess.run(["ip", "netns", "add", "bicc_try"], capture_output=True, text=True)
@@ -24,7 +24,7 @@ def why_not() -> str:
 
 @contextmanager
 def two_hosts() -> Iterator[None]:
-    """Both hosts, joined; afterwards they are gone, with every process on them."""
+    """Creates both hosts and their link; removes them afterwards, with every process on them."""
     remove_hosts()
     for name in NAMES:
         _ip("netns", "add", name)
@@ -40,31 +40,31 @@ def two_hosts() -> Iterator[None]:
 
 
 def remove_hosts() -> None:
-    """Kills what runs on the hosts and takes them away; nothing if there are none."""
+    """Kills all processes on the hosts and removes the hosts, if they exist."""
     for host, name in enumerate(NAMES):
         kill_host(host)
         subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
 def cut_cable() -> None:
-    """From now on packets are lost, as silently as on a real cable."""
+    """Cuts the link: packets are lost silently, as on an unplugged cable."""
     _ip("-n", NAMES[0], "link", "set", "eth0", "down")
 
 
 def mend_cable() -> None:
-    """The cable as it was."""
+    """Restores the link."""
     _ip("-n", NAMES[0], "link", "set", "eth0", "up")
 
 
 def kill_host(host: int) -> None:
-    """SIGKILL to every process on a host at once."""
+    """Sends SIGKILL to every process on a host."""
     pids = subprocess.run(["ip", "netns", "pids", NAMES[host]], capture_output=True, text=True).stdout
     for pid in pids.split():
         os.kill(int(pid), signal.SIGKILL)
 
 
 def move_to_host(host: int) -> None:
-    """This process, and those that it starts from now on, are on that host."""
+    """Moves this process, and all that it starts later, to that host."""
     with open(f"/var/run/netns/{NAMES[host]}") as namespace:
         if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), "setns")

@@ -1,4 +1,4 @@
-"""Packed batches laid out by hand."""
+"""Packed batches built by hand."""
 
 import numpy as np
 import torch
@@ -8,18 +8,18 @@ from megatron_bicc.packing.types import MicroBatch
 
 
 def causal_batch(tokens: torch.Tensor) -> PackedBatch:
-    """One causal sequence whose rows all belong to the prefix."""
+    """Returns one causal sequence whose rows all belong to the prefix."""
     ids = tokens.numpy().astype(np.int32)
     return PackedBatch.make(_one_sequence(ids, np.zeros_like(ids), len(ids)), torch.device("cpu"))
 
 
 def row_batch(tokens: np.ndarray) -> PackedBatch:
-    """One causal sequence, int32 [N + 1], all of whose N rows are a response: nothing is shared."""
+    """Returns one causal sequence of tokens int32 [N + 1], all of whose N rows are a response."""
     return PackedBatch.make(_one_sequence(tokens[:-1], tokens[1:], 0), torch.device("cpu"))
 
 
 def _one_sequence(tokens_N: np.ndarray, labels_N: np.ndarray, prefix: int) -> MicroBatch:
-    """A side with one response (none if the prefix takes all rows); no features."""
+    """Returns a side with one response (none if the prefix takes all rows); no features."""
     length, response = len(tokens_N), len(tokens_N) - prefix
     cu = lambda *lengths: np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)  # noqa: E731
     segments = [response] if response else []

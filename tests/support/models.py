@@ -53,7 +53,7 @@ YARN_ROPE = {
 
 
 def make_model(name: str, layers: int = 2) -> PreTrainedModel:
-    """A random Hugging Face model of each family and of each feature that a family may have."""
+    """Returns a random Hugging Face model; there is one for each family and for each optional feature."""
     shape = SHAPE | {"num_hidden_layers": layers}
     sizes = {"hidden_size": 48, "intermediate_size": 80}
     experts = {"moe_intermediate_size": 40, "num_experts": 4, "head_dim": 16}
@@ -90,14 +90,14 @@ def make_model(name: str, layers: int = 2) -> PreTrainedModel:
     torch.manual_seed(7)
     model = make[name]()
     for parameter_name, parameter in model.named_parameters():
-        # norms of one and biases of zero would hide a mistake
+        # norms of one and biases of zero would hide bugs
         if parameter_name.endswith("bias") or "norm" in parameter_name:
             torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.2)
     return model.float().eval()
 
 
 def save_models(root: Path) -> dict[str, Path]:
-    """Directories of all models, by name."""
+    """Saves all models; returns their directories by name."""
     for name in MODELS:
         make_model(name).save_pretrained(root / name)
     return {name: root / name for name in MODELS}

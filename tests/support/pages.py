@@ -1,4 +1,4 @@
-"""The page as a reader and as its script sees it."""
+"""Parses a report page: its visible text and the data of its script."""
 
 import json
 import re
@@ -26,5 +26,5 @@ class Page(HTMLParser):
 
 
 def browser_data(page: Page) -> dict:
-    """What report.js reads."""
+    """Returns the data that report.js reads."""
     return json.loads(re.search(r'id="group-data">(.*?)</script>', page.html)[1])

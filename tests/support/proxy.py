@@ -1,4 +1,4 @@
-"""A TCP proxy before a real server, for tests that look at what passes, or answer in the server's place."""
+"""A TCP proxy of a real server, for tests that record the traffic or answer instead of the server."""
 
 import asyncio
 import contextlib
@@ -6,7 +6,7 @@ import threading
 
 
 class Proxy:
-    """Passes everything on, one request a connection, but for what `answer` answers itself."""
+    """Forwards every request for which `answer` returns None; one request per connection."""
 
     def __init__(self, url: str) -> None:
         self._host, port = url.removeprefix("http://").split(":")
@@ -18,14 +18,14 @@ class Proxy:
         self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def answer(self, path: str, request: bytes) -> bytes | None:
-        """What goes back in place of the server's answer; None: the server's.
+        """Returns an answer to send instead of the server's; None: forward the request.
 
-        request: with its body, unless that comes in chunks.
+        request: HTTP with its body, unless that comes in chunks.
         """
         return None
 
     async def ask(self, request: bytes) -> bytes:
-        """The server's whole answer."""
+        """Returns the server's whole answer to a request."""
         upstream, out = await asyncio.open_connection(self._host, self._port)
         out.write(request)
         answer = await upstream.read()
@@ -33,11 +33,11 @@ class Proxy:
         return answer
 
     def close(self) -> None:
-        """From now on connections are refused."""
+        """Refuses connections from now on."""
         self._loop.call_soon_threadsafe(self._server.close)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # a side that is gone: the other one's connection ends, too
+        # if one side is gone, the other side's connection is closed too
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             path, request = await _read(reader)
             answer = await self.answer(path, request)
@@ -52,7 +52,7 @@ class Proxy:
     ) -> None:
         upstream, out = await asyncio.open_connection(self._host, self._port)
         out.write(request)
-        # a trainer that is killed takes its connections with it
+        # when a trainer is killed, the server must see its connection close
         ways = [asyncio.create_task(_copy(reader, out)), asyncio.create_task(_copy(upstream, writer))]
         await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         for way in ways:
@@ -62,7 +62,7 @@ class Proxy:
 
 
 async def _read(reader: asyncio.StreamReader) -> tuple[str, bytes]:
-    """The path of a request, and what is to be passed on of it before the chunks of its body."""
+    """Returns a request's path, and its bytes to forward, without a chunked body."""
     head = await reader.readuntil(b"\r\n\r\n")
     lines = [line for line in head[:-4].split(b"\r\n") if not line.lower().startswith(b"connection:")]
     lengths = [line for line in lines if line.lower().startswith(b"content-length:")]

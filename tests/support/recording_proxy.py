@@ -1,4 +1,4 @@
-"""A proxy before a real SGLang server that knows what rollouts were asked for, and of which weights."""
+"""A proxy of a real SGLang server that records the rollout requests and the server's weights at each."""
 
 import asyncio
 import json
@@ -11,46 +11,46 @@ from support.proxy import Proxy
 
 
 class Asked(NamedTuple):
-    """A request for the rollouts of a prompt. Equal ones are to be answered alike."""
+    """A request for the rollouts of a prompt. Equal requests must get equal answers."""
 
     prompts: str
     """Token ids, as JSON"""
     sampling: str
     """Sampling parameters, seeds among them, as JSON"""
     version: str
-    """Weight version that the server was last told"""
+    """Weight version that was last set on the server"""
     weights: str
-    """The server's own checksums of the weights that it had then"""
+    """The server's own checksums of its weights at that time"""
 
 
 class RecordingProxy(Proxy):
-    """Passes everything on. With `replay` a request that it has seen before gets the answer of that time."""
+    """Forwards everything. With `replay` a repeated request gets the recorded answer."""
 
     def __init__(self, url: str, replay: bool) -> None:
         super().__init__(url)
         self.asked: list[Asked] = []
-        """Every request for rollouts, in the order in which they came"""
+        """All requests for rollouts, in order of arrival"""
         self.said: dict[Asked, bytes] = {}
-        """With `replay`: the answers, HTTP with its headers"""
+        """With `replay`: recorded answers, HTTP with headers"""
         self.requests: Counter[str] = Counter()
-        """By path"""
+        """Number of requests by path"""
         self._client, self._replay = ServerClient(url), replay
         self._version, self._weights = "", ""
         self._trap: tuple[str, str, Callable[[], object]] | None = None
         self._left = 0
 
     def trap(self, path: str, version: str, nth: int, act: Callable[[], object]) -> None:
-        """Acts once: before the nth request from now, to this path while the weights are of this version, is
-        passed on."""
+        """Calls `act` once, just before it forwards the nth request from now to this path at this weight
+        version."""
         self._trap, self._left = (path, version, act), nth
 
     def drain(self) -> list[Asked]:
-        """What was asked for since the last call."""
+        """Returns the requests since the last call."""
         asked, self.asked = self.asked, []
         return asked
 
     async def answer(self, path: str, request: bytes) -> bytes | None:
-        """That of the first time, where there was one."""
+        """Records the request; with `replay`, returns the recorded answer."""
         body = request.partition(b"\r\n\r\n")[2]
         if path == "/update_weight_version":
             await self._named(json.loads(body)["new_version"])
@@ -90,5 +90,5 @@ class RecordingProxy(Proxy):
 
 
 def _is_rollout(body: bytes) -> bool:
-    """Whether the engine sent it, which names its requests, and not the start-up or a weight sync's check."""
+    """Returns whether the engine sent it: start-up and weight sync do not set request ids."""
     return "rid" in json.loads(body)

@@ -1,4 +1,4 @@
-"""Runs as the run's own writer leaves them, for the tests of the report."""
+"""Run directories, written by the package's own writer, for the tests of the report."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def documented_metrics() -> list[str]:
-    """Every key that docs/metrics.md documents, sides spelled out and groups of four."""
+    """Returns every key that docs/metrics.md documents, for both sides and for groups of four."""
     keys: list[str] = []
     page = (REPOSITORY / "docs" / "metrics.md").read_text()
     for cell in re.findall(r"^\| (`[^|]*) \|", page, re.MULTILINE):
@@ -36,7 +36,7 @@ def rollout(text: str, correct: bool, context: str) -> dict:
 
 
 def group(number: int, right: int = 2, wrong: int = 3, context: str = "seen: ") -> dict:
-    """Prompt "prompt-NUMBER"; the context of each side speaks of the other."""
+    """Returns a group with the prompt "prompt-NUMBER"; each side's context names the other side."""
     contexts = [context + "wrong ones", context + "right ones"] if context and right and wrong else ["", ""]
     rollouts = [rollout(f"right-{number}-{i}", True, contexts[0]) for i in range(right)]
     rollouts += [rollout(f"wrong-{number}-{i}", False, contexts[1]) for i in range(wrong)]
@@ -44,7 +44,7 @@ def group(number: int, right: int = 2, wrong: int = 3, context: str = "seen: ") 
 
 
 def layout() -> dict:
-    """One group in two micro-batches of 100 rows on two ranks: its right side, its wrong side and padding."""
+    """Returns one group in two micro-batches of 100 rows on two ranks: right side, wrong side, padding."""
     right = {"group": 0, "prefix": 30, "responses": [20, 25], "correct": [True, True]}
     wrong = {"group": 0, "prefix": 40, "responses": [10, 10, 11], "correct": [False, False, False]}
     ranks = [[{"padding": 0, "sides": [right]}], [{"padding": 1, "sides": [wrong]}]]
@@ -52,7 +52,7 @@ def layout() -> dict:
 
 
 def make_run(directory: Path, steps: int = 30, bicc: bool = True) -> Path:
-    """A run with the metrics that the tests ask for, a group at every step, and nothing else."""
+    """Writes a run with the metrics that the tests need and a group at every step."""
     writer = MetricsWriter(directory, tensorboard=False, wandb_project="")
     writer.write(0, {"eval/pass_at_1": 0.5})
     for step in range(1, steps + 1):
@@ -74,7 +74,7 @@ def make_run(directory: Path, steps: int = 30, bicc: bool = True) -> Path:
 
 
 def make_full_run(directory: Path, steps: int, groups: list[dict], settings: dict) -> Path:
-    """A run with every documented metric at each step; groups and a layout at every third step."""
+    """Writes a run with every documented metric at each step; groups and a layout at every third step."""
     writer = MetricsWriter(directory, tensorboard=False, wandb_project="")
     write_settings(directory, settings)
     keys = documented_metrics()

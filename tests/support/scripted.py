@@ -1,4 +1,4 @@
-"""A search without a model: test doubles of an engine that streams and of a tokenizer."""
+"""Test doubles of a streaming engine and of a tokenizer, for dynamic sampling without a model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +19,9 @@ END = 9
 
 
 class Scripted:
-    """Test double of an engine and its stream: groups finish in the order of their times, one at each `next`.
+    """Test double of an engine and its stream: groups finish in the order of their times, one per `next`.
 
-    rights: by prompt, the number of its right samples. seconds: by prompt, how long it takes.
+    rights: prompt -> number of right samples. seconds: prompt -> duration.
     """
 
     def __init__(self, rights: Callable[[int], int], seconds: Callable[[int], float] = lambda _: 1.0) -> None:
@@ -34,7 +34,7 @@ class Scripted:
         self.fails_at: int | None = None
 
     def generate(self, requests: object, sampling: object) -> None:
-        raise AssertionError("an engine that streams is not asked in rounds")
+        raise AssertionError("generate must not be called on an engine that streams")
 
     memory_released = counts = close = generate
 
@@ -65,7 +65,7 @@ class Scripted:
 
 
 class Words:
-    """Test double of a tokenizer: a token is its own text, and none is special."""
+    """Test double of a tokenizer: a token's text is its id, and no token is special."""
 
     def batch_decode(self, tokens: list[np.ndarray], **_: object) -> list[str]:
         return ["".join(map(str, one)) for one in tokens]
@@ -89,7 +89,7 @@ def make_collector(**rollout: object) -> Collector:
 
 
 def some(prompt: int) -> int:
-    """Right samples: none, half or all."""
+    """Returns the number of right samples of a prompt: none, half or all."""
     return (0, 2, 4)[prompt % 3]
 
 

@@ -1,4 +1,4 @@
-"""Steps that tests run through the product and through the reference: configurations, groups, policies."""
+"""Inputs of steps that tests run by the package and by the reference: configurations, groups, policies."""
 
 import copy
 import shutil
@@ -27,11 +27,11 @@ HEADERS = {"wrong": WRONG, "right": RIGHT, "answer": ANSWER}
 TOKENIZER = SimpleNamespace(
     eos_token_id=EOS, get_added_vocab=dict, encode=lambda text, add_special_tokens: HEADERS[text]
 )
-"""Test double for a tokenizer: the headers' token ids are given, nothing else is encoded."""
+"""Test double of a tokenizer: it only encodes the headers, to given token ids."""
 
 
 def make_config(path: Path, algorithm: str, **bicc_or_rcc: object) -> Config:
-    """fp32, micro-batches small enough that the step takes several."""
+    """Returns a configuration in fp32, with micro-batches so small that a step has several."""
     config = Config(algorithm=algorithm)
     config.model.path, config.model.dtype = str(path), "float32"
     config.rollout.temperature = 0.8
@@ -52,7 +52,7 @@ OUTCOMES = ((1, 0, 0, 1, 1), (0, 0, 0, 1, 0, 0), (1, 1, 1), (1, 0))
 def make_examples(
     model: PreTrainedModel, temperature: float, outcomes: Sequence[Sequence[int]] = OUTCOMES
 ) -> list[Example]:
-    """Ragged groups, each with a response of one token."""
+    """Returns groups of unequal sizes and lengths, each with a response of one token."""
     rng = np.random.default_rng(3)
     groups = []
     for i, rewards in enumerate(outcomes):
@@ -66,7 +66,7 @@ def make_examples(
 
 
 def to_groups(examples: list[Example]) -> list[Group]:
-    """The same as the product's types."""
+    """Converts the examples to the package's types."""
     return [
         Group(
             Prompt(i, [], np.array(e.prompt, np.int32), "", "", {}),
@@ -82,7 +82,7 @@ def to_groups(examples: list[Example]) -> list[Group]:
 
 
 def perturb(model: PreTrainedModel) -> PreTrainedModel:
-    """A policy that has moved away from the reference."""
+    """Returns a policy that differs from the reference."""
     torch.manual_seed(5)
     moved = copy.deepcopy(model)
     for parameter in moved.parameters():
@@ -117,11 +117,11 @@ REGULARISED = {
         KL | {"bicc__weight": 0.3, "bicc__denominator": "conditioned"},
     ),
 }
-"""Likewise, with KL penalties and entropy bonuses of the size of the policy's loss"""
+"""Likewise, with KL penalties and entropy bonuses as large as the policy's loss"""
 
 
 def hf_model(policy: Policy, directory: Path) -> PreTrainedModel:
-    """The policy's weights as a Hugging Face model; `directory`, which is made, holds its files."""
+    """Returns the policy's weights as a Hugging Face model, after exporting them to the new `directory`."""
     directory.mkdir()
     shutil.copy(Path(policy.hf_config.name_or_path) / "config.json", directory)
     tensors = {name: x.clone().contiguous() for name, x in hf_tensors(policy.modules, policy.hf_config)}
@@ -132,8 +132,8 @@ def hf_model(policy: Policy, directory: Path) -> PreTrainedModel:
 def second_update(
     learner: Learner, groups: list[Group], directory: Path
 ) -> tuple[StepResult, PreTrainedModel]:
-    """A batch of rollouts in two updates, each on all of `groups`: the second's result, and the policy that
-    it updates, which the first has moved away from the old policy."""
+    """Takes two updates on all of `groups`. Returns the second one's result, and the policy before it, which
+    the first has moved away from the old policy."""
     learner.config.train.updates_per_step, learner.config.optimizer.lr = 2, 1e-3
     start = learner.policy.host_copy()
     learner.policy = load_policy(learner.config)
@@ -153,9 +153,9 @@ def second_update(
 
 
 def hf_gradients(policy: Policy) -> dict[str, torch.Tensor]:
-    """Gradients of the last step under Hugging Face names, whole, on every rank. Collective.
+    """Returns the last step's gradients under Hugging Face names, whole, on every rank. Collective.
 
-    The policy is of no use afterwards until it is given weights: these are overwritten.
+    Overwrites the policy's weights with them.
     """
     group = parallel_state.get_data_parallel_group()
     for bucket in (b for chunk in policy.chunks for some in chunk.bucket_groups for b in some.buckets):

@@ -1,6 +1,6 @@
 """Cases of the token loss, for its CUDA kernels on a GPU and for their arithmetic on the host.
 
-Shape suffix: T response rows.
+Shape suffixes: T response tokens, all responses one after another, R responses.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ ESTIMATORS = ["k1", "k2", "k3"]
 
 
 def loss_config(objective: str, estimator: str = "k3") -> LossConfig:
-    """Every term that the kernels have is on."""
+    """Returns settings with every term that the kernels have switched on."""
     return LossConfig(
         objective=objective,
         clip_low=0.2,
@@ -27,7 +27,7 @@ def loss_config(objective: str, estimator: str = "k3") -> LossConfig:
 
 
 def loss_inputs(random: np.random.Generator, lengths: list[int]) -> dict[str, np.ndarray]:
-    """Float64 [T] each, in the kernels' order: ratios on both sides of every edge."""
+    """Returns the kernels' inputs in their order, float64 [T] each: ratios on both sides of every edge."""
     rows = sum(lengths)
     old_T = -random.random(rows)
     return {
@@ -43,11 +43,11 @@ def loss_inputs(random: np.random.Generator, lengths: list[int]) -> dict[str, np
 def loss_in_torch(
     inputs: dict[str, torch.Tensor], lengths: list[int], config: LossConfig
 ) -> tuple[float, torch.Tensor]:
-    """(loss, its gradient [T]) by the product's own PyTorch, from float64 inputs."""
+    """Returns (loss, its gradient [T]) by the package's PyTorch code, from float64 inputs."""
     tensors = dict(inputs)
     logp_T = tensors.pop("logp").detach().requires_grad_()
     response_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(logp_T.device)
-    # the kernels have one weight for all terms, and are given mu itself
+    # the kernels have one weight for all terms, and take mu itself
     mismatch = tensors["old_logp"] - tensors.pop("rollout_logp")
     rows = LossRows(
         **tensors, response=response_T, regularisation=tensors["weight"], engine_log_ratio=mismatch
@@ -60,7 +60,7 @@ def loss_in_torch(
 def clip_masks(
     log_ratio_T: np.ndarray, advantage_R: np.ndarray, offsets_R: np.ndarray, config: LossConfig
 ) -> dict[str, np.ndarray]:
-    """bool [T] by edge: the rows that the product's objective says it clipped."""
+    """Returns bool [T] by edge: the tokens that the package's objective reports as clipped."""
     lengths_R = np.diff(offsets_R)
     logp_T = torch.from_numpy(np.asarray(log_ratio_T, np.float64))
     advantage_T = torch.from_numpy(np.repeat(advantage_R, lengths_R).astype(np.float64))

@@ -1,4 +1,4 @@
-"""Runs of two steps in this process, on any of the small policies and with either engine."""
+"""Runs two training steps in this process, on any of the small policies and with either engine."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ SETTINGS = (
     "data.max_prompt_tokens=32",
     *("rollout.prompts_per_step=4", "rollout.group_size=6", "rollout.max_new_tokens=16"),
     *("train.steps=2", "train.max_sequence_tokens=256", "train.max_tokens_per_microbatch=512"),
-    # large: an engine that kept a weight of the step before would be found out
+    # large, so that an engine with a weight of the previous step is detected
     *("optimizer.lr=1e-2", "optimizer.eps=1e-2"),
     "monitoring.tensorboard=false",
 )
@@ -32,7 +32,7 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def save_tokenizer(directory: Path) -> None:
-    """A token a printable character, and the end, named as Qwen2's, at the id of the small policies."""
+    """Saves a tokenizer with one token per printable character, and Qwen2's end token at the models' id."""
     tokens = [string.printable[0], "<|endoftext|>", *string.printable[1:]]
     assert len(tokens) == VOCAB
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
@@ -47,21 +47,21 @@ def save_tokenizer(directory: Path) -> None:
 
 
 def odd(completions: list[Completion]) -> np.ndarray:
-    """A verifier by which about half of a random policy's responses are right."""
+    """Scores about half of a random policy's responses as right."""
     return np.array([sum(map(ord, each.response)) % 2 for each in completions], np.float32)
 
 
 def save_prompts(path: Path) -> Path:
-    """A file of prompts."""
+    """Writes a file of prompts; returns its path."""
     rows = [{"problem": f"{i}+{7 * i}=", "answer": str(8 * i)} for i in range(1, 13)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def train_two_steps(model: Path, root: Path, *settings: str) -> list[dict]:
-    """The metrics of a run, step 0 first. It reads root/model, a copy with a tokenizer, and writes root/run.
+    """Trains; returns the metrics, step 0 first. Reads root/model, a copy with a tokenizer; writes root/run.
 
-    megatron-core's process groups for one process must have been made.
+    megatron-core's process groups for one process must exist.
     """
     shutil.copytree(model, root / "model")
     save_tokenizer(root / "model")
@@ -74,13 +74,13 @@ def train_two_steps(model: Path, root: Path, *settings: str) -> list[dict]:
 
 
 def train_on(server: str, model: Path, root: Path) -> list[dict]:
-    """`train_two_steps` with rollouts of the SGLang server at this URL."""
+    """Calls `train_two_steps` with rollouts of the SGLang server at this URL."""
     engine = ("rollout.engine=sglang", "rollout.launch=attach", f"rollout.sglang.servers={server}")
     return train_two_steps(model, root, *engine)
 
 
 def assert_engine_followed(records: list[dict]) -> None:
-    """The engine sampled both steps from the policy as it was: the second from what the first made of it."""
+    """Asserts that the engine sampled each step with the policy's weights at that step."""
     assert [record["step"] for record in records] == [0, 1, 2]
     for record in records[1:]:
         assert record["train/grad_norm"] > 0

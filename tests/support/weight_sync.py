@@ -1,4 +1,4 @@
-"""A policy's weights and what a real server makes of them, for the tests of the weight sync."""
+"""A policy's weights and a real server's log-probs, for the tests of the weight sync."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -30,25 +30,25 @@ def move(learner: Learner, seed: int) -> None:
 
 
 def stream(learner: Learner) -> Iterator[tuple[str, torch.Tensor]]:
-    """The policy's tensors. Collective."""
+    """Returns the policy's tensors. Collective."""
     with device.megatron():
         yield from hf_tensors(learner.policy.modules, learner.policy.hf_config)
 
 
 def make_sync(config: Config, learner: Learner, pool: ServerPool) -> ServerWeightSync:
-    """The policy's weight sync to the pool's servers."""
+    """Returns the policy's weight sync to the pool's servers."""
     return ServerWeightSync(config, learner.policy, pool, lambda some: learner.log_probs(unscored(some)))
 
 
 def hf_log_probs(model: PreTrainedModel, tokens: list[int]) -> np.ndarray:
-    """Hugging Face's log-probs of tokens[1:]."""
+    """Returns Hugging Face's log-probs of tokens[1:]."""
     with torch.no_grad():
         log_p = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
     return log_p[:-1].gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0].numpy()
 
 
 def served(portal: BlockingPortal, client: ServerClient, tokens: list[int]) -> tuple[np.ndarray, str]:
-    """The server's log-probs of tokens[1:], and the weight version that the answer carries."""
+    """Returns the server's log-probs of tokens[1:], and the weight version in its answer."""
     sampling = {"max_new_tokens": 1, "temperature": 0}
     body = {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
     meta = portal.call(client.generate, body, 30)["meta_info"]
@@ -57,7 +57,7 @@ def served(portal: BlockingPortal, client: ServerClient, tokens: list[int]) -> t
 
 
 def greedy(portal: BlockingPortal, client: ServerClient, tokens: list[int]) -> tuple[int, float]:
-    """The token that the server says next, and its log-prob; it may have keys and values of `tokens`."""
+    """Returns the server's next token and its log-prob; the server may have cached keys of `tokens`."""
     sampling = {"max_new_tokens": 1, "temperature": 0}
     body = {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True}
     log_prob, token, *_ = portal.call(client.generate, body, 30)["meta_info"]["output_token_logprobs"][0]
@@ -65,7 +65,7 @@ def greedy(portal: BlockingPortal, client: ServerClient, tokens: list[int]) -> t
 
 
 def tamper(portal: BlockingPortal, client: ServerClient, name: str, shape: list[int]) -> Any:
-    """Zeros into one of a server's parameters, behind our back; its answer."""
+    """Sets one of a server's parameters to zero, outside of any sync; returns the answer."""
     portal.call(client.post, "/begin_weight_update", {"selector": "all"})
     answer = portal.call(
         client.post,

@@ -1,4 +1,4 @@
-"""The arithmetic problems of the demo and the files that hold them."""
+"""Tests the arithmetic problems of the demo and the files that hold them."""
 
 import random
 import sys

@@ -1,4 +1,4 @@
-"""The attention benchmark at a size of nothing: what its figures are called and how they hang together."""
+"""Tests the attention benchmark at a tiny size: the names of its figures and their relations."""
 
 import sys
 from argparse import Namespace

@@ -1,4 +1,4 @@
-"""`tools/benchmark.py sync` on a real server; what it says of memory bounds the trainer's side of a sync."""
+"""Tests `tools/benchmark.py sync` on a real server; its memory figure bounds the trainer's side of a sync."""
 
 import json
 import subprocess

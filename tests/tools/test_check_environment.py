@@ -1,4 +1,4 @@
-"""Every check of the environment, failing: one line that says what is wrong and what to do.
+"""Tests every failing check of the environment: one line with what is wrong and what to do.
 
 `nvidia-smi` is a test double, a shell script on PATH; ports, directories and clocks are real.
 """

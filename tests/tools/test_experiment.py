@@ -1,4 +1,4 @@
-"""make experiment: statistics by enumeration, probes against the reference step, runs that survive a kill."""
+"""Tests make experiment: statistics by enumeration, probes against the reference step, runs after a kill."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""The launch scripts: dry runs, errors on a machine without GPUs, and the command that they give to torchrun.
+"""Tests the launch scripts: dry runs, errors on a machine without GPUs, and the torchrun command line.
 
 If a test needs GPUs or SLURM, `PYTHON`, `srun` and `scontrol` are test doubles that print their arguments.
 """
@@ -196,7 +196,7 @@ def test_slurm_names_nodes_and_ranks(doubles: Path) -> None:
         ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS is -1; it must be a whole number from 0"),
         ({"NNODES": "eight"}, "NNODES is eight; it must be a whole number from 1"),
         ({"NODE_RANK": "8"}, "NODE_RANK is 8; it must be a whole number from 0 to 7"),
-        ({"PYTHON": "/nowhere/python"}, "there is no /nowhere/python; make setup makes it"),
+        ({"PYTHON": "/nowhere/python"}, "/nowhere/python not found; run make setup"),
         ({"SLURM_SUBMIT_DIR": "/"}, "submit the job from the repository's root"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The demo's policy: its tokenizer, its demonstrations, and what the committed one can do."""
+"""Tests the demo's policy: its tokenizer, its demonstrations, and the committed policy's accuracy."""
 
 import random
 import sys

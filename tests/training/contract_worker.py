@@ -1,8 +1,9 @@
-"""Run by torchrun on two processes: one optimiser step of every preset under data, tensor, pipeline parallel.
+"""Run by torchrun on two processes: one optimizer step of every preset under data, tensor, pipeline parallel.
 
 torchrun --nproc-per-node 2 contract_worker.py INPUTS OUT
 
-INPUTS is support.contract.save_inputs'. Rank 0 writes {(layout, algorithm): support.contract.Step} to OUT.
+INPUTS: written by support.contract.save_inputs. Rank 0 writes {(layout, algorithm): support.contract.Step} to
+OUT.
 """
 
 import sys

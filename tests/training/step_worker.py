@@ -1,11 +1,11 @@
-"""Run by torchrun: optimiser steps under every layout of its number of processes.
+"""Run by torchrun: optimizer steps under every layout of its number of processes.
 
 torchrun --nproc-per-node 2 step_worker.py INPUTS OUT
 
 INPUTS holds, for each model of LAYOUTS, the directories MODEL (the reference policy) and MODEL_moved (the
 policy in training) and the file MODEL.pt (the groups); INPUTS/saved/one is a run's directory, with a
-checkpoint of one process after a step of the model with experts. Rank 0 writes {layout: what run_steps
-returns} to OUT.
+checkpoint of one process after a step of the model with experts. Rank 0 writes {layout: result of run_steps}
+to OUT.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Rollouts as flat arrays: checked once, selected by group."""
+"""Tests rollouts as flat arrays: checked once, selected by group."""
 
 from dataclasses import replace
 

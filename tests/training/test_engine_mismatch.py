@@ -1,4 +1,4 @@
-"""A rollout engine that computes another model than the policy: a warning, or a stop before any update."""
+"""Tests an engine that computes another model than the policy: a warning, or a stop before any update."""
 
 import logging
 from pathlib import Path

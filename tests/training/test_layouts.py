@@ -1,4 +1,4 @@
-"""The same steps under every layout of up to four processes: loss, gradient norm, updated weights."""
+"""Tests the same steps under every layout of up to four processes: loss, gradient norm, updated weights."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The metrics of an optimiser step against Hugging Face models, one row a response."""
+"""Tests the metrics of an optimizer step against Hugging Face models, one row per response."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A step's gradient does not depend on how the step is cut, for any preset, with and without BICC and RCC."""
+"""Tests that no way to split a step changes its gradient, for all presets, with and without BICC and RCC."""
 
 from pathlib import Path
 

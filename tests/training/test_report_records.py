@@ -1,4 +1,4 @@
-"""A step's metrics and report where KL and entropy take groups without contrast into it."""
+"""Tests a step's metrics and report when KL and entropy include groups without contrast."""
 
 from dataclasses import replace
 from pathlib import Path

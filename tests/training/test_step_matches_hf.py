@@ -1,4 +1,4 @@
-"""A packed step on megatron-core against the Hugging Face reference: loss and every parameter's gradient."""
+"""Tests a packed step on megatron-core against the Hugging Face reference: loss and every gradient."""
 
 import copy
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The policy as a Hugging Face directory: one file or several, one tensor at a time, whole or absent."""
+"""Tests the export as a Hugging Face directory: shards, one tensor at a time, complete or absent."""
 
 import json
 import resource

@@ -1,4 +1,4 @@
-"""A directory's headers are read once, and its fingerprint tells it from others."""
+"""Tests that a directory's headers are read once, and that fingerprints differ between directories."""
 
 import shutil
 from pathlib import Path

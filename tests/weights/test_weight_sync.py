@@ -1,4 +1,4 @@
-"""Weights on their way to SGLang servers: what needs no server."""
+"""Tests the parts of the weight sync that need no server."""
 
 import base64
 import hashlib

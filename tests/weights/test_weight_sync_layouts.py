@@ -1,4 +1,4 @@
-"""Weights from processes in every kind of layout into a real server of two tensor-parallel ranks."""
+"""Tests weight sync from every kind of layout into a real server of two tensor-parallel ranks."""
 
 import subprocess
 import sys

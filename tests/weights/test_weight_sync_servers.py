@@ -1,4 +1,4 @@
-"""Weights into real SGLang servers: every transport, both checks, and faults during a sync.
+"""Tests weight sync into real SGLang servers: every transport, both checks, and faults during a sync.
 
 The order of the tests matters: the last ones end the second server.
 """

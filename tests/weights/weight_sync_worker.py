@@ -1,8 +1,8 @@
-"""Run by torchrun: two processes that sync to one server from several layouts; then the first is killed.
+"""Run by torchrun: two processes sync to one server from several layouts; then the first one is killed.
 
 torchrun --nproc-per-node 2 weight_sync_worker.py MODEL OUT URL
 
-OUT/finished then holds the names of the layouts that were proven.
+OUT/finished then holds the names of the layouts whose sync was verified.
 """
 
 import os

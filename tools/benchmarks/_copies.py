@@ -1,6 +1,6 @@
-"""Plain copies of bytes, each on the path that a method of the weight sync takes.
+"""Plain copies of bytes, each on the path of one method of the weight sync.
 
-It imports little: a process of its own receives the broadcast.
+This module imports little, because a child process that receives the broadcast imports it.
 """
 
 import multiprocessing
@@ -27,10 +27,10 @@ def _file_copy(nbytes: int, directory: Path) -> Iterator[Callable[[], Any]]:
 
 
 class _Discard(BaseHTTPRequestHandler):
-    """Reads what it is sent."""
+    """Reads each request and discards it."""
 
     def do_POST(self) -> None:
-        """Answers when it has read all."""
+        """Answers after reading the whole body."""
         left = int(self.headers["Content-Length"])
         while left:
             left -= len(self.rfile.read(min(left, 2**20)))
@@ -54,7 +54,7 @@ def _http(nbytes: int, directory: Path) -> Iterator[Callable[[], Any]]:
 
 @contextmanager
 def _broadcast(nbytes: int, directory: Path) -> Iterator[Callable[[], Any]]:
-    """From this process; the other one takes part until it is sent a zero."""
+    """Broadcasts from this process to a child process, which runs until it receives a zero."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     receiver = context.Process(target=_receive, args=(store.port, nbytes))
@@ -76,4 +76,4 @@ def _receive(port: int, nbytes: int) -> None:
 
 
 PLAIN = {"disk": _file_copy, "tensor": _http, "distributed": _broadcast}
-"""By weight_sync.method: given a number of bytes and a directory, makes a call that copies so many"""
+"""By weight_sync.method: (number of bytes, directory) -> a function that copies that many bytes"""

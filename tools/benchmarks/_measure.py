@@ -19,7 +19,7 @@ from megatron_bicc.config import Config
 from megatron_bicc.model.policy import start_model_parallel
 
 M_MMAP_THRESHOLD = -3
-"""Constant of the C library's malloc.h"""
+"""Option of mallopt, from the C library's malloc.h"""
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def one_process() -> Iterator[None]:
 def median_ms(repeats: int, calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
     """Returns each call's median time in milliseconds; on a CPU, processor time.
 
-    They run in turns, so that a busy machine slows all of them alike; a first turn is not counted.
+    They run in turns, so that a busy machine slows all of them alike; the first turn is not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
@@ -58,9 +58,9 @@ def now() -> float:
 
 
 def peak_mb(call: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
-    """Returns the memory that `call(*arguments)()` takes at its peak beyond what it starts with, in MB.
+    """Returns the peak memory of `call(*arguments)()` beyond what was in use before, in MB.
 
-    It is measured in a process of its own: `call` must be a module's function. What `call` makes before it
+    Measured in a child process, so `call` must be a function of a module. What `call` allocates before it
     returns the function to measure does not count.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -74,7 +74,7 @@ def _peak_mb(call: Callable[..., Callable[[], Any]], arguments: tuple) -> float:
 
 
 def peak_beyond(call: Callable[[], Any]) -> int:
-    """Returns the peak memory of a call beyond what was in use, in bytes; the GPU's if there is one."""
+    """Returns a call's peak memory beyond what was in use before, in bytes; the GPU's if there is one."""
     if device.has_cuda():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -87,9 +87,9 @@ def peak_beyond(call: Callable[[], Any]) -> int:
 
 
 def return_freed_memory() -> None:
-    """Makes the allocator return freed memory at once, so that `peak_beyond` sees what is in use.
+    """Makes the allocator return freed memory at once, so that resident memory is the memory in use.
 
-    To be called before anything large was made: what was freed before it is used again, and not seen.
+    Call it before anything large is allocated: memory freed earlier is reused and would not be counted.
     """
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
 

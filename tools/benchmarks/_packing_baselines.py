@@ -1,4 +1,4 @@
-"""What the packer is measured against: a torch.cat loop that does the same, and one row for every pair."""
+"""Baselines of the packing benchmark: an equivalent torch.cat loop, and one padded row for every pair."""
 
 import bisect
 
@@ -71,7 +71,7 @@ def best_fit(sides: list, settings: PackingSettings) -> list[list[int]]:
 
 
 def cat_micro_batch(sides: list, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns the arrays of one micro-batch, as megatron_bicc.packing.MicroBatch has them."""
+    """Returns the arrays of one micro-batch, by their names in megatron_bicc.packing.types.MicroBatch."""
     inputs = [prefix[:-1] for prefix, _, _ in sides]
     labels = [prefix[1:] for prefix, _, _ in sides]
     positions = [torch.arange(len(prefix) - 1, dtype=torch.int32) for prefix, _, _ in sides]
@@ -106,7 +106,7 @@ def cumulative(lengths: list[int]) -> torch.Tensor:
 
 
 def pair_rows(batch: RolloutBatch, settings: PackingSettings) -> tuple[list[torch.Tensor], int]:
-    """Makes one padded row for every (right, wrong) pair and direction: prompt, the other attempt, response.
+    """Makes one padded row for every (right, wrong) pair and direction: prompt, opposite attempt, response.
 
     The attempt is cut to the context budget and the row to max_sequence_tokens, from Python lists.
 

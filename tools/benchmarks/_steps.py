@@ -1,4 +1,4 @@
-"""Makes a learner of a small random policy, and scored rollouts for it."""
+"""Makes a learner with a small random policy, and scored rollouts for it."""
 
 import math
 from pathlib import Path
@@ -23,9 +23,9 @@ PROMPT, GROUP_SIZE, LOG_STD = 50, 8, 0.8
 def make_learner(
     algorithm: str, hidden: int, layers: int, max_sequence_tokens: int, vocab_size: int | None = None
 ) -> Learner:
-    """Returns a learner in fp32 on a CPU, bf16 on a GPU; the process groups must be there.
+    """Returns a learner in fp32 on a CPU, bf16 on a GPU; the process groups must exist.
 
-    The vocabulary is the tokenizer's unless it is given.
+    vocab_size: by default the tokenizer's.
     """
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     model = random_model(hidden, layers, vocab_size or len(tokenizer))

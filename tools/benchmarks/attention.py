@@ -37,29 +37,29 @@ class Segment:
 
 @dataclass(frozen=True)
 class Case:
-    """One side of a group: n responses of S tokens behind a prefix of P."""
+    """One side of a group: n responses of S tokens after a prefix of P."""
 
     name: str
     prefix: int
     responses: tuple[int, ...]
 
     def shared(self) -> list[Segment]:
-        """One prefix for all responses."""
+        """Returns one segment: one prefix for all responses."""
         return [Segment(self.prefix, self.responses)]
 
     def rows(self) -> list[Segment]:
-        """One prefix for every response."""
+        """Returns one segment per response, each with its own prefix."""
         return [Segment(self.prefix, (length,)) for length in self.responses]
 
     def pairs(self) -> list[Segment]:
-        """One row for every (response, opposite rollout); each has 1/n of the context's tokens."""
+        """Returns one segment per (response, opposite rollout); each has 1/n of the context's tokens."""
         n = len(self.responses)
         prompt = round(self.prefix * PROMPT / (PROMPT + CONTEXT))
         shown = prompt + (self.prefix - prompt) // n
         return [Segment(shown, (length,)) for length in self.responses for _ in range(n)]
 
     def pairs_padded(self) -> list[Segment]:
-        """The pairs, padded to the longest."""
+        """Returns the pairs, padded to the longest."""
         longest = max(s.prefix + s.responses[0] for s in self.pairs())
         return [Segment(s.prefix, (longest - s.prefix,)) for s in self.pairs()]
 
@@ -71,10 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's own options."""
     parser.add_argument("--layers", type=int, default=1, help="layers (%(default)s)")
     parser.add_argument("--hidden", type=int, default=256, help="hidden size (%(default)s)")
-    parser.add_argument("--scale", type=float, default=0.25, help="of all lengths (%(default)s)")
-    parser.add_argument("--responses", type=int, default=4, help="n, responses of a side (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls, median counts (%(default)s)")
-    parser.add_argument("--peak-tflops", type=float, help="of the device in this type: adds mfu_*")
+    parser.add_argument("--scale", type=float, default=0.25, help="factor on all lengths (%(default)s)")
+    parser.add_argument("--responses", type=int, default=4, help="n, responses per side (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls; takes the median (%(default)s)")
+    parser.add_argument("--peak-tflops", type=float, help="peak of the device in this type: adds mfu_*")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def measure(case: Case, a: argparse.Namespace) -> dict[str, Any]:
 
 
 def flops_of(segment: Segment, model: PolicyModel) -> float:
-    """Returns forward FLOPs of the layers: 2 a token and weight, 4 a query-key pair and element of a row."""
+    """Returns forward FLOPs of the layers: 2 per token and weight, 4 per query-key pair and channel."""
     own = [segment.prefix, *segment.responses]
     pairs = sum(x * (x + 1) / 2 for x in own) + segment.prefix * sum(segment.responses)
     weights = sum(p.numel() for p in model.decoder.layers.parameters() if p.dim() == 2)
@@ -161,7 +161,7 @@ def make_layers(layers: int, hidden: int) -> PolicyModel:
 
 
 def run_layers(model: PolicyModel, segments: list[Segment]) -> Callable[[], None]:
-    """Returns a call of forward and backward over the segments, packed prefix-major in one micro-batch."""
+    """Returns a function: forward and backward over the segments, packed prefix-major in one micro-batch."""
     packed = PackedBatch.make(lay_out(segments), device.device())
 
     def call() -> None:
@@ -178,7 +178,7 @@ def make_and_run(layers: int, hidden: int, segments: list[Segment]) -> Callable[
 
 
 def lay_out(segments: list[Segment]) -> MicroBatch:
-    """Returns the packed rows: prefixes without their last token, which starts each response."""
+    """Returns the packed rows. A prefix's last token is not one of its rows: it starts each response."""
     prefixes = [s.prefix - 1 for s in segments]
     responses = [length for s in segments for length in s.responses]
     starts = [s.prefix - 1 for s in segments for _ in s.responses]

@@ -1,6 +1,6 @@
-"""Measures the cost of a checkpoint for a run, whose steps wait for a copy in host memory, not for the disk.
+"""Measures how long a checkpoint delays a run: steps wait for a copy in host memory, not for the disk.
 
-It takes steps of BICC on a small random policy; the run's own writer saves checkpoints to --directory.
+It runs BICC steps on a small random policy; the run's own writer saves checkpoints to --directory.
 """
 
 import argparse
@@ -23,17 +23,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's own options."""
     parser.add_argument("--layers", type=int, default=2, help="layers (%(default)s)")
     parser.add_argument("--hidden", type=int, default=256, help="hidden size (%(default)s)")
-    parser.add_argument("--mean-length", type=int, default=100, help="of a response (%(default)s)")
+    parser.add_argument("--mean-length", type=int, default=100, help="mean response length (%(default)s)")
     parser.add_argument("--saves", type=int, default=3, help="checkpoints of each kind (%(default)s)")
-    parser.add_argument("--directory", type=Path, help="where to write them (a temporary one)")
+    parser.add_argument("--directory", type=Path, help="where to write them (a temporary directory)")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures blocking saves, and saves in the background of the following steps.
 
     Returns:
-        parameters; seconds, medians: step (one alone), waited (a save that is waited for), stall (the
-        snapshot of one that is not), writing (from there until it has its name), step_while_writing.
+        parameters; median seconds: step (without a save), waited (a blocking save), stall (the snapshot of a
+        background save), writing (from the snapshot to the final name), step_while_writing.
     """
     a = arguments
     directory = Path(mkdtemp(dir=a.directory))

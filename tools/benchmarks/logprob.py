@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=8192, help="response rows (%(default)s)")
     parser.add_argument("--vocab", type=int, default=151_936, help="tokens (%(default)s)")
     parser.add_argument("--hidden", type=int, default=64, help="hidden size (%(default)s)")
-    parser.add_argument("--time-rows", type=int, help="rows of the timed calls, where --rows takes too long")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls, median counts (%(default)s)")
+    parser.add_argument("--time-rows", type=int, help="rows of the timed calls, if --rows takes too long")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls; takes the median (%(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def make_inputs(rows: int, vocab: int, hidden: int) -> tuple[Tensor, Tensor, Ten
 
 
 def ours(rows: int, vocab: int, hidden: int) -> Callable[[], Any]:
-    """Returns a call of the product's forward and backward pass."""
+    """Returns a function: forward and backward pass of the package's log-probs."""
     states, weight, labels = make_inputs(rows, vocab, hidden)
     shard = VocabShard(0, vocab, dist.group.WORLD)
 
@@ -80,7 +80,7 @@ def ours(rows: int, vocab: int, hidden: int) -> Callable[[], Any]:
 
 
 def dense(rows: int, vocab: int, hidden: int) -> Callable[[], Any]:
-    """Returns a call of the dense forward and backward pass."""
+    """Returns a function: forward and backward pass of the dense version."""
     states, weight, labels = make_inputs(rows, vocab, hidden)
 
     def call() -> tuple[Tensor, ...]:

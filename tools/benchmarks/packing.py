@@ -1,8 +1,8 @@
-"""Bilateral packing: time, token counts, how full the bins are, how even the ranks.
+"""Measures bilateral packing: time, token counts, fill of the bins, balance of the ranks.
 
-The workload: 256 prompts of 50 to 250 tokens, 8 rollouts each, lognormal response lengths with a long tail,
-each group with its own chance of being right, contexts of up to 40 % of the sequence. A micro-batch holds
-four sequences of maximal length.
+The workload: 256 prompts of 50 to 250 tokens, 8 rollouts each, lognormal response lengths with a long tail, a
+pass rate drawn per group, contexts of up to 40 % of the sequence. A micro-batch holds four sequences of
+maximal length.
 """
 
 import argparse
@@ -31,9 +31,7 @@ SCALES = (100, 1_000, 10_000, 100_000)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's own options."""
-    parser.add_argument(
-        "--repeats", type=int, default=20, help="runs of which the fastest counts (%(default)s)"
-    )
+    parser.add_argument("--repeats", type=int, default=20, help="timed runs; takes the fastest (%(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -42,7 +40,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     Returns:
         the figures of the main workload (responses of 800 tokens), those of every length under "lengths", and
         the growth with the number of groups under "scaling". ms_*: milliseconds, fastest of the repeats;
-        tokens_*: rows a step takes; fill: of the bins for one rank; imbalance: max/mean cost over 8 ranks.
+        tokens_*: rows per step; fill: of the bins for one rank; imbalance: max/mean cost over 8 ranks.
     """
     lengths = {mean: measure(mean, arguments.repeats) for mean in MAX_SEQUENCE_TOKENS}
     print_table("response length", {str(mean): figures for mean, figures in lengths.items()})
@@ -52,7 +50,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_batch(groups: int, mean_length: float, max_length: int, prompt: tuple[int, int]) -> RolloutBatch:
-    """Returns random groups; the lengths' median lies below their mean, as a long tail has it."""
+    """Returns random groups with long-tailed response lengths: their median is below their mean."""
     random = np.random.default_rng(0)
     rollouts = groups * GROUP_SIZE
     drawn = random.lognormal(math.log(mean_length) - LOG_STD**2 / 2, LOG_STD, rollouts)
@@ -99,7 +97,7 @@ def measure(mean_length: int, repeats: int) -> dict[str, float]:
     reference = torch_cat_loop(batch, settings)
     if sum(len(micro_batch["tokens"]) for micro_batch in reference) != plan.stats["tokens_packed"]:
         raise RuntimeError("the torch.cat loop and the packer do not pack the same rows")
-    # One after the other in turns, so that a busy machine slows all of them alike.
+    # In turns, so that a busy machine slows all of them alike.
     ms_cpp, ms_memcpy, ms_torch_cat = fastest_ms(
         repeats,
         lambda: pack(batch, settings, dp_size=1, rank=0),
@@ -159,7 +157,7 @@ def step_cost(plan: StepPlan) -> float:
 
 
 def rows_cost(plan: StepPlan) -> float:
-    """Returns the same cost for one row a response: prefix and response, computed for each."""
+    """Returns the same cost for one row per response, which repeats the prefix."""
     cost = 0.0
     for micro_batch in (m for rank in plan.ranks for m in rank):
         own = np.diff(micro_batch.cu_response)
@@ -176,7 +174,7 @@ def triangle(lengths: np.ndarray) -> float:
 
 
 def measure_apart(groups: int) -> dict[str, float]:
-    """Measures `groups` in a process of its own, so that its peak memory is that of this size."""
+    """Runs `measure_scale` in a child process, so that the peak memory is that of this size."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure_scale, groups).result()
 
@@ -209,7 +207,7 @@ def resident_kb(key: str) -> int:
 
 
 def print_table(first: str, columns: dict[str, dict[str, float]]) -> None:
-    """Prints one column a workload, one row a figure."""
+    """Prints one column per workload, one row per figure."""
     names = list(next(iter(columns.values())))
     width = max(len(name) for name in [first, *names])
     print(f"{first:{width}}" + "".join(f"{column:>14}" for column in columns))

@@ -19,14 +19,14 @@ TOP = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds no option of its own."""
+    """Adds no options."""
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Profiles the second of two steps of BICC with RCC: 16 groups of 8 short responses.
 
     Returns:
-        total_ms and, under "top", name, ms, share and calls of the operations of most time of their own.
+        total_ms and, under "top", name, ms, share and calls of the operations with the most self time.
     """
     config = Config(algorithm="bicc")
     config.model.path = str(TOKENIZER)

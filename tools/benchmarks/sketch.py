@@ -21,15 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=4, help="layers (%(default)s)")
     parser.add_argument("--hidden", type=int, default=512, help="hidden size (%(default)s)")
     parser.add_argument("--vocab", type=int, default=8192, help="vocabulary (%(default)s)")
-    parser.add_argument("--mean-length", type=int, default=100, help="of a response (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps, median counts (%(default)s)")
+    parser.add_argument("--mean-length", type=int, default=100, help="mean response length (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps; takes the median (%(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times the steps and, within them, the estimate.
 
     Returns:
-        step_ms, sketch_ms (a part of it) and share, their quotient.
+        step_ms, sketch_ms (included in it) and share, their quotient.
     """
     a, times = arguments, []
     with one_process():
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for _ in range(a.repeats + 1):
             times.append(timed_step(lambda: learner.step(groups, Stopwatch())))
     step_ms, sketch_ms = np.median(times[1:], axis=0) * 1e3
-    print(f"step {step_ms:,.1f} ms, of it the sketch {sketch_ms:,.1f} ms: {sketch_ms / step_ms:.2%}")
+    print(f"step {step_ms:,.1f} ms, including the sketch {sketch_ms:,.1f} ms: {sketch_ms / step_ms:.2%}")
     return {
         "step_ms": step_ms,
         "sketch_ms": sketch_ms,
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def timed_step(step: Callable[[], Any]) -> tuple[float, float]:
-    """Returns the seconds of a step, and those of the estimate in it."""
+    """Returns the seconds of a step, and of the estimate within it."""
     spent = []
 
     def timed(function: Callable) -> Callable:

@@ -1,7 +1,7 @@
 """Compares a whole optimizer step of BICC with one of plain GRPO on the same rollouts.
 
-Packing, old log-probs, forward, backward and update of a small random policy. RCC is off in both: its pass of
-the reference policy costs the same in every layout.
+Packing, old log-probs, forward, backward and update of a small random policy. RCC is off in both: its forward
+pass of the reference policy costs the same in every layout.
 """
 
 import argparse
@@ -22,17 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--groups", type=int, default=2, help="groups of 8 rollouts (%(default)s)")
     parser.add_argument("--layers", type=int, default=2, help="layers (%(default)s)")
     parser.add_argument("--hidden", type=int, default=512, help="hidden size (%(default)s)")
-    parser.add_argument("--mean-length", type=int, default=100, help="of a response (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps, median counts (%(default)s)")
+    parser.add_argument("--mean-length", type=int, default=100, help="mean response length (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps; takes the median (%(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures both steps.
 
     Returns:
-        cases: one of each algorithm with name, ms, tokens (rows of the forward pass for old log-probs, and
-        three times those of training: its backward pass costs two forward ones) and peak_mb;
-        time_ratio and token_ratio of BICC to GRPO, and excess, their quotient.
+        cases: one per algorithm with name, ms, tokens (rows of the forward pass for old log-probs plus three
+        times those of training, since a backward pass costs two forward ones) and peak_mb; time_ratio and
+        token_ratio of BICC to GRPO, and excess, their quotient.
     """
     a = arguments
     with one_process():
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_step(algorithm: str, a: argparse.Namespace) -> Callable[[], StepResult]:
-    """Returns a call of an optimizer step on the benchmark's rollouts."""
+    """Returns a function that takes an optimizer step on the benchmark's rollouts."""
     longest = 5 * a.mean_length
     learner = make_learner(algorithm, a.hidden, a.layers, 2 * longest)
     groups = make_groups(a.groups, a.mean_length, longest, learner.policy.hf_config.vocab_size)

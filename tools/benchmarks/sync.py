@@ -1,9 +1,9 @@
-"""Weight sync to a real SGLang server: each method against a plain copy of the same bytes on the same path.
+"""Measures weight sync to a real SGLang server against a plain copy of the same bytes on the same path.
 
-disk: the bytes copied from file to file. tensor: one HTTP request with them, to a server that throws them
-away. distributed: one broadcast of a flat tensor to another process. A sync also pauses the server, turns
-Megatron's shards into whole tensors, makes the server load them, and verifies its weights by checksums and
-log-probs. Sync and copy take turns, so that a busy machine slows both alike.
+disk: a copy from file to file. tensor: one HTTP request to a server that discards it. distributed: one
+broadcast of a flat tensor to another process. A sync also pauses the server, gathers Megatron's shards into
+whole tensors, makes the server load them, and verifies its weights by checksums and log-probs. Sync and copy
+take turns, so that a busy machine slows both alike.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=int, default=512, help="hidden size (%(default)s)")
     parser.add_argument("--layers", type=int, default=8, help="layers (%(default)s)")
     parser.add_argument("--bucket-mb", type=float, default=8, help="weight_sync.bucket_mb (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed syncs, median counts (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed syncs; takes the median (%(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     Returns:
         bytes and bucket_bytes; checksum_seconds, of both sides' checksums; for each method seconds
         and gb_per_s, plain_seconds and plain_gb_per_s of the plain copy, ratio of the times, and peak_bytes,
-        the trainer's memory beyond what it had before.
+        the trainer's additional memory.
     """
     a = arguments
     with TemporaryDirectory() as directory, one_process():
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _peaks(config: Config, url: str) -> dict[str, int]:
-    """The bytes that each method takes beside the policy, in a process of its own."""
+    """Returns the bytes that each method needs in addition to the policy, measured in a child process."""
     return_freed_memory()
     peaks = {}
     with one_process():
@@ -84,7 +84,7 @@ def _peaks(config: Config, url: str) -> dict[str, int]:
         pool = ServerPool([url], [url], config.rollout.sglang)
         for method in PLAIN:
             with _sync(config, learner, pool, method) as sync:
-                sync()  # what is made once does not count
+                sync()  # what is allocated only once does not count
                 peaks[method] = peak_beyond(sync)
         pool.close()
     return peaks
@@ -108,7 +108,7 @@ def _print(figures: dict[str, Any]) -> None:
 
 
 def _config(directory: Path, a: argparse.Namespace) -> Config:
-    """Of a random policy, in fp32 on a CPU, bf16 on a GPU."""
+    """Returns the configuration of a random policy, in fp32 on a CPU, bf16 on a GPU."""
     config = Config(output_dir=str(directory / "run"))
     config.model.path = str(directory / "model")
     config.model.dtype = "bfloat16" if device.has_cuda() else "float32"
@@ -138,7 +138,7 @@ def _server(config: Config) -> Iterator[ServerPool]:
 
 @contextmanager
 def _sync(config: Config, learner: Learner, pool: ServerPool, method: str) -> Iterator[Callable[[], None]]:
-    """A call that syncs, every time as another version."""
+    """Yields a function that syncs, as the next version at every call."""
     config.weight_sync.method = method
     sync = ServerWeightSync(config, learner.policy, pool, lambda some: learner.log_probs(unscored(some)))
 
@@ -158,7 +158,7 @@ def _checksums(learner: Learner, pool: ServerPool) -> None:
 
 
 def _seconds(repeats: int, *calls: Callable[[], Any]) -> list[float]:
-    """Median time of each call; they take turns, and a first turn is not counted."""
+    """Returns the median time of each call; they take turns, and the first turn is not counted."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats + 1):
         for call, own in zip(calls, times, strict=True):

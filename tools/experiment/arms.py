@@ -1,4 +1,4 @@
-"""The arms of the experiment: all get the same prompts, rollouts and optimizer steps, seed by seed."""
+"""The arms of the experiment. For each seed all use the same prompts and numbers of rollouts and steps."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ class Arm:
 
     name: str
     settings: tuple[str, ...]
-    """In addition to COMMON"""
+    """Settings in addition to COMMON"""
     seeds: int
     """Number of seeds, from 1"""
     against: str = "grpo"

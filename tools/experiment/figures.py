@@ -1,4 +1,4 @@
-"""Figures of every run: read from metrics.jsonl, kept in one CSV file, summarized by seed."""
+"""Reads the figures of every run from metrics.jsonl, keeps them in one CSV file, and summarizes each run."""
 
 import csv
 from collections import defaultdict
@@ -76,7 +76,7 @@ def write(curves: list[Curve], path: Path) -> None:
 
 
 def read(path: Path) -> list[Curve]:
-    """Reads a file of `write`."""
+    """Reads a file that `write` wrote."""
     rows = defaultdict(list)
     with path.open(newline="") as stream:
         for row in csv.DictReader(stream):
@@ -88,7 +88,7 @@ def read(path: Path) -> list[Curve]:
 
 
 def summary(curve: Curve) -> dict[str, float]:
-    """Returns the numbers of a run that are compared."""
+    """Returns the figures of a run that are compared between arms."""
     steps, tokens, passed = (curve.at_evaluations(name) for name in ("step", "tokens", "pass_at_1"))
     early = slice(1, 9)
     cov = curve.columns["cov"][1:]

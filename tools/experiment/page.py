@@ -164,7 +164,7 @@ def _reading_rows(reading: dict[str, list[dict[str, dict[str, float]]]]) -> list
 
 
 def _estimator_rows(by_policy: dict[str, list[dict[str, dict[str, float]]]]) -> list[dict[str, str]]:
-    """Compares each estimator with GRPO's on the same rollouts: ratios of variances, by seed."""
+    """Returns a table row per estimator: its variance relative to GRPO's on the same rollouts, over seeds."""
     rows = []
     for policy, by_seed in by_policy.items():
         for name in probes.ESTIMATORS:

@@ -1,4 +1,4 @@
-"""Confidence intervals over seeds, and paired tests of one arm against another."""
+"""Computes confidence intervals over seeds, and paired tests of one arm against another."""
 
 import math
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
-"""Probes that explain the results: how a policy reads a context, how noisy each estimator is.
+"""Probes that explain the results: the effect of a context on log-probs, and the noise of each estimator.
 
-They use transformers' forward passes, one row per response, and autograd; no step is taken. The rollouts of a
-probe are drawn from one policy, so all comparisons are on the same texts.
+They use transformers' forward passes, one row per response, and autograd, and update no weights. The rollouts
+of a probe are drawn from one policy, so all comparisons are on the same texts.
 
 Shape suffixes: B groups with contrast, R rollouts of a group, W parameters.
 """

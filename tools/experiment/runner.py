@@ -1,4 +1,4 @@
-"""Runs the jobs, several at a time; finished ones are not repeated, interrupted ones start anew."""
+"""Runs the jobs, several at a time; skips finished ones and restarts interrupted ones from step 0."""
 
 import json
 import os
@@ -25,7 +25,7 @@ class RunError(Exception):
 
 
 class Runner:
-    """Runs training processes and ends them before it ends itself."""
+    """Runs training processes, and terminates them before it exits."""
 
     def __init__(self, out: Path, workers: int, program: Sequence[str] = PROGRAM) -> None:
         """program: the command that is started with a job's settings and output_dir."""

@@ -1,8 +1,8 @@
-"""Lets torchvision be imported beside a CPU build of torch; run at start-up from a .pth file.
+"""Makes torchvision importable with a CPU build of torch; run at start-up from a .pth file.
 
-torchvision's usual wheel is linked against CUDA, so beside a CPU torch its compiled part does not load, and
-the import then fails: the operators that it would have defined are unknown. SGLang imports torchvision for
-image models. Here the two operators are declared, without an implementation, just before that import.
+torchvision's usual wheel is linked against CUDA, so with a CPU torch its compiled part does not load, and the
+import fails, because the operators that it would have defined are unknown. SGLang imports torchvision for
+image models. This module declares the two operators, without an implementation, just before that import.
 """
 
 import importlib.abc
@@ -16,7 +16,7 @@ SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 class BeforeTorchvision(importlib.abc.MetaPathFinder):
-    """Finds nothing: declares the operators when torchvision is looked for, then leaves."""
+    """Declares the operators when torchvision is first imported, then removes itself; finds no module."""
 
     def find_spec(
         self, name: str, path: object = None, target: ModuleType | None = None

@@ -1,7 +1,7 @@
-"""Stand-in for sgl_kernel, which is published for CUDA only: SGLang can be imported on a CPU, nothing more.
+"""Stub of sgl_kernel, which is published for CUDA only, so that SGLang can be imported on a CPU.
 
-Every name that SGLang imports is there; each call raises. A dense or mixture-of-experts language model under
-the torch attention and sampling back ends makes no such call.
+Every name that SGLang imports exists; each call raises. A dense or mixture-of-experts language model with
+the torch attention and sampling backends makes no such call.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ __path__: list[str] = []
 
 
 def __getattr__(name: str) -> Callable[..., NoReturn]:
-    """A function that refuses to run, whatever the name."""
+    """Returns a function that raises NotImplementedError."""
     if name.startswith("__"):
         raise AttributeError(name)
 
