@@ -140,15 +140,30 @@ def test_of_many_newcomers_one_gets_it(changes: dict, tmp_path: Path) -> None:
         directory = tmp_path / str(number)
         directory.mkdir()
         leave(directory, **changes)
-        go = time.monotonic() + 0.3
-        children = [fork_newcomer(directory, go) for _ in range(8)]
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        go, end = time.monotonic() + 0.3, tmp_path / f"end_{number}"
+        children = {fork_newcomer(directory, go, end) for _ in range(8)}
+        statuses, deadline = [], time.monotonic() + 60
+        # the one that holds the lock lives until the others have ended: they may take it over from a dead one
+        while len(statuses) < 8 and time.monotonic() < deadline:
+            if len(statuses) == 7:
+                end.touch()
+            for child in list(children):
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if ended:
+                    children.remove(child)
+                    statuses.append(os.waitstatus_to_exitcode(status))
+            time.sleep(0.01)
+        end.touch()
+        statuses += [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         assert sorted(statuses) == [0] + 7 * [2]
         assert [path.name for path in directory.iterdir()] == [FILE]
 
 
-def fork_newcomer(directory: Path, go: float) -> int:
-    """A process that asks for the lock at a time; its id. Its status is 0 if it gets and keeps it."""
+def fork_newcomer(directory: Path, go: float, end: Path) -> int:
+    """Forks a process that acquires the lock at time `go`; returns its id.
+
+    Its status is 0 if it gets the lock and still has it when the file `end` is there.
+    """
     child = os.fork()
     if child:
         return child
@@ -158,7 +173,8 @@ def fork_newcomer(directory: Path, go: float) -> int:
         lock = RunLock(directory, BEAT_S, SILENCE_S)
         with contextlib.redirect_stderr(None):
             lock.acquire()
-        time.sleep(0.3)
+        while not end.exists():
+            time.sleep(0.02)
         lock.check()
         status = 0
     except UserError:

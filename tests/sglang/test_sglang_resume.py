@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.finished_runs import assert_equal, metrics, one_line, progress, state
+from support.finished_runs import assert_equal, metrics, progress, state
 from support.forked_runs import ForkedRuns
 from support.recording_proxy import Asked, RecordingProxy
 from support.sglang_server import PYTHON, SglangServer
@@ -240,9 +240,12 @@ def test_samples_carry_the_version_of_the_weights(whole: Whole) -> None:
 
 
 def test_all_servers_gone(runs: Runs, robbed: Robbed, single_process: None) -> None:
-    """One line when the configured time is over; the checkpoint is whole."""
-    line = one_line(robbed.ended)
-    assert "no answer after 3 s of attempts" in line
+    """When the configured time is over, one line says how to resume, then the traceback; the checkpoint is whole."""
+    stderr = robbed.ended["err"]
+    assert robbed.ended["status"] == 1, stderr
+    (line,) = [line for line in stderr.splitlines() if "megatron_bicc.train: error: " in line]
+    assert "no answer after 3 s of attempts" in line and "checkpoint.resume=true" in line
+    assert "Traceback" in stderr.partition(line)[2]
     assert robbed.last.name == "step_00000002"
     check_manifest(robbed.last)
 
