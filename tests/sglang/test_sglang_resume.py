@@ -240,7 +240,7 @@ def test_samples_carry_the_version_of_the_weights(whole: Whole) -> None:
 
 
 def test_all_servers_gone(runs: Runs, robbed: Robbed, single_process: None) -> None:
-    """When the configured time is over, one line says how to resume, then the traceback; the checkpoint is whole."""
+    """When the time is over, one line says how to resume, then the traceback; the checkpoint is whole."""
     stderr = robbed.ended["err"]
     assert robbed.ended["status"] == 1, stderr
     (line,) = [line for line in stderr.splitlines() if "megatron_bicc.train: error: " in line]
