@@ -1,0 +1,136 @@
+"""Scripts and modules run as programs of their own, forked from one process that has imported all they need.
+
+A fresh Python takes 7 CPU seconds to import what training needs, a fork takes none. Each program gets its own
+session, command line, environment, stdout and stderr, and ends as a fresh Python would.
+"""
+
+import functools
+import json
+import os
+import runpy
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+class WarmProcess:
+    """The process that programs are forked from."""
+
+    def __init__(self) -> None:
+        # unbuffered: `select` must see all that has not been read
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            cwd=REPOSITORY,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+
+    def run(
+        self, command: list[str], variables: list[dict[str, str]], timeout_s: float
+    ) -> subprocess.CompletedProcess:
+        """Runs `command` once for each of the environments, all at once, until all have ended.
+
+        The first to fail gives the exit status, negative for a signal, and the others are killed, as torchrun
+        does. Raises AssertionError after timeout_s seconds.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            streams = [f"{directory}/out", f"{directory}/err"]
+            order = json.dumps([command, variables, *streams, timeout_s])
+            self._process.stdin.write(order.encode() + b"\n")
+            assert select.select([self._process.stdout], [], [], timeout_s + 60)[0], "no answer"
+            status = json.loads(self._process.stdout.readline())
+            out, err = (Path(stream).read_text() for stream in streams)
+        assert status is not None, f"it has not ended after {timeout_s:g} s:\n{err[-4000:]}"
+        return subprocess.CompletedProcess(command, status, out, err)
+
+
+@functools.cache
+def warm_process() -> WarmProcess:
+    """Returns this test process's, started at the first call. It ends with the test process."""
+    return WarmProcess()
+
+
+def run(command: list[str | Path], timeout_s: float = 800, **variables: str) -> subprocess.CompletedProcess:
+    """Runs what `python -W ignore COMMAND` would: [script, argument, ...] or ["-m", module, argument, ...].
+
+    The working directory is the repository's root; `variables` are added to the environment.
+    """
+    return warm_process().run([*map(str, command)], [variables], timeout_s)
+
+
+def serve() -> list[str] | None:
+    """Takes orders on stdin. Returns in a forked child: the command line that it has to run."""
+    import megatron_bicc.evaluate
+    import megatron_bicc.planning.dry_run
+    import megatron_bicc.report.page
+    import megatron_bicc.train  # noqa: F401 all are imported for the children
+    from megatron_bicc.cli import parse_config
+    from megatron_bicc.startup import read_inputs
+
+    # what most of them would load anew
+    settings = ["parallel.tensor=1", "data.train=examples/data/heldout.parquet"]
+    read_inputs(parse_config(["--config", "examples/configs/tiny.yaml", *settings]))
+    for line in iter(sys.stdin.readline, ""):
+        command, variables, out, err, timeout_s = json.loads(line)
+        children = []
+        for more in variables:
+            child = os.fork()
+            if not child:
+                become(out, err, more)
+                return command
+            children.append(child)
+        print(json.dumps(status_of(children, timeout_s)), flush=True)
+    return None
+
+
+def become(out: str, err: str, variables: dict[str, str]) -> None:
+    """Gives this forked child a session, streams and an environment of its own."""
+    os.setsid()
+    appending = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), os.open(out, appending))):
+        os.dup2(file, number)
+    os.dup2(os.open(err, appending), 2)
+    os.environ |= variables
+
+
+def status_of(children: list[int], timeout_s: float) -> int | None:
+    """Returns the first exit status that is not 0, or 0; None if time was up. None of them is left."""
+    end, running, status = time.monotonic() + timeout_s, list(children), 0
+    while running and status == 0:
+        for child in running:
+            ended, raw = os.waitpid(child, os.WNOHANG)
+            if ended:
+                running.remove(child)
+                status = os.waitstatus_to_exitcode(raw)
+                break
+        else:
+            if time.monotonic() > end:
+                status = None
+            time.sleep(0.01)
+    for child in running:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return status
+
+
+def run_as_main(command: list[str]) -> None:
+    """Runs a script or module as Python itself does with this command line."""
+    if command[0] == "-m":
+        sys.argv, sys.path[0] = command[1:], os.getcwd()
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
+        runpy.run_path(command[0], run_name="__main__")
+
+
+if __name__ == "__main__" and (ordered := serve()) is not None:
+    run_as_main(ordered)
