@@ -9,7 +9,6 @@ from megatron_bicc import device
 from megatron_bicc.config import Config
 from megatron_bicc.model.policy import start_model_parallel
 
-
 LONGEST_FILES = (
     "test_sglang_engine",
     "test_sglang_resume",
