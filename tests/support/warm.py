@@ -34,23 +34,36 @@ class WarmProcess:
             start_new_session=True,
         )
 
+    def start(
+        self, command: list[str], variables: list[dict[str, str]], out: Path, err: Path, timeout_s: float
+    ) -> list[int]:
+        """Starts `command` once for each of the environments; returns the process ids.
+
+        Their output goes to the files `out` and `err`. `wait` until they have ended before the next start.
+        """
+        order = json.dumps([command, variables, str(out), str(err), timeout_s])
+        self._process.stdin.write(order.encode() + b"\n")
+        return json.loads(self._process.stdout.readline())
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Returns the exit status, negative for a signal, once all have ended; None if time was up.
+
+        It is that of the first to fail. The others are killed then, as by torchrun.
+        """
+        # a minute more than the process itself waits
+        assert select.select([self._process.stdout], [], [], timeout_s + 60)[0], "no answer"
+        return json.loads(self._process.stdout.readline())
+
     def run(
         self, command: list[str], variables: list[dict[str, str]], timeout_s: float
     ) -> subprocess.CompletedProcess:
-        """Runs `command` once for each of the environments, all at once, until all have ended.
-
-        The first to fail gives the exit status, negative for a signal, and the others are killed, as torchrun
-        does. Raises AssertionError after timeout_s seconds.
-        """
+        """Runs `command` to its end. Raises AssertionError if it has not ended after timeout_s seconds."""
         with tempfile.TemporaryDirectory() as directory:
-            streams = [f"{directory}/out", f"{directory}/err"]
-            order = json.dumps([command, variables, *streams, timeout_s])
-            self._process.stdin.write(order.encode() + b"\n")
-            assert select.select([self._process.stdout], [], [], timeout_s + 60)[0], "no answer"
-            status = json.loads(self._process.stdout.readline())
-            out, err = (Path(stream).read_text() for stream in streams)
-        assert status is not None, f"it has not ended after {timeout_s:g} s:\n{err[-4000:]}"
-        return subprocess.CompletedProcess(command, status, out, err)
+            out, err = Path(directory, "out"), Path(directory, "err")
+            self.start(command, variables, out, err, timeout_s)
+            status = self.wait(timeout_s)
+            assert status is not None, f"not ended after {timeout_s:g} s:\n{err.read_text()[-4000:]}"
+            return subprocess.CompletedProcess(command, status, out.read_text(), err.read_text())
 
 
 @functools.cache
@@ -81,6 +94,8 @@ def serve() -> list[str] | None:
     read_inputs(parse_config(["--config", "examples/configs/tiny.yaml", *settings]))
     for line in iter(sys.stdin.readline, ""):
         command, variables, out, err, timeout_s = json.loads(line)
+        for stream in (out, err):
+            Path(stream).write_bytes(b"")
         children = []
         for more in variables:
             child = os.fork()
@@ -88,6 +103,7 @@ def serve() -> list[str] | None:
                 become(out, err, more)
                 return command
             children.append(child)
+        print(json.dumps(children), flush=True)
         print(json.dumps(status_of(children, timeout_s)), flush=True)
     return None
 
