@@ -112,9 +112,10 @@ def become(out: str, err: str, variables: dict[str, str]) -> None:
     """Gives this forked child a session, streams and an environment of its own."""
     os.setsid()
     appending = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), os.open(out, appending))):
+    for number, path, mode in ((0, os.devnull, os.O_RDONLY), (1, out, appending), (2, err, appending)):
+        file = os.open(path, mode)
         os.dup2(file, number)
-    os.dup2(os.open(err, appending), 2)
+        os.close(file)
     os.environ |= variables
 
 
