@@ -120,8 +120,13 @@ def become(out: str, err: str, variables: dict[str, str]) -> None:
 
 
 def status_of(children: list[int], timeout_s: float) -> int | None:
-    """Returns the first exit status that is not 0, or 0; None if time was up. None of them is left."""
+    """Returns the first exit status that is not 0, or 0. None of the children is left.
+
+    None if time was up or the test process has ended.
+    """
     end, running, status = time.monotonic() + timeout_s, list(children), 0
+    gone = select.poll()
+    gone.register(sys.stdin, 0)  # only that the test process has closed its end
     while running and status == 0:
         for child in running:
             ended, raw = os.waitpid(child, os.WNOHANG)
@@ -130,9 +135,8 @@ def status_of(children: list[int], timeout_s: float) -> int | None:
                 status = os.waitstatus_to_exitcode(raw)
                 break
         else:
-            if time.monotonic() > end:
+            if gone.poll(10) or time.monotonic() > end:
                 status = None
-            time.sleep(0.01)
     for child in running:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
