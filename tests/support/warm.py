@@ -104,7 +104,11 @@ def serve() -> list[str] | None:
                 return command
             children.append(child)
         print(json.dumps(children), flush=True)
-        print(json.dumps(status_of(children, timeout_s)), flush=True)
+        status = status_of(children, timeout_s)
+        try:
+            print(json.dumps(status), flush=True)
+        except BrokenPipeError:  # the test process has ended
+            os._exit(0)
     return None
 
 
