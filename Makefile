@@ -27,7 +27,8 @@ experiment: $(BUILD) ## Compare GRPO, BICC and RCC on the tiny policy and write 
 	@$(VENV_PYTHON) -W ignore tools/run_experiment.py
 
 test: $(BUILD) $(SGLANG) ## Run all tests, two files at a time; TESTS=path selects some
-	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile $(TESTS)
+	@# in the order of tests/conftest.py, not files with many tests first
+	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 dry-run: $(BUILD) ## Check a run without starting it or needing a GPU: CONFIG=file WORLD_SIZE=processes SETTINGS="a=b ..."
 	@WORLD_SIZE=$(or $(WORLD_SIZE),1) $(VENV_PYTHON) -m megatron_bicc.train --config $(CONFIG) --dry-run $(SETTINGS)

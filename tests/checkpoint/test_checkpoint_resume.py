@@ -5,18 +5,16 @@ Runs are forked from one process with all modules loaded, so that a run takes a 
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import warm
 from support.finished_runs import assert_equal, metrics, one_line, progress, state
 from transformers import AutoModelForCausalLM
 
-REPOSITORY = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 
 
@@ -24,13 +22,7 @@ WORKER = Path(__file__).with_name("checkpoint_worker.py")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What checkpoint_worker.py reports: the directory as "out", and scenario: {"status": .., "err": ..}."""
     out = tmp_path_factory.mktemp("checkpoints")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(WORKER), str(out), os.environ.get("KILLS", "20")],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=290,
-    )
+    done = warm.run([WORKER, out, os.environ.get("KILLS", "20")], timeout_s=290)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((out / "report.json").read_text()) | {"out": out}
 

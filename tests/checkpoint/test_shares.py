@@ -1,15 +1,12 @@
 """Tests that any number of prompts on any number of processes gives the result of one process."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from checkpoint.shares_worker import COUNTS, JOBS
+from support import warm
 
-REPOSITORY = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("shares_worker.py")
 SAMPLED = ("step", "rollout/", "reward/", "contrast/", "eval/")
 """Metrics of samples, which do not depend on the number of processes at all"""
@@ -21,9 +18,8 @@ SEVERAL = [name for name in JOBS if name != "one"]
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("shares")
-    command = [sys.executable, "-W", "ignore", str(WORKER), str(directory)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, cwd=REPOSITORY, env=env, timeout=800)
+    done = warm.run([WORKER, directory])
+    assert done.returncode == 0, done.stderr[-4000:]
     return directory
 
 

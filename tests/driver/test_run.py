@@ -12,6 +12,7 @@ import torch
 import yaml
 from megatron.core.models.gpt.gpt_model import GPTModel
 from safetensors.torch import load_file
+from support import warm
 from support.layout import causal_batch
 from support.steps import make_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,19 +30,15 @@ SETTINGS = [
     "checkpoint.every=2",
     "monitoring.tensorboard=false",
 ]
-PROGRAM = [
-    sys.executable,
-    "-W",
-    "ignore",
-    "-m",
-    "megatron_bicc.train",
-    "--config",
-    "examples/configs/tiny.yaml",
-]
+PROGRAM = ["-m", "megatron_bicc.train", "--config", "examples/configs/tiny.yaml"]
 
 
 def train(out: Path, *settings: str) -> subprocess.CompletedProcess:
-    command = [*PROGRAM, *SETTINGS, f"output_dir={out}", *settings]
+    return warm.run([*PROGRAM, *SETTINGS, f"output_dir={out}", *settings], timeout_s=280)
+
+
+def train_from_the_shell(out: Path, *settings: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "ignore", *PROGRAM, *SETTINGS, f"output_dir={out}", *settings]
     # equal to the bit only on one thread: with more, sums are taken in the order in which threads finish
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=280)
@@ -57,7 +54,7 @@ def metrics(out: Path) -> list[dict]:
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps in one go."""
     out = tmp_path_factory.mktemp("run") / "whole"
-    done = train(out, "train.steps=4")
+    done = train_from_the_shell(out, "train.steps=4")
     assert done.returncode == 0, done.stderr[-3000:]
     for place in ("metrics.jsonl", "report.html", "hf", "checkpoints/step_00000004"):
         assert (out / place).exists()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import warm
 from support.forked import torchrun_variables
 
 from megatron_bicc.launcher import Process, process
@@ -53,8 +54,8 @@ def test_a_second_run_is_refused_and_the_first_ends_with_its_launcher(tmp_path: 
         assert until((out / "checkpoints/step_00000001").exists, 200), (tmp_path / "first").read_text()
         workers = children(first.pid)
         assert len(workers) == 2
-        second = [*python, *SETTINGS, f"output_dir={out}", "parallel.tensor=1", "checkpoint.resume=true"]
-        ended = subprocess.run(second, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+        second = [*SETTINGS, f"output_dir={out}", "parallel.tensor=1", "checkpoint.resume=true"]
+        ended = warm.run(second, timeout_s=200)
         assert ended.returncode == 2
         named = re.search(rf"{out} is in use by process (\d+) on host {socket.gethostname()}, ", ended.stderr)
         assert named, ended.stderr

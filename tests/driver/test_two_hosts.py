@@ -1,16 +1,14 @@
 """Tests runs on two simulated hosts: network namespaces, a link between them, and its failures."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import warm
 from support.hosts import ADDRESSES, why_not
 
-REPOSITORY = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("hosts_worker.py")
 pytestmark = [pytest.mark.skipif(bool(reason := why_not()), reason=reason), pytest.mark.timeout(620)]
 
@@ -19,8 +17,7 @@ pytestmark = [pytest.mark.skipif(bool(reason := why_not()), reason=reason), pyte
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What hosts_worker.py reports: the directory as "out", and scenario: {"status": [..], "err": [..]}."""
     out = tmp_path_factory.mktemp("hosts")
-    command = [sys.executable, "-W", "ignore", str(WORKER), str(out)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    done = warm.run([WORKER, out], timeout_s=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((out / "report.json").read_text()) | {"out": out}
 

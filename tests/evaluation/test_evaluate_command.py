@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import warm
 
 from megatron_bicc.cli import parse_config
 from megatron_bicc.evaluate import evaluate_benchmarks, main, read_inputs
@@ -119,9 +120,8 @@ def test_logs_of_servers_lie_beside_the_answers(tmp_path: Path) -> None:
         f"output_dir: {tmp_path}/training\nrollout: {{engine: sglang, max_new_tokens: 32, "
         "sglang: {python: 'false'}}\n"
     )
-    command = [sys.executable, "-W", "ignore", "-m", "megatron_bicc.evaluate", "--model", str(MODEL)]
-    command += ["--benchmark", str(HELD_OUT), "--k", "1", "--out", f"{tmp_path}/out", "--config", str(config)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280)
+    command = ["-m", "megatron_bicc.evaluate", "--model", MODEL, "--benchmark", HELD_OUT, "--k", "1"]
+    done = warm.run([*command, "--out", tmp_path / "out", "--config", config], timeout_s=280)
     assert done.returncode == 2
     [log] = (tmp_path / "out/servers").glob("*.log")
     assert f"ended during its start, see {log}" in done.stderr

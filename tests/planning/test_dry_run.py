@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from support import warm
 
 REPOSITORY = Path(__file__).parents[2]
 # several processes or many shards; a busy machine needs minutes for that
@@ -60,10 +59,9 @@ def results(tmp_path_factory: pytest.TempPathFactory, model_dirs: dict[str, Path
     }
     for _, arguments, *_ in cases.values():
         arguments.append(f"output_dir={root}/run")
-    command = [sys.executable, str(Path(__file__).with_name("dry_run_worker.py"))]
-    subprocess.run(
-        [*command, json.dumps(list(cases.values())), str(root / "out.json")], check=True, cwd=REPOSITORY
-    )
+    worker = Path(__file__).with_name("dry_run_worker.py")
+    done = warm.run([worker, json.dumps(list(cases.values())), root / "out.json"])
+    assert done.returncode == 0, done.stderr[-4000:]
     return dict(zip(cases, json.loads((root / "out.json").read_text()), strict=True))
 
 

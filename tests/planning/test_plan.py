@@ -1,11 +1,10 @@
 """Tests tools/plan.py: published layouts fit, impossible ones do not, all outputs agree."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import warm
 from transformers import AutoConfig
 
 from megatron_bicc.cli import parse_config
@@ -70,8 +69,8 @@ def results(root: Path, model_dirs: dict[str, Path]) -> dict[str, dict]:
     experts = case("tiny", 8, [f"model.path={model_dirs['qwen3_moe']}"], "--propose", "999", gpu="H200")
     cases = {**PUBLISHED, **IMPOSSIBLE, **OTHERS, "experts": [*experts, "parallel.sequence=true"]}
     cases = {n: [str(root / "plan.png") if a == "PICTURE" else a for a in c] for n, c in cases.items()}
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("plan_worker.py"))]
-    subprocess.run([*command, json.dumps(cases), str(root)], check=True, cwd=REPOSITORY)
+    done = warm.run([Path(__file__).with_name("plan_worker.py"), json.dumps(cases), root])
+    assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((root / "out.json").read_text())
 
 

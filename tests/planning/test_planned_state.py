@@ -1,13 +1,12 @@
 """Tests the dry run's shards and the plan's memory against real policies on two processes, to the byte."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from planning.state_worker import LAYOUTS
 from support.models import make_model
+from support.torchrun import torchrun
 
 WORKER = Path(__file__).with_name("state_worker.py")
 # several processes or many shards; a busy machine needs minutes for that
@@ -21,10 +20,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, model_dirs: dict[str, Path])
     root = tmp_path_factory.mktemp("state")
     make_model("qwen3_untied", layers=4).save_pretrained(root / "small")
     directories = [str(TINY_POLICY), str(root / "small"), str(model_dirs["qwen3_moe"])]
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(WORKER), *directories, str(root / "out.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=800)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(2, WORKER, *directories, root / "out.json")
     return json.loads((root / "out.json").read_text())
 
 

@@ -1,11 +1,10 @@
 """Tests that three processes search for groups with contrast together."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import warm
 from support.scripted import WANTED, drawn
 
 WORKER = Path(__file__).with_name("streaming_sampler_worker.py")
@@ -14,7 +13,8 @@ WORKER = Path(__file__).with_name("streaming_sampler_worker.py")
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("search")
-    subprocess.run([sys.executable, "-W", "ignore", str(WORKER), str(directory)], check=True, timeout=200)
+    done = warm.run([WORKER, directory], timeout_s=200)
+    assert done.returncode == 0, done.stderr[-4000:]
     return directory
 
 

@@ -193,7 +193,7 @@ def robbed(runs: Runs, replayed: list, exported: SglangServer, answers: list) ->
     asked = [proxy.drain()]
     proxy.trap("/generate", "3", 2, lambda: (runs.server.kill(), proxy.close()))
     runs.start("robbed", proxy.url, RESUME, "rollout.sglang.retry_timeout_s=3")
-    ended = runs.forked.wait(timeout_s=150)
+    ended = runs.forked.wait()
     asked.append(proxy.drain())
     last = checkpoints(str(runs.directory / "robbed"))[-1]
     proxy = RecordingProxy(exported.url, replay=False)

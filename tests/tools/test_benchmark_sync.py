@@ -1,12 +1,13 @@
 """Tests `tools/benchmark.py sync` on a real server; its memory figure bounds the trainer's side of a sync."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support.sglang_server import PYTHON
+from support.sglang_server import PYTHON, quick_start
 
 REPOSITORY = Path(__file__).parents[2]
 BUCKET_MB = 2
@@ -23,7 +24,8 @@ def test_bytes_rates_and_peak_memory(tmp_path: Path) -> None:
     """A model of 16 buckets: a sync that held all of it, or sent what it never cleared, would show."""
     options = f"--hidden 256 --layers 12 --bucket-mb {BUCKET_MB} --repeats 1 --json {tmp_path}/figures.json"
     command = [sys.executable, "-W", "ignore", "tools/benchmark.py", "sync", *options.split()]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=800)
+    env = os.environ | quick_start()
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "checksums differ" not in done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())

@@ -1,7 +1,6 @@
 """Tests weight sync from every kind of layout into a real server of two tensor-parallel ranks."""
 
-import subprocess
-import sys
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from support.models import make_model
 from support.sglang_server import PYTHON, SglangServer
 from support.steps import TOKENIZER, make_config
+from support.torchrun import run_job
 from support.two_steps import assert_engine_followed, train_on
 from support.weight_sync import TOKENS, hf_log_probs, make_sync, served
 from transformers import PreTrainedModel
@@ -25,7 +25,6 @@ pytestmark = [
     pytest.mark.skipif(not PYTHON.exists(), reason="there is no .venv-sglang: make sglang"),
 ]
 WORKER = Path(__file__).with_name("weight_sync_worker.py")
-TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +55,8 @@ def test_layouts_and_a_trainer_killed_in_mid_sync(
 
     The next trainer finds the server paused, in the middle of an update.
     """
-    arguments = [str(WORKER), str(path), str(tmp_path), server.url]
-    done = subprocess.run(
-        [*TORCHRUN, "--nproc-per-node", "2", *arguments], capture_output=True, text=True, timeout=800
-    )
-    assert "Signal 9 (SIGKILL)" in done.stderr, done.stderr[-4000:]
+    done = run_job(2, WORKER, path, tmp_path, server.url)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
     assert (tmp_path / "finished").read_text() == "dp2, pp2, ep2, tp2, tp2 ep2"
 
     config = make_config(path, "grpo")
