@@ -44,7 +44,7 @@ from megatron_bicc.weights.sync import ServerWeightSync
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = REPOSITORY / "examples/tiny_policy"
-LONG = Sampling(temperature=5.0, max_new_tokens=250)
+LONG = Sampling(temperature=5.0, max_new_tokens=400)
 """Near-uniform samples: long, as the end is as rare as any other token"""
 pytestmark = [
     pytest.mark.skipif(
