@@ -157,7 +157,7 @@ class PlanHandle {
     return out;
   }
 
-  // The fields of megatron_bicc.packing.plan.SideTable.
+  // The fields of megatron_bicc.packing.types.SideTable.
   py::dict side_table() const {
     py::array_t<int64_t> group(plan_.sides.sides.size()), parts_at(plan_.sides.sides.size() + 1),
         responses_at(plan_.sides.sides.size() + 1), parts({static_cast<py::ssize_t>(plan_.sides.parts.size()), py::ssize_t{3}});

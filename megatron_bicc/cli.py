@@ -47,7 +47,7 @@ def parse_config(argv: list[str], program: str = PROGRAM) -> Config:
     An override is `section.name=value`, `--section.name=value` or `--section.name value`; `--dry-run` is
     short for `dry_run=true`. `--help` and `--print-config` (the YAML that would run, presets filled in) exit
     with status 0. A mistake is one line on stderr and exit status 2. Each value is checked by its own field;
-    validation.validate checks what involves several settings, files or processes.
+    startup.validate checks what involves several settings, files or processes.
     """
     try:
         flags, overrides = _read_arguments(argv)

@@ -603,7 +603,7 @@ def check(config: Config, world_size: int) -> None:
     """Raises UserError, one line with setting, value and remedy, for the first setting that cannot be used.
 
     config: resolved by presets.resolve. world_size: number of processes. Needs no file and no package: see
-    validation.validate for the rest.
+    startup.validate for the rest.
     """
     check_values(config)
     check_processes(config.parallel, world_size)

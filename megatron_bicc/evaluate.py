@@ -27,8 +27,15 @@ from megatron_bicc import device, run_lock
 from megatron_bicc.cli import parse_config
 from megatron_bicc.config import Config, flatten, settings
 from megatron_bicc.data.prompts import Prompt, digest
-from megatron_bicc.evaluation.benchmarks import ask, names_of, run_benchmark
-from megatron_bicc.evaluation.results import AnswerFile, Evaluation, summarize, write_results
+from megatron_bicc.evaluation.benchmarks import (
+    AnswerFile,
+    Evaluation,
+    ask,
+    names_of,
+    run_benchmark,
+    summarize,
+    write_results,
+)
 from megatron_bicc.metrics import phase, waiting_for
 from megatron_bicc.rewards.registry import Verifier, check_reward, get_verifier
 from megatron_bicc.rollout.collect import GroupSampler
@@ -40,9 +47,9 @@ from megatron_bicc.startup import (
     heldout_prompts,
     hold_output_dir,
     read_tokenizer,
+    validate_evaluation,
     with_date,
 )
-from megatron_bicc.validation import validate_evaluation
 from megatron_bicc.weights.hf_files import fingerprint, warn_of_index
 
 PROGRAM = "python -m megatron_bicc.evaluate"
@@ -67,7 +74,7 @@ class Benchmark:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class EvaluationInputs:
     """Checked inputs of an evaluation."""
 
     config: Config
@@ -111,7 +118,7 @@ def run(config: Config, paths: list[str]) -> None:
         device.end_distributed()
 
 
-def read_inputs(config: Config, paths: list[str]) -> Inputs:
+def read_inputs(config: Config, paths: list[str]) -> EvaluationInputs:
     """Reads and checks every setting and file. Raises UserError, one line, for the first mistake."""
     validate_evaluation(config, paths)
     check_reward(config.reward)
@@ -126,7 +133,7 @@ def read_inputs(config: Config, paths: list[str]) -> Inputs:
             sizes.append(f"{len(benchmarks[name].prompts)} prompts")
     _check_lengths(config, hf_config, benchmarks)
     warn_of_index(config.model.path)
-    return Inputs(config, tokenizer, get_verifier(config.reward), benchmarks)
+    return EvaluationInputs(config, tokenizer, get_verifier(config.reward), benchmarks)
 
 
 def _kept_date(config: Config, named: dict[str, str]) -> str:
@@ -150,7 +157,7 @@ def _check_lengths(config: Config, hf_config: PretrainedConfig, benchmarks: dict
             )
 
 
-def evaluate_benchmarks(inputs: Inputs) -> dict[str, Evaluation]:
+def evaluate_benchmarks(inputs: EvaluationInputs) -> dict[str, Evaluation]:
     """Returns the figures of every benchmark by name; keeps the answers in output_dir/NAME.jsonl. Collective.
 
     Raises UserError, one line and before anything is generated, if a file there holds answers of other
@@ -181,7 +188,7 @@ def decisive(config: Config) -> dict[str, Any]:
     return values | {"model": list(fingerprint(config.model.path)), "processes": dist.get_world_size()}
 
 
-def _answer_file(inputs: Inputs, name: str) -> AnswerFile:
+def _answer_file(inputs: EvaluationInputs, name: str) -> AnswerFile:
     benchmark, out = inputs.benchmarks[name], Path(inputs.config.output_dir)
     stat = Path(benchmark.path).stat()
     settings = decisive(inputs.config) | {

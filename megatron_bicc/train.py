@@ -25,14 +25,15 @@ from megatron_bicc.checkpoint.checkpoint import (
     Progress,
     check_writable,
     checkpoints,
+    export,
+    export_step,
+    forget_exports,
     load_checkpoint,
 )
-from megatron_bicc.checkpoint.export import export, export_step, forget_exports
 from megatron_bicc.cli import parse_config
 from megatron_bicc.config import Config
 from megatron_bicc.errors import PROGRAM, NotFiniteError, UserError, abort, print_rank0
-from megatron_bicc.evaluation.benchmarks import evaluate
-from megatron_bicc.evaluation.results import evaluation_metrics
+from megatron_bicc.evaluation.benchmarks import evaluate, evaluation_metrics
 from megatron_bicc.metrics import RunLog, Stopwatch, phase, waiting_for
 from megatron_bicc.model.policy import Policy
 from megatron_bicc.rewards.registry import answer_style

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_bicc import device
+from megatron_bicc.checkpoint.compare_logits import largest_difference
 from megatron_bicc.checkpoint.convert import export_hf, import_hf
-from megatron_bicc.checkpoint.verify import largest_difference
 from megatron_bicc.config import Config, ParallelConfig
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.families import check_layout, supported_config

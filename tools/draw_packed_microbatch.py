@@ -19,8 +19,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from megatron_bicc.packing.pack import pack  # noqa: E402
-from megatron_bicc.packing.plan import packed_sides  # noqa: E402
-from megatron_bicc.packing.types import MicroBatch, PackingSettings, RolloutBatch  # noqa: E402
+from megatron_bicc.packing.types import (  # noqa: E402
+    MicroBatch,
+    PackingSettings,
+    RolloutBatch,
+    packed_sides,
+)
 
 PROMPT = ["q1", "q2"]
 RESPONSES = [(1.0, ["a1", "a2", "end"]), (1.0, ["b1", "b2", "b3", "end"]), (0.0, ["c1", "end"])]

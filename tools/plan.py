@@ -15,13 +15,12 @@ from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.cli import parse_config
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.families import supported_config
+from megatron_bicc.planning.cost import GPUS, Cluster
 from megatron_bicc.planning.dry_run import tokenizer_or_estimate
-from megatron_bicc.planning.memory import GPUS, Cluster
-from megatron_bicc.planning.plan import Plan, as_json, as_text, draw, make_plan, proposals, propose
+from megatron_bicc.planning.layouts import Plan, as_json, as_text, draw, make_plan, proposals, propose
 from megatron_bicc.planning.shards import data_parallel_size
 from megatron_bicc.planning.synthetic import synthetic_step
-from megatron_bicc.startup import check_lengths
-from megatron_bicc.validation import validate
+from megatron_bicc.startup import check_lengths, validate
 
 BYTES_PER_GBIT = 1e9 / 8
 

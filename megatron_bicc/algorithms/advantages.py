@@ -17,8 +17,8 @@ from typing import Protocol
 import numpy as np
 
 from megatron_bicc import plugins
+from megatron_bicc.algorithms.flat_arrays import check_log_probs, segment_means, segment_sums, spread
 from megatron_bicc.algorithms.policy_loss import kl_in_reward
-from megatron_bicc.algorithms.segments import check_log_probs, segment_means, segment_sums, spread
 from megatron_bicc.config import Advantage, Aggregation, Config, DeltaKind, RccForm, RewardConfig
 from megatron_bicc.errors import UserError
 from megatron_bicc.packing.types import RolloutBatch

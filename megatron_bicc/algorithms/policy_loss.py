@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from megatron_bicc import plugins
-from megatron_bicc.algorithms.segments import segment_sums
+from megatron_bicc.algorithms.flat_arrays import segment_sums
 from megatron_bicc.config import KlEstimator, LossConfig
 from megatron_bicc.errors import UserError
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_bicc.algorithms.flat_arrays import segment_means, segment_sums, spread
 from megatron_bicc.algorithms.policy_loss import kl_penalty
-from megatron_bicc.algorithms.segments import segment_means, segment_sums, spread
 
 
 def gradient_statistics(sketches: Tensor, num_groups: int) -> dict[str, float]:

@@ -1,11 +1,13 @@
-"""Writes training checkpoints in the background, and loads them: megatron-core's dist_checkpointing format.
+"""Writes what a run keeps: training checkpoints in the background, and exports; loads checkpoints.
 
-OUTPUT_DIR/checkpoints/step_00000050/    weights and optimizer, sharded; progress.json; manifest.json
-OUTPUT_DIR/checkpoints/latest            symbolic link to the newest
+OUTPUT_DIR/checkpoints/step_00000050    weights and optimizer, sharded; progress.json; manifest.json
+OUTPUT_DIR/checkpoints/latest           symbolic link to the newest
+OUTPUT_DIR/exports/step_00000050        the policy as a Hugging Face directory, during training
+OUTPUT_DIR/hf                           the same at the end
 
-A step that saves waits only until weights and optimizer are copied to host memory. A thread writes them to
-a temporary directory and renames it when it is complete. The thread's collectives have their own process
-group, so that they never mix with those of the run.
+Checkpoints are in megatron-core's dist_checkpointing format. A step that saves waits only until weights and
+optimizer are copied to host memory. A thread writes them to a temporary directory and renames it when it is
+complete. The thread's collectives have their own process group, so that they never mix with those of the run.
 """
 
 import gc
@@ -39,9 +41,48 @@ from megatron_bicc.checkpoint.megatron_files import (
     write_manifest,
 )
 from megatron_bicc.collective import gathered, raised_on_all_ranks
+from megatron_bicc.config import Config
 from megatron_bicc.errors import NotFiniteError, UserError, first_line
 from megatron_bicc.metrics import waiting_for
 from megatron_bicc.model.policy import Policy
+from megatron_bicc.weights.hf_weights import save_hf
+
+
+def export_step(policy: Policy, config: Config, step: int) -> None:
+    """Exports the policy after a step, and removes all but the newest export.keep. Collective.
+
+    Raises CheckpointError if it cannot be written.
+    """
+    root = Path(config.output_dir) / "exports"
+    export(policy, config, root / f"step_{step:08d}")
+    if dist.get_rank() == 0:
+        whole = sorted(p for p in root.iterdir() if re.fullmatch(r"step_\d{8}", p.name))
+        for old in whole[: -config.export.keep]:
+            shutil.rmtree(old)
+
+
+def forget_exports(output_dir: str, step: int) -> None:
+    """Removes the exports after a step, unfinished ones included, before a run resumes from its checkpoint.
+
+    They belong to the discarded part of the run, and would count as the newest. For one rank only. Raises
+    CheckpointError if one cannot be removed.
+    """
+    for path in (Path(output_dir) / "exports").glob("step_*"):
+        found = re.match(r"step_(\d{8})(\.|$)", path.name)
+        if found and int(found[1]) > step:
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be removed: {error.strerror}") from error
+
+
+def export(policy: Policy, config: Config, target: Path) -> None:
+    """Exports the policy as it is. Collective. Raises CheckpointError if it cannot be written."""
+    try:
+        save_hf(policy.modules, policy.hf_config, Path(config.model.path), target, dist.get_rank() == 0)
+    except UserError as error:
+        raise CheckpointError(f"{error}; free space and resume with checkpoint.resume=true") from error
+
 
 PROGRESS, LATEST, PARTIAL = "progress.json", "latest", ".partial"
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}

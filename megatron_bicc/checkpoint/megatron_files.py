@@ -46,14 +46,14 @@ from megatron_bicc.collective import gathered
 from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError, first_line
 from megatron_bicc.model.build import PolicyModel, transformer_config
-from megatron_bicc.weights.hf_mapping import Rule, cut, from_whole, join, rule_for, to_whole
+from megatron_bicc.weights.hf_mapping import TensorRule, cut, from_whole, join, rule_for, to_whole
 
 
 @dataclass(frozen=True)
 class Slot:
     """A parameter of the whole policy, and its place in a tensor of the checkpoint."""
 
-    rule: Rule
+    rule: TensorRule
     key: str
     """Name of the checkpoint's tensor, which stacks this parameter of all layers"""
     offset: tuple[int, ...]

@@ -33,7 +33,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_bicc.model import attention_cpu, attention_cuda, attention_math
-from megatron_bicc.model.batch import PackedBatch
+from megatron_bicc.model.packed_batch import PackedBatch
 from megatron_bicc.model.segments import Segments, VarlenCall
 
 

@@ -23,7 +23,6 @@ from transformers import PretrainedConfig
 
 from megatron_bicc.config import Config
 from megatron_bicc.model.attention import SharedPrefixCoreAttention
-from megatron_bicc.model.batch import PackedBatch
 from megatron_bicc.model.families import (
     check_layout,
     family_of,
@@ -33,6 +32,7 @@ from megatron_bicc.model.families import (
 )
 from megatron_bicc.model.gradient_sketch import GradientSketch
 from megatron_bicc.model.log_probs import VocabParallelLogProbs, VocabShard
+from megatron_bicc.model.packed_batch import PackedBatch
 
 Backend = Literal["Transformer Engine", "apex", "local"]
 

@@ -28,10 +28,10 @@ from megatron_bicc import device
 from megatron_bicc.collective import gathered
 from megatron_bicc.config import Config
 from megatron_bicc.errors import NotFiniteError
-from megatron_bicc.model.batch import PackedBatch
 from megatron_bicc.model.build import PolicyModel, build_modules, describe, transformer_config
 from megatron_bicc.model.gradient_sketch import GradientSketch, sketch_directions
 from megatron_bicc.model.optimizer import make_optimizer, make_scheduler, step_if
+from megatron_bicc.model.packed_batch import PackedBatch
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,15 @@ from typing import Any
 import numpy as np
 
 from megatron_bicc import _C
-from megatron_bicc.packing.plan import SideTable, StepPlan, step_stats
-from megatron_bicc.packing.types import MicroBatch, MicroBatchLayout, PackingSettings, RolloutBatch
+from megatron_bicc.packing.types import (
+    MicroBatch,
+    MicroBatchLayout,
+    PackingSettings,
+    RolloutBatch,
+    SideTable,
+    StepPlan,
+    step_stats,
+)
 
 _CACHE_LINE = 64
 

@@ -14,8 +14,7 @@ from megatron_bicc.algorithms.advantages import has_contrast, regularises
 from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
 from megatron_bicc.packing.pack import plan_step
-from megatron_bicc.packing.plan import StepPlan
-from megatron_bicc.packing.types import RolloutBatch
+from megatron_bicc.packing.types import RolloutBatch, StepPlan
 from megatron_bicc.training.batch import packing_settings
 
 CHARACTERS_PER_TOKEN = 4
@@ -38,7 +37,7 @@ class UnknownTokenizer:
 
 
 @dataclass(frozen=True)
-class Update:
+class SyntheticUpdate:
     """One optimizer step of the synthetic step, on the groups that a run would train."""
 
     log_probs: StepPlan
@@ -58,7 +57,7 @@ class SyntheticStep:
     response_tokens: int
     """Over all rollouts"""
     longest_response: int
-    updates: list[Update]
+    updates: list[SyntheticUpdate]
 
 
 def synthetic_step(
@@ -93,7 +92,9 @@ def synthetic_step(
             trained["bilateral"] = plan_step(part, bilateral, data_parallel)
         if weight < 1 or regularises(config):
             trained["plain"] = plan_step(part, plain, data_parallel)
-        updates.append(Update(trained.get("plain") or plan_step(part, plain, data_parallel), trained))
+        updates.append(
+            SyntheticUpdate(trained.get("plain") or plan_step(part, plain, data_parallel), trained)
+        )
     return SyntheticStep(
         groups=len(contrast_B),
         groups_with_contrast=int(contrast_B.sum()),

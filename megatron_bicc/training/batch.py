@@ -16,11 +16,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_bicc import device
 from megatron_bicc.algorithms.advantages import Advantages, TokenLogProbs
+from megatron_bicc.algorithms.flat_arrays import check_log_probs, check_offsets, check_rewards
 from megatron_bicc.algorithms.policy_loss import LossRows
-from megatron_bicc.algorithms.segments import check_log_probs, check_offsets, check_rewards
 from megatron_bicc.config import Config
 from megatron_bicc.data.encoding import end_token_ids
-from megatron_bicc.model.batch import PackedBatch
+from megatron_bicc.model.packed_batch import PackedBatch
 from megatron_bicc.packing.types import Layout, PackingSettings, RolloutBatch
 from megatron_bicc.rollout.types import Group
 

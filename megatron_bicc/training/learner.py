@@ -29,17 +29,16 @@ from megatron_bicc.algorithms.advantages import (
     regularises,
     token_weights,
 )
+from megatron_bicc.algorithms.flat_arrays import check_log_probs, spread
 from megatron_bicc.algorithms.policy_loss import load_objective, policy_loss
-from megatron_bicc.algorithms.segments import check_log_probs, spread
 from megatron_bicc.algorithms.statistics import RatioTokens, gradient_statistics
 from megatron_bicc.config import Config
 from megatron_bicc.errors import NotFiniteError
 from megatron_bicc.metrics import Stopwatch
-from megatron_bicc.model.batch import PackedBatch
+from megatron_bicc.model.packed_batch import PackedBatch
 from megatron_bicc.model.policy import Policy
 from megatron_bicc.packing.pack import pack
-from megatron_bicc.packing.plan import StepPlan
-from megatron_bicc.packing.types import Layout, PackingSettings
+from megatron_bicc.packing.types import Layout, PackingSettings, StepPlan
 from megatron_bicc.rollout.types import Group
 from megatron_bicc.training.batch import (
     StepBatch,

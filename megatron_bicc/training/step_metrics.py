@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_bicc import device
 from megatron_bicc.algorithms.advantages import TokenLogProbs, overlong_penalty
-from megatron_bicc.algorithms.segments import segment_means, spread
+from megatron_bicc.algorithms.flat_arrays import segment_means, spread
 from megatron_bicc.algorithms.statistics import (
     StepTokens,
     contrast_statistics,
@@ -26,8 +26,7 @@ from megatron_bicc.algorithms.statistics import (
 from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
 from megatron_bicc.metrics import LayoutRecord, MicroBatchRecord, PlanRecord
-from megatron_bicc.packing.plan import StepPlan, packed_sides
-from megatron_bicc.packing.types import MicroBatchLayout
+from megatron_bicc.packing.types import MicroBatchLayout, StepPlan, packed_sides
 from megatron_bicc.rollout.sampling import Collected
 from megatron_bicc.rollout.types import Group
 from megatron_bicc.training.learner import StepResult

@@ -28,7 +28,7 @@ CUT_DIMENSION: dict[Kind, int] = {"vocab": 0, "qkv": 0, "gate_up": 1, "row": 1}
 
 
 @dataclass(frozen=True)
-class Rule:
+class TensorRule:
     """A parameter's megatron-core name, the Hugging Face tensors that it is made of, and its kind.
 
     `{i}` is the layer and `{e}` the expert: counted on this rank in `megatron`, in the whole model in `hf`.
@@ -56,39 +56,43 @@ def _qkv(suffix: str) -> tuple[str, ...]:
 
 
 RULES = (
-    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"),
-    Rule(_ATTENTION + "linear_qkv.weight", _qkv("weight"), "qkv"),
-    Rule(_ATTENTION + "linear_qkv.bias", _qkv("bias"), "qkv"),
-    Rule(_ATTENTION + "linear_proj.weight", (_HF_ATTENTION + "o_proj.weight",), "row"),
-    Rule(_ATTENTION + "q_layernorm.weight", (_HF_ATTENTION + "q_norm.weight",), "replicated"),
-    Rule(_ATTENTION + "k_layernorm.weight", (_HF_ATTENTION + "k_norm.weight",), "replicated"),
+    TensorRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"),
+    TensorRule(_ATTENTION + "linear_qkv.weight", _qkv("weight"), "qkv"),
+    TensorRule(_ATTENTION + "linear_qkv.bias", _qkv("bias"), "qkv"),
+    TensorRule(_ATTENTION + "linear_proj.weight", (_HF_ATTENTION + "o_proj.weight",), "row"),
+    TensorRule(_ATTENTION + "q_layernorm.weight", (_HF_ATTENTION + "q_norm.weight",), "replicated"),
+    TensorRule(_ATTENTION + "k_layernorm.weight", (_HF_ATTENTION + "k_norm.weight",), "replicated"),
     # Transformer Engine fuses a norm with the linear that follows it
-    Rule(_LAYER + "input_layernorm.weight", (_HF_LAYER + "input_layernorm.weight",), "replicated"),
-    Rule(_ATTENTION + "linear_qkv.layer_norm_weight", (_HF_LAYER + "input_layernorm.weight",), "replicated"),
-    Rule(_LAYER + "pre_mlp_layernorm.weight", (_HF_LAYER + "post_attention_layernorm.weight",), "replicated"),
-    Rule(
+    TensorRule(_LAYER + "input_layernorm.weight", (_HF_LAYER + "input_layernorm.weight",), "replicated"),
+    TensorRule(
+        _ATTENTION + "linear_qkv.layer_norm_weight", (_HF_LAYER + "input_layernorm.weight",), "replicated"
+    ),
+    TensorRule(
+        _LAYER + "pre_mlp_layernorm.weight", (_HF_LAYER + "post_attention_layernorm.weight",), "replicated"
+    ),
+    TensorRule(
         _LAYER + "mlp.linear_fc1.layer_norm_weight",
         (_HF_LAYER + "post_attention_layernorm.weight",),
         "replicated",
     ),
-    Rule(
+    TensorRule(
         _LAYER + "mlp.linear_fc1.weight",
         (_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight"),
         "gate_up",
     ),
-    Rule(_LAYER + "mlp.linear_fc2.weight", (_HF_LAYER + "mlp.down_proj.weight",), "row"),
-    Rule(_LAYER + "mlp.router.weight", (_HF_LAYER + "mlp.gate.weight",), "replicated"),
-    Rule(_EXPERTS + "local_experts.{e}.linear_fc1.weight", _HF_EXPERT_GATE_UP, "gate_up"),
-    Rule(_EXPERTS + "local_experts.{e}.linear_fc2.weight", (_HF_EXPERT + "down_proj.weight",), "row"),
+    TensorRule(_LAYER + "mlp.linear_fc2.weight", (_HF_LAYER + "mlp.down_proj.weight",), "row"),
+    TensorRule(_LAYER + "mlp.router.weight", (_HF_LAYER + "mlp.gate.weight",), "replicated"),
+    TensorRule(_EXPERTS + "local_experts.{e}.linear_fc1.weight", _HF_EXPERT_GATE_UP, "gate_up"),
+    TensorRule(_EXPERTS + "local_experts.{e}.linear_fc2.weight", (_HF_EXPERT + "down_proj.weight",), "row"),
     # Transformer Engine has one grouped linear for all experts of a rank
-    Rule(_EXPERTS + "linear_fc1.weight{e}", _HF_EXPERT_GATE_UP, "gate_up"),
-    Rule(_EXPERTS + "linear_fc2.weight{e}", (_HF_EXPERT + "down_proj.weight",), "row"),
-    Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"),
-    Rule("output_layer.weight", ("lm_head.weight",), "vocab"),
+    TensorRule(_EXPERTS + "linear_fc1.weight{e}", _HF_EXPERT_GATE_UP, "gate_up"),
+    TensorRule(_EXPERTS + "linear_fc2.weight{e}", (_HF_EXPERT + "down_proj.weight",), "row"),
+    TensorRule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"),
+    TensorRule("output_layer.weight", ("lm_head.weight",), "vocab"),
 )
 
 
-def rule_for(megatron_name: str, first_layer: int) -> Rule:
+def rule_for(megatron_name: str, first_layer: int) -> TensorRule:
     """Returns the rule of a parameter, with its names filled in, on a stage that starts at `first_layer`.
 
     Raises LookupError for a parameter that has no rule: RULES lack one of a family that FAMILIES accepts.
@@ -100,7 +104,7 @@ def rule_for(megatron_name: str, first_layer: int) -> Rule:
         if _fill(rule.megatron, here) == megatron_name:
             i = layer and str(int(layer[1]) + first_layer)
             names = tuple(_fill(name, {"{i}": i}) for name in rule.hf)
-            return Rule(megatron_name, names, rule.kind, expert and int(expert[1]))
+            return TensorRule(megatron_name, names, rule.kind, expert and int(expert[1]))
     raise LookupError(f"no rule of RULES matches the policy's parameter {megatron_name}")
 
 

@@ -29,7 +29,7 @@ from megatron_bicc.weights.hf_files import (
     copy_side_files,
     write_model,
 )
-from megatron_bicc.weights.hf_mapping import Rule, cut, from_whole, join, rule_for, to_whole
+from megatron_bicc.weights.hf_mapping import TensorRule, cut, from_whole, join, rule_for, to_whole
 
 
 def load_policy(config: Config, tensors: HfTensors | None = None) -> Policy:
@@ -90,7 +90,7 @@ def fill_parameters(chunks: list[PolicyModel], hf_config: PretrainedConfig, sour
         _load_tied_output(chunk, hf_config, source, rank, size)
 
 
-def _parameters(chunk: PolicyModel, tied_output: bool = False) -> Iterator[tuple[Rule, Parameter]]:
+def _parameters(chunk: PolicyModel, tied_output: bool = False) -> Iterator[tuple[TensorRule, Parameter]]:
     """Yields the chunk's parameters with their rules.
 
     tied_output: include the copy of the embedding that a later stage holds as its tied output layer.
@@ -161,7 +161,7 @@ def describe_hf(chunks: list[PolicyModel], hf_config: PretrainedConfig) -> dict[
     return found
 
 
-Table = list[tuple[Rule, torch.Size, torch.dtype]]
+Table = list[tuple[TensorRule, torch.Size, torch.dtype]]
 """A pipeline stage's parameters"""
 
 
@@ -192,7 +192,7 @@ def _gather(part: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
 
 
 def _to_hf(
-    rule: Rule, parts: list[Tensor], first_expert: int, hf_config: PretrainedConfig
+    rule: TensorRule, parts: list[Tensor], first_expert: int, hf_config: PretrainedConfig
 ) -> Iterator[tuple[str, Tensor]]:
     whole = join(rule.kind, parts, hf_config)
     return zip(rule.hf_names(first_expert), from_whole(rule.kind, whole, hf_config), strict=True)

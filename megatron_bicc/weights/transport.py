@@ -47,7 +47,7 @@ ABANDON_S = 10.0
 Result = TypeVar("Result")
 
 
-class Run(Protocol):
+class PortalCall(Protocol):
     """Runs a coroutine function in the event loop of the servers' clients and returns its result."""
 
     def __call__(self, function: Callable[..., Awaitable[Result]], *args: Any) -> Result: ...
@@ -229,7 +229,9 @@ def live(receivers: list[Receiver]) -> list[Receiver]:
     return [receiver for receiver in receivers if receiver.error is None]
 
 
-def each(run: Run, receivers: list[Receiver], act: Callable[[Receiver], Awaitable[Result]]) -> list[Result]:
+def each(
+    run: PortalCall, receivers: list[Receiver], act: Callable[[Receiver], Awaitable[Result]]
+) -> list[Result]:
     """Runs `act` on all live receivers at once and returns the results of those that succeed.
 
     One that raises ServerError takes no further part. Any other exception is raised after all have ended.
@@ -247,7 +249,7 @@ def each(run: Run, receivers: list[Receiver], act: Callable[[Receiver], Awaitabl
     return results
 
 
-def abandon(run: Run, receivers: list[Receiver]) -> None:
+def abandon(run: PortalCall, receivers: list[Receiver]) -> None:
     """Resumes generation after an error on the servers that answer."""
     run(_outcomes, [receiver.abandon() for receiver in receivers])
 
@@ -281,7 +283,7 @@ class TensorTransport:
     explicit = True
     path = "/update_weights_from_tensor"
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: PortalCall) -> None:
         self._run = run
 
     def send(self, receivers: list[Receiver], bucket: Bucket) -> None:
@@ -350,7 +352,7 @@ class DiskTransport:
 
     explicit = False
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: PortalCall) -> None:
         self._run = run
 
     def send(self, receivers: list[Receiver], bucket: Bucket) -> None:
@@ -376,7 +378,7 @@ class DistributedTransport:
 
     explicit = True
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: PortalCall) -> None:
         self._run = run
         self._group: BroadcastGroup | None = None
 
@@ -426,7 +428,7 @@ def _take_out(receivers: list[Receiver], errors: list[ServerError | None], last:
 class BroadcastGroup:
     """A process group besides the default one: this process is rank 0, the servers' ranks follow."""
 
-    def __init__(self, receivers: list[Receiver], run: Run) -> None:
+    def __init__(self, receivers: list[Receiver], run: PortalCall) -> None:
         self.clients = [receiver.client for receiver in receivers]
         self.urls = [client.url for client in self.clients]
         self.sizes = [receiver.tensor_parallel for receiver in receivers]
@@ -568,7 +570,7 @@ def _store(address: str, world_size: int, timeout: timedelta) -> dist.TCPStore:
     )
 
 
-TRANSPORTS: dict[str, Callable[[Run], Transport]] = {
+TRANSPORTS: dict[str, Callable[[PortalCall], Transport]] = {
     "tensor": TensorTransport,
     "disk": DiskTransport,
     "distributed": DistributedTransport,

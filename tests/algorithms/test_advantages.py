@@ -18,8 +18,8 @@ from megatron_bicc.algorithms.advantages import (
     sequence_delta,
     token_weights,
 )
+from megatron_bicc.algorithms.flat_arrays import check_offsets, check_rewards, spread
 from megatron_bicc.algorithms.policy_loss import LossRows, kl_in_reward, policy_loss
-from megatron_bicc.algorithms.segments import check_offsets, check_rewards, spread
 from megatron_bicc.config import LossConfig
 from megatron_bicc.errors import UserError
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from support.token_loss import clip_masks
 
 from megatron_bicc.algorithms.advantages import group_advantages, mean_baseline, rcc_baseline, token_weights
+from megatron_bicc.algorithms.flat_arrays import spread
 from megatron_bicc.algorithms.policy_loss import LossRows, kl_penalty, policy_loss
 from megatron_bicc.algorithms.presets import PRESETS, resolve
-from megatron_bicc.algorithms.segments import spread
 from megatron_bicc.config import Config, LossConfig
 
 MAX_LENGTH = 9

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from support.models import make_model
 
 from megatron_bicc.checkpoint import convert
+from megatron_bicc.checkpoint.compare_logits import largest_difference
 from megatron_bicc.checkpoint.convert import export_hf, import_hf
-from megatron_bicc.checkpoint.verify import largest_difference
 from megatron_bicc.collective import shared_atomic_directory
 from megatron_bicc.config import ParallelConfig
 from megatron_bicc.errors import UserError

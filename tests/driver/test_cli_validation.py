@@ -8,7 +8,7 @@ import pytest
 
 from megatron_bicc.cli import parse_config
 from megatron_bicc.errors import UserError
-from megatron_bicc.validation import validate
+from megatron_bicc.startup import validate
 
 
 @pytest.fixture

@@ -24,9 +24,8 @@ from megatron_bicc.errors import UserError
 from megatron_bicc.model.optimizer import make_scheduler
 from megatron_bicc.planning.synthetic import UnknownTokenizer, draw_rollouts
 from megatron_bicc.rewards.registry import BUILT_INS
-from megatron_bicc.startup import heldout_prompts, read_tokenizer
+from megatron_bicc.startup import heldout_prompts, read_tokenizer, validate
 from megatron_bicc.training.batch import packing_settings
-from megatron_bicc.validation import validate
 from megatron_bicc.weights.hf_files import supported_config
 
 REPOSITORY = Path(__file__).parents[2]

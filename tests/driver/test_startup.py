@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_bicc import evaluate
 from megatron_bicc import startup as setup_run
+from megatron_bicc.checkpoint.compare_logits import largest_difference
 from megatron_bicc.checkpoint.convert import export_hf, import_hf
 from megatron_bicc.checkpoint.megatron_files import slots_of
-from megatron_bicc.checkpoint.verify import largest_difference
 from megatron_bicc.cli import parse_config
 from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError

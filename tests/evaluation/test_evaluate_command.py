@@ -12,7 +12,7 @@ from support import warm
 
 from megatron_bicc.cli import parse_config
 from megatron_bicc.evaluate import evaluate_benchmarks, main, read_inputs
-from megatron_bicc.evaluation.results import Evaluation
+from megatron_bicc.evaluation.benchmarks import Evaluation
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL, HELD_OUT = REPOSITORY / "examples/tiny_policy", REPOSITORY / "examples/data/heldout.parquet"

@@ -13,8 +13,15 @@ import pytest
 from megatron_bicc.data.prompts import Prompt
 from megatron_bicc.data.rows import read_question, read_rows
 from megatron_bicc.errors import UserError
-from megatron_bicc.evaluation.benchmarks import names_of, run_benchmark
-from megatron_bicc.evaluation.results import AnswerFile, Answers, pass_at_k, summarize, write_results
+from megatron_bicc.evaluation.benchmarks import (
+    AnswerFile,
+    Answers,
+    names_of,
+    pass_at_k,
+    run_benchmark,
+    summarize,
+    write_results,
+)
 from megatron_bicc.rewards import math_reward
 
 

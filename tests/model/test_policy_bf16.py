@@ -9,7 +9,7 @@ from support.layout import row_batch
 from support.models import make_model
 from support.steps import TOKENIZER, make_config, make_examples, to_groups
 
-from megatron_bicc.model.batch import PackedBatch
+from megatron_bicc.model.packed_batch import PackedBatch
 from megatron_bicc.model.policy import Policy
 from megatron_bicc.packing.pack import pack
 from megatron_bicc.rollout.types import Group

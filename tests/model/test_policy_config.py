@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_bicc.checkpoint.verify import cached_logits
+from megatron_bicc.checkpoint.compare_logits import cached_logits
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.families import ACCEPTED, positions, supported_config
 from megatron_bicc.rollout.local import LocalEngine

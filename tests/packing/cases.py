@@ -7,8 +7,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from megatron_bicc.packing.pack import pack
-from megatron_bicc.packing.plan import StepPlan
-from megatron_bicc.packing.types import MicroBatch, PackingSettings, RolloutBatch
+from megatron_bicc.packing.types import MicroBatch, PackingSettings, RolloutBatch, StepPlan
 
 ENDS = (0, 9)
 HEADERS = {"wrong_header": (1, 2), "right_header": (3,), "answer_header": (4, 5, 6)}

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_bicc.packing.plan import (
+from megatron_bicc.packing.types import (
     ContextPart,
+    MicroBatch,
+    PackingSettings,
+    RolloutBatch,
     SideTable,
     StepPlan,
     attempt_length,
@@ -17,7 +20,6 @@ from megatron_bicc.packing.plan import (
     prefix_tokens,
     step_stats,
 )
-from megatron_bicc.packing.types import MicroBatch, PackingSettings, RolloutBatch
 
 PAIR_CANDIDATES = 32
 """First partners tried for a pair, as in csrc/binpack.cpp."""

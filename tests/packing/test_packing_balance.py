@@ -7,7 +7,7 @@ import pytest
 from packing.cases import Group, Rollout, make_batch, make_settings
 
 from megatron_bicc.packing.pack import plan_step
-from megatron_bicc.packing.plan import StepPlan
+from megatron_bicc.packing.types import StepPlan
 
 
 def packed(seed: int, dp_size: int) -> StepPlan:

@@ -21,8 +21,7 @@ from packing.cases import (
 from packing.oracle import pack_reference
 
 from megatron_bicc.packing.pack import pack, plan_step
-from megatron_bicc.packing.plan import StepPlan
-from megatron_bicc.packing.types import MicroBatch, PackingSettings, RolloutBatch
+from megatron_bicc.packing.types import MicroBatch, PackingSettings, RolloutBatch, StepPlan
 
 many = settings(max_examples=2000, deadline=None, derandomize=True)
 some = settings(max_examples=250, deadline=None, derandomize=True)

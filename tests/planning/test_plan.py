@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from megatron_bicc.cli import parse_config
 from megatron_bicc.config import ParallelConfig
 from megatron_bicc.model.build import transformer_config
-from megatron_bicc.validation import validate
+from megatron_bicc.startup import validate
 
 REPOSITORY = Path(__file__).parents[2]
 # several processes or many shards; a busy machine needs minutes for that

@@ -12,7 +12,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config,
 from megatron_bicc import device
 from megatron_bicc.config import Config
 from megatron_bicc.model.build import PolicyModel, build_modules, transformer_config
-from megatron_bicc.planning.memory import Sizes, saved_bytes
+from megatron_bicc.planning.cost import Sizes, saved_bytes
 
 ROWS = 384
 SHAPE = {"vocab_size": 500, "num_hidden_layers": 3, "hidden_size": 128, "num_attention_heads": 8}

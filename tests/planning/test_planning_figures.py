@@ -11,12 +11,24 @@ from transformers import LlamaConfig
 
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
-from megatron_bicc.planning import plan as planning
-from megatron_bicc.planning.memory import Cluster, Gpu, Memory, Sizes, kv_space, memory_of, saved_bytes
-from megatron_bicc.planning.plan import Plan, make_plan
+from megatron_bicc.planning import layouts as planning
+from megatron_bicc.planning.cost import (
+    Cluster,
+    Gpu,
+    Load,
+    Memory,
+    Sizes,
+    Work,
+    forward_flops,
+    kv_space,
+    memory_of,
+    saved_bytes,
+    step_flops,
+    traffic_of,
+)
+from megatron_bicc.planning.layouts import Plan, make_plan
 from megatron_bicc.planning.shards import Shard
 from megatron_bicc.planning.synthetic import SyntheticStep, UnknownTokenizer, synthetic_step
-from megatron_bicc.planning.work import Load, Work, forward_flops, step_flops, traffic_of
 
 HF_CONFIG = LlamaConfig(
     vocab_size=1000,

@@ -9,9 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
-from megatron_bicc.planning.memory import Sizes, in_flight
+from megatron_bicc.planning.cost import Load, Sizes, forward_flops, in_flight, load_of, work_of
 from megatron_bicc.planning.synthetic import UnknownTokenizer, draw_rollouts, synthetic_step
-from megatron_bicc.planning.work import Load, forward_flops, load_of, work_of
 from megatron_bicc.training.batch import packing_settings
 
 LLAMA = LlamaConfig(

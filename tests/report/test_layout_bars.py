@@ -18,8 +18,7 @@ from packing.cases import (
 from support.runs import layout
 
 from megatron_bicc.config import Config, TrainConfig
-from megatron_bicc.packing.plan import packed_sides
-from megatron_bicc.packing.types import PackingSettings
+from megatron_bicc.packing.types import PackingSettings, packed_sides
 from megatron_bicc.report.groups import BARS_SHOWN, STEPS_SHOWN, Bar, step_layouts
 from megatron_bicc.report.runs import Run
 from megatron_bicc.training.step_metrics import report_layout

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.sglang_server import quick_start
 
 from megatron_bicc.config import Config, ModelConfig, RolloutConfig, SglangConfig
-from megatron_bicc.sglang.checks import wait_until_ready
 from megatron_bicc.sglang.client import ServerClient
+from megatron_bicc.sglang.pool import wait_until_ready
 from megatron_bicc.sglang.process import SpawnedServer
 
 REPOSITORY = Path(__file__).parents[2]

@@ -26,10 +26,17 @@ from megatron_bicc.config import Config, RolloutConfig, SglangConfig
 from megatron_bicc.errors import UserError
 from megatron_bicc.rollout.sglang_engine import SglangEngine, generate_body, read_samples
 from megatron_bicc.rollout.types import Request, RolloutError, Sampling
-from megatron_bicc.sglang.checks import check_model, wait_until_ready
 from megatron_bicc.sglang.client import ServerClient, ServerError, ServerRefusal, ServerUnavailable
 from megatron_bicc.sglang.guard import finish, start
-from megatron_bicc.sglang.pool import Attempts, BadAnswer, RequestFailed, ServerPool, StaleWeights
+from megatron_bicc.sglang.pool import (
+    Attempts,
+    BadAnswer,
+    RequestFailed,
+    ServerPool,
+    StaleWeights,
+    check_model,
+    wait_until_ready,
+)
 from megatron_bicc.sglang.process import CPU_ARGUMENTS, CPU_ENVIRONMENT, _command
 from megatron_bicc.sglang.settings import check_servers
 

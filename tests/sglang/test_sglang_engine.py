@@ -36,8 +36,8 @@ from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.sampling import Collector
 from megatron_bicc.rollout.sglang_engine import SglangEngine, make_sglang_engine
 from megatron_bicc.rollout.types import Request, RolloutError, Sample, Sampling
-from megatron_bicc.sglang.checks import check_model
 from megatron_bicc.sglang.client import ServerClient, ServerRefusal
+from megatron_bicc.sglang.pool import check_model
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.weights.hf_weights import hf_tensors, load_policy
 from megatron_bicc.weights.sync import ServerWeightSync

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from megatron_bicc.model.batch import PackedBatch
+from megatron_bicc.model.packed_batch import PackedBatch
 from megatron_bicc.packing.types import MicroBatch
 
 

@@ -23,8 +23,7 @@ from support.weight_sync import make_sync, stream
 from megatron_bicc import device
 from megatron_bicc.config import SglangConfig
 from megatron_bicc.model.policy import start_model_parallel
-from megatron_bicc.sglang.checks import wait_until_ready
-from megatron_bicc.sglang.pool import ServerPool
+from megatron_bicc.sglang.pool import ServerPool, wait_until_ready
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.weights import sync as weight_sync
 from megatron_bicc.weights.hf_weights import load_policy

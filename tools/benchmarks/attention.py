@@ -18,8 +18,8 @@ from transformers import Qwen3Config
 
 from megatron_bicc import device
 from megatron_bicc.config import Config
-from megatron_bicc.model.batch import PackedBatch
 from megatron_bicc.model.build import PolicyModel, transformer_config
+from megatron_bicc.model.packed_batch import PackedBatch
 from megatron_bicc.packing.types import MicroBatch
 
 PROMPT, CONTEXT = 50, 1600

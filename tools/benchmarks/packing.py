@@ -18,8 +18,7 @@ import numpy as np
 from benchmarks._packing_baselines import memcpy, pair_rows, torch_cat_loop
 
 from megatron_bicc.packing.pack import Packed, pack, plan_step
-from megatron_bicc.packing.plan import StepPlan
-from megatron_bicc.packing.types import PackingSettings, RolloutBatch
+from megatron_bicc.packing.types import PackingSettings, RolloutBatch, StepPlan
 
 PROMPTS, GROUP_SIZE, RANKS = 256, 8, 8
 MAIN_LENGTH = 800

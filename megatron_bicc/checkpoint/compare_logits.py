@@ -17,9 +17,9 @@ from megatron_bicc.checkpoint.megatron_files import MegatronCheckpoint, check_if
 from megatron_bicc.collective import gathered
 from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
-from megatron_bicc.model.batch import PackedBatch
 from megatron_bicc.model.build import PolicyModel, transformer_config
 from megatron_bicc.model.families import supported_config
+from megatron_bicc.model.packed_batch import PackedBatch
 from megatron_bicc.weights.hf_files import HfTensors, checked_tensors, load_transformers
 
 LONGEST = 4608

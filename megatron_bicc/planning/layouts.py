@@ -15,10 +15,20 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from megatron_bicc.config import Config, ParallelConfig, check_processes
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.families import check_layout
-from megatron_bicc.planning.memory import Cluster, KvSpace, Memory, Sizes, kv_space, memory_of
+from megatron_bicc.planning.cost import (
+    Cluster,
+    KvSpace,
+    Memory,
+    Sizes,
+    Traffic,
+    kv_space,
+    memory_of,
+    step_flops,
+    traffic_of,
+    work_of,
+)
 from megatron_bicc.planning.shards import Shard, build_shards, data_parallel_size
 from megatron_bicc.planning.synthetic import SyntheticStep, UnknownTokenizer, synthetic_step
-from megatron_bicc.planning.work import Traffic, step_flops, traffic_of, work_of
 
 
 @dataclass(frozen=True)
