@@ -332,11 +332,12 @@ class RolloutConfig:
     """sglang: start servers with the run and end them with it, or use those of rollout.sglang.servers."""
     colocate: bool = False
     """sglang: servers release their GPU memory while the policy trains on the same devices."""
-    prompts_per_step: int = setting(32, at_least=1, changes_experiment=True)
+    prompts_per_step: int = setting(32, at_least=1, at_most=2**20, changes_experiment=True)
     """Prompts (groups) per step."""
     group_size: int = setting(
         8,
         at_least=2,
+        at_most=2**20,
         changes_experiment=True,
         reason="advantages compare rollouts of one group",
     )

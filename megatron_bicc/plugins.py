@@ -3,12 +3,15 @@
 import hashlib
 import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_bicc.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def is_import_path(text: str) -> bool:
@@ -46,9 +49,9 @@ def _load_file(setting: str, file: Path) -> Any:
     sys.modules[name] = module  # before it runs: dataclasses and pickle look it up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a user's code may raise anything, and must not end the run
         del sys.modules[name]
-        raise UserError(f"{setting}: {file} fails on import: {type(error).__name__}: {error}") from error
+        raise _fails(setting, str(file), error) from error
     return module
 
 
@@ -57,8 +60,14 @@ def _import(setting: str, name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UserError(f"{setting}: no module {error.name!r}; install it or extend PYTHONPATH") from error
-    except Exception as error:
-        raise UserError(f"{setting}: {name} fails on import: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise _fails(setting, name, error) from error
+
+
+def _fails(setting: str, place: str, error: BaseException) -> UserError:
+    # the command prints the UserError alone: the user's own traceback goes to the log
+    logger.error("%s: %s fails on import", setting, place, exc_info=error)
+    return UserError(f"{setting}: {place} fails on import: {type(error).__name__}: {error}")
 
 
 def _is_own(value: Any, module: Any) -> bool:

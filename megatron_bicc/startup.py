@@ -15,7 +15,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_bicc import device, run_lock
+from megatron_bicc import device, plugins, run_lock
 from megatron_bicc.algorithms.presets import kl_warning, resolve
 from megatron_bicc.checkpoint.checkpoint import checkpoints
 from megatron_bicc.checkpoint.resume import (
@@ -166,7 +166,18 @@ def check_settings(config: Config) -> Config:
     validate(config, device.world_size())
     _check_output_dir(config)
     check_reward(config.reward)
-    return resolve(config)
+    config = resolve(config)
+    # now, not when they are first used: a wrong import path must not cost the minutes of loading a policy
+    for setting, path in (
+        ("rollout.engine", config.rollout.engine),
+        ("loss.objective", config.loss.objective),
+        ("loss.baseline", config.loss.baseline),
+        ("reward.verifier", config.reward.verifier),
+        ("data.filter", config.data.filter),
+    ):
+        if plugins.is_import_path(path):
+            plugins.load(setting, path)
+    return config
 
 
 def join_processes(inputs: Inputs) -> None:

@@ -77,11 +77,12 @@ def forget_exports(output_dir: str, step: int) -> None:
 
 
 def export(policy: Policy, config: Config, target: Path) -> None:
-    """Exports the policy as it is. Collective. Raises CheckpointError if it cannot be written."""
-    try:
-        save_hf(policy.modules, policy.hf_config, Path(config.model.path), target, dist.get_rank() == 0)
-    except UserError as error:
-        raise CheckpointError(f"{error}; free space and resume with checkpoint.resume=true") from error
+    """Exports the policy as it is. Collective. Raises CheckpointError on every rank if it cannot be written."""
+    with raised_on_all_ranks(CheckpointError):
+        try:
+            save_hf(policy.modules, policy.hf_config, Path(config.model.path), target, dist.get_rank() == 0)
+        except UserError as error:
+            raise CheckpointError(f"{error}; free space and resume with checkpoint.resume=true") from error
 
 
 PROGRESS, LATEST, PARTIAL = "progress.json", "latest", ".partial"

@@ -130,7 +130,10 @@ class _CheckedFunction:
             found = self._function(completions)
             if inspect.isawaitable(found):
                 found = asyncio.run(_awaited(found))
-        except Exception as error:  # a user's function may raise anything
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # of the user's code, which must not end the run
             # the traceback goes to the log of this rank: the other ranks and the command see one line
             _log.exception("%s: the function raised", where)
             raise UserError(

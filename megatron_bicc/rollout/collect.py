@@ -38,13 +38,13 @@ class GroupSampler:
     def collect(self, prompts: list[Prompt], seed: tuple[int | str, ...]) -> list[Group]:
         """Returns a group for every prompt, in their order, the same on every process. Collective.
 
-        A sample depends on the weights, its prompt, its index in the group and `seed`. Raises RolloutError on
-        every process if the engine or the verifier of one does.
+        A sample depends on the weights, its prompt, its index in the group and `seed`. Raises RolloutError or
+        UserError on every process if the engine or the verifier of one does.
         """
         rank, world = dist.get_rank(), dist.get_world_size()
         mine = prompts[rank::world]
         requests = [request for prompt in mine for request in self.requests(prompt, seed)]
-        with raised_on_all_ranks(RolloutError):
+        with raised_on_all_ranks(RolloutError, UserError):
             groups = self.scored(mine, self.engine.generate(requests, self.sampling) if requests else [])
         shares = exchange(dict(zip(range(rank, len(prompts), world), groups, strict=True)), prompts)
         return [shares[place] for place in range(len(prompts))]
@@ -59,10 +59,12 @@ class GroupSampler:
         """Scores samples, given group by group, and returns the prompts' groups.
 
         Raises RolloutError for a log-prob or reward that is not finite, even in a group without contrast: the
-        policy or the verifier is broken.
+        policy or the verifier is broken. Raises UserError for an engine that breaks its protocol, and for a
+        user's reward function that does.
         """
         if not prompts:  # transformers would decode an empty list as one sample without tokens
             return []
+        _check_protocol(samples, len(prompts) * self.group_size)
         texts = self.tokenizer.batch_decode([_without_end(s) for s in samples], skip_special_tokens=True)
         groups = []
         for i, prompt in enumerate(prompts):
@@ -74,18 +76,36 @@ class GroupSampler:
         return groups
 
     def _rewards(self, prompt: Prompt, texts: list[str]) -> np.ndarray:
-        """Returns the rewards of a group's responses: float32 [R]. Raises RolloutError if scoring fails."""
+        """Returns the rewards of a group's responses: float32 [R]. Raises UserError for a user's function."""
         about = (prompt.ground_truth, prompt.data_source, prompt.extra, prompt.index + 1)
-        try:
-            begun = prompt.begun_answer
-            return self.verifier([Completion(prompt.messages, begun + text, *about) for text in texts])
-        except UserError as error:  # raised by the checks of a user's function
-            raise RolloutError(str(error)) from error
+        begun = prompt.begun_answer
+        return self.verifier([Completion(prompt.messages, begun + text, *about) for text in texts])
 
 
 def _without_end(sample: Sample) -> np.ndarray:
     """Returns the sample's tokens without its end token, which need not be a special token: int32."""
     return sample.token_ids[:-1] if sample.finish_reason == "stop" else sample.token_ids
+
+
+def _check_protocol(samples: list[Sample], requested: int) -> None:
+    """Raises UserError if an engine did not return one whole Sample per request: rollouts would be trained
+    with another prompt, or not at all."""
+    if len(samples) != requested:
+        raise UserError(
+            f"rollout.engine: generate returned {len(samples)} samples for {requested} requests; it must "
+            "return one per request, in order"
+        )
+    for place, sample in enumerate(samples):
+        if not isinstance(sample, Sample):
+            raise UserError(
+                f"rollout.engine: generate returned a {type(sample).__name__} for request {place}; it must "
+                "return megatron_bicc.rollout.types.Sample"
+            )
+        if len(sample.token_ids) != len(sample.log_probs) or not len(sample.token_ids):
+            raise UserError(
+                f"rollout.engine: sample {place} has {len(sample.token_ids)} tokens and "
+                f"{len(sample.log_probs)} log-probs; it needs one log-prob per token, and at least one token"
+            )
 
 
 def _check(sample: Sample, reward: float, where: str) -> None:

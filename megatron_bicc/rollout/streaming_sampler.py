@@ -16,6 +16,7 @@ from tqdm import tqdm
 from megatron_bicc import device
 from megatron_bicc.collective import gathered, raised_on_all_ranks
 from megatron_bicc.data.prompts import Prompt
+from megatron_bicc.errors import UserError
 from megatron_bicc.rollout.collect import GroupSampler, exchange
 from megatron_bicc.rollout.types import Group, RolloutError, Stream
 
@@ -65,14 +66,14 @@ def search(plan: Search, sampler: GroupSampler, has_contrast: Callable[[Group], 
     """Submits prompts until enough groups have contrast or all prompts were submitted. Collective.
 
     The number of submitted prompts depends on timing; a group's seeds depend only on its prompt and index.
-    Raises RolloutError on every process if the engine of one does.
+    Raises RolloutError or UserError on every process if the engine or the verifier of one does.
     """
     counts = SearchCounts(plan)
-    with raised_on_all_ranks(RolloutError):
+    with raised_on_all_ranks(RolloutError, UserError):
         try:
             with sampler.engine.stream(sampler.sampling) as stream:
                 own = _own_groups(plan, counts, stream, sampler, has_contrast)
-        except RolloutError:
+        except (RolloutError, UserError):
             # the other processes must leave their loops: raised_on_all_ranks waits for them
             counts.give_up()
             raise

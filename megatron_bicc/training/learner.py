@@ -258,17 +258,18 @@ class Learner:
 
         Raises NotFiniteError, before the policy is changed, for a loss, ratio or gradient that is not finite.
         """
-        # by micro-batch index, on the last pipeline stage only: float [5, A], the fields of RatioTokens; kept
-        # from the loss, so that metrics need no other forward pass
-        ratios: dict[int, Tensor] = {}
+        # on the last pipeline stage: each micro-batch with the fields of RatioTokens, float [5, A], kept from
+        # the loss, so that metrics need no other forward pass
+        found: list[tuple[TrainBatch, Tensor]] = []
 
         def loss(index: int, logp_A: Tensor, entropy_A: Tensor) -> Tensor:
-            found = policy_loss(logp_A, entropy_A, update.batches[index].rows, self.config.loss)
+            batch = update.batches[index]
+            result = policy_loss(logp_A, entropy_A, batch.rows, self.config.loss)
             masks = [
-                mask.to(logp_A.dtype) for mask in (found.tokens.low, found.tokens.high, found.tokens.dual)
+                mask.to(logp_A.dtype) for mask in (result.tokens.low, result.tokens.high, result.tokens.dual)
             ]
-            ratios[index] = torch.stack([found.old_logp, logp_A.detach(), *masks])
-            return found.share
+            found.append((batch, torch.stack([result.old_logp, logp_A.detach(), *masks])))
+            return result.share
 
         with self.policy.gradient_sketch(update.batch.num_groups) as sketch:
             own_loss, _ = self.policy.accumulate_gradients([b.packed for b in update.batches], loss)
@@ -278,7 +279,6 @@ class Learner:
         # every check comes before policy.update: after an error the weights are those before the step
         if not math.isfinite(total):
             raise NotFiniteError(f"the loss is {total}; weights and optimizer were left as they were")
-        found = [(batch, ratios.get(i)) for i, batch in enumerate(update.batches)]
         trained = [
             TrainedLayout(each.layout, each.plan, self._ratio(update, each.layout, found))
             for each in update.trained
@@ -296,9 +296,7 @@ class Learner:
             gradient=gradient,
         )
 
-    def _ratio(
-        self, update: Update, layout: Layout, found: list[tuple[TrainBatch, Tensor | None]]
-    ) -> RatioTokens:
+    def _ratio(self, update: Update, layout: Layout, found: list[tuple[TrainBatch, Tensor]]) -> RatioTokens:
         """Gathers a layout's ratios on every rank and checks them. Collective."""
         rollouts = update.batch.rollouts
         own = ((batch.packed, ratio_5A) for batch, ratio_5A in found if batch.layout == layout)

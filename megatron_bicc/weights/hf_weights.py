@@ -219,10 +219,14 @@ def save_hf(
     fresh, old = (target.with_name(target.name + suffix) for suffix in (".new", ".old"))
     for leftover in (fresh, old):  # of a run that was killed while it replaced an earlier export
         shutil.rmtree(leftover, ignore_errors=True)
-    with atomic_directory(fresh) as partial:
-        copy_side_files(source, partial)
-        write_model(partial, described, ((name, tensor.cpu()) for name, tensor in stream), largest_file)
-        run_lock.check()
+    try:
+        with atomic_directory(fresh) as partial:
+            copy_side_files(source, partial)
+            write_model(partial, described, ((name, tensor.cpu()) for name, tensor in stream), largest_file)
+            run_lock.check()
+    except UserError:
+        collections.deque(stream, maxlen=0)  # the other processes are in its gathers
+        raise
     try:
         if target.exists():  # rename does not replace a directory that holds files
             target.rename(old)

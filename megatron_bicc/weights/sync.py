@@ -101,7 +101,14 @@ class EngineWeightSync:
         self._policy.check_weights()
         stream = Measured(hf_tensors(self._policy.modules, self._policy.hf_config))
         with device.megatron():
-            self._engine.load_weights(iter(stream), version)
+            tensors = iter(stream)
+            self._engine.load_weights(tensors, version)
+            unread = [name for name, _ in tensors]  # each takes a gather by all ranks: read them to the end
+        if unread:
+            raise UserError(
+                f"rollout.engine: load_weights left {len(unread)} tensors unread, such as {unread[0]}; "
+                "it must load all of them, or rollouts come from old weights"
+            )
         return stream.nbytes
 
     def close(self) -> None:

@@ -35,10 +35,16 @@ def test_what_cannot_be_loaded_is_named(path: str, message: str) -> None:
         plugins.load("reward.verifier", path)
 
 
-def test_an_error_of_the_file_is_the_cause(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "kind"), [("1 / 0", ZeroDivisionError), ("raise SystemExit(0)", SystemExit)]
+)
+def test_an_error_of_the_file_is_the_cause_and_in_the_log(
+    line: str, kind: type, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "broken.py"
-    file.write_text("1 / 0\n")
-    with pytest.raises(UserError, match=r"broken.py fails on import: ZeroDivisionError") as found:
+    file.write_text(f"{line}\n")
+    with pytest.raises(UserError, match=rf"broken.py fails on import: {kind.__name__}") as found:
         plugins.load("reward.verifier", f"{file}:score")
-    assert isinstance(found.value.__cause__, ZeroDivisionError)
+    assert isinstance(found.value.__cause__, kind)
+    assert "Traceback" in caplog.text and 'broken.py", line 1' in caplog.text
     assert not [name for name in sys.modules if name.startswith("megatron_bicc_plugin_") and "broken" in name]

@@ -404,3 +404,15 @@ def test_an_evaluation_goes_by_the_longest_prompt(settings: Config) -> None:
         UserError, match=r"row 1: the prompt's 6 tokens \+ .*1020 make 1026; .* 1024 positions"
     ):
         evaluate.read_inputs(settings, [settings.data.train])
+
+
+@pytest.mark.parametrize("setting", ["rollout.engine", "loss.objective", "loss.baseline", "data.filter"])
+@pytest.mark.parametrize("path", ["no_module:f", "no_file.py:f", "math:", "math:pi"])
+def test_an_import_path_is_loaded_before_anything_else(
+    setting: str, path: str, settings: Config, tmp_path: Path
+) -> None:
+    section, field = setting.split(".")
+    changed = replace(settings, output_dir=str(tmp_path / "run"), dry_run=True, algorithm="grpo")
+    changed = replace(changed, **{section: replace(getattr(changed, section), **{field: path})})
+    with pytest.raises(UserError, match=setting):
+        setup_run.check_settings(changed)

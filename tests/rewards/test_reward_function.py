@@ -22,7 +22,7 @@ from megatron_bicc.rewards.registry import (
     get_verifier,
 )
 from megatron_bicc.rollout.collect import GroupSampler, why_all_zero
-from megatron_bicc.rollout.types import RolloutError, Sample, Sampling
+from megatron_bicc.rollout.types import Sample, Sampling
 from megatron_bicc.startup import read_inputs
 
 REWARDS = """
@@ -50,6 +50,7 @@ judge = Judge()
 calls = []
 
 def raises(completions): return [each.extra["maxcharacters"] for each in completions]
+def exits(completions): raise SystemExit(0)
 def too_few(completions): return [1.0]
 def none(completions): return None
 def words(completions): return ["good", "bad"]
@@ -126,6 +127,7 @@ def test_coroutines_and_objects(file: Path, name: str, rewards: list[float]) -> 
     ("name", "complaint", "cause"),
     [
         ("raises", "the function raised KeyError: 'maxcharacters'", KeyError),
+        ("exits", "the function raised SystemExit: 0", SystemExit),
         ("too_few", "returned 1 rewards for 2 responses; return one per response", None),
         ("none", "returned 'None', a NoneType; return a list", TypeError),
         ("words", r"returned \"\['good', 'bad'\]\", a list; return a list with one number", ValueError),
@@ -137,14 +139,13 @@ def test_coroutines_and_objects(file: Path, name: str, rewards: list[float]) -> 
 def test_a_mistake_names_verifier_and_prompt(
     file: Path, name: str, complaint: str, cause: type | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(RolloutError, match=complaint) as caught:
+    with pytest.raises(UserError, match=complaint) as caught:
         rewards_of(f"{file}:{name}")
     message = str(caught.value)
     assert message.startswith(f"reward.verifier={file}:{name}, responses to the prompt of row 7: ")
     assert "\n" not in message
-    error = caught.value.__cause__
-    assert isinstance(error, UserError)
-    assert error.__cause__ is None if cause is None else isinstance(error.__cause__, cause)
+    found = caught.value.__cause__
+    assert found is None if cause is None else isinstance(found, cause)
     if name == "raises":  # the one line does not say where: the log does
         assert "Traceback" in caplog.text and f'{file}", line' in caplog.text
 

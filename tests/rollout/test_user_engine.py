@@ -46,6 +46,21 @@ class Fixed(Engine):
 
     def generate(self, requests, sampling):
         return []
+
+
+class Short(Logged):
+    def generate(self, requests, sampling):
+        return self.local.generate(requests, sampling)[:-1]
+
+
+class Other(Logged):
+    def generate(self, requests, sampling):
+        return [None] * len(requests)
+
+
+class Partial(Logged):
+    def load_weights(self, tensors, version):
+        next(tensors)
 """
 
 
@@ -63,6 +78,21 @@ def test_a_run_trains_on_its_rollouts(
     assert_engine_followed(records)
     log = (tmp_path / "engine.log").read_text().splitlines()
     assert log == ["weights 0", "generate 24", "weights 1", "generate 24", "weights 2", "close"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Short", "generate returned 23 samples for 24 requests; it must return one per request"),
+        ("Other", "generate returned a NoneType for request 0"),
+        ("Partial", r"load_weights left \d+ tensors unread, such as"),
+    ],
+)
+def test_an_engine_that_breaks_the_protocol_is_refused(
+    name: str, message: str, file: Path, model_dirs: dict[str, Path], single_process: None, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train_two_steps(model_dirs["qwen3_tied"], tmp_path, f"rollout.engine={file}:{name}")
 
 
 def named(file: Path | str, name: str) -> Config:
