@@ -77,7 +77,7 @@ def forget_exports(output_dir: str, step: int) -> None:
 
 
 def export(policy: Policy, config: Config, target: Path) -> None:
-    """Exports the policy as it is. Collective. Raises CheckpointError on every rank if it cannot be written."""
+    """Exports the policy as it is. Collective. Raises CheckpointError on every rank if that fails."""
     with raised_on_all_ranks(CheckpointError):
         try:
             save_hf(policy.modules, policy.hf_config, Path(config.model.path), target, dist.get_rank() == 0)
