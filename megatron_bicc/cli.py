@@ -157,7 +157,7 @@ def _read_yaml(path: str) -> list[Assignment]:
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path}: holds no settings; write 'section:' and 'name: value' lines")
+        raise UserError(f"{path}: contains no settings; write 'section:' and 'name: value' lines")
     return list(_leaves(root, "", path))
 
 

@@ -185,7 +185,7 @@ class LossConfig:
     clip_high: float | None = setting(None, at_least=0)
     """Upper clip distance: the ratio is clipped at 1 + clip_high (geometric: log ratio at clip_high)."""
     dual_clip: float | None = setting(None, above=1, zero_is_off=True)
-    """c bounds the loss of a token with negative advantage by c |A|."""
+    """Dual-clip coefficient c: caps the loss of negative-advantage tokens at c |A|."""
     aggregation: Aggregation | None = None
     """Mean over tokens, then sequences; sum over tokens divided by max_new_tokens; mean over all tokens."""
     kl_coefficient: float = setting(0.0, at_least=0)
@@ -234,7 +234,7 @@ class DataConfig:
 
 @dataclass
 class ParallelConfig:
-    """Layout of the policy over the processes; the data-parallel size is what remains."""
+    """Layout of the policy over the processes; data-parallel size = world size / (tensor x pipeline)."""
 
     tensor: int = setting(1, at_least=1)
     """Tensor-parallel size."""
@@ -319,7 +319,7 @@ class SglangConfig:
     retry_timeout_s: float = setting(300.0, above=0)
     """Seconds without a successful request to any server after which the run stops."""
     api_key_variable: str = ""
-    """attach: environment variable that holds the servers' API key."""
+    """attach: environment variable that contains the servers' API key."""
 
 
 @dataclass
@@ -536,7 +536,7 @@ class Setting:
 
     def _check_text(self, text: str) -> None:
         if "\0" in text:
-            raise UserError(f"{self.name} is {text!r}; it must not hold a NUL character")
+            raise UserError(f"{self.name} is {text!r}; it must not contain a NUL character")
         if self.rule.named:
             accepted = text in self.rule.named or is_import_path(text)
         elif not self._free_types:

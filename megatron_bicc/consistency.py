@@ -55,8 +55,8 @@ def _check_same(facts: dict[str, str]) -> None:
     more = f"; and {len(names) - 5} more" if len(names) > 5 else ""
     raise UserError(
         f"process 0 on host {here} ({digests[0][:12]}) and process {odd[0]} on host {there} "
-        f"({digests[odd[0]][:12]}) do not run the same: {listed}{more}; give all hosts the same code, "
-        "settings and files"
+        f"({digests[odd[0]][:12]}) run different code or settings: {listed}{more}; "
+        "give all hosts the same code, settings and files"
     )
 
 

@@ -91,9 +91,9 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         abort(str(error), PROGRAM)
     except KeyboardInterrupt:
-        abort("interrupted; the same command resumes from the answers that are kept", PROGRAM)
+        abort("interrupted; rerun the command to resume from the saved answers", PROGRAM)
     except RolloutError as error:
-        logger.error("%s: error: %s; the same command resumes from the answers that are kept", PROGRAM, error)
+        logger.error("%s: error: %s; rerun the command to resume from the saved answers", PROGRAM, error)
         raise
     except RuntimeError as error:
         if device.is_connection_loss(error):

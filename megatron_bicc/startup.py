@@ -237,7 +237,7 @@ def _check_output_dir(config: Config) -> None:
     run_lock.refuse_if_alive(config.output_dir)
     if used and not config.checkpoint.resume:
         raise UserError(
-            f"output_dir is {config.output_dir}; it already holds a run: choose another directory, "
+            f"output_dir is {config.output_dir}; it already contains a run: choose another directory, "
             "delete it, or resume that run with checkpoint.resume=true"
         )
 

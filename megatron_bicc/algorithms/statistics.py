@@ -1,7 +1,7 @@
 """Metrics from flat arrays: a step's ratios, confidences, groups and gradient variance.
 
-A statistic of no elements (a side without tokens, say) is left out of the dictionary, so no value is ever
-NaN. The arrays are checked where they are built, not here.
+Statistics over empty sets (a side without tokens, say) are omitted, so no value is ever NaN. The arrays
+are checked where they are built, not here.
 
 Shape suffixes: B groups, R rollouts, T response tokens. Offsets hold one entry more.
 """
@@ -51,9 +51,9 @@ class RatioTokens:
     """1 where the token's loss was clipped at the lower edge, else 0; the mean if several segments train the
     token. The objective defines what is clipped (policy_loss.TokenLoss)."""
     high_T: np.ndarray
-    """Likewise at the upper edge"""
+    """1 where the token's loss was clipped at the upper edge, else 0; averaged in the same way"""
     dual_T: np.ndarray
-    """Likewise by the dual clip"""
+    """1 where the token's loss was clipped by the dual clip, else 0; averaged in the same way"""
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ def _check_tensors(state: dict[str, Any], path: Path) -> None:
     for entry in nested_values(state):
         if isinstance(entry, ShardedTensor) and entry.key not in held:
             raise CheckpointError(
-                f"{path}: holds no tensor {entry.key}: it is of another model or of an earlier version; "
+                f"{path}: tensor {entry.key} is missing: written by another model or an older version; "
                 f"{_remedy(path)}"
             )
 

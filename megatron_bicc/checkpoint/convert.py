@@ -125,7 +125,7 @@ def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
     """Raises UserError for NaN or infinite values, which a policy could not be loaded with."""
     for name, tensor in tensors.items():
         if not is_finite(tensor):
-            raise UserError(f"{path}: tensor {name} holds NaN or infinite values; take an intact copy")
+            raise UserError(f"{path}: tensor {name} contains NaN or infinite values; take an intact copy")
 
 
 def _list_files(directory: Path) -> None:

@@ -78,8 +78,8 @@ def check_resume(progress: Progress, config: Config, contents: dict[str, str], f
     if dangerous and not config.checkpoint.force:
         listed = "; ".join(f"{name}: {words[name]}" for name in dangerous)
         raise UserError(
-            f"checkpoint.resume: not the settings of step {progress.step}: {listed}; "
-            "set them back, or resume all the same with checkpoint.force=true"
+            f"checkpoint.resume: settings differ from those of step {progress.step}: {listed}; "
+            "set them back; to resume anyway, set checkpoint.force=true"
         )
     for name in words if first_process else ():
         logger.warning("changed since step %d: %s: %s", progress.step, name, words[name])

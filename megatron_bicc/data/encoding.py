@@ -236,6 +236,6 @@ def _generation_config(path: Path) -> dict[str, Any]:
         raise UserError(f"model.path is {path}; {file.name} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise UserError(
-            f"model.path is {path}; {file.name} holds a {type(found).__name__}, not a JSON object"
+            f"model.path is {path}; {file.name} contains a {type(found).__name__}, not a JSON object"
         )
     return found

@@ -127,7 +127,7 @@ def _parse_line(path: Path, number: int, line: bytes) -> Row:
 def _integer(text: str) -> int:
     """Parses an integer of JSON. Raises UserError for one with more digits than Python parses."""
     if len(text) > MOST_DIGITS:
-        raise UserError(f"a whole number of {len(text)} digits; write it as a text")
+        raise UserError(f"a whole number of {len(text)} digits; store it as a string")
     return int(text)
 
 
@@ -341,7 +341,7 @@ def _positional(number: float, column: str) -> str:
     text = number.text if isinstance(number, JsonFloat) else repr(number)
     exact = Decimal(text)
     if not exact.is_finite() or abs(exact.as_tuple().exponent) > MOST_ZEROS:
-        raise UserError(f"{column} is {text[:60]}; write the answer; if it is not a number, as a text")
+        raise UserError(f"{column} is {text[:60]}; give a number or a string")
     return str(int(exact)) if exact == int(exact) else format(exact, "f")
 
 

@@ -4,8 +4,8 @@ Computed in chunks of rows: no [A, V] tensor outlives a chunk, and backward reco
 That takes four matrix products instead of three, but the logits of a micro-batch, by far its largest tensor,
 are never stored.
 
-Shape suffixes: A response rows, L rows of a chunk, V tokens of this rank's part of the vocabulary; H is the
-hidden size here.
+Shape suffixes: A response rows, L rows of a chunk, V tokens of this rank's part of the vocabulary. The hidden
+size is spelled out.
 """
 
 from collections.abc import Callable
@@ -33,11 +33,13 @@ class VocabShard:
 
 
 OnGradient = Callable[[int, Tensor, Tensor], None]
-"""Called with (first row of a chunk, gradient of its logits [L, V], hidden [L, H])"""
+"""Called with (first row of a chunk, gradient of its logits [L, V], hidden [L, hidden size])"""
 
 
 class VocabParallelLogProbs(torch.autograd.Function):
-    """(hidden [A, H], weight [V, H], labels int64 [A], temperature, shard) -> (log-probs [A], entropy [A]).
+    """Maps (hidden, weight, labels int64 [A], temperature, shard) to (log-probs [A], entropy [A]).
+
+    Shapes: hidden [A, hidden size], weight [V, hidden size].
 
     Outputs are float32 for inputs of lower precision, entropy in nats, both at the temperature. The gradient
     of `hidden` is this rank's part: the caller reduces it over the tensor-parallel group. The backward pass

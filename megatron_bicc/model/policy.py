@@ -169,8 +169,8 @@ class Policy:
         """Takes one optimizer step with the accumulated gradients; returns their global norm before clipping.
 
         Raises NotFiniteError on every rank, before weights, optimizer or schedule are changed, if on any
-        rank a gradient is not finite, or if the squares of all add up to more than float32 holds: the norm
-        would be infinite, and so would Adam's second moment. Collective.
+        rank a gradient is not finite, or if the squares of all add up to more than float32 can represent:
+        the norm would be infinite, and so would Adam's second moment. Collective.
         """
         with device.megatron():
             grad_norm = step_if(self.optimizer, self._check_gradients)
@@ -217,7 +217,7 @@ class Policy:
         what = (
             f"the gradient is not finite: {_listed(names)}"
             if names
-            else "the squares of the gradient's values add up to more than float32 holds"
+            else "the squares of the gradient's values add up to more than float32 can represent"
         )
         raise NotFiniteError(f"{what}; weights and optimizer were left as they were")
 

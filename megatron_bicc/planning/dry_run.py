@@ -58,12 +58,12 @@ def dry_run(config: Config, world_size: int) -> DryRun:
     check_lengths(config, hf_config)
     warn_of_model(config, hf_config)
     if isinstance(tokenizer, UnknownTokenizer):
-        unchecked.append(f"the tokenizer: {path} holds none; the headers' lengths are estimates")
+        unchecked.append(f"the tokenizer: {path} contains none; the headers' lengths are estimates")
     _check_prompts(config, tokenizer, unchecked)
     if config.rollout.engine == "sglang":
         unchecked.append("rollout servers: none is started or contacted")
     if weights is None:
-        unchecked.append(f"weights: {path} holds neither {SINGLE} nor {INDEX}")
+        unchecked.append(f"weights: {path} contains neither {SINGLE} nor {INDEX}")
     shards = build_shards(config, hf_config, world_size, weights=weights)
     if config.rollout.engine == "local":
         with torch.device("meta"):

@@ -56,7 +56,8 @@ def _last_number(text: str) -> str | None:
 def _auto(text: str) -> str | None:
     """Reads a last line `Answer: X`, else the last box, else the last `Answer: X`, else the last `#### X`.
 
-    So a box in the derivation does not outrank the answer at the end, and a Markdown heading no answer.
+    A box in the derivation does not outrank the answer at the end, nor does a Markdown heading outrank an
+    answer.
     """
     lines = text.rstrip().splitlines()
     if lines and (ending := _LAST_LINE.fullmatch(lines[-1])):

@@ -71,7 +71,7 @@ class RewardFunction(Protocol):
 
 
 Verifier = Callable[[list[Completion]], np.ndarray]
-"""Scores the A responses to one prompt; returns float32 [A]. Raises UserError naming the prompt."""
+"""Scores the R responses to one prompt; returns float32 [R]. Raises UserError naming the prompt."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _built_in(name: str) -> BuiltIn:
     if name not in BUILT_INS:
         nearest = get_close_matches(name, BUILT_INS, n=1, cutoff=0)[0]
         raise UserError(
-            f"reward.verifier: unknown {name!r}; did you mean {nearest!r}? For a function of yours write "
+            f"reward.verifier: unknown {name!r}; did you mean {nearest!r}? To use your own function, write "
             "package.module:name or path/to/file.py:name"
         )
     return BUILT_INS[name]
@@ -124,7 +124,7 @@ class _CheckedFunction:
         self._path, self._function = path, function
 
     def __call__(self, completions: list[Completion]) -> np.ndarray:
-        """Returns float32 [A]. Raises UserError; an exception of the function is logged and is its cause."""
+        """Returns float32 [R]. Raises UserError; an exception of the function is logged and is its cause."""
         where = f"reward.verifier={self._path}, responses to the prompt of row {completions[0].row}"
         try:
             found = self._function(completions)
@@ -236,7 +236,7 @@ def compared_as_text(reward: RewardConfig, truths: list[str]) -> list[int]:
 
 
 def describe_styles(reward: RewardConfig, prompts: list[Prompt]) -> str:
-    """Returns one line: number of truths that each style reads, and of prompts that request each style."""
+    """Returns one line: number of truths readable per style, and of prompts that request each style."""
     verifier, first = _built_in(reward.verifier), prompts[:INSPECTED]
     truths = [prompt.ground_truth for prompt in first]
     counts = []
@@ -245,10 +245,10 @@ def describe_styles(reward: RewardConfig, prompts: list[Prompt]) -> str:
             responses = [verifier.response(truth, name) for truth in truths]
             counts.append(f"{name} {int(verifier.score(responses, truths, name).sum())}")
     asked = [f"{STYLES[name].shown} ({count})" for name, count in _asked(prompts).items() if count]
-    wanted = f"prompts ask for {', '.join(asked)}" if asked else "no prompt asks for a marked answer"
+    wanted = f"prompts ask for {', '.join(asked)}" if asked else "no prompt specifies an answer format"
     return (
-        f"reward.answer={reward.answer}; of the first {len(first)} truths, each style reads: "
-        f"{', '.join(counts)}; {wanted}"
+        f"reward.answer={reward.answer}; in the first {len(first)} prompts, "
+        f"ground truths readable per answer style: {', '.join(counts)}; {wanted}"
     )
 
 

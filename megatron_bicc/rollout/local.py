@@ -46,7 +46,7 @@ class LocalEngine(Engine):
         bad = [name for name, parameter in self.model.named_parameters() if not is_finite(parameter.detach())]
         if bad:
             raise UserError(
-                f"model.path is {path}; {bad[0]}: holds NaN or infinite values; take an intact copy"
+                f"model.path is {path}; {bad[0]}: contains NaN or infinite values; take an intact copy"
             )
         self.ends = end_token_ids(self.model.config, tokenizer, path)
         # a model's own generation config may warp the distribution (top_k, repetition penalty)
@@ -77,7 +77,7 @@ class LocalEngine(Engine):
                 raise UserError(f"weight sync: the rollout engine's model has no parameter {name}")
             missing.pop(name).copy_(tensor)
         if missing:
-            raise UserError(f"weight sync: no new weights came for {', '.join(sorted(missing))}")
+            raise UserError(f"weight sync: missing tensors: {', '.join(sorted(missing))}")
         self.version = version
 
     def _generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:

@@ -181,7 +181,7 @@ class Server:
     def avoid(self, reason: str) -> None:
         """Sends the server no new requests."""
         if not self.reason:
-            logger.warning("rollout server not used: %s", reason)
+            logger.warning("rollout server marked unhealthy: %s", reason)
         self.reason = reason
 
     def withdraw(self, reason: str) -> None:
@@ -258,7 +258,7 @@ class ServerPool:
         for server in self.servers:
             reason = failed.get(server.client.url, "")
             if reason and server.client in self.own:  # logged once, by the process that sent the weights
-                logger.warning("rollout server not used: %s", reason)
+                logger.warning("rollout server marked unhealthy: %s", reason)
             server.reason = reason
 
     async def ask(self, body: dict[str, Any], read: Callable[[Any], Result]) -> Result:
@@ -367,7 +367,7 @@ class ServerPool:
         if reason:
             server.avoid(reason)
         elif server.reason:
-            logger.warning("rollout server used again: %s", client.url)
+            logger.warning("rollout server healthy again: %s", client.url)
             server.reason = ""
 
 

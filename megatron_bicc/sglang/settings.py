@@ -24,7 +24,7 @@ REFUSED = {
     "--preferred-sampling-params": "the policy gradient needs samples of the whole distribution, so top_p, "
     "top_k, min_p and penalties stay off",
 }
-"""Arguments that rollout.sglang.server_args must not hold, and why"""
+"""Arguments that rollout.sglang.server_args must not contain, and why"""
 
 
 def check_servers(rollout: RolloutConfig) -> None:
@@ -77,7 +77,7 @@ def _check_key(key: str) -> None:
     if not key:
         raise UserError(
             "rollout.sglang.api_key_variable names a variable that is not set; give the name of the "
-            "environment variable that holds the key, not the key"
+            "environment variable that contains the key, not the key"
         )
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise UserError(
@@ -89,7 +89,7 @@ def _check_key(key: str) -> None:
 def _check_url(url: str) -> None:
     if "@" in url:
         raise UserError(
-            "rollout.sglang.servers holds a password; remove it and use rollout.sglang.api_key_variable"
+            "rollout.sglang.servers contains a password; remove it and use rollout.sglang.api_key_variable"
         )
     try:
         parts = urlsplit(url)

@@ -74,7 +74,7 @@ class SafetensorsDirectory:
     """Reads single tensors out of a Hugging Face directory's safetensors; each file's header is read once."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises UserError if the directory holds no readable safetensors."""
+        """Raises UserError if the directory contains no readable safetensors."""
         self.path = Path(path)
         index = index_of(self.path)
         self._has_index = index is not None
@@ -89,12 +89,14 @@ class SafetensorsDirectory:
         headers = self._headers
         for name, file in self.file_of.items():
             if name not in headers[file]:
-                raise UserError(f"{self.path / file}: does not hold tensor {name}, which {INDEX} puts there")
+                raise UserError(
+                    f"{self.path / file}: does not contain tensor {name}, which {INDEX} puts there"
+                )
         for file, held in headers.items():
             for name in held:
                 if self.file_of.get(name) != file:
                     raise UserError(
-                        f"{self.path / file}: holds tensor {name}, which {INDEX} does not put there"
+                        f"{self.path / file}: contains tensor {name}, which {INDEX} does not put there"
                     )
         return {name: headers[file][name] for name, file in self.file_of.items()}
 
@@ -133,7 +135,7 @@ class PickleDirectory:
     """Reads single tensors out of pytorch_model.bin files, which are mapped; only tensors are unpickled."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises UserError if the directory holds no readable pytorch_model.bin."""
+        """Raises UserError if the directory contains no readable pytorch_model.bin."""
         self.path = Path(path)
         index = self.path / PICKLED_INDEX
         named = weight_map(index) if index.is_file() else {}
@@ -145,7 +147,7 @@ class PickleDirectory:
             self.file_of |= dict.fromkeys(tensors, file)
         for name in named.keys() - self._tensors.keys():
             raise UserError(
-                f"{self.path / named[name]}: does not hold tensor {name}, which the index puts there"
+                f"{self.path / named[name]}: does not contain tensor {name}, which the index puts there"
             )
 
     def describe(self) -> dict[str, Tensor]:
@@ -167,13 +169,13 @@ class PickleDirectory:
             held = torch.load(self.path / file_name, map_location="cpu", weights_only=True, mmap=True)
         except UnpicklingError as error:  # torch's own text recommends to load it anyway
             raise UserError(
-                f"{self.path / file_name}: cannot be read: damaged, or it holds more than tensors"
+                f"{self.path / file_name}: cannot be read: damaged, or it contains more than tensors"
             ) from error
         except Exception as error:  # torch raises many types for a damaged or hostile pickle
             raise UserError(f"{self.path / file_name}: cannot be read: {first_line(error)}") from error
         if isinstance(held, dict) and all(isinstance(tensor, Tensor) for tensor in held.values()):
             return held
-        raise UserError(f"{self.path / file_name}: holds no dictionary of tensors")
+        raise UserError(f"{self.path / file_name}: contains no dictionary of tensors")
 
 
 def open_tensors(path: str | Path, allow_pickle: bool) -> HfTensors:
@@ -189,7 +191,7 @@ def open_tensors(path: str | Path, allow_pickle: bool) -> HfTensors:
         return PickleDirectory(path)
     if pickled:
         raise UserError(
-            f"{path}: holds pickled tensors only; if you trust their origin, convert them by "
+            f"{path}: contains pickled tensors only; if you trust their origin, convert them by "
             "tools/convert_hf_checkpoint.py import --allow-pickle and export"
         )
     raise UserError(f"{path}: there is no {SINGLE} and no {INDEX} in it")

@@ -95,7 +95,7 @@ RULES = (
 def rule_for(megatron_name: str, first_layer: int) -> TensorRule:
     """Returns the rule of a parameter, with its names filled in, on a stage that starts at `first_layer`.
 
-    Raises LookupError for a parameter that has no rule: RULES lack one of a family that FAMILIES accepts.
+    Raises LookupError for a parameter without a rule: RULES has no entry for a family in FAMILIES.
     """
     layer = re.search(r"layers\.(\d+)\.", megatron_name)
     expert = re.search(r"(?:local_experts\.|experts\.linear_fc[12]\.weight)(\d+)", megatron_name)

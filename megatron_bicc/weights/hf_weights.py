@@ -85,7 +85,7 @@ def fill_parameters(chunks: list[PolicyModel], hf_config: PretrainedConfig, sour
                 ) from error
             if not is_finite(part):
                 bad = ", ".join(name for name, x in tensors.items() if not is_finite(x))
-                raise UserError(f"{source.path}: {bad}: holds NaN or infinite values; take an intact copy")
+                raise UserError(f"{source.path}: {bad}: contains NaN or infinite values; take an intact copy")
             parameter.data.copy_(part)
         _load_tied_output(chunk, hf_config, source, rank, size)
 

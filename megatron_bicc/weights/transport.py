@@ -37,7 +37,7 @@ from megatron_bicc.weights.hf_files import SafetensorsDirectory, copy_side_files
 
 
 class WeightSyncError(RuntimeError):
-    """The servers' weights are not, or would not be, the policy's. One line."""
+    """A server's weights differ from the policy's, or would. One line."""
 
 
 INCOMPLETE = "incomplete"
@@ -113,7 +113,7 @@ def checked(
             )
         yield name, tensor
     if missing:
-        raise WeightSyncError(f"weight sync: no new weights came for {', '.join(sorted(missing))}")
+        raise WeightSyncError(f"weight sync: missing tensors: {', '.join(sorted(missing))}")
 
 
 def buckets(tensors: Iterable[tuple[str, Tensor]], capacity: int) -> Iterator[Bucket]:

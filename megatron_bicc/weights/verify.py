@@ -218,7 +218,7 @@ def mismatch(url: str, names: Iterable[str]) -> WeightSyncError:
     """Returns the error for a server with these parameters wrong; no names: it is unknown which."""
     return WeightSyncError(
         f"after weight sync SGLang server {url} has other weights than the policy: "
-        f"{listed(names) or 'which ones is unknown'}"
+        f"{listed(names) or 'parameters could not be identified'}"
     )
 
 

@@ -296,7 +296,7 @@ def test_other_weights_of_the_same_size_are_refused(policy: Policy, tmp_path: Pa
     size, tensors = file.stat().st_size, load_file(file)
     save_file({name: 1.01 * x for name, x in tensors.items()}, file, metadata={"format": "pt"})
     assert file.stat().st_size == size
-    refused = r"not the settings of step 1: model.path \(weights\): its content"
+    refused = r"settings differ from those of step 1: model.path \(weights\): its content"
     with pytest.raises(UserError, match=refused):
         restore(config, policy)
     data = bytearray((tmp_path / "hf/model.safetensors").read_bytes())
@@ -317,7 +317,8 @@ def test_checkpoints_of_older_versions_hold_nothing_of_the_weights_and_the_token
     del saved.contents[WEIGHTS], saved.contents[TRAIN_IDS]
     check_resume(saved, trainer.config, contents, first_process=True)
     saved.contents["data.train"] = "another"
-    with pytest.raises(UserError, match="not the settings of step 0: data.train: its content has changed; "):
+    refused = "settings differ from those of step 0: data.train: its content has changed; "
+    with pytest.raises(UserError, match=refused):
         check_resume(saved, trainer.config, contents, first_process=True)
 
 
@@ -330,7 +331,7 @@ def test_other_token_ids_of_the_same_files_are_refused(
     caplog.clear()
     assert restore(config, policy, heldout="others") == 1
     assert [m for m in caplog.messages if "evaluation.data (token ids): its prompts" in m]
-    refused = r"not the settings of step 1: data.train \(token ids\): its prompts have other token ids"
+    refused = r"differ from those of step 1: data.train \(token ids\): its prompts have other token ids"
     with pytest.raises(UserError, match=refused) as raised:
         restore(config, policy, heldout="those", train="others")
     assert "\n" not in str(raised.value)
@@ -375,5 +376,5 @@ def test_a_checkpoint_of_other_tensors_is_one_line(
     path = checkpoint_of(policy, tmp_path)
     config = Config()
     config.model.path, config.model.dtype = str(model_dirs["qwen3_moe"]), "float32"
-    with pytest.raises(CheckpointError, match=f"{path}: holds no tensor .*; delete {path} to start again"):
+    with pytest.raises(CheckpointError, match=f"{path}: tensor .* is missing: .*; delete {path} to"):
         load_checkpoint(path, load_policy(config), read_progress(path))

@@ -149,11 +149,11 @@ def test_values_that_are_not_finite_are_refused_by_name(
     """By the import, and by the export of a checkpoint that another program or an older version wrote."""
     source = hf_directory(tmp_path / "hf", "qwen3_untied")
     change(source, lambda x: x[Q][-1, -1].fill_(bad))
-    refused(source, tmp_path, f"tensor {Q} holds NaN or infinite values")
+    refused(source, tmp_path, f"tensor {Q} contains NaN or infinite values")
     with monkeypatch.context() as older:
         older.setattr(convert, "is_finite", lambda *_: True)
         import_hf(source, tmp_path / "megatron", allow_pickle=False)
-    with pytest.raises(UserError, match=f"megatron: tensor {Q} holds NaN or infinite values"):
+    with pytest.raises(UserError, match=f"megatron: tensor {Q} contains NaN or infinite values"):
         export_hf(tmp_path / "megatron", tmp_path / "back", side_files=None)
     assert not list(tmp_path.glob("back*"))
 
@@ -167,7 +167,7 @@ def test_damaged_files(tmp_path: Path, single_process: None) -> None:
     shard.unlink()
     refused(source, tmp_path, f"{shard.name}: cannot be read")
     shard.write_bytes(sorted(source.glob("*.safetensors"))[0].read_bytes())
-    refused(source, tmp_path, f"{shard.name}: does not hold tensor")
+    refused(source, tmp_path, f"{shard.name}: does not contain tensor")
     index = source / "model.safetensors.index.json"
     index.write_text(index.read_text().replace(shard.name, "../elsewhere.safetensors"))
     refused(source, tmp_path, "names a file outside of its directory")
@@ -193,7 +193,7 @@ def test_pickles_are_read_only_when_asked(tmp_path: Path, single_process: None) 
     (source / "model.safetensors").unlink()
     refused(source, tmp_path, "there is no model.safetensors")
     torch.save(state, source / "pytorch_model.bin")
-    refused(source, tmp_path, "holds pickled tensors only; .* import --allow-pickle")
+    refused(source, tmp_path, "contains pickled tensors only; .* import --allow-pickle")
     assert command("import", source, tmp_path / "megatron", "--allow-pickle") == 0
     export_hf(tmp_path / "megatron", tmp_path / "back", side_files=None)
     found = tensors(tmp_path / "back")
@@ -213,7 +213,8 @@ def test_pickles_run_no_code(tmp_path: Path, single_process: None, monkeypatch: 
     source = hf_directory(tmp_path / "hf", "qwen2")
     (source / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Hostile()}, source / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"cannot be read: damaged, or it holds more than tensors$") as raised:
+    refusal = r"cannot be read: damaged, or it contains more than tensors$"
+    with pytest.raises(UserError, match=refusal) as raised:
         import_hf(source, tmp_path / "megatron", allow_pickle=True)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "ran").exists()
@@ -418,7 +419,7 @@ def test_pickle_of_something_else(tmp_path: Path, single_process: None) -> None:
     source = hf_directory(tmp_path / "hf", "qwen2")
     (source / "model.safetensors").unlink()
     torch.save([1, 2], source / "pytorch_model.bin")
-    with pytest.raises(UserError, match="pytorch_model.bin: holds no dictionary of tensors"):
+    with pytest.raises(UserError, match="pytorch_model.bin: contains no dictionary of tensors"):
         import_hf(source, tmp_path / "megatron", allow_pickle=True)
 
 

@@ -132,7 +132,7 @@ def test_the_limit_itself_is_not_overlong(tmp_path, tokenizer):
         ),
         (
             f'{{"prompt": "1+1?", "answer": {"1" * 5000}}}\n',
-            "a whole number of 5000 digits; write it as a text",
+            "a whole number of 5000 digits; store it as a string",
         ),
         (PLAIN | {"prompt": None}, "list of messages"),
         (PLAIN | {"prompt": [{"role": "user"}]}, "list of messages"),
@@ -264,7 +264,7 @@ def test_other_numbers_of_a_row_stay_numbers(tmp_path, tokenizer):
         ("[null]", "no ground truth"),
         ('{"value": 34}', "reward_model.ground_truth is a dict; write one text"),
         ("true", "reward_model.ground_truth is a bool; write one text"),
-        ("NaN", "reward_model.ground_truth is nan; write the answer"),
+        ("NaN", "reward_model.ground_truth is nan; give a number"),
         ("-Infinity", "reward_model.ground_truth is -inf"),
         ("1e99999999", "reward_model.ground_truth is 1e99999999"),
         ("0e-99999999", "reward_model.ground_truth is 0e-99999999"),

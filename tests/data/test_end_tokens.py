@@ -85,7 +85,7 @@ def test_a_token_at_which_servers_end_by_its_text(tmp_path: Path) -> None:
         ('{"eos_token_id": "<|end|>"}', "'<|end|>' is none of the 264 tokens"),
         ('{"eos_token_id": true}', "True is none of the 264 tokens"),
         ("{", "generation_config.json cannot be read"),
-        ("[]", "generation_config.json holds a list"),
+        ("[]", "generation_config.json contains a list"),
     ],
 )
 def test_what_is_no_token_is_named_before_anything_is_loaded(text: str, message: str, tmp_path: Path) -> None:

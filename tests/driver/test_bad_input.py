@@ -116,7 +116,8 @@ def test_what_is_said_of_truths_and_styles(
     text, styles, mismatch = [line.partition(": ")[2] for line in said]
     assert text == "1 of 3 ground truths are compared as text, such as 'See solution' in row 3"
     assert styles.startswith(
-        "reward.answer=boxed; of the first 3 truths, each style reads: boxed 3, answer_line 3"
+        "reward.answer=boxed; in the first 3 prompts, ground truths readable per answer style: boxed 3, "
+        "answer_line 3"
     )
     assert mismatch.startswith("reward.answer is boxed, but the prompts ask for Answer: X")
 
@@ -126,7 +127,7 @@ def test_another_runs_directory(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text("")
-    assert "it already holds a run" in run(arguments, capsys)
+    assert "it already contains a run" in run(arguments, capsys)
 
 
 def test_unknown_setting_in_a_file(
@@ -158,7 +159,7 @@ def test_held_out_prompts_on_paper_without_training_prompts(
 @pytest.mark.parametrize(
     ("setting", "damage", "message"),
     [
-        ("rollout.temperature=0.5", "", "not the settings of step 1: rollout.temperature: was 1.0, is 0.5"),
+        ("rollout.temperature=0.5", "", "differ from those of step 1: rollout.temperature: was 1.0, is 0.5"),
         ("train.steps=2", " ", f"{PROGRESS} is damaged"),
     ],
 )

@@ -139,7 +139,7 @@ def test_mistakes_on_the_command_line(capsys, argv: list[str], parts: list[str])
         ("seed: 1\nseed: 2\n", ["line 2", "seed is given twice"]),
         ("rollout: [\n", ["line 2", "not YAML"]),
         ("a: b: c\n", ["line 1", "not YAML"]),
-        ("just text\n", ["holds no settings"]),
+        ("just text\n", ["contains no settings"]),
     ],
 )
 def test_mistakes_in_yaml_name_file_and_line(capsys, yaml_file, text: str, parts: list[str]):

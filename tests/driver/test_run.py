@@ -125,4 +125,4 @@ def test_a_used_directory_is_refused(whole_run: Path) -> None:
     done = train(whole_run, "train.steps=4")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "it already holds a run" in done.stderr
+    assert "it already contains a run" in done.stderr

@@ -162,7 +162,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (write("model.safetensors", b""), "model.safetensors: cannot be read"),
     "text": (write("model.safetensors", b"version https://git-lfs" * 9), "model.safetensors: cannot be read"),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), "there is no model.safetensors"),
-    "pickled": (only_pickled, "holds pickled tensors only"),
+    "pickled": (only_pickled, "contains pickled tensors only"),
     "missing": (tensors(lambda x: x.pop(Q)), f"tensor {Q} is missing"),
     "shape": (tensors(lambda x: x.update({Q: x[Q][:-2].clone()})), f"tensor {Q} has shape"),
     "norm shape": (tensors(lambda x: x.update({NORM: torch.ones(7)})), f"tensor {NORM} has shape (7,)"),
@@ -183,7 +183,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "unlisted": (sharded(lambda index: index["weight_map"].pop(Q)), f"{Q}, which {INDEX} does not put there"),
     "not there": (
         sharded(lambda index: index["weight_map"].update(extra="a.safetensors")),
-        f"does not hold tensor extra, which {INDEX} puts there",
+        f"does not contain tensor extra, which {INDEX} puts there",
     ),
     "outside": (sharded(lambda index: index["weight_map"].update({Q: "../a"})), "outside of its directory"),
     "no map": (sharded(lambda index: index.pop("weight_map")), f"{INDEX}: not an index of tensors"),

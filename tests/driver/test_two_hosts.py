@@ -80,6 +80,6 @@ def test_a_port_that_is_taken_is_named(found: dict) -> None:
 def test_hosts_that_differ_are_refused(found: dict, scenario: str, what: str) -> None:
     assert found[scenario]["status"] == [2, 2]
     err = found[scenario]["err"][0]
-    assert "do not run the same: " + what in err
+    assert "run different code or settings: " + what in err
     assert "Traceback" not in err
     assert not (found["out"] / scenario / "metrics.jsonl").exists()

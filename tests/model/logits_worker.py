@@ -36,7 +36,7 @@ def check_refusal(path: str) -> None:
     try:
         load_policy(config)
     except UserError as error:
-        assert f"{path}: {BROKEN_TENSOR}: holds NaN or infinite values" in str(error), error
+        assert f"{path}: {BROKEN_TENSOR}: contains NaN or infinite values" in str(error), error
     else:
         raise AssertionError(f"{path} was loaded")
 

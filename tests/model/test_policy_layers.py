@@ -162,7 +162,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(
     tensors = load_file(path / "model.safetensors")
     tensors[name][-1, -1] = bad
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=f"model: {re.escape(name)}: holds NaN or infinite values"):
+    with pytest.raises(UserError, match=f"model: {re.escape(name)}: contains NaN or infinite values"):
         load_policy(make_config(path, "grpo"))
 
 

@@ -97,11 +97,11 @@ def test_prompts_are_searched_for_markers():
 def test_what_is_said_at_start_up():
     prompts = make_prompts(DAPO, ["34"] * 60 + ["x+1"] * 10)
     assert describe_styles(RewardConfig(), prompts) == (
-        "reward.answer=auto; of the first 64 truths, each style reads: boxed 64, answer_line 64, hash 64, "
-        "last_number 60; prompts ask for Answer: X (64)"
+        "reward.answer=auto; in the first 64 prompts, ground truths readable per answer style: boxed 64, "
+        "answer_line 64, hash 64, last_number 60; prompts ask for Answer: X (64)"
     )
     assert describe_styles(RewardConfig(), make_prompts("1+1?", ["2"])).endswith(
-        "; no prompt asks for a marked answer"
+        "; no prompt specifies an answer format"
     )
 
 

@@ -84,13 +84,13 @@ def test_weights_that_are_not_finite_are_refused_by_name(model_dirs: dict[str, P
     model = AutoModelForCausalLM.from_pretrained(model_dirs["qwen3_tied"])
     model.model.norm.weight.data[3] = torch.nan
     model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"model.norm.weight: holds NaN or infinite values"):
+    with pytest.raises(UserError, match=r"model.norm.weight: contains NaN or infinite values"):
         make_engine(tmp_path, 1)
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [((), "no new weights came for lm_head.weight"), (("surplus",), "no parameter surplus")],
+    [((), "missing tensors: lm_head.weight"), (("surplus",), "no parameter surplus")],
 )
 def test_weights_must_all_be_known_and_all_come(
     names: tuple[str, ...], message: str, model_dirs: dict[str, Path]

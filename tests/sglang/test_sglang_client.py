@@ -314,7 +314,7 @@ def test_nothing_is_cut_off_the_distribution() -> None:
         ("attach", {"servers": "http://H:1,HTTP://h:1"}, "http://h:1 more than once"),
         ("attach", {"servers": "http://h:1", "server_args": "--api-key x"}, "launch=spawn: leave it empty"),
         ("attach", {"servers": "http://h:1", "gpus": "0"}, "rollout.sglang.gpus is set; it needs"),
-        ("attach", {"servers": "http://me:pw@host:1"}, "holds a password"),
+        ("attach", {"servers": "http://me:pw@host:1"}, "contains a password"),
         ("attach", {"servers": "http://h:1", "api_key_variable": "NOT_SET_X"}, "a variable that is not set"),
         ("spawn", {"servers": "http://h:1"}, "it needs rollout.launch=attach"),
         ("spawn", {"python": "no/such/python"}, "make sglang"),
@@ -386,7 +386,7 @@ def test_a_server_that_failed_in_a_sync_is_logged_by_the_process_that_sent_it_we
     ours, others = (server.client.url for server in pool.servers)
     pool.hold("3", {ours: f"{ours}: out of memory", others: f"{others}: out of memory"})
     assert [record.getMessage() for record in caplog.records] == [
-        f"rollout server not used: {ours}: out of memory"
+        f"rollout server marked unhealthy: {ours}: out of memory"
     ]
     assert pool.reasons() == f"{ours}: out of memory; {others}: out of memory"
 
