@@ -1,6 +1,6 @@
 """Tests that every setting has an effect or is refused, and that no value out of its range is accepted.
 
-A setting without an entry in CHANGES, TESTS or ONLY_READ fails here, so a new field cannot be forgotten.
+A setting without an entry in CHANGES or TESTS fails here, so a new field cannot be forgotten.
 """
 
 import ast
@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_bicc.algorithms.advantages import TokenLogProbs, advantages
+from megatron_bicc.algorithms.advantages import BASELINES, TokenLogProbs, advantages
+from megatron_bicc.algorithms.policy_loss import OBJECTIVES
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.cli import parse_config
 from megatron_bicc.config import Config, Setting, settings
@@ -24,6 +25,7 @@ from megatron_bicc.errors import UserError
 from megatron_bicc.model.optimizer import make_scheduler
 from megatron_bicc.planning.synthetic import UnknownTokenizer, draw_rollouts
 from megatron_bicc.rewards.registry import BUILT_INS
+from megatron_bicc.rollout.engines import ENGINES
 from megatron_bicc.startup import heldout_prompts, read_tokenizer, validate
 from megatron_bicc.training.batch import packing_settings
 from megatron_bicc.weights.hf_files import supported_config
@@ -162,7 +164,7 @@ CHANGES: dict[str, Change] = {
 
 LOSS = "algorithms/test_policy_loss.py::test_value_and_gradient_follow_the_paper"
 STEP = "training/test_step_matches_hf.py::test_step_equals_reference"
-SERVERS = "sglang/test_sglang_engine.py::test_samples"
+CLIENT = "sglang/test_sglang_client.py"
 SYNC = "weights/test_weight_sync_servers.py::test_servers_get_the_policys_weights"
 OPTIMIZER = "checkpoint/test_checkpoint_writer.py::test_optimizer_settings_of_a_resumed_run_are_its_own"
 CHECKPOINTS = "checkpoint/test_checkpoint_resume.py::test_latest"
@@ -181,11 +183,15 @@ TESTS: dict[str, str] = {
     "rollout.batch_size": EVALUATE,
     "rollout.dynamic_sampling": "rollout/test_sampling.py::test_without_it_groups_are_what_was_drawn",
     "rollout.leftover": "rollout/test_sampling.py::test_leftover_is_learned_from_first",
+    "rollout.sglang.max_concurrency": f"{CLIENT}::test_no_more_samples_are_in_flight_than_max_concurrency",
+    "rollout.sglang.start_timeout_s": f"{CLIENT}::test_a_server_has_its_start_timeout",
+    "rollout.sglang.request_timeout_s": f"{CLIENT}::test_an_answer_has_the_request_timeout",
     "rollout.sglang.health_timeout_s": "sglang/test_sglang_engine.py::test_a_killed_server",
     "rollout.sglang.retry_timeout_s": "sglang/test_sglang_engine.py::test_no_server_left",
     "weight_sync.method": SYNC,
     "weight_sync.bucket_mb": SYNC,
     "weight_sync.path": SYNC,
+    "weight_sync.timeout_s": "weights/test_weight_sync.py::test_a_request_of_a_sync_has_its_timeout",
     "weight_sync.keep_files": "weights/test_weight_sync_servers.py::test_a_restarted_server_needs_the_files",
     "reward.verifier": "driver/test_bad_input.py::test_setting",
     "reward.answer": "driver/test_bad_input.py::test_what_is_said_of_truths_and_styles",
@@ -208,6 +214,8 @@ TESTS: dict[str, str] = {
     "optimizer.clip_grad": STEP,
     "evaluation.every": WRITTEN,
     "evaluation.samples": EVALUATE,
+    "evaluation.temperature": "evaluation/test_evaluation.py::"
+    "test_answers_are_sampled_at_the_temperature_of_evaluations",
     "checkpoint.every": CHECKPOINTS,
     "checkpoint.keep": CHECKPOINTS,
     "checkpoint.resume": "driver/test_run.py::test_resumed_run_equals_one_that_was_not_stopped",
@@ -217,25 +225,17 @@ TESTS: dict[str, str] = {
     "monitoring.tensorboard": "driver/test_metric_files.py::"
     "test_tensorboard_has_every_scalar_and_forgets_on_truncation",
     "monitoring.wandb_project": "driver/test_cli_validation.py::test_missing_wandb_is_named",
+    "monitoring.report_groups": "training/test_report_records.py::"
+    "test_groups_without_contrast_move_no_figure_of_those_with",
     "monitoring.reference": "algorithms/test_step_advantages.py::"
     "test_the_reference_is_computed_where_it_is_needed_or_asked_for",
 }
 """The test of a setting that shows in a run, with servers or over several hosts. Checked here: the package
 reads the setting, the test is there and it, or what it uses, names the setting."""
 
-ONLY_READ: dict[str, str] = {
-    "rollout.sglang.max_concurrency": SERVERS,
-    "rollout.sglang.start_timeout_s": SERVERS,
-    "rollout.sglang.request_timeout_s": SERVERS,
-    "weight_sync.timeout_s": SYNC,
-    "monitoring.report_groups": WRITTEN,
-    "evaluation.temperature": EVALUATE,
-}
-"""Settings whose other values no test takes yet, and the test that runs the code which reads them."""
-
 
 def test_every_setting_is_shown_once():
-    assert sorted([*CHANGES, *TESTS, *ONLY_READ]) == sorted(settings())
+    assert sorted([*CHANGES, *TESTS]) == sorted(settings())
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -259,7 +259,7 @@ def read_names() -> set[str]:
     return found
 
 
-@pytest.mark.parametrize(("name", "test"), [*TESTS.items(), *ONLY_READ.items()])
+@pytest.mark.parametrize(("name", "test"), TESTS.items())
 def test_a_setting_is_read_and_its_test_is_there(name: str, test: str, read_names: set[str]):
     last = name.rpartition(".")[2]
     assert last in read_names, "no module reads it"
@@ -268,7 +268,7 @@ def test_a_setting_is_read_and_its_test_is_there(name: str, test: str, read_name
     assert path.is_file(), f"name another test of {name}: {file} is gone"
     helpers = [*path.parent.glob("*.py"), *(REPOSITORY / "tests/support").glob("*.py")]
     named = any(last in helper.read_text(encoding="utf-8") for helper in helpers)
-    assert named or name in ONLY_READ, f"name another test of {name}: {file} and what it uses do not name it"
+    assert named, f"name another test of {name}: {file} and what it uses do not name it"
     tree = ast.parse(path.read_text(encoding="utf-8"))
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     assert function in functions, f"name another test of {name}: {file} has no {function}"
@@ -322,6 +322,15 @@ def test_a_default_and_the_edges_of_a_range_are_accepted(name: str):
         setting.check(0)
 
 
-def test_the_named_verifiers_are_those_of_the_registry():
+TABLES = {
+    "reward.verifier": BUILT_INS,
+    "rollout.engine": ENGINES,
+    "loss.objective": OBJECTIVES,
+    "loss.baseline": BASELINES,
+}
+"""The built-ins of each setting that takes a name or an import path; data.filter has none"""
 
-    assert settings()["reward.verifier"].rule.named == tuple(BUILT_INS)
+
+def test_the_names_of_a_setting_are_those_of_its_built_ins():
+    named = {name: setting.rule.named for name, setting in settings().items() if any(setting.rule.named)}
+    assert named == {name: tuple(table) for name, table in TABLES.items()}

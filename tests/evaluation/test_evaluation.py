@@ -4,15 +4,19 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.scripted import Words, score
 
+from megatron_bicc.config import Config, EvaluationConfig
 from megatron_bicc.data.prompts import Prompt
 from megatron_bicc.data.rows import read_question, read_rows
 from megatron_bicc.errors import UserError
+from megatron_bicc.evaluate import Benchmark, EvaluationInputs, evaluate_benchmarks
 from megatron_bicc.evaluation.benchmarks import (
     AnswerFile,
     Answers,
@@ -23,6 +27,8 @@ from megatron_bicc.evaluation.benchmarks import (
     write_results,
 )
 from megatron_bicc.rewards import math_reward
+from megatron_bicc.rollout.types import Request, Sample, Sampling
+from megatron_bicc.train import Trainer
 
 
 def enumerated(samples: int, correct: int, k: int) -> float:
@@ -215,3 +221,40 @@ def test_the_published_format_of_a_benchmark(name: str, tmp_path: Path) -> None:
     assert question.messages == [{"role": "user", "content": f"{asked}\nBox it."}]
     texts = [rf"So \boxed{{{answer}}}", r"So \boxed{71}"]
     assert math_reward.score(texts, [question.ground_truth] * 2).tolist() == [1.0, 0.0]
+
+
+class Recording:
+    """Test double of a rollout engine: always answers 1, and keeps the temperatures it was asked for."""
+
+    def __init__(self) -> None:
+        self.temperatures: list[float] = []
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
+        self.temperatures += [sampling.temperature] * len(requests)
+        tokens = np.array([1, 9], np.int32)
+        return [Sample(tokens, np.zeros(2, np.float32), "stop", 0) for _ in requests]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+@pytest.mark.usefixtures("single_process")
+def test_answers_are_sampled_at_the_temperature_of_evaluations(
+    temperature: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """During training and by the command; rollout.temperature is another one."""
+    settings = EvaluationConfig(temperature=temperature, samples=2)
+    config = Config(output_dir=str(tmp_path), evaluation=settings)
+    config.rollout.temperature = 0.7
+    config.model.path = str(Path(__file__).parents[2] / "examples/tiny_policy")
+    engine = Recording()
+    trainer = Trainer.__new__(Trainer)
+    trainer.config, trainer.engine = config, engine
+    trainer.inputs = SimpleNamespace(heldout=PROMPTS, verifier=score, tokenizer=Words())
+    trainer.evaluate()
+    assert engine.temperatures == [temperature] * 2 * len(PROMPTS)
+    monkeypatch.setattr("megatron_bicc.evaluate.make_engine", lambda *_: engine)
+    benchmarks = {"b": Benchmark(__file__, PROMPTS)}
+    evaluate_benchmarks(EvaluationInputs(config, Words(), score, benchmarks))
+    assert engine.temperatures == [temperature] * 4 * len(PROMPTS)

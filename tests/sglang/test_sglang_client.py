@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -22,7 +22,7 @@ import psutil
 import pytest
 from transformers import PretrainedConfig
 
-from megatron_bicc.config import Config, RolloutConfig, SglangConfig
+from megatron_bicc.config import Config, ModelConfig, RolloutConfig, SglangConfig
 from megatron_bicc.errors import UserError
 from megatron_bicc.rollout.sglang_engine import SglangEngine, generate_body, read_samples
 from megatron_bicc.rollout.types import Request, RolloutError, Sampling
@@ -39,6 +39,7 @@ from megatron_bicc.sglang.pool import (
 )
 from megatron_bicc.sglang.process import CPU_ARGUMENTS, CPU_ENVIRONMENT, _command
 from megatron_bicc.sglang.settings import check_servers
+from megatron_bicc.startup import read_tokenizer
 
 KEY = "a-secret-key"
 
@@ -425,6 +426,56 @@ def test_a_server_that_does_not_come_up_is_logged_once(
     assert isinstance(error.value.__cause__, ServerUnavailable)
     (line,) = (record.getMessage() for record in caplog.records)
     assert line == "process 0: still waiting for rollout server http://127.0.0.1:9, at most 1.2 s (0 s)"
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.3])
+def test_a_server_has_its_start_timeout(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setattr("megatron_bicc.sglang.pool.POLL_S", 0.02)
+    url, begun = "http://127.0.0.1:9", time.monotonic()
+    with (
+        closing(ServerPool([url], [url], SglangConfig(start_timeout_s=seconds))) as pool,
+        pytest.raises(UserError, match=f"not ready within {seconds} s"),
+    ):
+        pool.start(PretrainedConfig())
+    assert time.monotonic() - begun > seconds
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.3])
+def test_an_answer_has_the_request_timeout(seconds: float) -> None:
+    """The server takes the connection and says nothing."""
+    settings = SglangConfig(request_timeout_s=seconds, retry_timeout_s=0.01)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with (
+            closing(ServerPool([url], [], settings)) as pool,
+            pytest.raises(RequestFailed, match=f"/generate: no answer within {seconds} s"),
+        ):
+            pool.portal.call(pool.ask, {"input_ids": [[1]]}, lambda answer: answer)
+
+
+@pytest.mark.parametrize(("allowed", "processes", "most"), [(6, 1, 6), (2, 1, 2), (6, 3, 2), (1, 3, 1)])
+def test_no_more_samples_are_in_flight_than_max_concurrency(
+    pool: ServerPool, monkeypatch: pytest.MonkeyPatch, allowed: int, processes: int, most: int
+) -> None:
+    """Over all processes together."""
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: processes)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    in_flight = []
+
+    async def ask(body: dict[str, Any], read: Any) -> Any:
+        in_flight.append(in_flight[-1] + 1 if in_flight else 1)
+        await anyio.sleep(0.02)
+        in_flight.append(in_flight[-1] - 1)
+        cut = {"finish_reason": {"type": "length"}, "weight_version": "default", "weight_versions": []}
+        return read(answer(**cut))
+
+    monkeypatch.setattr(pool, "ask", ask)
+    policy = str(Path(__file__).parents[2] / "examples/tiny_policy")
+    rollout = RolloutConfig(sglang=SglangConfig(max_concurrency=allowed))
+    engine = SglangEngine(Config(model=ModelConfig(policy), rollout=rollout), read_tokenizer(policy), pool)
+    prompts = [Request(np.array([i + 2], np.int32), seed=i) for i in range(12)]
+    assert len(engine.generate(prompts, Sampling(1.0, 8))) == len(prompts)
+    assert max(in_flight) == most and in_flight[-1] == 0
 
 
 def test_the_documented_command_for_a_cpu_is_that_of_the_run() -> None:

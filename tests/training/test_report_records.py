@@ -47,6 +47,9 @@ def test_groups_without_contrast_move_no_figure_of_those_with(
         ["2.0", "2.1"],
     ]
     assert shown[:2] == expected
+    for most, left in ((0, []), (1, [shown[0], *shown[2:]]), (2, shown)):
+        fewer = replace(config, monitoring=replace(config.monitoring, report_groups=most))
+        assert report_groups(result, WORDS, fewer) == left
     assert {r["advantage"] for group in shown[2:] for r in group["rollouts"]} == {0.0}
     same = [key for key in everything if key.startswith(("ratio/", "clip/", "delta/", "rcc/", "kl/old_new"))]
     assert len(same) > 18

@@ -8,7 +8,12 @@ import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Event, Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +21,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from megatron_bicc.config import Config, ModelConfig, WeightSyncConfig
+from megatron_bicc.sglang.client import ServerUnavailable
+from megatron_bicc.sglang.pool import ServerPool
+from megatron_bicc.weights.sync import ServerWeightSync
 from megatron_bicc.weights.transport import (
     Bucket,
     WeightFiles,
@@ -277,3 +286,54 @@ def test_probes_agree_or_are_named(ours: str, theirs: str, differences: np.ndarr
 
     found = disagreeing(probes, log_probs, getattr(torch, ours))
     assert [one.url for one in found] == ([] if agree else ["1"])
+
+
+@pytest.fixture
+def stuck() -> Iterator[str]:
+    """The URL of a server that answers everything but the requests of a sync's `Receiver.post`."""
+    over = Event()
+
+    class Stuck(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.path == "/update_weight_version":
+                over.wait(30)
+            text = json.dumps({"tp_size": 1, "dtype": "float32", "paths": {}}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        do_GET = do_POST
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Stuck)
+    server.daemon_threads = True
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    over.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.3])
+@pytest.mark.usefixtures("single_process")
+def test_a_request_of_a_sync_has_its_timeout(stuck: str, tmp_path: Path, seconds: float) -> None:
+    """In a sync, and when a restarted server is given the weights that were kept."""
+    path = REPOSITORY / "examples/tiny_policy"
+    config = Config(
+        output_dir=str(tmp_path),
+        model=ModelConfig(str(path)),
+        weight_sync=WeightSyncConfig(timeout_s=seconds),
+    )
+    policy = SimpleNamespace(hf_config=AutoConfig.from_pretrained(path))
+    message = f"{stuck}/update_weight_version: no answer within {seconds} s"
+    with closing(ServerPool([stuck], [stuck], config.rollout.sglang)) as pool:
+        sync = ServerWeightSync(config, policy, pool, lambda _: pytest.fail("no server has the weights"))
+        failed = sync.push(((name, torch.zeros(shape)) for name, shape in sync.expected.items()), 1)
+        assert message in failed[stuck]
+        with pytest.raises(ServerUnavailable, match=message):
+            pool.portal.call(sync.restore, *pool.own)
