@@ -19,7 +19,7 @@ GOOD_ROW = {"prompt": "1+1=", "answer": "2"}
 SETTINGS = {
     "rollout.grup_size=4": "unknown setting rollout.grup_size; did you mean rollout.group_size?",
     "rollout.group_size=many": "command line: rollout.group_size is 'many'; it must be a whole number",
-    "rollout.group_size=1": "rollout.group_size is 1; it must be at least 2",
+    "rollout.group_size=1": "rollout.group_size is 1; it must be within 2 and 1048576",
     "algorithm=gropo": "algorithm is 'gropo'; did you mean grpo?",
     "data.train=nowhere.jsonl": "data.train is nowhere.jsonl; there is no such file",
     "data.train=/etc": "data.train is /etc; it is a directory, give one .parquet or .jsonl file",
