@@ -63,7 +63,7 @@ def test_sound_settings_pass(good: list[str], overrides: list[str]):
     [
         (["output_dir=a\0b"], ["output_dir is 'a\\x00b'", "NUL"]),
         (["weight_sync.path=a\0b"], ["weight_sync.path is 'a\\x00b'", "NUL"]),
-        (["rollout.group_size=1"], ["rollout.group_size is 1", "at least 2"]),
+        (["rollout.group_size=1"], ["rollout.group_size is 1", "within 2 and"]),
         (["bicc.weight=1.1"], ["bicc.weight is 1.1", "within 0 and 1"]),
         (["bicc.context_ratio=-0.1"], ["bicc.context_ratio is -0.1", "within 0 and 1"]),
         (["rollout.temperature=0"], ["rollout.temperature is 0", "greater than 0"]),

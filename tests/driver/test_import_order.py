@@ -36,15 +36,7 @@ LATE = {
     ("train.py", "run", "planning"): "a run without --dry-run does not need it",
     ("metrics.py", "finish", "report"): "it loads a drawing library, and steps must not wait for that",
     ("device.py", "megatron", "device_cpu"): "it loads megatron-core, which an evaluation does not need",
-<<<<<<< HEAD
-    (
-        "rewards/worker.py",
-        "_serve",
-        "rewards",
-    ): "until it serves, the worker imports only the standard library",
-=======
     ("rewards/worker.py", "_serve", "rewards"): "until it serves, it imports the standard library only",
->>>>>>> w-set
 }
 """The only imports of the package inside functions of ORDER, by file, function and what is imported: why"""
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
