@@ -58,7 +58,11 @@ find_nodes() {
     if [[ -n ${SLURM_STEP_ID:-} ]]; then
         NNODES=${SLURM_STEP_NUM_NODES:-$SLURM_NNODES}
         NODE_RANK=$SLURM_NODEID
-        MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+        if [[ -z ${MASTER_ADDR:-} ]]; then
+            # not "| head -n 1": under pipefail the script would end whenever scontrol meets the closed pipe
+            mapfile -t slurm_hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+            MASTER_ADDR=${slurm_hosts[0]:-}
+        fi
     fi
     NNODES=${NNODES:-$1}
     NODE_RANK=${NODE_RANK:-0}

@@ -73,7 +73,7 @@ def test_sound_settings_pass(good: list[str], overrides: list[str]):
         (["optimizer.min_lr=1e-3"], ["optimizer.min_lr is 0.001", "optimizer.lr = 1e-06"]),
         (["train.steps=0"], ["train.steps is 0", "at least 1"]),
         (["train.updates_per_step=0"], ["train.updates_per_step is 0", "at least 1"]),
-        (["rollout.prompts_per_step=0"], ["rollout.prompts_per_step is 0", "at least 1"]),
+        (["rollout.prompts_per_step=0"], ["rollout.prompts_per_step is 0", "within 1 and"]),
         (["rollout.batch_size=0"], ["rollout.batch_size is 0", "at least 1"]),
         (["checkpoint.every=-1"], ["checkpoint.every is -1", "at least 0"]),
         (["export.every=-1"], ["export.every is -1", "at least 0"]),
