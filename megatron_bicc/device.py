@@ -1,6 +1,7 @@
-"""The device and the process group: CUDA with NCCL, or the CPU with gloo.
+"""The device, the process group and the hosts' heartbeats: CUDA with NCCL, or the CPU with gloo.
 
-Only this module checks for CUDA.
+Only this module checks for CUDA. A host that is cut off reports no error, and a collective would wait for its
+timeout: the first process of each host sends heartbeats through the store, and ends when another's stop.
 """
 
 import os
@@ -20,8 +21,11 @@ from megatron_bicc.collective import gathered
 from megatron_bicc.errors import UserError, first_line
 
 INTERVAL_S = 2.0
+"""Seconds between two heartbeats"""
 CHECK_S = 1.0
+"""Seconds between two comparisons of the times of the last heartbeats"""
 EXIT_STATUS = 3
+"""Of a process that ends because a host is silent"""
 
 
 class Heartbeat:

@@ -47,44 +47,6 @@ from megatron_bicc.metrics import waiting_for
 from megatron_bicc.model.policy import Policy
 from megatron_bicc.weights.hf_weights import save_hf
 
-
-def export_step(policy: Policy, config: Config, step: int) -> None:
-    """Exports the policy after a step, and removes all but the newest export.keep. Collective.
-
-    Raises CheckpointError if it cannot be written.
-    """
-    root = Path(config.output_dir) / "exports"
-    export(policy, config, root / f"step_{step:08d}")
-    if dist.get_rank() == 0:
-        whole = sorted(p for p in root.iterdir() if re.fullmatch(r"step_\d{8}", p.name))
-        for old in whole[: -config.export.keep]:
-            shutil.rmtree(old)
-
-
-def forget_exports(output_dir: str, step: int) -> None:
-    """Removes the exports after a step, unfinished ones included, before a run resumes from its checkpoint.
-
-    They belong to the discarded part of the run, and would count as the newest. For one rank only. Raises
-    CheckpointError if one cannot be removed.
-    """
-    for path in (Path(output_dir) / "exports").glob("step_*"):
-        found = re.match(r"step_(\d{8})(\.|$)", path.name)
-        if found and int(found[1]) > step:
-            try:
-                shutil.rmtree(path)
-            except OSError as error:
-                raise CheckpointError(f"{path}: cannot be removed: {error.strerror}") from error
-
-
-def export(policy: Policy, config: Config, target: Path) -> None:
-    """Exports the policy as it is. Collective. Raises CheckpointError on every rank if that fails."""
-    with raised_on_all_ranks(CheckpointError):
-        try:
-            save_hf(policy.modules, policy.hf_config, Path(config.model.path), target, dist.get_rank() == 0)
-        except UserError as error:
-            raise CheckpointError(f"{error}; free space and resume with checkpoint.resume=true") from error
-
-
 PROGRESS, LATEST, PARTIAL = "progress.json", "latest", ".partial"
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
@@ -386,3 +348,40 @@ def _failure(final: Path, error: BaseException) -> CheckpointError:
         f"{final}: cannot be written: {first_line(own)}{hint}; "
         "free space and resume with checkpoint.resume=true"
     )
+
+
+def export_step(policy: Policy, config: Config, step: int) -> None:
+    """Exports the policy after a step, and removes all but the newest export.keep. Collective.
+
+    Raises CheckpointError if it cannot be written.
+    """
+    root = Path(config.output_dir) / "exports"
+    export(policy, config, root / f"step_{step:08d}")
+    if dist.get_rank() == 0:
+        whole = sorted(p for p in root.iterdir() if re.fullmatch(r"step_\d{8}", p.name))
+        for old in whole[: -config.export.keep]:
+            shutil.rmtree(old)
+
+
+def forget_exports(output_dir: str, step: int) -> None:
+    """Removes the exports after a step, unfinished ones included, before a run resumes from its checkpoint.
+
+    They belong to the discarded part of the run, and would count as the newest. For one rank only. Raises
+    CheckpointError if one cannot be removed.
+    """
+    for path in (Path(output_dir) / "exports").glob("step_*"):
+        found = re.match(r"step_(\d{8})(\.|$)", path.name)
+        if found and int(found[1]) > step:
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be removed: {error.strerror}") from error
+
+
+def export(policy: Policy, config: Config, target: Path) -> None:
+    """Exports the policy as it is. Collective. Raises CheckpointError on every rank if that fails."""
+    with raised_on_all_ranks(CheckpointError):
+        try:
+            save_hf(policy.modules, policy.hf_config, Path(config.model.path), target, dist.get_rank() == 0)
+        except UserError as error:
+            raise CheckpointError(f"{error}; free space and resume with checkpoint.resume=true") from error
