@@ -128,24 +128,23 @@ class Policy:
 
     def accumulate_gradients(
         self, batches: list[PackedBatch], loss: Callable[[int, Tensor, Tensor], Tensor]
-    ) -> tuple[float, list[Tensor]]:
+    ) -> float:
         """Runs forward and backward over all micro-batches.
 
         `loss(index, log_probs_A, entropy_A)` returns a micro-batch's share of the step's loss: shares and
         their gradients are summed over micro-batches and data-parallel ranks, nothing is averaged. Returns
-        this rank's sum and the detached log-probs of every micro-batch (last pipeline stage; else 0 and []).
+        this rank's sum on the last pipeline stage, 0 on the others.
         """
         losses: dict[int, float] = {}
-        found: dict[int, Tensor] = {}
 
         def weigh(index: int, output: Tensor) -> tuple[Tensor, Tensor, dict]:
             share = loss(index, output[0], output[1])
-            losses[index], found[index] = float(share.detach()), output[0].detach()
+            losses[index] = float(share.detach())
             return share, _ONE, {}
 
         self.zero_gradients()
         self._run(batches, weigh, forward_only=False)
-        return sum(losses[i] for i in range(len(losses))), [found[i] for i in range(len(found))]
+        return sum(losses[i] for i in range(len(losses)))
 
     @contextmanager
     def gradient_sketch(self, num_groups: int) -> Iterator[GradientSketch]:

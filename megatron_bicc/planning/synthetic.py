@@ -5,7 +5,6 @@ Shape suffixes: B groups, R rollouts.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -14,12 +13,10 @@ from megatron_bicc.algorithms.advantages import has_contrast, regularises
 from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
 from megatron_bicc.packing.pack import plan_step
-from megatron_bicc.packing.types import RolloutBatch, StepPlan
+from megatron_bicc.packing.types import Layout, RolloutBatch, StepPlan
 from megatron_bicc.training.batch import packing_settings
 
 CHARACTERS_PER_TOKEN = 4
-Layout = Literal["plain", "bilateral"]
-"""Responses after the prompt alone, or after the prompt and a context of the other side"""
 
 
 class UnknownTokenizer:

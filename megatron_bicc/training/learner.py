@@ -272,7 +272,7 @@ class Learner:
             return result.share
 
         with self.policy.gradient_sketch(update.batch.num_groups) as sketch:
-            own_loss, _ = self.policy.accumulate_gradients([b.packed for b in update.batches], loss)
+            own_loss = self.policy.accumulate_gradients([b.packed for b in update.batches], loss)
         # over all groups of the step, not just the taken ones: the others have a gradient of 0
         gradient = gradient_statistics(sum_over_all(sketch.values_BXY), len(update.groups))
         total = sum_scalar(own_loss)

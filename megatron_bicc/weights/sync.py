@@ -131,9 +131,9 @@ class ServerWeightSync:
         self._config = config
         self._policy = policy
         self._log_probs = log_probs
-        self._checksums: dict[Layout, Checksums] = {}
+        self._checksums: dict[ServerLayout, Checksums] = {}
         """Checksums of the newest weights, for each layout of comparable servers"""
-        self._confirmed: set[Layout] = set()
+        self._confirmed: set[ServerLayout] = set()
         """Layouts whose checksums were equal at least once, so that unequal ones prove wrong weights"""
         pool.on_stale = self._restore_or_reason
 
@@ -302,11 +302,11 @@ class ServerWeightSync:
             return []
 
 
-Layout = tuple[int, torch.dtype]
+ServerLayout = tuple[int, torch.dtype]
 """Tensor-parallel size and type of a server's weights"""
 
 
-def _layout(receiver: Receiver) -> Layout:
+def _layout(receiver: Receiver) -> ServerLayout:
     return receiver.tensor_parallel, receiver.dtype
 
 

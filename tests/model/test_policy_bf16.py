@@ -55,10 +55,14 @@ def one_row_a_response(groups: list[Group], tokens: int) -> Pieces:
 def differentiate(policy: Policy, pieces: Pieces, weight_T: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
     """Log-probs [T] and the gradient of their weighted sum, all parameters in one vector."""
 
+    logps: list[torch.Tensor] = []
+
     def loss(index: int, logp_N: torch.Tensor, entropy_N: torch.Tensor) -> torch.Tensor:
+        assert index == len(logps)
+        logps.append(logp_N.detach())
         return (logp_N * torch.from_numpy(weight_T[pieces[index][1]])).sum()
 
-    _, logps = policy.accumulate_gradients([packed for packed, _ in pieces], loss)
+    policy.accumulate_gradients([packed for packed, _ in pieces], loss)
     logp_T = np.zeros(len(weight_T))
     for (_, gather), logp_N in zip(pieces, logps, strict=True):
         logp_T[gather] = logp_N.double().numpy()
