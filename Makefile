@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup sglang demo experiment test dry-run lint bench profile sanitize
+.PHONY: help setup sglang demo experiment test dry-run lint bench profile gpu-check sanitize
 
 export PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV_PYTHON := $(CURDIR)/.venv/bin/python
@@ -45,6 +45,9 @@ bench: $(BUILD) ## Run every benchmark of tools/benchmark.py
 
 profile: $(BUILD) ## Profile a training step of the tiny policy
 	@$(VENV_PYTHON) tools/benchmark.py profile
+
+gpu-check: $(BUILD) ## Check on this machine's GPUs what no CPU can show (docs/gpu_check.md): PART=name OUT=dir
+	@$(VENV_PYTHON) tools/gpu_check.py $(PART) $(if $(OUT),--out $(OUT))
 
 sanitize: $(BUILD) ## Run the packer with address and undefined-behaviour sanitizers: INPUTS=n malformed inputs
 	@PYTHON="$(VENV_PYTHON)" tools/sanitize_packer.sh $(INPUTS)

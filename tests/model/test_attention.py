@@ -1,12 +1,12 @@
 """Tests shared-prefix attention against one causal row per response, values and gradients."""
 
+from functools import partial
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from support import attention_reference as reference
+from support.attention_reference import cumulative, differentiate
 
 from megatron_bicc.model import attention as shared_prefix_attention
 from megatron_bicc.model import attention_cpu, attention_cuda, attention_math
@@ -17,35 +17,10 @@ from megatron_bicc.model.segments import Segments
 CPU = torch.device("cpu")
 SIDES = [(21, [4, 7, 3]), (15, [6]), (0, [5, 2]), (9, [1, 1, 12])]
 """(prefix rows, rows of each response); a prompt of one token leaves no prefix rows"""
-
-
-def cu(lengths: list[int]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-
-
-def shared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The product's attention over prefix-major rows."""
-    prefixes = [p for p, _ in SIDES]
-    responses = [s for _, side in SIDES for s in side]
-    all_rows = cu(prefixes + responses)
-    causal = Segments.of_themselves(all_rows, CPU)
-    cross = Segments.across(cu([sum(side) for _, side in SIDES]), cu(prefixes), CPU)
-    return SharedPrefixAttention.apply(q, k, v, sum(prefixes), causal, cross, 0.3)
-
-
-def row_by_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every response behind a copy of its prefix, by torch's own attention and autograd."""
-    outputs: dict[int, Tensor] = {}
-    prefix, response = 0, sum(p for p, _ in SIDES)
-    for rows, lengths in SIDES:
-        for length in lengths:
-            chosen = [*range(prefix, prefix + rows), *range(response, response + length)]
-            q_, k_, v_ = (x[chosen].transpose(0, 1)[None] for x in (q, k, v))
-            out = scaled_dot_product_attention(q_, k_, v_, is_causal=True, scale=0.3, enable_gqa=True)
-            outputs |= {row: out[0, :, i] for i, row in enumerate(chosen)}
-            response += length
-        prefix += rows
-    return torch.stack([outputs[row] for row in range(len(outputs))])
+SCALE = 0.3
+shared, row_by_row = (
+    partial(attention, sides=SIDES, scale=SCALE) for attention in (reference.shared, reference.row_by_row)
+)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -86,20 +61,12 @@ def test_half_precision_is_no_worse_than_one_row_a_response(dtype: torch.dtype) 
         assert (a.double() - exact).norm() <= (b.double() - exact).norm()
 
 
-def differentiate(attention: object, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-    """[output, dq, dk, dv]"""
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    out = attention(*leaves)
-    out.backward(grad)
-    return [out.detach(), *(x.grad for x in leaves)]
-
-
 def test_cuda_kernels_take_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """By shapes and types alone, on meta tensors: no GPU is needed, and no value is computed."""
     monkeypatch.setattr(shared_prefix_attention, "_kernels", lambda q: attention_cuda)
     meta = torch.device("meta")
-    causal = Segments.of_themselves(cu([21, 15, 4, 7, 6]), meta)
-    cross = Segments.across(cu([11, 6]), cu([21, 15]), meta)
+    causal = Segments.of_themselves(cumulative([21, 15, 4, 7, 6]), meta)
+    cross = Segments.across(cumulative([11, 6]), cumulative([21, 15]), meta)
     leaves = [
         torch.empty(53, h, 64, dtype=torch.bfloat16, device=meta, requires_grad=True) for h in (4, 2, 2)
     ]
