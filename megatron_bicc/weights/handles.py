@@ -1,73 +1,29 @@
-"""Weights that SGLang servers of the same host read where they are: only handles are sent.
+"""Host memory that SGLang servers of the same host read: requests carry only handles of it.
 
-A bucket's tensors are copied into one uint8 tensor, and each reader (one tensor-parallel rank of one server)
-gets a pickle of it. In host memory it is a file in /dev/shm, whose name the pickle holds; in GPU memory the
-pickle holds an IPC handle. The server's name for this format is "flattened_bucket": a dict of the tensor and
-of a table that says which of its bytes are which parameter.
+A bucket's tensors are copied into one uint8 tensor in host memory, which is a file in /dev/shm. Each reader
+(one tensor-parallel rank of one server) gets a pickle that holds the file's name. The server calls this
+format "flattened_bucket": a dict of the tensor and of a table that says which bytes are which parameter.
 """
 
 import contextlib
 import io
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.multiprocessing
 from torch import Tensor
-from torch.multiprocessing import reductions
 
 from megatron_bicc.files import remove_at_end
 
 ALIGNMENT = 64
 """Every tensor starts at a multiple of this many bytes, so that its bytes can be viewed as its type"""
 SHARED_MEMORY = Path("/dev/shm")
-
-
-@dataclass(frozen=True)
-class FlatBucket:
-    """Tensors one after another in one buffer."""
-
-    buffer: Tensor
-    """uint8 [bytes]"""
-    table: list[SimpleNamespace]
-    """Of each tensor: name, shape, dtype, start_idx, end_idx and numel, the last three in bytes"""
-
-    def payload(self) -> bytes:
-        """Returns the pickle for one reader; a pickle must not be read twice, as it counts its readers."""
-        shared = _UuidHandle(self.buffer) if self.buffer.is_cuda else self.buffer
-        stream = io.BytesIO()
-        with _sharing_by_name():
-            ForkingPickler(stream).dump({"flattened_tensor": shared, "metadata": self.table})
-        return stream.getvalue()
-
-
-def flatten(tensors: list[tuple[str, Tensor]], allocate: Callable[[int], Tensor]) -> FlatBucket:
-    """Copies contiguous tensors into a buffer. allocate: returns a uint8 tensor of that many bytes."""
-    table, end = [], 0
-    for name, tensor in tensors:
-        start = -(-end // ALIGNMENT) * ALIGNMENT
-        end = start + tensor.nbytes
-        # the server reads these attributes, and unpickles few other types
-        table.append(
-            SimpleNamespace(
-                name=name,
-                shape=tensor.shape,
-                dtype=tensor.dtype,
-                start_idx=start,
-                end_idx=end,
-                numel=tensor.nbytes,
-            )
-        )
-    buffer = allocate(end)
-    for entry, (_, tensor) in zip(table, tensors, strict=True):
-        buffer[entry.start_idx : entry.end_idx].copy_(tensor.reshape(-1).view(torch.uint8))
-    return FlatBucket(buffer, table)
 
 
 class SharedMemory:
@@ -87,8 +43,10 @@ class SharedMemory:
         Raises MemoryError if /dev/shm has no room for it.
         """
         if nbytes > self._buffer.numel():
+            # more than needed: buckets differ by a little, and new memory has to be filled with zeros
+            size = max(nbytes, 5 * self._buffer.numel() // 4)
             self.close()
-            self._allocate(nbytes)
+            self._allocate(size)
         return self._buffer[:nbytes]
 
     def close(self) -> None:
@@ -111,23 +69,44 @@ class SharedMemory:
         self._buffer = torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
-class _UuidHandle:
-    """Pickles a CUDA tensor as an IPC handle whose GPU is named by its UUID.
+@dataclass(frozen=True)
+class FlatBucket:
+    """Tensors one after another in one buffer."""
 
-    torch pickles the index of the GPU, which differs in a process that sees other GPUs. SGLang's reader
-    accepts a UUID in its place.
-    """
+    buffer: Tensor
+    """uint8 [bytes], of SharedMemory"""
+    table: list[SimpleNamespace]
+    """Of each tensor: name, shape, dtype, start_idx, end_idx and numel, the last three in bytes"""
 
-    DEVICE = 6
-    """Position of the GPU in the arguments of torch's rebuild_cuda_tensor"""
+    def payload(self) -> bytes:
+        """Returns the pickle for one reader; a pickle must not be read twice, as it counts its readers."""
+        stream = io.BytesIO()
+        with _sharing_by_name():
+            ForkingPickler(stream).dump({"flattened_tensor": self.buffer, "metadata": self.table})
+        return stream.getvalue()
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
 
-    def __reduce__(self) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
-        rebuild, arguments = reductions.reduce_tensor(self._tensor)
-        uuid = str(torch.cuda.get_device_properties(arguments[self.DEVICE]).uuid)
-        return rebuild, (*arguments[: self.DEVICE], uuid, *arguments[self.DEVICE + 1 :])
+def flatten(tensors: list[tuple[str, Tensor]], memory: SharedMemory) -> FlatBucket:
+    """Copies contiguous tensors, of any device, into shared memory. Raises MemoryError if it has no room."""
+    table, end = [], 0
+    for name, tensor in tensors:
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        end = start + tensor.nbytes
+        # the server reads these attributes, and unpickles few other types
+        table.append(
+            SimpleNamespace(
+                name=name,
+                shape=tensor.shape,
+                dtype=tensor.dtype,
+                start_idx=start,
+                end_idx=end,
+                numel=tensor.nbytes,
+            )
+        )
+    buffer = memory.take(end)
+    for entry, (_, tensor) in zip(table, tensors, strict=True):
+        buffer[entry.start_idx : entry.end_idx].copy_(tensor.reshape(-1).view(torch.uint8))
+    return FlatBucket(buffer, table)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from torch.distributed.distributed_c10d import _new_process_group_helper, _world
 from transformers import PretrainedConfig
 
 from megatron_bicc import device
+from megatron_bicc.errors import UserError
 from megatron_bicc.files import remove_at_end
 from megatron_bicc.sglang.client import ServerClient, ServerError, ServerRefusal, ServerUnavailable
 from megatron_bicc.weights.handles import FlatBucket, SharedMemory, flatten
@@ -115,24 +116,37 @@ def checked(
         raise WeightSyncError(f"weight sync: missing tensors: {', '.join(sorted(missing))}")
 
 
-def buckets(tensors: Iterable[tuple[str, Tensor]], capacity: int) -> Iterator[Bucket]:
+def buckets(tensors: Iterable[tuple[str, Tensor]], capacity: int, holds: bool = True) -> Iterator[Bucket]:
     """Yields the stream in order, in buckets of at most `capacity` bytes; a larger tensor is its own bucket.
 
     A bucket is cleared when the next one is requested, so at most one bucket and the tensor that did not fit
-    into it are in memory.
+    into it are in memory. holds: False for empty buckets, which end at the same tensors, on a process that
+    sends nothing.
     """
     held: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in tensors:
-        if held and size + tensor.nbytes > capacity:
+        if size and size + tensor.nbytes > capacity:
             bucket = Bucket(held)
             yield bucket
             bucket.clear()
             held, size = [], 0
-        held.append((name, _own_storage(tensor)))
+        if holds:
+            held.append((name, _own_storage(tensor)))
         size += tensor.nbytes
-    if held:
+    if size:
         yield Bucket(held)
+
+
+def in_step(cut: Iterable[Bucket]) -> Iterator[Bucket]:
+    """Yields the buckets; no process makes the next one before all have finished this one. Collective.
+
+    Without this, the processes that send nothing would queue the broadcasts of the whole model on their GPUs,
+    and NCCL would abort them if the sender needs longer than the process group's timeout for all of them.
+    """
+    for bucket in cut:
+        yield bucket
+        dist.barrier()
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
@@ -291,7 +305,7 @@ class TensorTransport:
         if not live(receivers):
             return
         try:
-            flat = flatten(bucket.tensors, self._memory.take)
+            flat = flatten(bucket.tensors, self._memory)
         except MemoryError as error:
             raise WeightSyncError(
                 f"weight sync: {error}; give it more (docker run --shm-size), or lower weight_sync.bucket_mb"
@@ -339,8 +353,47 @@ class DiskTransport:
         """Does nothing."""
 
 
+def check_same_host(url: str) -> None:
+    """Raises UserError if a server is not on this host, so that it cannot read this host's memory."""
+    host = urlsplit(url).hostname
+    with contextlib.suppress(OSError):  # an unknown name, or no address of this host
+        for family, kind, _, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as probe:
+                probe.bind(address)
+                return
+    raise UserError(
+        f"weight_sync.method is tensor, but rollout server {url} is on another host and cannot read this "
+        "host's memory; set weight_sync.method=distributed"
+    )
+
+
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 """By the type of the policy's device; the servers' must be the same"""
+
+
+_PRINT_NCCL = (
+    "from importlib.metadata import distributions as all\n"
+    "print(*{d.version for d in all() if str(d.metadata['Name']).startswith('nvidia-nccl-cu')})"
+)
+
+
+def check_nccl(python: str) -> None:
+    """Raises UserError if servers that this Python runs have another NCCL than this process.
+
+    NCCL makes no communicator of different versions. Does nothing if the Python's version is unknown.
+    """
+    done = subprocess.run([python, "-c", _PRINT_NCCL], capture_output=True, text=True)
+    theirs = done.stdout.strip()
+    if theirs and theirs != _nccl_version():
+        raise UserError(
+            f"weight_sync.method is distributed, but NCCL is {_nccl_version()} here and {theirs} in "
+            f"rollout.sglang.python={python}; install the same version in both, or set "
+            "weight_sync.method=tensor"
+        )
+
+
+def _nccl_version() -> str:
+    return ".".join(map(str, torch.cuda.nccl.version()))
 
 
 class DistributedTransport:
@@ -467,6 +520,11 @@ class BroadcastGroup:
             self._drop()
             await asyncio.wait(requests)
         errors = [request.exception() for request in requests]
+        if self.backend == "nccl":
+            for error in filter(None, errors):
+                error.args = (
+                    f"{error} (the trainer's NCCL is {_nccl_version()}; the server's must be the same)",
+                )
         unexpected = [error for error in errors if error and not isinstance(error, ServerError)]
         if unexpected:
             raise unexpected[0]

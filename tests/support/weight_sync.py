@@ -68,7 +68,7 @@ def greedy(portal: BlockingPortal, client: ServerClient, tokens: list[int]) -> t
 def tamper(portal: BlockingPortal, client: ServerClient, name: str, shape: list[int]) -> Any:
     """Sets one of a server's parameters to zero, outside of any sync; returns the answer."""
     memory = SharedMemory()
-    flat = flatten([(name, torch.zeros(shape))], memory.take)
+    flat = flatten([(name, torch.zeros(shape))], memory)
     portal.call(client.post, "/begin_weight_update", {"selector": "all"})
     answer = portal.call(client.post, TensorTransport.path, tensor_request([flat.payload()]))
     portal.call(client.post, "/end_weight_update", {})

@@ -3,9 +3,7 @@
 weights/test_weight_sync_servers.py has the same with real servers.
 """
 
-import ast
-import pickle
-import pickletools
+import os
 import subprocess
 import sys
 import time
@@ -16,9 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.sglang_server import PYTHON
 
-from megatron_bicc.weights.handles import SHARED_MEMORY, FlatBucket, SharedMemory, flatten
+from megatron_bicc.weights.handles import SHARED_MEMORY, SharedMemory, flatten
 from megatron_bicc.weights.transport import Bucket, TensorTransport, WeightSyncError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -65,9 +62,9 @@ def expected(tensors: list[tuple[str, torch.Tensor]]) -> str:
     return ", ".join(f"{n} {tuple(t.shape)} {t.dtype} {t.double().sum().item()}" for n, t in tensors)
 
 
-def files() -> set[Path]:
-    """torch's files in /dev/shm."""
-    return set(SHARED_MEMORY.glob("torch_*"))
+def files(pid: int) -> list[Path]:
+    """A process's files in /dev/shm."""
+    return list(SHARED_MEMORY.glob(f"torch_{pid}_*"))
 
 
 def until_gone(file: Path) -> None:
@@ -80,7 +77,6 @@ def until_gone(file: Path) -> None:
 def test_each_reader_finds_every_tensor(readers: list[Reader]) -> None:
     """Of any type and size, in one bucket after another; a larger one gets new memory. A payload has a few
     hundred bytes, and a reader that fails before it reads one does not take it from the others."""
-    before = files()
     with closing(SharedMemory()) as memory:
         for count in (3, 5, 4, 50_000):
             tensors = [
@@ -89,14 +85,14 @@ def test_each_reader_finds_every_tensor(readers: list[Reader]) -> None:
                 ("c", torch.randn(7)),
                 ("d", torch.tensor(float(count), dtype=torch.float64)),
             ]
-            flat = flatten(tensors, memory.take)
+            flat = flatten(tensors, memory)
             unread, *payloads = [flat.payload() for _ in (None, *readers)]
             assert [reader.read(p) for reader, p in zip(readers, payloads, strict=True)] == 2 * [
                 expected(tensors)
             ]
             assert len(unread) < 1500
-            assert len(files() - before) == 1
-    assert files() == before
+            assert len(files(os.getpid())) == 1
+    assert not files(os.getpid())
     assert torch.multiprocessing.get_sharing_strategy() == "file_descriptor"
 
 
@@ -106,20 +102,19 @@ def test_no_file_stays_when_the_trainer_is_killed() -> None:
 import os, sys, torch
 from megatron_bicc.weights.handles import SharedMemory, flatten
 memory = SharedMemory()
-flat = flatten([("a", torch.ones(9))], memory.take)
+flat = flatten([("a", torch.ones(9))], memory)
 payload = flat.payload()
 sys.stdout.buffer.write(b"%d\\n" % len(payload) + payload)
 sys.stdout.flush()
 sys.stdin.readline()
 os.kill(os.getpid(), 9)
 """
-    before = files()
     command = [sys.executable, "-W", "ignore", "-c", program]
     trainer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY)
     reader = Reader("hold")
     size = int(trainer.stdout.readline())
     assert reader.read(trainer.stdout.read(size)) == "a (9,) torch.float32 9.0"
-    (file,) = files() - before
+    (file,) = files(trainer.pid)
     trainer.communicate(b"\n")
     assert trainer.returncode == -9
     until_gone(file)
@@ -128,7 +123,6 @@ os.kill(os.getpid(), 9)
 
 
 def test_a_bucket_that_shared_memory_has_no_room_for_is_refused() -> None:
-    before = files()
     transport = TensorTransport(lambda *_: pytest.fail("something is sent"))
     bucket = Bucket([("w", torch.empty(2**42, dtype=torch.uint8, device="meta"))])
     with closing(transport), pytest.raises(WeightSyncError) as refusal:
@@ -136,67 +130,4 @@ def test_a_bucket_that_shared_memory_has_no_room_for_is_refused() -> None:
     message = str(refusal.value)
     assert message.startswith("weight sync: 4194304 MiB needed in /dev/shm, ")
     assert message.endswith(" MiB free; give it more (docker run --shm-size), or lower weight_sync.bucket_mb")
-    assert files() == before
-
-
-class OnGpu(torch.Tensor):
-    """A double of a CUDA tensor."""
-
-    is_cuda = True
-
-
-def test_a_gpu_is_named_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In torch's own pickle of a CUDA tensor. SGLang unpickles it; all names in it are of its list."""
-    arguments = (
-        torch.Tensor,
-        torch.Size([64]),
-        (1,),
-        0,
-        torch.storage.TypedStorage,
-        torch.uint8,
-        3,
-        b"handle",
-        64,
-        0,
-        False,
-        b"counter",
-        0,
-        b"event",
-        True,
-    )
-    rebuild = torch.multiprocessing.reductions.rebuild_cuda_tensor
-    monkeypatch.setattr(torch.multiprocessing.reductions, "reduce_tensor", lambda _: (rebuild, arguments))
-    uuids = {3: SimpleNamespace(uuid="0a1b-2c")}
-    monkeypatch.setattr(torch.cuda, "get_device_properties", uuids.get)
-    table = flatten([("w", torch.rand(16))], lambda size: torch.empty(size, dtype=torch.uint8)).table
-    payload = FlatBucket(torch.empty(64, dtype=torch.uint8).as_subclass(OnGpu), table).payload()
-    rebuilt: list[tuple] = []
-    monkeypatch.setattr(
-        torch.multiprocessing.reductions, "rebuild_cuda_tensor", lambda *given: rebuilt.append(given)
-    )
-    pickle.loads(payload)
-    assert rebuilt == [(*arguments[:6], "0a1b-2c", *arguments[7:])]
-    if PYTHON.exists():
-        assert names_in(payload) <= accepted_by_sglang()
-
-
-def names_in(payload: bytes) -> set[tuple[str, str]]:
-    """The functions and types that a pickle refers to."""
-    texts, found = [], set()
-    for opcode, argument, _ in pickletools.genops(payload):
-        if opcode.name == "STACK_GLOBAL":
-            found.add(tuple(texts[-2:]))
-        elif opcode.name == "GLOBAL":
-            found.add(tuple(argument.split(" ")))
-        elif opcode.name == "SHORT_BINUNICODE":
-            texts.append(argument)
-    return found
-
-
-def accepted_by_sglang() -> set[tuple[str, str]]:
-    """Those that the installed SGLang unpickles, from its source."""
-    (source,) = PYTHON.parents[1].glob("lib/python3*/site-packages/sglang/srt/utils/common.py")
-    for node in ast.walk(ast.parse(source.read_text())):
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ALLOWED_GLOBALS":
-            return ast.literal_eval(node.value)
-    raise AssertionError("SGLang has no list of what it unpickles")
+    assert not files(os.getpid())
