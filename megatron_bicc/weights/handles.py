@@ -1,7 +1,7 @@
 """Host memory that SGLang servers of the same host read: requests carry only handles of it.
 
-A bucket's tensors are copied into one uint8 tensor in host memory, which is a file in /dev/shm. Each reader
-(one tensor-parallel rank of one server) gets a pickle that holds the file's name. The server calls this
+A bucket's tensors are copied into one uint8 tensor in host memory, which is a file in /dev/shm. Each
+tensor-parallel rank of each server gets a pickle that holds the file's name. The server calls this
 format "flattened_bucket": a dict of the tensor and of a table that says which bytes are which parameter.
 """
 
@@ -78,9 +78,11 @@ class FlatBucket:
     table: list[SimpleNamespace]
     """Of each tensor: name, shape, dtype, start_idx, end_idx and numel, the last three in bytes"""
 
-    def payload(self) -> bytes:
-        """Returns the pickle for one reader; a pickle must not be read twice, as it counts its readers."""
+    def payload(self, readers: int = 1) -> bytes:
+        """Returns a pickle for that many readers. With more of them torch would remove the memory's file."""
         stream = io.BytesIO()
+        for _ in range(readers - 1):
+            self.buffer.untyped_storage()._shared_incref()
         with _sharing_by_name():
             ForkingPickler(stream).dump({"flattened_tensor": self.buffer, "metadata": self.table})
         return stream.getvalue()

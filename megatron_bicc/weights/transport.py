@@ -320,9 +320,10 @@ class TensorTransport:
         self._memory.close()
 
     async def _post(self, receiver: Receiver, flat: FlatBucket) -> None:
-        await receiver.post(
-            self.path, tensor_request([flat.payload() for _ in range(receiver.tensor_parallel)])
-        )
+        # a tensor-parallel rank of every pipeline stage reads the same payload
+        stages = int(receiver.info.get("pp_size", 1))
+        payloads = [flat.payload(stages) for _ in range(receiver.tensor_parallel)]
+        await receiver.post(self.path, tensor_request(payloads))
 
 
 def tensor_request(payloads: list[bytes]) -> dict[str, Any]:

@@ -90,6 +90,8 @@ def test_each_reader_finds_every_tensor(readers: list[Reader]) -> None:
             assert [reader.read(p) for reader, p in zip(readers, payloads, strict=True)] == 2 * [
                 expected(tensors)
             ]
+            for_both = flat.payload(readers=2)
+            assert [reader.read(for_both) for reader in readers] == 2 * [expected(tensors)]
             assert len(unread) < 1500
             assert len(files(os.getpid())) == 1
     assert not files(os.getpid())
