@@ -364,13 +364,13 @@ class WeightSyncConfig:
     """Transfer of the policy's weights to the rollout servers after every step."""
 
     method: Literal["tensor", "disk", "distributed"] = "tensor"
-    """Bytes over HTTP; files that the servers read; or a broadcast from the trainer to the servers."""
+    """Memory shared with servers of the same host; files that the servers read; or a broadcast to them."""
     bucket_mb: float = setting(512.0, at_least=1, reason="each bucket is one request to every server")
     """Size of a bucket of weights in MiB; a larger tensor gets its own bucket."""
     path: str = ""
     """Directory for weight files, on a disk or in memory; empty: output_dir/rollout_weights."""
-    keep_files: bool = True
-    """Keep the newest weight files until the next sync, for a server that restarts in between."""
+    keep_files: bool = False
+    """Write the weights to files at every sync, too, for a server that restarts before the next one."""
     timeout_s: float = setting(600.0, above=0)
     """Timeout in seconds of one request of a sync."""
 

@@ -1,8 +1,10 @@
-"""Files that survive a killed process: JSON lines, and atomically replaced files and directories."""
+"""Files and killed processes: JSON lines and atomically replaced files outlive one, temporary ones do not."""
 
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,3 +146,21 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+_REMOVER = """
+import os, shutil, sys
+sys.stdin.read()
+if os.path.isfile(sys.argv[1]):
+    os.remove(sys.argv[1])
+shutil.rmtree(sys.argv[1], ignore_errors=True)
+"""
+
+
+def remove_at_end(path: Path) -> subprocess.Popen:
+    """Starts a process that removes a file or directory once this process has ended, even by kill -9.
+
+    The end of this process closes the standard input of the returned one; closing it removes the path, too.
+    """
+    command = [sys.executable, "-S", "-c", _REMOVER, str(path.absolute())]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)

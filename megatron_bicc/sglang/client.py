@@ -1,7 +1,6 @@
 """HTTP client of one SGLang server. Failures are of two kinds: retry elsewhere, or give up."""
 
 import json
-from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal
 
 import httpx2 as httpx
@@ -67,10 +66,8 @@ class ServerClient:
             # a GET has no effect, so it is safe to repeat when the server closed an idle connection just now
             return await self._ask("GET", path, None, timeout_s)
 
-    async def post(
-        self, path: str, body: dict[str, Any] | Sequence[bytes], timeout_s: float | None = None
-    ) -> Any:
-        """Returns the decoded answer to a POST of JSON. body: a dict, or the parts of a large JSON text.
+    async def post(self, path: str, body: dict[str, Any], timeout_s: float | None = None) -> Any:
+        """Returns the decoded answer to a POST of JSON.
 
         Raises ServerUnavailable or ServerRefusal, the latter also for an answer with `success: false`.
         """
@@ -141,15 +138,10 @@ class ServerClient:
             raise NotSglang(self.url, path, answer)
         return answer
 
-    async def _ask(
-        self, method: str, path: str, body: dict[str, Any] | Sequence[bytes] | None, timeout_s: float | None
-    ) -> Any:
-        sent: dict[str, Any] = {"json": body}
-        if body is not None and not isinstance(body, dict):
-            sent = {"content": _parts(body), "headers": {"Content-Type": "application/json"}}
+    async def _ask(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float | None) -> Any:
         timeout = httpx.Timeout(timeout_s or self.timeout_s, connect=CONNECT_TIMEOUT_S)
         try:
-            response = await self._http.request(method, self.url + path, timeout=timeout, **sent)
+            response = await self._http.request(method, self.url + path, timeout=timeout, json=body)
         except httpx.TimeoutException as error:
             reason = f"no answer within {timeout_s or self.timeout_s:g} s"
             raise ServerUnavailable(self.url, path, reason) from error
@@ -178,8 +170,3 @@ class ServerClient:
             # no cause: a JSONDecodeError holds the whole answer, which may repeat the API key
             text = self._masked(response.text)
             raise ServerUnavailable(self.url, path, f"the answer is not JSON: {text}") from None
-
-
-async def _parts(text: Sequence[bytes]) -> AsyncIterator[bytes]:
-    for part in text:
-        yield part

@@ -26,15 +26,20 @@ from megatron_bicc.sglang.client import ServerClient, ServerError
 from megatron_bicc.sglang.pool import ServerPool
 from megatron_bicc.weights.hf_weights import hf_tensors
 from megatron_bicc.weights.transport import (
+    BACKENDS,
     TRANSPORTS,
+    Bucket,
     Receiver,
     WeightFiles,
     WeightSyncError,
     abandon,
     buckets,
+    check_nccl,
+    check_same_host,
     checked,
     each,
     expected_shapes,
+    in_step,
     live,
 )
 from megatron_bicc.weights.verify import (
@@ -119,8 +124,13 @@ class ServerWeightSync:
     """Streams the weights to this process's SGLang servers; every process takes part, with servers or not."""
 
     def __init__(self, config: Config, policy: Policy, pool: ServerPool, log_probs: LogProbs) -> None:
-        """Raises UserError for a model.path that cannot be read."""
+        """Raises UserError for a model.path that cannot be read, or servers that the method cannot reach.
+
+        Collective.
+        """
         settings = config.weight_sync
+        with raised_on_all_ranks(UserError):
+            self._check_servers(config, pool)
         root = Path(settings.path or Path(config.output_dir) / "rollout_weights")
         self.files = WeightFiles(root / f"rank_{dist.get_rank()}", Path(config.model.path))
         self.expected = expected_shapes(config.model.path, policy.hf_config)
@@ -155,14 +165,16 @@ class ServerWeightSync:
         failures of all processes, reason by URL. Raises WeightSyncError, on every process, naming a tensor
         that is unknown, missing or misshapen, what differs in a server, or a file that cannot be written.
         """
+        capacity = int(self._config.weight_sync.bucket_mb * 2**20)
         stream = checked(tensors, self.expected)
+        cut = in_step(buckets(stream, capacity, holds=bool(self.pool.own)))
         with raised_on_all_ranks(WeightSyncError):
             try:
-                failed, probes = self._deliver(stream, version)
+                failed, probes = self._deliver(cut, version)
             except WeightSyncError:
-                _exhaust(stream)
+                _exhaust(cut)
                 raise
-            _exhaust(stream)
+            _exhaust(cut)
         outcomes = gathered((failed, probes))
         self._compare_log_probs([one for _, some in outcomes for one in some])
         return {url: reason for some, _ in outcomes for url, reason in some.items()}
@@ -199,6 +211,15 @@ class ServerWeightSync:
         with contextlib.suppress(OSError):  # other processes may have files in it
             self.files.root.parent.rmdir()
 
+    def _check_servers(self, config: Config, pool: ServerPool) -> None:
+        method, rollout = config.weight_sync.method, config.rollout
+        if method == "tensor":
+            for client in pool.own:
+                check_same_host(client.url)
+        uses_nccl = method == "distributed" and BACKENDS[device.device().type] == "nccl"
+        if uses_nccl and pool.own and rollout.launch == "spawn":
+            check_nccl(rollout.sglang.python)
+
     async def _restore_or_reason(self, client: ServerClient) -> str:
         try:
             await self.restore(client)
@@ -206,10 +227,8 @@ class ServerWeightSync:
             return str(error)
         return ""
 
-    def _deliver(
-        self, stream: Iterator[tuple[str, Tensor]], version: int
-    ) -> tuple[dict[str, str], list[Probe]]:
-        """Sends the stream to this process's servers. Returns why some failed, and the others' probes."""
+    def _deliver(self, cut: Iterator[Bucket], version: int) -> tuple[dict[str, str], list[Probe]]:
+        """Sends the buckets to this process's servers. Returns why some failed, and the others' probes."""
         run, explicit = self.pool.portal.call, self.transport.explicit
         receivers = [Receiver(client, self._config.weight_sync.timeout_s) for client in self.pool.own]
         if not receivers:
@@ -217,7 +236,7 @@ class ServerWeightSync:
         try:
             with waiting_for(f"the weights of version {version} to reach {len(receivers)} servers"):
                 each(run, receivers, lambda receiver: receiver.begin(explicit))
-                self._stream(receivers, stream, version)
+                self._stream(receivers, cut, version)
                 probes = each(run, receivers, lambda receiver: self._complete(receiver, version))
         except BaseException:
             abandon(run, receivers)
@@ -226,7 +245,7 @@ class ServerWeightSync:
         abandon(run, failed)
         return {receiver.client.url: str(receiver.error) for receiver in failed}, probes
 
-    def _stream(self, receivers: list[Receiver], stream: Iterator[tuple[str, Tensor]], version: int) -> None:
+    def _stream(self, receivers: list[Receiver], cut: Iterator[Bucket], version: int) -> None:
         settings, hf_config = self._config.weight_sync, self._policy.hf_config
         # layouts of earlier syncs too: a server that failed meanwhile may be restored later
         layouts = {_layout(receiver) for receiver in live(receivers) if comparable(receiver)}
@@ -237,7 +256,7 @@ class ServerWeightSync:
         self.files.remove()
         if writes_files:
             self.files.start()
-        for bucket in buckets(stream, int(settings.bucket_mb * 2**20)):
+        for bucket in cut:
             if writes_files:
                 self.files.write(bucket)
             for checksums in self._checksums.values():
@@ -310,9 +329,9 @@ def _layout(receiver: Receiver) -> ServerLayout:
     return receiver.tensor_parallel, receiver.dtype
 
 
-def _exhaust(stream: Iterator[tuple[str, Tensor]]) -> None:
-    """Reads a stream to its end: it is collective, and other processes may still need its tensors."""
-    for _ in stream:
+def _exhaust(cut: Iterator[Bucket]) -> None:
+    """Reads the buckets to their end: it is collective, and other processes may still need their tensors."""
+    for _ in cut:
         pass
 
 

@@ -3,7 +3,7 @@
 A sync streams whole tensors under their Hugging Face names, checks them against the model's names and shapes,
 cuts the stream into buckets and sends each bucket by a transport:
 
-    tensor       in the body of an HTTP request
+    tensor       in memory of this host that the servers read
     disk         as files of a Hugging Face directory that the server loads at the end
     distributed  by a broadcast from this process to every rank of its servers, over gloo or NCCL
 """
@@ -11,14 +11,11 @@ cuts the stream into buckets and sends each bucket by a transport:
 import asyncio
 import base64
 import contextlib
-import json
-import pickle
 import shutil
 import socket
 import subprocess
-import sys
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -32,7 +29,10 @@ from torch.distributed.distributed_c10d import _new_process_group_helper, _world
 from transformers import PretrainedConfig
 
 from megatron_bicc import device
+from megatron_bicc.errors import UserError
+from megatron_bicc.files import remove_at_end
 from megatron_bicc.sglang.client import ServerClient, ServerError, ServerRefusal, ServerUnavailable
+from megatron_bicc.weights.handles import FlatBucket, SharedMemory, flatten
 from megatron_bicc.weights.hf_files import SafetensorsDirectory, copy_side_files, write_file, write_index
 
 
@@ -66,7 +66,7 @@ class Bucket:
 
     @property
     def host(self) -> list[tuple[str, Tensor]]:
-        """The tensors in host memory: one device-to-host copy, shared by files, checksums and HTTP."""
+        """The tensors in host memory: one device-to-host copy, shared by files and checksums."""
         if self._host is None:
             self._host = [(name, tensor.cpu()) for name, tensor in self.tensors]
         return self._host
@@ -116,28 +116,41 @@ def checked(
         raise WeightSyncError(f"weight sync: missing tensors: {', '.join(sorted(missing))}")
 
 
-def buckets(tensors: Iterable[tuple[str, Tensor]], capacity: int) -> Iterator[Bucket]:
+def buckets(tensors: Iterable[tuple[str, Tensor]], capacity: int, holds: bool = True) -> Iterator[Bucket]:
     """Yields the stream in order, in buckets of at most `capacity` bytes; a larger tensor is its own bucket.
 
     A bucket is cleared when the next one is requested, so at most one bucket and the tensor that did not fit
-    into it are in memory.
+    into it are in memory. holds: False for empty buckets, which end at the same tensors, on a process that
+    sends nothing.
     """
     held: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in tensors:
-        if held and size + tensor.nbytes > capacity:
+        if size and size + tensor.nbytes > capacity:
             bucket = Bucket(held)
             yield bucket
             bucket.clear()
             held, size = [], 0
-        held.append((name, _own_storage(tensor)))
+        if holds:
+            held.append((name, _own_storage(tensor)))
         size += tensor.nbytes
-    if held:
+    if size:
         yield Bucket(held)
 
 
+def in_step(cut: Iterable[Bucket]) -> Iterator[Bucket]:
+    """Yields the buckets; no process makes the next one before all have finished this one. Collective.
+
+    Without this, the processes that send nothing would queue the broadcasts of the whole model on their GPUs,
+    and NCCL would abort them if the sender needs longer than the process group's timeout for all of them.
+    """
+    for bucket in cut:
+        yield bucket
+        dist.barrier()
+
+
 def _own_storage(tensor: Tensor) -> Tensor:
-    """Copies a view, which would keep the larger tensor in memory, and which pickle would send in full."""
+    """Copies a view, which would keep the larger tensor in memory."""
     owns_all = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if owns_all else tensor.clone(memory_format=torch.contiguous_format)
 
@@ -216,7 +229,7 @@ class Receiver:
         body = {"model_path": str(directory.absolute()), "flush_cache": False}
         await self.post("/update_weights_from_disk", body)
 
-    async def post(self, path: str, body: dict[str, Any] | Sequence[bytes]) -> Any:
+    async def post(self, path: str, body: dict[str, Any]) -> Any:
         """Returns the answer to a POST. Raises ServerError."""
         return await self.client.post(path, body, self.timeout_s)
 
@@ -278,73 +291,48 @@ class Transport(Protocol):
 
 
 class TensorTransport:
-    """Sends the bytes over HTTP: one request per server and bucket."""
+    """Copies each bucket into memory that the servers of this host read; a request carries only handles."""
 
     explicit = True
     path = "/update_weights_from_tensor"
 
     def __init__(self, run: PortalCall) -> None:
         self._run = run
+        self._memory = SharedMemory()
 
     def send(self, receivers: list[Receiver], bucket: Bucket) -> None:
-        """Posts the bucket to every live server."""
-        if live(receivers):
-            each(self._run, receivers, partial(self._post, text=encode_bucket(bucket)))
+        """Makes every live server read the bucket. Raises WeightSyncError if /dev/shm has no room for it."""
+        if not live(receivers):
+            return
+        try:
+            flat = flatten(bucket.tensors, self._memory)
+        except MemoryError as error:
+            raise WeightSyncError(
+                f"weight sync: {error}; give it more (docker run --shm-size), or lower weight_sync.bucket_mb"
+            ) from error
+        each(self._run, receivers, partial(self._post, flat=flat))
 
     def finish(self, receivers: list[Receiver], directory: Path | None) -> None:
         """Does nothing."""
 
     def close(self) -> None:
-        """Does nothing."""
+        """Removes the shared memory."""
+        self._memory.close()
 
-    async def _post(self, receiver: Receiver, text: list[bytes]) -> None:
-        await receiver.post(self.path, request_body(text, receiver.tensor_parallel))
-
-
-def encode_bucket(bucket: Bucket) -> list[bytes]:
-    """Returns the base64 text, in parts, of the pickle that the server loads: (name, CPU tensor) pairs.
-
-    SGLang's API takes a pickle; the trainer only writes one. Needs 4/3 of the bucket's bytes in addition.
-    """
-    text = _Base64Writer()
-    pickle.Pickler(text, protocol=4).dump(bucket.host)
-    text.finish()
-    return text.parts
+    async def _post(self, receiver: Receiver, flat: FlatBucket) -> None:
+        # a tensor-parallel rank of every pipeline stage reads the same payload
+        stages = int(receiver.info.get("pp_size", 1))
+        payloads = [flat.payload(stages) for _ in range(receiver.tensor_parallel)]
+        await receiver.post(self.path, tensor_request(payloads))
 
 
-def request_body(text: list[bytes], tensor_parallel: int) -> list[bytes]:
-    """Returns the parts of the request's JSON: `encode_bucket`'s text once per TP rank, never copied."""
-    rest = json.dumps({"flush_cache": False}).encode()
-    body = [b'{"serialized_named_tensors":[']
-    for rank in range(tensor_parallel):
-        body += [b',"' if rank else b'"', *text, b'"']
-    return [*body, b"],", rest[1:]]
-
-
-class _Base64Writer:
-    """A file object for pickle that keeps only the base64 of its output, never the pickle itself."""
-
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
-        self._rest = b""
-        """Up to 2 bytes: base64 encodes 3 at a time"""
-
-    def write(self, data: bytes) -> int:
-        view = memoryview(data).cast("B")
-        if self._rest:
-            missing = -len(self._rest) % 3
-            self._rest, view = self._rest + bytes(view[:missing]), view[missing:]
-            if len(self._rest) < 3:
-                return len(data)
-            self.parts.append(base64.b64encode(self._rest))
-        whole = len(view) // 3 * 3
-        self.parts.append(base64.b64encode(view[:whole]))
-        self._rest = bytes(view[whole:])
-        return len(data)
-
-    def finish(self) -> None:
-        """Encodes the remaining bytes with padding."""
-        self.parts.append(base64.b64encode(self._rest))
+def tensor_request(payloads: list[bytes]) -> dict[str, Any]:
+    """Returns the body of a request of TensorTransport. payloads: one for each rank of the server."""
+    return {
+        "serialized_named_tensors": [base64.b64encode(payload).decode() for payload in payloads],
+        "load_format": "flattened_bucket",
+        "flush_cache": False,
+    }
 
 
 class DiskTransport:
@@ -366,8 +354,47 @@ class DiskTransport:
         """Does nothing."""
 
 
+def check_same_host(url: str) -> None:
+    """Raises UserError if a server is not on this host, so that it cannot read this host's memory."""
+    host = urlsplit(url).hostname
+    with contextlib.suppress(OSError):  # an unknown name, or no address of this host
+        for family, kind, _, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as probe:
+                probe.bind(address)
+                return
+    raise UserError(
+        f"weight_sync.method is tensor, but rollout server {url} is on another host and cannot read this "
+        "host's memory; set weight_sync.method=distributed"
+    )
+
+
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 """By the type of the policy's device; the servers' must be the same"""
+
+
+_PRINT_NCCL = (
+    "from importlib.metadata import distributions as all\n"
+    "print(*{d.version for d in all() if str(d.metadata['Name']).startswith('nvidia-nccl-cu')})"
+)
+
+
+def check_nccl(python: str) -> None:
+    """Raises UserError if servers that this Python runs have another NCCL than this process.
+
+    NCCL makes no communicator of different versions. Does nothing if the Python's version is unknown.
+    """
+    done = subprocess.run([python, "-c", _PRINT_NCCL], capture_output=True, text=True)
+    theirs = done.stdout.strip()
+    if theirs and theirs != _nccl_version():
+        raise UserError(
+            f"weight_sync.method is distributed, but NCCL is {_nccl_version()} here and {theirs} in "
+            f"rollout.sglang.python={python}; install the same version in both, or set "
+            "weight_sync.method=tensor"
+        )
+
+
+def _nccl_version() -> str:
+    return ".".join(map(str, torch.cuda.nccl.version()))
 
 
 class DistributedTransport:
@@ -494,6 +521,11 @@ class BroadcastGroup:
             self._drop()
             await asyncio.wait(requests)
         errors = [request.exception() for request in requests]
+        if self.backend == "nccl":
+            for error in filter(None, errors):
+                error.args = (
+                    f"{error} (the trainer's NCCL is {_nccl_version()}; the server's must be the same)",
+                )
         unexpected = [error for error in errors if error and not isinstance(error, ServerError)]
         if unexpected:
             raise unexpected[0]
@@ -581,10 +613,6 @@ TRANSPORTS: dict[str, Callable[[PortalCall], Transport]] = {
 # ---- The weights as files
 
 
-REMOVER = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], ignore_errors=True)"
-"""Removes a directory once its parent has ended, even by kill -9: that closes its standard input"""
-
-
 class WeightFiles:
     """The weights of the newest sync as a Hugging Face directory under `root`, one shard per bucket.
 
@@ -606,8 +634,7 @@ class WeightFiles:
         """Removes the previous version and leftovers of a killed run, and begins a new version."""
         self.remove()
         if self._remover is None:
-            command = [sys.executable, "-S", "-c", REMOVER, str(self.root.absolute())]
-            self._remover = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+            self._remover = remove_at_end(self.root)
         with _writing():
             self._partial.mkdir(parents=True)
             copy_side_files(self.source, self._partial)

@@ -98,6 +98,7 @@ def attach_config(urls: list[str], **settings: float) -> Config:
     config.rollout.engine, config.rollout.launch = "sglang", "attach"
     config.rollout.sglang.servers = ",".join(urls)
     config.rollout.sglang.health_timeout_s = 5.0
+    config.weight_sync.keep_files = True
     for name, value in settings.items():
         setattr(config.rollout.sglang, name, value)
     return config

@@ -14,9 +14,10 @@ from megatron_bicc.rollout.types import unscored
 from megatron_bicc.sglang.client import ServerClient
 from megatron_bicc.sglang.pool import ServerPool
 from megatron_bicc.training.learner import Learner
+from megatron_bicc.weights.handles import SharedMemory, flatten
 from megatron_bicc.weights.hf_weights import hf_tensors
 from megatron_bicc.weights.sync import ServerWeightSync
-from megatron_bicc.weights.transport import Bucket, TensorTransport, encode_bucket, request_body
+from megatron_bicc.weights.transport import TensorTransport, tensor_request
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(2, 90, 40)]
 
@@ -66,11 +67,10 @@ def greedy(portal: BlockingPortal, client: ServerClient, tokens: list[int]) -> t
 
 def tamper(portal: BlockingPortal, client: ServerClient, name: str, shape: list[int]) -> Any:
     """Sets one of a server's parameters to zero, outside of any sync; returns the answer."""
+    memory = SharedMemory()
+    flat = flatten([(name, torch.zeros(shape))], memory)
     portal.call(client.post, "/begin_weight_update", {"selector": "all"})
-    answer = portal.call(
-        client.post,
-        TensorTransport.path,
-        request_body(encode_bucket(Bucket([(name, torch.zeros(shape))])), 1),
-    )
+    answer = portal.call(client.post, TensorTransport.path, tensor_request([flat.payload()]))
     portal.call(client.post, "/end_weight_update", {})
+    memory.close()
     return answer

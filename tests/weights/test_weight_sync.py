@@ -1,10 +1,9 @@
 """Tests the parts of the weight sync that need no server."""
 
-import base64
+import asyncio
 import hashlib
 import json
 import math
-import pickle
 import subprocess
 import sys
 import time
@@ -22,18 +21,18 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from megatron_bicc.config import Config, ModelConfig, WeightSyncConfig
-from megatron_bicc.sglang.client import ServerUnavailable
+from megatron_bicc.errors import UserError
+from megatron_bicc.sglang.client import ServerClient, ServerRefusal, ServerUnavailable
 from megatron_bicc.sglang.pool import ServerPool
 from megatron_bicc.weights.sync import ServerWeightSync
 from megatron_bicc.weights.transport import (
-    Bucket,
+    BroadcastGroup,
+    Receiver,
     WeightFiles,
     WeightSyncError,
     buckets,
     checked,
-    encode_bucket,
     expected_shapes,
-    request_body,
 )
 from megatron_bicc.weights.verify import Checksums, Probe, TokenGroup, disagreeing, unequal
 
@@ -110,7 +109,7 @@ def test_expected_shapes_are_the_parameters(model_dirs: dict[str, Path]) -> None
 def test_a_bucket_is_copied_to_the_host_once(
     model_dirs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For its file, its checksums and its request together."""
+    """For its file and its checksums together."""
     source = model_dirs["qwen3_tied"]
     (bucket,) = buckets(load_file(source / "model.safetensors").items(), 10**9)
     copies: list[int] = []
@@ -124,21 +123,8 @@ def test_a_bucket_is_copied_to_the_host_once(
     files.write(bucket)
     for name, tensor in bucket.host:
         checksums.add(name, tensor)
-    encode_bucket(bucket)
     assert len(copies) == len(bucket.tensors)
     files.remove()
-
-
-@pytest.mark.parametrize("tensor_parallel", [1, 3])
-def test_request_unpickles_to_the_bucket(tensor_parallel: int) -> None:
-    sizes = [*range(7), 100_000]
-    bucket = Bucket([(f"t{n}", torch.rand(n)) for n in sizes] + [("half", torch.rand(5).bfloat16())])
-    body = json.loads(b"".join(request_body(encode_bucket(bucket), tensor_parallel)))
-    assert len(body["serialized_named_tensors"]) == tensor_parallel
-    for text in body["serialized_named_tensors"]:
-        found = pickle.loads(base64.b64decode(text, validate=True))
-        assert [name for name, _ in found] == [name for name, _ in bucket.tensors]
-        assert all(torch.equal(t, b) for (_, t), (_, b) in zip(found, bucket.tensors, strict=True))
 
 
 def test_files_are_a_hugging_face_directory(model_dirs: dict[str, Path], tmp_path: Path) -> None:
@@ -319,20 +305,115 @@ def stuck() -> Iterator[str]:
     server.server_close()
 
 
+def no_log_probs(_: list) -> np.ndarray:
+    """For syncs without a server that could be asked."""
+    return pytest.fail("no server has the weights")
+
+
+def tiny_config(directory: Path, **weight_sync: object) -> Config:
+    path = str(REPOSITORY / "examples/tiny_policy")
+    return Config(
+        output_dir=str(directory), model=ModelConfig(path), weight_sync=WeightSyncConfig(**weight_sync)
+    )
+
+
+def tiny_policy(config: Config) -> SimpleNamespace:
+    return SimpleNamespace(hf_config=AutoConfig.from_pretrained(config.model.path))
+
+
+@pytest.mark.usefixtures("single_process")
+def test_a_process_that_sends_nothing_stays_in_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes no tensor of a bucket before all have finished the one before, but the one that ends it; and
+    it keeps none."""
+    config = tiny_config(tmp_path, bucket_mb=1, method="disk")
+    taken: list[int] = []
+    at_barriers: list[int] = []
+    with closing(ServerPool(["http://127.0.0.1:9"], [], config.rollout.sglang)) as pool:
+        sync = ServerWeightSync(config, tiny_policy(config), pool, no_log_probs)
+        tensors = [(name, torch.zeros(shape)) for name, shape in sync.expected.items()]
+
+        def taking() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in tensors:
+                taken.append(tensor.nbytes)
+                yield name, tensor
+
+        monkeypatch.setattr("torch.distributed.barrier", lambda: at_barriers.append(len(taken)))
+        assert sync.push(taking(), 1) == {}
+    ends, count = [], 0
+    for bucket in buckets(tensors, 2**20):
+        count += len(bucket.tensors)
+        ends.append(min(count + 1, len(tensors)))
+    assert at_barriers == ends and len(ends) == 3
+    assert not [tensor for bucket in buckets(tensors, 2**20, holds=False) for tensor in bucket.tensors]
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+@pytest.mark.usefixtures("single_process")
+def test_a_server_of_another_host_cannot_read_this_ones_memory(host: str, tmp_path: Path) -> None:
+    url = f"http://{host}:30000"
+    for method in ("tensor", "distributed"):
+        config = tiny_config(tmp_path, method=method)
+        with closing(ServerPool([url], [url], config.rollout.sglang)) as pool:
+            if method == "distributed":
+                ServerWeightSync(config, tiny_policy(config), pool, no_log_probs)
+                continue
+            message = f"method is tensor, but rollout server {url} is on another host.*method=distributed"
+            with pytest.raises(UserError, match=message):
+                ServerWeightSync(config, tiny_policy(config), pool, no_log_probs)
+
+
+@pytest.fixture
+def nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer broadcasts by NCCL 2.29.7."""
+    monkeypatch.setattr("megatron_bicc.weights.transport.BACKENDS", {"cpu": "nccl"})
+    monkeypatch.setattr("megatron_bicc.weights.sync.BACKENDS", {"cpu": "nccl"})
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 29, 7))
+
+
+@pytest.mark.parametrize(("theirs", "refused"), [("2.30.7", True), ("2.29.7", False), ("", False)])
+@pytest.mark.usefixtures("single_process", "nccl")
+def test_the_servers_nccl_is_compared_with_the_trainers(theirs: str, refused: bool, tmp_path: Path) -> None:
+    """An empty version: its Python knows none."""
+    installed = tmp_path / f"packages/nvidia_nccl_cu13-{theirs}.dist-info"
+    installed.mkdir(parents=True)
+    if theirs:
+        (installed / "METADATA").write_text(f"Name: nvidia-nccl-cu13\nVersion: {theirs}\n")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path / "packages"} exec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    config = tiny_config(tmp_path, method="distributed")
+    config.rollout.sglang.python = str(python)
+    url = "http://127.0.0.1:9"
+    with closing(ServerPool([url], [url], config.rollout.sglang)) as pool:
+        if not refused:
+            ServerWeightSync(config, tiny_policy(config), pool, no_log_probs)
+            return
+        with pytest.raises(UserError) as refusal:
+            ServerWeightSync(config, tiny_policy(config), pool, no_log_probs)
+    assert f"NCCL is 2.29.7 here and 2.30.7 in rollout.sglang.python={python}" in str(refusal.value)
+
+
+@pytest.mark.usefixtures("nccl")
+def test_an_error_of_a_group_names_the_trainers_nccl() -> None:
+    receiver = Receiver(ServerClient("http://127.0.0.1:9"), 1.0)
+    receiver.info = {"tp_size": 1}
+
+    async def refuse() -> None:
+        raise ServerRefusal("http://127.0.0.1:9", "/init_weights_update_group", "NCCL error: invalid usage")
+
+    group = BroadcastGroup([receiver], lambda *_: None)
+    (error,) = asyncio.run(group._together(lambda: None, [refuse()]))
+    assert "invalid usage (the trainer's NCCL is 2.29.7; the server's must be the same)" in str(error)
+
+
 @pytest.mark.parametrize("seconds", [0.1, 0.3])
 @pytest.mark.usefixtures("single_process")
 def test_a_request_of_a_sync_has_its_timeout(stuck: str, tmp_path: Path, seconds: float) -> None:
     """In a sync, and when a restarted server is given the weights that were kept."""
-    path = REPOSITORY / "examples/tiny_policy"
-    config = Config(
-        output_dir=str(tmp_path),
-        model=ModelConfig(str(path)),
-        weight_sync=WeightSyncConfig(timeout_s=seconds),
-    )
-    policy = SimpleNamespace(hf_config=AutoConfig.from_pretrained(path))
+    config = tiny_config(tmp_path, timeout_s=seconds, keep_files=True)
     message = f"{stuck}/update_weight_version: no answer within {seconds} s"
     with closing(ServerPool([stuck], [stuck], config.rollout.sglang)) as pool:
-        sync = ServerWeightSync(config, policy, pool, lambda _: pytest.fail("no server has the weights"))
+        sync = ServerWeightSync(config, tiny_policy(config), pool, no_log_probs)
         failed = sync.push(((name, torch.zeros(shape)) for name, shape in sync.expected.items()), 1)
         assert message in failed[stuck]
         with pytest.raises(ServerUnavailable, match=message):

@@ -104,6 +104,7 @@ def both(servers: list[SglangServer], clients: list[ServerClient]) -> list[Serve
 def learner(path: Path, single_process: None) -> Learner:
     """Of the policy in training."""
     config = make_config(path, "grpo")
+    config.weight_sync.keep_files = True
     return Learner(config, load_policy(config), TOKENIZER)
 
 

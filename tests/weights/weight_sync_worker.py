@@ -61,6 +61,7 @@ def start(layout: dict[str, int], method: str, arguments: list[str]) -> Learner:
     config = make_config(Path(model), "grpo")
     config.output_dir = out
     config.weight_sync.method, config.weight_sync.bucket_mb = method, 0.03
+    config.weight_sync.keep_files = True
     for name, size in layout.items():
         setattr(config.parallel, name, size)
     parallel_state.destroy_model_parallel()

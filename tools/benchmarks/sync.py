@@ -1,7 +1,7 @@
 """Measures weight sync to a real SGLang server against a plain copy of the same bytes on the same path.
 
-disk: a copy from file to file. tensor: one HTTP request to a server that discards it. distributed: one
-broadcast of a flat tensor to another process. A sync also pauses the server, gathers Megatron's shards into
+disk: a copy from file to file. tensor: a copy from memory to memory. distributed: one broadcast of a flat
+tensor to another process. A sync also pauses the server, gathers Megatron's shards into
 whole tensors, makes the server load them, and verifies its weights by checksums and log-probs. Sync and copy
 take turns, so that a busy machine slows both alike.
 """
