@@ -44,6 +44,7 @@ from transformers import PretrainedConfig
 from megatron_bicc import device
 from megatron_bicc.collective import gathered
 from megatron_bicc.config import Config
+from megatron_bicc.device_cpu import CudaOnCpu
 from megatron_bicc.errors import UserError, first_line
 from megatron_bicc.model.build import PolicyModel, transformer_config
 from megatron_bicc.weights.hf_mapping import TensorRule, cut, from_whole, join, rule_for, to_whole
@@ -95,7 +96,7 @@ def slots_of(hf_config: PretrainedConfig) -> tuple[list[Slot], list[ShardedObjec
     megatron-core's process groups must exist, without model parallel. Raises UserError for an architecture
     that is not supported.
     """
-    with device.megatron(), torch.device("meta"):
+    with CudaOnCpu("meta"), torch.device("meta"):
         model = PolicyModel(transformer_config(hf_config, Config()), hf_config, temperature=1.0)
         state = model.sharded_state_dict()
     parameters = dict(model.named_parameters())
