@@ -4,6 +4,7 @@ Shape suffixes: N rows of a micro-batch, A response rows of a micro-batch, C cha
 """
 
 from functools import partial
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -41,7 +42,16 @@ def backend() -> Backend:
     """Returns the fastest installed library for linears and norms; attention is always this package's."""
     if HAVE_TE:
         return "Transformer Engine"
-    return "apex" if find_spec("apex") else "local"
+    return "apex" if _has_apex() else "local"
+
+
+def _has_apex() -> bool:
+    """Returns whether NVIDIA's apex is installed; the project of that name on PyPI is another one."""
+    apex = find_spec("apex")
+    if apex is None:
+        return False
+    # by its place only: to look for a submodule by its full name would import the other project
+    return PathFinder.find_spec("apex.normalization", apex.submodule_search_locations or []) is not None
 
 
 def describe(hf_config: PretrainedConfig) -> str:
@@ -87,7 +97,12 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
-        use_cpu_initialization=True,
+        # Every weight is read from a file. megatron-core still has to call its initialisation: it marks the
+        # weights that tensor parallel cuts; on the device, as Transformer Engine's layers require.
+        use_cpu_initialization=False,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         # the loss is already normalised over the whole step: megatron-core must only sum its parts
         calculate_per_token_loss=True,
         variable_seq_lengths=config.parallel.pipeline > 1,
@@ -104,6 +119,10 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
         # gradient. transformers computes the same, so the policy has to.
         found.moe_router_pre_softmax = not hf_config.norm_topk_prob
     return found
+
+
+def _leave(weight: Tensor) -> None:
+    """Leaves a new weight's memory as it is."""
 
 
 def _parallel(config: Config) -> dict[str, Any]:
@@ -155,6 +174,10 @@ def layer_specs(megatron_config: TransformerConfig, vp_stage: int | None) -> Tra
         layer = get_gpt_layer_with_transformer_engine_spec(
             c.num_moe_experts, c.moe_grouped_gemm, c.qk_layernorm
         )
+        if c.num_moe_experts:
+            # the name in checkpoints that megatron-core's own layers of experts give to this norm
+            names = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+            layer.submodules.sharded_state_dict_keys_map = names
     else:
         norm = rms_norm()
         layer = _local_layer(c, norm)

@@ -22,7 +22,8 @@ REPOSITORY = Path(__file__).parents[2]
 class WarmProcess:
     """The process that programs are forked from."""
 
-    def __init__(self) -> None:
+    def __init__(self, **variables: str) -> None:
+        """variables: added to its environment before it imports."""
         # unbuffered: `select` must see all that has not been read
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", __file__],
@@ -30,7 +31,7 @@ class WarmProcess:
             stdout=subprocess.PIPE,
             bufsize=0,
             cwd=REPOSITORY,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
             start_new_session=True,
         )
 
