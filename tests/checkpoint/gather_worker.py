@@ -19,7 +19,7 @@ from megatron_bicc.config import Config
 from megatron_bicc.model.policy import start_model_parallel
 from megatron_bicc.weights.hf_weights import load_policy
 
-COLLECTIVES = ("all_gather", "gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "all_reduce")
+COLLECTIVES = ("all_gather", "gather", "all_gather_into_tensor", "broadcast", "all_reduce")
 
 
 def record(calls: list[tuple[str, str, int]], name: str) -> None:

@@ -436,7 +436,7 @@ def test_a_server_has_its_start_timeout(monkeypatch: pytest.MonkeyPatch, seconds
         closing(ServerPool([url], [url], SglangConfig(start_timeout_s=seconds))) as pool,
         pytest.raises(UserError, match=f"not ready within {seconds} s"),
     ):
-        pool.start(PretrainedConfig())
+        pool.start(PretrainedConfig(), colocate=False)
     assert time.monotonic() - begun > seconds
 
 
