@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sync-gbits",
         type=_positive,
-        default=400,
+        default=160,
         help="all training GPUs to the servers, for weight_sync.method=distributed",
     )
     parser.add_argument(

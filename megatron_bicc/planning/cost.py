@@ -61,7 +61,7 @@ class Cluster:
     gpus_per_host: int = 8
     network: float = 50e9
     """Bytes/s from a GPU to another host: 400 Gb/s"""
-    sync_link: float = 50e9
+    sync_link: float = 20e9
     """Bytes/s of weight_sync.method=distributed to the rollout servers, all ranks together"""
     compute_efficiency: float = 0.40
     """Share of bf16_flops that matrix products reach; NVIDIA reports 0.4 to 0.5 for dense training on H100"""
@@ -73,8 +73,10 @@ class Cluster:
     """CUDA context, NCCL buffers and fragmentation"""
     server_reserve_bytes: float = 2e9
     """CUDA context and NCCL buffers of a colocated rollout server"""
-    files: float = 2e9
-    """Bytes/s of weight_sync.method=disk, written by one process and as fast read by a server"""
+    shared_memory: float = 5e9
+    """Bytes/s of weight_sync.method=tensor: from a GPU to host memory, then to the servers' GPUs"""
+    files: float = 1e9
+    """Bytes/s of weight_sync.method=disk: written to a local disk, then read by the servers"""
 
 
 @dataclass(frozen=True)
@@ -452,11 +454,6 @@ def traffic_of(
     return Traffic(tensor, pipeline, data, expert, sync=element * sizes.parameters)
 
 
-COPIES_OF_HANDLES = 4
-"""Passes over a GPU's memory by which a server takes a shared bucket: it is filled, then copied, each a read
-and a write"""
-
-
 def sync_seconds(traffic: Traffic, config: Config, cluster: Cluster, inside: float, outside: float) -> float:
     """Returns seconds of a weight sync by weight_sync.method.
 
@@ -466,8 +463,8 @@ def sync_seconds(traffic: Traffic, config: Config, cluster: Cluster, inside: flo
     p, whole = config.parallel, traffic.sync
     gather = whole * (p.tensor - 1) / p.tensor / inside + (whole / outside if p.pipeline > 1 else 0)
     send = {
-        "tensor": COPIES_OF_HANDLES * whole / cluster.gpu.memory_bandwidth,
-        "disk": 2 * whole / cluster.files,
-        "distributed": whole / cluster.sync_link,
+        "tensor": cluster.shared_memory,
+        "disk": cluster.files,
+        "distributed": cluster.sync_link,
     }
-    return gather + send[config.weight_sync.method]
+    return gather + whole / send[config.weight_sync.method]

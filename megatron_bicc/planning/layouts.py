@@ -16,7 +16,6 @@ from megatron_bicc.config import Config, ParallelConfig, check_processes
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.families import check_layout
 from megatron_bicc.planning.cost import (
-    COPIES_OF_HANDLES,
     CheckpointMemory,
     Cluster,
     KvSpace,
@@ -331,8 +330,8 @@ def assumptions(plan: Plan) -> list[str]:
         f"{c.gpu.memory_bandwidth / 1e12:.2f} TB/s, on as many GPUs as train, until the longest "
         "response ends",
         "weights are gathered on every rank, then sent to the servers: "
-        f"tensor: {COPIES_OF_HANDLES} passes over a GPU's memory; distributed: {c.sync_link / GB:.1f} GB/s; "
-        f"disk: written, then read, at {c.files / GB:.1f} GB/s",
+        f"tensor at {c.shared_memory / GB:.1f} GB/s, distributed at {c.sync_link / GB:.1f} GB/s, "
+        f"disk at {c.files / GB:.1f} GB/s",
         f"{c.reserve_bytes / GB:.0f} GB per GPU for CUDA, NCCL and fragmentation, "
         f"{c.server_reserve_bytes / GB:.0f} GB for a colocated server's; its weights and cache take "
         f"{COLOCATED_FRACTION:.0%} of what is free",

@@ -133,7 +133,7 @@ def test_memory_adds_up(results: dict[str, dict]) -> None:
         assert rank["peak"] == state + max(rank["activations"] + rank["logits"], rank["sync_bucket"])
     assert plan["traffic"]["sync"] == 2 * plan["parameters"]
     links = 3 / 4 / (0.8 * 450e9) + 1 / (0.8 * 50e9)  # 4 tensor ranks; a stage on another host
-    assert plan["seconds"]["sync"] == pytest.approx(plan["traffic"]["sync"] * (links + 4 / 3.35e12))
+    assert plan["seconds"]["sync"] == pytest.approx(plan["traffic"]["sync"] * (links + 1 / 5e9))
 
 
 def test_a_colocated_server_has_the_cache_that_the_plan_says(

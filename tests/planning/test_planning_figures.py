@@ -53,6 +53,7 @@ CLUSTER = Cluster(
     reserve_bytes=1e6,
     server_reserve_bytes=5e5,
     files=3e5,
+    shared_memory=4e5,
 )
 WORK = Work(forward=Load(4, 1000, 600, 5000), train=Load(6, 3000, 2000, 9000))
 WORLD_SIZE = 32
@@ -152,7 +153,8 @@ def test_host_memory_of_a_checkpoint(config: Config, tensor: int, pipeline: int,
 def test_seconds_of_a_sync(config: Config, plan: Plan) -> None:
     """Half of each tensor comes from the other tensor rank, all of it from another stage."""
     gathered = PARAMETERS / 10 + 2 * PARAMETERS / 5  # at 10 and 5 bytes/s
-    sent = {"tensor": 8 * PARAMETERS / 1e6, "distributed": PARAMETERS / 1e5, "disk": 4 * PARAMETERS / 3e5}
+    rates = {"tensor": 4e5, "distributed": 2e5, "disk": 3e5}
+    sent = {method: 2 * PARAMETERS / rate for method, rate in rates.items()}
     for config.weight_sync.method, seconds in sent.items():
         found = sync_seconds(plan.traffic, config, CLUSTER, inside=10, outside=5)
         assert found == pytest.approx(gathered + seconds)
@@ -203,9 +205,9 @@ def test_seconds_of_a_step(plan: Plan, step: SyntheticStep) -> None:
     assert seconds.tensor_traffic == pytest.approx(traffic.tensor / (1e6 * 0.8))
     assert seconds.pipeline_traffic == pytest.approx(traffic.pipeline / (1e5 * 0.8))
     assert seconds.data_traffic == pytest.approx(traffic.data / (1e5 * 0.8))
-    # by shared memory: gathered over tensor ranks and from a stage, then four passes
+    # gathered over tensor ranks and from a stage, then through shared memory
     gathered = PARAMETERS / (1e6 * 0.8) + 2 * PARAMETERS / (1e5 * 0.8)
-    assert seconds.sync == pytest.approx(gathered + 4 * 2 * PARAMETERS / 1e6)
+    assert seconds.sync == pytest.approx(gathered + 2 * PARAMETERS / 4e5)
     # 8 servers of 4 GPUs share 64 x 8 rollouts, and read their weights and half of the keys for each token
     weights = 2 * (8 * MATRICES_A_LAYER + 1000 * 64)
     keys = 64 * step.response_tokens / 512 / 2 * (2 * 2 * 8 * 4 * 8)
