@@ -83,7 +83,7 @@ place_rollout() {
     colocate)
         ((GPUS_PER_NODE % SERVER_GPUS == 0)) || fail "SERVER_GPUS=$SERVER_GPUS does not divide GPUS_PER_NODE=$GPUS_PER_NODE"
         settings+=(rollout.colocate=true)
-        add_servers 0 $((GPUS_PER_NODE / SERVER_GPUS)) " --mem-fraction-static 0.35" # the policy's state stays on the GPU
+        add_servers 0 $((GPUS_PER_NODE / SERVER_GPUS))
         ;;
     split)
         TRAINERS=$((GPUS_PER_NODE - SERVER_GPUS))
@@ -99,7 +99,7 @@ place_rollout() {
     esac
 }
 
-# add_servers FIRST COUNT [ARGUMENTS]: the run starts COUNT servers on every node, on the GPUs from FIRST on.
+# add_servers FIRST COUNT: the run starts COUNT servers on every node, on the GPUs from FIRST on.
 add_servers() {
     local server gpus=""
     for ((server = 0; server < $2; server++)); do # 0,1/2,3
@@ -108,7 +108,7 @@ add_servers() {
     settings+=(
         "rollout.sglang.servers_per_node=$2"
         "rollout.sglang.gpus=$gpus"
-        "rollout.sglang.server_args=--tp-size $SERVER_GPUS${3:-}"
+        "rollout.sglang.server_args=--tp-size $SERVER_GPUS"
     )
 }
 
@@ -153,6 +153,8 @@ launch() {
     [[ -z ${EVAL_DATA:-} ]] || settings+=("evaluation.data=$EVAL_DATA")
     dry_run "$@"
     [[ -z ${DRY_RUN:-} ]] || exit 0
+    # micro-batches of all sizes would leave holes in fixed segments; the run's servers do not inherit it
+    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
     # with torchrun's shared store, a restarted host never learns the new rendezvous address
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$TRAINERS" \

@@ -613,6 +613,11 @@ def check(config: Config, world_size: int) -> None:
     _check_batches(config)
     _check_tokens(config)
     _check_loss(config)
+    if config.rollout.colocate and config.weight_sync.method == "distributed":
+        raise UserError(
+            "weight_sync.method is 'distributed' and rollout.colocate is true; a broadcast has one process "
+            "on a GPU, and there the policy and a server share it: set weight_sync.method=tensor"
+        )
 
 
 def check_values(config: Config) -> None:

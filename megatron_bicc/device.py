@@ -4,6 +4,7 @@ Only this module checks for CUDA. A host that is cut off reports no error, and a
 timeout: the first process of each host sends heartbeats through the store, and ends when another's stop.
 """
 
+import gc
 import os
 import secrets
 import socket
@@ -173,6 +174,21 @@ def kernels() -> ModuleType | None:
 def stream(tensor: torch.Tensor) -> int:
     """Returns the address of the current CUDA stream of a tensor's device; 0 for a CPU tensor."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def free_memory() -> None:
+    """Gives back the GPU memory that torch keeps for later allocations; does nothing on a CPU.
+
+    Another process on the same GPU, such as a rollout server, cannot use it before.
+    """
+    if has_cuda():
+        gc.collect()  # tensors in reference cycles
+        torch.cuda.empty_cache()
+
+
+def unused_bytes() -> int:
+    """Returns the bytes of this process's GPU that no process uses; 0 on a CPU."""
+    return torch.cuda.mem_get_info(device())[0] if has_cuda() else 0
 
 
 def local_rank() -> int:

@@ -27,7 +27,7 @@ from megatron_bicc.checkpoint.resume import (
     resume_point,
 )
 from megatron_bicc.collective import raised_on_all_ranks
-from megatron_bicc.config import Config, check, check_values
+from megatron_bicc.config import Config, RolloutConfig, check, check_values
 from megatron_bicc.consistency import check_agreement
 from megatron_bicc.data.encoding import asks_for_date, end_token_ids, fix_date
 from megatron_bicc.data.prompts import Prompt, PromptSampler, digest, load_prompts
@@ -55,8 +55,18 @@ def validate(config: Config, world_size: int) -> None:
     check(config, world_size)
     _check_files(config)
     check_servers(config.rollout)
+    _check_gpus(config.rollout)
     if config.monitoring.wandb_project:
         import_wandb(config.monitoring.wandb_project)
+
+
+def _check_gpus(rollout: RolloutConfig) -> None:
+    is_spawned = rollout.engine == "sglang" and rollout.launch == "spawn"
+    if is_spawned and not (rollout.colocate or rollout.sglang.gpus) and device.has_cuda():
+        raise UserError(
+            "rollout.sglang.gpus is empty; a server would take most of GPU 0, on which the policy trains: "
+            "name GPUs that do not train, or set rollout.colocate=true to share those that do"
+        )
 
 
 def validate_evaluation(config: Config, benchmarks: list[str]) -> None:

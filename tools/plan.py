@@ -113,7 +113,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus-per-host", type=_count, default=8)
     parser.add_argument("--server-gpus", type=_count, default=8, help="GPUs of one rollout server")
     parser.add_argument("--network-gbits", type=_positive, default=400, help="per GPU, to another host")
-    parser.add_argument("--sync-gbits", type=_positive, default=400, help="all training GPUs to the servers")
+    parser.add_argument(
+        "--sync-gbits",
+        type=_positive,
+        default=160,
+        help="all training GPUs to the servers, for weight_sync.method=distributed",
+    )
     parser.add_argument(
         "--efficiency", type=_positive, default=0.40, help="share of peak that matrix products reach"
     )

@@ -48,6 +48,10 @@ def make_optimizer(
         if isinstance(part.optimizer, torch.optim.AdamW):
             _start_state(part.optimizer)
             _load_steps(part)
+        elif part.init_state_fn is not None:
+            # Adam of Transformer Engine or apex, whose state also must exist before the first step: colocated
+            # rollout servers take a share of the memory that is free when they start
+            part.init_state_fn(part.optimizer, part.config)
     return optimizer
 
 

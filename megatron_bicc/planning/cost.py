@@ -6,6 +6,7 @@ where tensor parallel cuts them, they are those of one rank. FLOPs and bytes fol
 a packed synthetic step: a product of [a, b] by [b, c] counts 2abc FLOPs; bytes are what one rank sends.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,8 +18,9 @@ from megatron_bicc.config import Config
 from megatron_bicc.model.families import family_of, head_dim
 from megatron_bicc.model.log_probs import CHUNK_ELEMENTS
 from megatron_bicc.packing.types import MicroBatchLayout, StepPlan
-from megatron_bicc.planning.shards import Shard
+from megatron_bicc.planning.shards import Shard, data_parallel_size
 from megatron_bicc.planning.synthetic import SyntheticStep
+from megatron_bicc.sglang.process import COLOCATED_FRACTION
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class Cluster:
     gpus_per_host: int = 8
     network: float = 50e9
     """Bytes/s from a GPU to another host: 400 Gb/s"""
-    sync_link: float = 50e9
-    """Bytes/s from the trainer to the rollout servers, all ranks together"""
+    sync_link: float = 20e9
+    """Bytes/s of weight_sync.method=distributed to the rollout servers, all ranks together"""
     compute_efficiency: float = 0.40
     """Share of bf16_flops that matrix products reach; NVIDIA reports 0.4 to 0.5 for dense training on H100"""
     link_efficiency: float = 0.8
@@ -69,6 +71,12 @@ class Cluster:
     """Share of the memory bandwidth that generation reaches"""
     reserve_bytes: float = 4e9
     """CUDA context, NCCL buffers and fragmentation"""
+    server_reserve_bytes: float = 2e9
+    """CUDA context and NCCL buffers of a colocated rollout server"""
+    shared_memory: float = 5e9
+    """Bytes/s of weight_sync.method=tensor: from a GPU to host memory, then to the servers' GPUs"""
+    files: float = 1e9
+    """Bytes/s of weight_sync.method=disk: written to a local disk, then read by the servers"""
 
 
 @dataclass(frozen=True)
@@ -279,19 +287,53 @@ def _sync_bucket(sizes: Sizes, config: Config) -> int:
 class KvSpace:
     """Room for SGLang's KV cache on the policy's own GPUs while it generates."""
 
+    free: int
+    """Bytes of a GPU that the policy's state leaves when a server starts"""
     server_weights: int
     """Bytes of SGLang's weights per GPU"""
     bytes: int
-    """Left on a GPU after the policy's state and SGLang's weights; negative if these do not fit"""
+    """Of the cache, per GPU; negative if the weights do not fit"""
     tokens: int
     """Tokens of one server's requests that fit in it"""
 
 
 def kv_space(fullest: Memory, sizes: Sizes, cluster: Cluster, server_gpus: int) -> KvSpace:
-    """Returns a server's room on `server_gpus` GPUs that also hold the policy's state."""
+    """Returns a server's room on `server_gpus` GPUs that also hold the policy's state.
+
+    By SGLang's rule, with the fraction that a run gives its servers: weights and cache take that share of
+    what is free when the server starts.
+    """
     weights = 2 * sizes.parameters // server_gpus
-    left = int(cluster.gpu.memory_bytes) - fullest.state - weights
-    return KvSpace(weights, left, max(0, left) * server_gpus // sizes.kv_bytes_a_token)
+    free = int(cluster.gpu.memory_bytes - cluster.server_reserve_bytes) - fullest.state
+    cache = int(COLOCATED_FRACTION * free) - weights
+    return KvSpace(free, weights, cache, max(0, cache) * server_gpus // sizes.kv_bytes_a_token)
+
+
+@dataclass(frozen=True)
+class CheckpointMemory:
+    """Host memory of a checkpoint, on the host with the most of it; a checkpoint takes no GPU memory."""
+
+    kept: int
+    """Bytes until the checkpoint is written"""
+    peak: int
+    """Bytes while the optimizer's state is gathered"""
+
+
+def checkpoint_memory(shard: Shard, config: Config, world_size: int, cluster: Cluster) -> CheckpointMemory:
+    """Returns the memory of `checkpoint.host_state`. shard: the largest.
+
+    The first rank of each data-parallel group keeps its weights and three fp32 tensors of the group's
+    optimizer: main weights and Adam's moments, each as large as its gradients. While it gathers one of them
+    it also holds that one's parts and their concatenation; every rank first copies its part of all three.
+    """
+    p = config.parallel
+    data = data_parallel_size(p, world_size)
+    ranks = range(world_size)
+    firsts = Counter(rank // cluster.gpus_per_host for rank in ranks if rank // p.tensor % data == 0)
+    most = max(firsts.values())
+    kept = most * (3 * shard.gradient_bytes + shard.weight_bytes)
+    own = min(cluster.gpus_per_host, world_size) * 3 * shard.gradient_bytes // data
+    return CheckpointMemory(kept, max(kept, most * 5 * shard.gradient_bytes + own))
 
 
 @dataclass(frozen=True)
@@ -410,3 +452,19 @@ def traffic_of(
         routed = sizes.experts_a_token * (work.forward.rows + 2 * work.train.rows) // shares
         expert = 2 * layers * row * routed * (p.expert - 1) // p.expert
     return Traffic(tensor, pipeline, data, expert, sync=element * sizes.parameters)
+
+
+def sync_seconds(traffic: Traffic, config: Config, cluster: Cluster, inside: float, outside: float) -> float:
+    """Returns seconds of a weight sync by weight_sync.method.
+
+    Every rank first gets each whole tensor: over `inside` bytes/s from the tensor-parallel ranks, over
+    `outside` from the pipeline stage that holds it.
+    """
+    p, whole = config.parallel, traffic.sync
+    gather = whole * (p.tensor - 1) / p.tensor / inside + (whole / outside if p.pipeline > 1 else 0)
+    send = {
+        "tensor": cluster.shared_memory,
+        "disk": cluster.files,
+        "distributed": cluster.sync_link,
+    }
+    return gather + whole / send[config.weight_sync.method]

@@ -16,19 +16,23 @@ from megatron_bicc.config import Config, ParallelConfig, check_processes
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.families import check_layout
 from megatron_bicc.planning.cost import (
+    CheckpointMemory,
     Cluster,
     KvSpace,
     Memory,
     Sizes,
     Traffic,
+    checkpoint_memory,
     kv_space,
     memory_of,
     step_flops,
+    sync_seconds,
     traffic_of,
     work_of,
 )
 from megatron_bicc.planning.shards import Shard, build_shards, data_parallel_size
 from megatron_bicc.planning.synthetic import SyntheticStep, UnknownTokenizer, synthetic_step
+from megatron_bicc.sglang.process import COLOCATED_FRACTION
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Plan:
     traffic: Traffic
     tokens: Tokens
     kv: KvSpace
+    checkpoint: CheckpointMemory
     seconds: Seconds
 
     @property
@@ -134,6 +139,9 @@ def make_plan(
         traffic=traffic,
         tokens=Tokens(sum(s["tokens_packed"] for s in stats), sum(s["tokens_rows"] for s in stats)),
         kv=kv_space(max(ranks, key=lambda rank: rank.state), sizes, cluster, server_gpus),
+        checkpoint=checkpoint_memory(
+            max(shards, key=lambda shard: shard.gradient_bytes), config, world_size, cluster
+        ),
         seconds=_seconds(sizes, config, world_size, step, cluster, server_gpus, flops, bubble, traffic),
     )
 
@@ -161,7 +169,7 @@ def _seconds(
         pipeline_traffic=traffic.pipeline / outside,
         expert_traffic=traffic.expert / outside,
         data_traffic=traffic.data / outside,
-        sync=traffic.sync / cluster.sync_link,
+        sync=sync_seconds(traffic, config, cluster, inside * cluster.link_efficiency, outside),
     )
 
 
@@ -287,8 +295,10 @@ def as_text(plan: Plan) -> str:
         values = "".join(f"{getattr(m, part) / GB:<14.2f}" for m in plan.ranks)
         lines.append(f"  {part.replace('_', ' '):<22}{values}")
     lines += [
-        f"  left for colocated SGLang: {kv.bytes / GB:.1f} GB per GPU in addition to its weights "
-        f"of {kv.server_weights / GB:.1f} GB: {kv.tokens:,} tokens per server",
+        f"  KV cache of colocated SGLang: {kv.bytes / GB:.1f} GB per GPU beside its weights "
+        f"of {kv.server_weights / GB:.1f} GB, of {kv.free / GB:.1f} GB free: {kv.tokens:,} tokens per server",
+        f"checkpoint               {plan.checkpoint.kept / GB:.0f} GB of the fullest host's memory until it "
+        f"is written, {plan.checkpoint.peak / GB:.0f} GB at its peak; none of a GPU's",
         "",
         f"micro-batches/update     {plan.micro_batches}, pipeline idle {plan.bubble:.1%}",
         f"rows trained             {plan.tokens.packed:,} instead of {plan.tokens.one_row_a_response:,}: "
@@ -296,7 +306,8 @@ def as_text(plan: Plan) -> str:
         f"FLOPs/replica            {plan.flops:.3e}",
         f"GB sent per rank         tensor {traffic.tensor / GB:,.1f}, pipeline {traffic.pipeline / GB:,.1f}, "
         f"expert {traffic.expert / GB:,.1f}, data {traffic.data / GB:,.1f}",
-        f"weight sync              {traffic.sync / GB:,.1f} GB, {seconds.sync:.1f} s",
+        f"weight sync              {traffic.sync / GB:,.1f} GB by {plan.config.weight_sync.method}, "
+        f"{seconds.sync:.1f} s",
         "",
         f"step                     {seconds.step:.0f} s: rollout {seconds.rollout:.0f}, compute "
         f"{seconds.compute:.0f}, tensor traffic {seconds.tensor_traffic:.0f}, pipeline traffic "
@@ -318,8 +329,12 @@ def assumptions(plan: Plan) -> list[str]:
         f"generation reads weights and keys at {c.decode_efficiency:.0%} of "
         f"{c.gpu.memory_bandwidth / 1e12:.2f} TB/s, on as many GPUs as train, until the longest "
         "response ends",
-        f"weights go to the servers at {c.sync_link / GB:.1f} GB/s",
-        f"{c.reserve_bytes / GB:.0f} GB per GPU for CUDA, NCCL and fragmentation",
+        "weights are gathered on every rank, then sent to the servers: "
+        f"tensor at {c.shared_memory / GB:.1f} GB/s, distributed at {c.sync_link / GB:.1f} GB/s, "
+        f"disk at {c.files / GB:.1f} GB/s",
+        f"{c.reserve_bytes / GB:.0f} GB per GPU for CUDA, NCCL and fragmentation, "
+        f"{c.server_reserve_bytes / GB:.0f} GB for a colocated server's; its weights and cache take "
+        f"{COLOCATED_FRACTION:.0%} of what is free",
         "micro-batches are full and all of their rows are responses; CUDA's fused norms",
         f"lengths are log-normal, pass rate {s.pass_rate}: see the section synthetic of the settings",
     ]
@@ -348,6 +363,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "cluster": asdict(plan.cluster),
         "memory": [asdict(memory) | {"peak": memory.peak} for memory in plan.ranks],
         "kv_space": asdict(plan.kv),
+        "checkpoint": asdict(plan.checkpoint),
         "micro_batches": plan.micro_batches,
         "bubble": plan.bubble,
         "flops": plan.flops,

@@ -1,5 +1,6 @@
 """The engine that samples on SGLang servers: requests, answers, and groups in flight."""
 
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_bicc import device
-from megatron_bicc.collective import gathered
+from megatron_bicc.collective import gathered, raised_on_all_ranks
 from megatron_bicc.config import Config
 from megatron_bicc.data.encoding import end_token_ids
 from megatron_bicc.errors import UserError
@@ -37,15 +38,26 @@ ACCEPTED: dict[str, Any] = {
     "original_num_attention_heads": None,
 }
 """Entries of config.json that only SGLang reads, and their value without effect"""
+RELEASE_TIMEOUT_S = 60.0
+"""Seconds in which the memory that servers release must be free"""
+RELEASE_POLL_S = 0.1
+"""Seconds between two looks at the free memory"""
 SampleGroup = Callable[[list[Request]], Awaitable[list[Sample]]]
 
 
 class SglangEngine:
     """Sends each group as one request to one server of the pool."""
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, pool: ServerPool) -> None:
-        """pool: servers with the model of model.path; closed by `close`."""
+    def __init__(
+        self, config: Config, tokenizer: PreTrainedTokenizerBase, pool: ServerPool, server_bytes: int = 0
+    ) -> None:
+        """pool: servers with the model of model.path; closed by `close`.
+
+        server_bytes: what they took of this process's GPU when they started, as far as it is known.
+        """
         self.pool = pool
+        self._server_bytes = server_bytes
+        self._colocate = config.rollout.colocate
         hf_config = supported_config(config.model.path)
         self._vocab_size = hf_config.vocab_size
         self._ends = end_token_ids(hf_config, tokenizer, config.model.path)
@@ -72,26 +84,53 @@ class SglangEngine:
 
     def stream(self, sampling: Sampling) -> AbstractContextManager[Stream]:
         """Returns a context with a stream. Unfinished groups are aborted on the servers when it ends."""
+        if self._colocate:
+            device.free_memory()  # what a weight sync or an export took: servers generate in it
         self.pool.resume()
         return group_stream(self.pool.portal, partial(self._group, sampling=sampling), self._per_process)
 
     @contextmanager
     def memory_released(self) -> Iterator[None]:
-        """Frees the servers' memory inside the context; after it they need new weights.
+        """Frees the servers' memory inside the context; after it they need new weights. Collective.
 
-        The memory is allocated again even if the block raises, as attached servers outlive the run.
-        Raises RolloutError if a server fails.
+        After it they have memory for weights; a weight sync gives them the rest. All of it is allocated again
+        even if the block raises, as attached servers outlive the run. Raises RolloutError, on every process,
+        if a server fails or its memory does not become free.
         """
+        device.free_memory()
+        unused = device.unused_bytes()
+        dist.barrier()  # every process has its samples, and has measured
         with _server_errors():
             self.pool.release_memory()
+        with raised_on_all_ranks(RolloutError):
+            self._wait_for_memory(unused)
         try:
             yield
         except BaseException:
             with suppress(ServerError):  # the first error is the one to raise
                 self.pool.take_memory()
             raise
+        device.free_memory()
+        dist.barrier()  # the memory of every process's GPU is free
         with _server_errors():
-            self.pool.take_memory()
+            self.pool.take_weights()
+
+    def _wait_for_memory(self, unused: int) -> None:
+        """Waits until half of what the servers took is free, and no more becomes free.
+
+        Not all of it is released: a server keeps its CUDA context and buffers. unused: unused bytes before
+        the release. A server may answer before the memory is free. Raises RolloutError after
+        RELEASE_TIMEOUT_S seconds.
+        """
+        end, before = time.monotonic() + RELEASE_TIMEOUT_S, -1
+        while (now := device.unused_bytes()) > before or 2 * (now - unused) < self._server_bytes:
+            if time.monotonic() > end:
+                raise RolloutError(
+                    f"rollout servers released {(now - unused) / 1e9:.1f} GB of a GPU within "
+                    f"{RELEASE_TIMEOUT_S:g} s, of {self._server_bytes / 1e9:.1f} GB that they took"
+                )
+            before = now
+            time.sleep(RELEASE_POLL_S)
 
     def counts(self) -> dict[str, float]:
         """Returns the rollouts of all processes that were requested again since the last call. Collective.
@@ -129,15 +168,21 @@ class SglangEngine:
 
 @contextmanager
 def _server_errors() -> Iterator[None]:
-    try:
-        yield
-    except ServerError as error:
-        raise RolloutError(str(error)) from error
+    """Raises a ServerError of any process as a RolloutError on all of them. Collective."""
+    with raised_on_all_ranks(RolloutError):
+        try:
+            yield
+        except ServerError as error:
+            raise RolloutError(str(error)) from error
 
 
 def make_sglang_engine(config: Config, tokenizer: PreTrainedTokenizerBase) -> SglangEngine:
     """Starts the servers, or attaches to them, and returns their engine. Collective; see start_servers."""
-    return SglangEngine(config, tokenizer, start_servers(config, supported_config(config.model.path)))
+    device.free_memory()  # a colocated server takes a share of what is free when it starts
+    unused = device.unused_bytes()
+    dist.barrier()  # every process has measured: a server takes memory of several processes' GPUs
+    pool = start_servers(config, supported_config(config.model.path))
+    return SglangEngine(config, tokenizer, pool, unused - device.unused_bytes())
 
 
 class GroupStream:

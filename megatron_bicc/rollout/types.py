@@ -102,7 +102,8 @@ class Engine(Protocol):
     def memory_released(self) -> AbstractContextManager[None]:
         """Returns a context in which training may use the engine's memory on the policy's devices.
 
-        After it the engine may lack weights: a weight sync follows. By default nothing is released.
+        Entered and left by every process, for rollout.colocate. After it the engine may lack weights: a
+        weight sync follows. By default nothing is released.
         """
         return nullcontext()
 

@@ -6,6 +6,8 @@ from typing import Any, Literal
 import httpx2 as httpx
 
 CONNECT_TIMEOUT_S = 10.0
+WEIGHTS, CACHE = ("weights",), ("kv_cache", "cuda_graph")
+"""SGLang's names of the memory that a server releases: the weights, and the rest"""
 QUOTED_CHARACTERS = 300
 """Most characters of a server's answer that an error quotes"""
 
@@ -118,12 +120,15 @@ class ServerClient:
         await self.post("/continue_generation", {})
 
     async def release_memory(self) -> None:
-        """Frees the memory of weights and cache. The server must be idle."""
+        """Frees the memory of weights, cache and CUDA graphs. A server that is not idle ends."""
         await self.post("/release_memory_occupation", {})
 
-    async def take_memory(self) -> None:
-        """Allocates that memory again; the weights in it are undefined until the next update."""
-        await self.post("/resume_memory_occupation", {})
+    async def take_memory(self, tags: tuple[str, ...]) -> None:
+        """Allocates released memory again; weights in it are undefined until the next update.
+
+        tags: kinds of memory, of WEIGHTS and CACHE. A server that has not released them ends.
+        """
+        await self.post("/resume_memory_occupation", {"tags": list(tags)})
 
     async def aclose(self) -> None:
         """Closes all connections."""

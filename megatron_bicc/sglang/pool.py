@@ -23,7 +23,14 @@ from megatron_bicc.collective import gathered, raised_on_all_ranks
 from megatron_bicc.config import Config, RolloutConfig, SglangConfig
 from megatron_bicc.errors import UserError
 from megatron_bicc.metrics import waiting_for
-from megatron_bicc.sglang.client import ServerClient, ServerError, ServerRefusal, ServerUnavailable
+from megatron_bicc.sglang.client import (
+    CACHE,
+    WEIGHTS,
+    ServerClient,
+    ServerError,
+    ServerRefusal,
+    ServerUnavailable,
+)
 from megatron_bicc.sglang.process import SpawnedServer
 from megatron_bicc.sglang.settings import context_length, server_urls
 
@@ -32,7 +39,9 @@ logger = logging.getLogger(__name__)
 WAIT_S = 10.0
 """Seconds of waiting for a server after which the wait is logged"""
 POLL_S = 0.2
-"""Seconds between two attempts to reach a server that starts"""
+"""Seconds between two attempts to reach a server that starts, or that is about to be idle"""
+IDLE_TIMEOUT_S = 60.0
+"""Seconds in which a server must be idle after all of its requests were aborted"""
 
 
 LENGTHS = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length", "max_position_embeddings")
@@ -93,6 +102,38 @@ async def check_model(client: ServerClient, hf_config: PretrainedConfig) -> None
             )
     except ServerError as error:
         raise UserError(str(error)) from error
+
+
+async def check_memory_saver(client: ServerClient) -> None:
+    """Raises UserError, one line, for a server on a GPU that cannot release its memory, or one that fails."""
+    try:
+        info = await client.server_info()
+    except ServerError as error:
+        raise UserError(str(error)) from error
+    if info.get("device") != "cpu" and not info.get("enable_memory_saver"):
+        raise UserError(
+            f"rollout.colocate is true, but rollout server {client.url} was started without "
+            "--enable-memory-saver and would keep its memory while the policy trains; start it with that "
+            "argument"
+        )
+
+
+async def _make_idle(client: ServerClient) -> None:
+    """Aborts all requests of a server and waits until it has none. Raises ServerError.
+
+    A request that is aborted stays in the server's batch until that has been computed.
+    """
+    await client.pause("abort")
+    end = time.monotonic() + IDLE_TIMEOUT_S
+    while True:
+        try:
+            return await client.flush_cache()  # refused as long as the server is not idle
+        except ServerRefusal as refusal:
+            if time.monotonic() > end:
+                raise ServerUnavailable(
+                    client.url, "/flush_cache", f"not idle within {IDLE_TIMEOUT_S:g} s: {refusal}"
+                ) from refusal
+        await anyio.sleep(POLL_S)
 
 
 async def _is_token(client: ServerClient, token: int) -> bool:
@@ -218,6 +259,9 @@ class ServerPool:
         """Version of the weights that a server must have to be used"""
         self._resent = 0
         self._stale = 0
+        self._without_weights: set[ServerClient] = set()
+        self._without_cache: set[ServerClient] = set()
+        """Those of `own` whose memory is released"""
         self.on_stale: Callable[[ServerClient], Awaitable[str]] = self._no_weights
         """Called by the health check for one of `own` that lacks the current weights: sends them, or returns
         the reason why the server cannot be used. Set by the weight sync."""
@@ -229,14 +273,17 @@ class ServerPool:
         self._paused = True
         self._checks = self.portal.start_task_soon(self._check_health)
 
-    def start(self, hf_config: PretrainedConfig) -> None:
+    def start(self, hf_config: PretrainedConfig, colocate: bool) -> None:
         """Waits until this process's own servers are ready and checks that they serve this model.
 
-        Raises UserError, one line, for a server that does not start or serves another model.
+        colocate: they must be able to release their memory. Raises UserError, one line, for a server that
+        does not start, serves another model or cannot do that.
         """
         for client in self.own:
             self.portal.call(wait_until_ready, client, self._settings.start_timeout_s, self._check_spawned)
             self.portal.call(check_model, client, hf_config)
+            if colocate:
+                self.portal.call(check_memory_saver, client)
         for server in self._spawned:
             server.ready()
 
@@ -292,15 +339,32 @@ class ServerPool:
         return "; ".join(server.reason for server in self.servers if server.reason)
 
     def release_memory(self) -> None:
-        """Frees the memory of this process's own servers; they then need new weights. Raises ServerError."""
+        """Frees the memory of this process's own servers; they then need new weights. Raises ServerError.
+
+        Aborts their requests. No process may send them any until the weight sync after `take_weights`.
+        """
         self.pause()
         for server in self.servers:
             server.reason = f"{server.client.url}: its memory was released; it needs new weights"
-        self.portal.call(self._each_own, ServerClient.release_memory)
+        self.portal.call(self._each_own, self._release)
+
+    def take_weights(self) -> None:
+        """Allocates the weights' memory again; a weight sync must fill it. Raises ServerError."""
+        self.portal.call(self._each_own, self._take_weights)
+
+    async def take_cache(self, client: ServerClient) -> None:
+        """Allocates a server's other memory again, if it is released. Raises ServerError.
+
+        Called after new weights were sent: their buckets take memory of the same GPU.
+        """
+        if client in self._without_cache:
+            self._without_cache.discard(client)  # first: a server must not be asked twice
+            await client.take_memory(CACHE)
 
     def take_memory(self) -> None:
-        """Allocates that memory again; the next weight sync fills it. Raises ServerError."""
-        self.portal.call(self._each_own, ServerClient.take_memory)
+        """Allocates all released memory again. Raises ServerError."""
+        self.take_weights()
+        self.portal.call(self._each_own, self.take_cache)
 
     def drain_counts(self) -> tuple[int, int]:
         """Returns (samples requested again, those of them rejected as stale) since the last call."""
@@ -320,6 +384,21 @@ class ServerPool:
     def _check_spawned(self) -> None:
         for server in self._spawned:
             server.check_starting()
+
+    async def _release(self, client: ServerClient) -> None:
+        await _make_idle(client)
+        await client.release_memory()
+        self._without_weights.add(client)
+        self._without_cache.add(client)
+
+    async def _take_weights(self, client: ServerClient) -> None:
+        if client not in self._without_weights:
+            return
+        self._without_weights.discard(client)
+        if str((await client.model_info())["weight_version"]) == INITIAL:
+            self._without_cache.discard(client)  # restarted meanwhile: it has all of its memory
+        else:
+            await client.take_memory(WEIGHTS)
 
     async def _each_own(self, act: Callable[[ServerClient], Awaitable[None]]) -> None:
         """Runs `act` on all own servers at once. Raises the first error after all have ended."""
@@ -386,7 +465,7 @@ def start_servers(config: Config, hf_config: PretrainedConfig) -> ServerPool:
     pool = ServerPool(urls, own, rollout.sglang, dist.get_rank() % len(urls), spawned)
     try:
         with raised_on_all_ranks(UserError):
-            pool.start(hf_config)
+            pool.start(hf_config, rollout.colocate)
     except BaseException:
         pool.close()
         raise

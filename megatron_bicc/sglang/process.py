@@ -17,6 +17,13 @@ CPU_ARGUMENTS = (
     "--disable-overlap-schedule --sleep-on-idle"
 )
 CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+COLOCATED_FRACTION = 0.8
+"""Share of the memory that is free when a colocated server starts that its weights and its cache take.
+
+What remains holds its CUDA graphs and activations (SGLang's own reserve is 10 GiB of an 80 GB GPU, about as
+much as a fifth of what the policy leaves there) and, while it does not generate, a weight sync's buckets.
+"""
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 EVERY_NODE = "0.0.0.0"
 """Value of rollout.sglang.host for the node's own address; the server does not bind to all interfaces"""
 LOG_LINES = 12
@@ -66,7 +73,7 @@ def _command(config: Config, url: str, seed: int) -> list[str]:
     given = ["--model-path", config.model.path, "--dtype", config.model.dtype, "--host", host, "--port", port]
     given += ["--random-seed", str(seed), "--log-level-http", "warning"]
     if config.rollout.colocate and device.has_cuda():
-        given.append("--enable-memory-saver")
+        given += ["--enable-memory-saver", "--mem-fraction-static", str(COLOCATED_FRACTION)]
     if not device.has_cuda():
         given += CPU_ARGUMENTS.split()
     start = [settings.python, "-W", "ignore", "-m", "sglang.launch_server"]
@@ -80,6 +87,11 @@ def _environment(config: Config, index: int) -> dict[str, str]:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
     env.pop("SGLANG_RETURN_ORIGINAL_LOGPROB", None)  # log-probs must be at the sampling temperature
+    # the memory saver of colocated servers refuses expandable segments, which the policy may use
+    for name in ALLOCATOR_VARIABLES:
+        if name in env:
+            kept = [part for part in env.pop(name).split(",") if "expandable_segments" not in part]
+            env |= {name: ",".join(kept)} if kept else {}
     if not device.has_cuda():
         env |= CPU_ENVIRONMENT
     if config.rollout.sglang.gpus:

@@ -46,8 +46,13 @@ def server_urls(servers: str) -> list[str]:
 
 def context_length(server_args: str) -> int | None:
     """Returns the value of --context-length in arguments that `check_servers` accepts; None without one."""
+    return _number(server_args, "--context-length")
+
+
+def _number(server_args: str, *names: str) -> int | None:
+    """Returns the number that an argument of any of these names has; None without one."""
     for given, value in _options(shlex.split(server_args)):
-        if _stands_for(given, "--context-length") and value.isdecimal():
+        if any(_stands_for(given, name) for name in names) and value.isdecimal():
             return int(value)
     return None
 
@@ -121,6 +126,7 @@ def _check_spawn(rollout: RolloutConfig) -> None:
     _check_arguments(settings.server_args)
     if settings.gpus:
         _check_gpus(settings.gpus, settings.servers_per_node)
+        _check_sizes(settings.gpus, settings.server_args)
 
 
 def _check_host(host: str) -> None:
@@ -191,4 +197,17 @@ def _check_gpus(gpus: str, servers: int) -> None:
             raise UserError(
                 f"rollout.sglang.gpus is {gpus!r}; two servers share {', '.join(sorted(one & other))}, but "
                 "not their other GPUs"
+            )
+
+
+def _check_sizes(gpus: str, server_args: str) -> None:
+    tensor = _number(server_args, "--tp-size", "--tensor-parallel-size") or 1
+    pipeline = _number(server_args, "--pp-size", "--pipeline-parallel-size") or 1
+    for server in gpus.split("/"):
+        named = server.count(",") + 1
+        if named < tensor * pipeline:
+            raise UserError(
+                f"rollout.sglang.gpus is {gpus!r}; it names {named} GPUs ({server}) for a server that needs "
+                f"{tensor * pipeline}: --tp-size is {tensor} and --pp-size {pipeline} in "
+                "rollout.sglang.server_args"
             )

@@ -195,6 +195,7 @@ class ServerWeightSync:
         try:
             await receiver.begin(explicit=False)
             await receiver.load_files(self.files.complete)
+            await self.pool.take_cache(client)
             await receiver.end()
             await self._compare_checksums(receiver)
             await receiver.resume(self.version)
@@ -270,6 +271,7 @@ class ServerWeightSync:
 
     async def _complete(self, receiver: Receiver, version: int) -> Probe:
         """Ends a server's update and resumes it. Raises ServerError, or WeightSyncError for wrong weights."""
+        await self.pool.take_cache(receiver.client)
         await receiver.end()
         unequal = await self._compare_checksums(receiver)
         await receiver.resume(version)

@@ -108,6 +108,10 @@ def test_sound_settings_pass(good: list[str], overrides: list[str]):
         ),
         (["weight_sync.bucket_mb=1e-9"], ["weight_sync.bucket_mb is 1e-09", "at least 1"]),
         (["loss.dual_clip=0.5"], ["loss.dual_clip is 0.5"]),
+        (
+            ["rollout.engine=sglang", "rollout.colocate=true", "weight_sync.method=distributed"],
+            ["weight_sync.method is 'distributed' and rollout.colocate is true", "weight_sync.method=tensor"],
+        ),
         (["model.path="], ["model.path is not set"]),
         (["data.train="], ["data.train is not set"]),
         (["model.path=/nowhere"], ["model.path is /nowhere", "config.json"]),
@@ -127,6 +131,22 @@ def test_a_megatron_checkpoint_is_no_model(message, good: list[str], tmp_path: P
     line = message([*good, f"model.path={tmp_path}/imported"])
     assert f"model.path is {tmp_path}/imported; it is a Megatron checkpoint" in line
     assert "tools/convert_hf_checkpoint.py export" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "accepted"),
+    [([], False), (["rollout.sglang.gpus=1"], True), (["rollout.colocate=true"], True)],
+)
+def test_a_server_needs_a_gpu_of_its_own(
+    message, good: list[str], overrides: list[str], accepted: bool, monkeypatch: pytest.MonkeyPatch
+):
+    run = [*good, "rollout.engine=sglang", f"rollout.sglang.python={sys.executable}", *overrides]
+    validate(parse_config(run), world_size=8)
+    monkeypatch.setattr("megatron_bicc.device.has_cuda", lambda: True)
+    if accepted:
+        validate(parse_config(run), world_size=8)
+    else:
+        assert "rollout.sglang.gpus is empty; a server would take most of GPU 0" in message(run)
 
 
 def test_missing_wandb_is_named(message, good: list[str], monkeypatch: pytest.MonkeyPatch):

@@ -82,3 +82,27 @@ def test_update_is_megatron_cores_step_with_one_pass_over_the_gradients(
         results.append([torch.tensor(norm), *policy.modules[0].parameters(), *moments])
     assert calls == ["prepare_grads", "get_grad_norm"] * 2
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Test double of Transformer Engine's and apex's Adam, which make their state at the first step."""
+
+    def __init__(self, params: list, adam_w_mode: bool, **defaults: object) -> None:
+        super().__init__(params, defaults)
+
+
+def test_a_fused_adam_has_its_state_before_the_first_step(
+    model_dirs: dict[str, Path], single_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Colocated servers take a share of the memory that is free when they start."""
+    monkeypatch.setattr("megatron.core.optimizer.USING_PYTORCH_OPTIMIZER", False)
+    for module in ("megatron.core.optimizer", "megatron.core.optimizer.distrib_optimizer"):
+        monkeypatch.setattr(f"{module}.Adam", FusedAdam)
+    policy = load_policy(make_config(model_dirs["qwen3_tied"], "grpo"))
+    (part,) = policy.optimizer.chained_optimizers
+    assert isinstance(part.optimizer, FusedAdam)
+    own = [p for group in part.optimizer.param_groups for p in group["params"]]
+    for parameter in own:
+        state = part.optimizer.state[parameter]
+        assert set(state) == {"exp_avg", "exp_avg_sq"}
+        assert all(not value.any() and value.shape == parameter.shape for value in state.values())

@@ -1,15 +1,18 @@
 """Tests tools/plan.py: published layouts fit, impossible ones do not, all outputs agree."""
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 from support import warm
+from support.launch_scripts import command, make_doubles
 from transformers import AutoConfig
 
 from megatron_bicc.cli import parse_config
 from megatron_bicc.config import ParallelConfig
 from megatron_bicc.model.build import transformer_config
+from megatron_bicc.sglang.process import _command
 from megatron_bicc.startup import validate
 
 REPOSITORY = Path(__file__).parents[2]
@@ -52,6 +55,7 @@ IMPOSSIBLE = {
     "no recompute": case("llama_70b", 64, layout(8, 4, "none")),
 }
 OTHERS = {
+    "launch script": case("llama_70b", 64, [], "--server-gpus", "8"),
     "wrong": case("llama_70b", 64, ["parallel.tensor=3"]),
     "proposals": case("tiny", 8, [], "--propose", "3", "--picture", "PICTURE", gpu="H200"),
     "links": case("tiny", 8, [], "--network-gbits", "100", "--sync-gbits", "200", "--efficiency", "0.5"),
@@ -128,4 +132,34 @@ def test_memory_adds_up(results: dict[str, dict]) -> None:
         state = rank["weights"] + rank["gradients"] + rank["optimizer"] + rank["reserve"]
         assert rank["peak"] == state + max(rank["activations"] + rank["logits"], rank["sync_bucket"])
     assert plan["traffic"]["sync"] == 2 * plan["parameters"]
-    assert plan["seconds"]["sync"] == pytest.approx(plan["traffic"]["sync"] / 50e9)
+    links = 3 / 4 / (0.8 * 450e9) + 1 / (0.8 * 50e9)  # 4 tensor ranks; a stage on another host
+    assert plan["seconds"]["sync"] == pytest.approx(plan["traffic"]["sync"] * (links + 1 / 5e9))
+
+
+def test_a_colocated_server_has_the_cache_that_the_plan_says(
+    results: dict[str, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By SGLang's rule (its _profile_available_bytes, 0.5.23), applied to the command that a run of
+    examples/run_bicc_70b.sh starts a server with: the cache gets what is free after the weights are loaded,
+    but for a share of what was free before."""
+    monkeypatch.chdir(REPOSITORY)
+    run = command(make_doubles(tmp_path), "run_bicc_70b.sh", MASTER_ADDR="host0")
+    config = parse_config(run[run.index("megatron_bicc.train") + 1 :])
+    assert config.rollout.colocate
+    monkeypatch.setattr("megatron_bicc.device.has_cuda", lambda: True)
+    server = argparse.ArgumentParser()
+    server.add_argument("--mem-fraction-static", type=float)
+    server.add_argument("--tp-size", type=int)
+    arguments, _ = server.parse_known_args(_command(config, "http://127.0.0.1:1", seed=1))
+
+    plan = results["launch script"]["figures"]["plan"]
+    fullest = max(plan["memory"], key=lambda rank: rank["weights"] + rank["gradients"] + rank["optimizer"])
+    state = fullest["weights"] + fullest["gradients"] + fullest["optimizer"] + fullest["reserve"]
+    before = 79.10 * 2**30 - state - 2e9  # and the server's CUDA context
+    after = before - 2 * 70_553_706_496 / arguments.tp_size  # bf16; Llama-3.x-70B without its norms
+    cache = after - before * (1 - arguments.mem_fraction_static)
+    tokens = cache * arguments.tp_size / (80 * 2 * 8 * 128 * 2)  # layers, keys and values of 8 heads, bf16
+    assert plan["kv_space"]["tokens"] == pytest.approx(tokens, rel=0.1)
+    # room for the step's rollouts: 32 groups of 8 on 8 servers, at most 1,024 + 8,192 tokens each
+    assert tokens > 32 * 9_216
+    assert f"{plan['kv_space']['tokens']:,} tokens per server" in results["launch script"]["out"]

@@ -19,11 +19,13 @@ from megatron_bicc.planning.cost import (
     Memory,
     Sizes,
     Work,
+    checkpoint_memory,
     forward_flops,
     kv_space,
     memory_of,
     saved_bytes,
     step_flops,
+    sync_seconds,
     traffic_of,
 )
 from megatron_bicc.planning.layouts import Plan, make_plan
@@ -49,6 +51,9 @@ CLUSTER = Cluster(
     network=1e5,
     sync_link=2e5,
     reserve_bytes=1e6,
+    server_reserve_bytes=5e5,
+    files=3e5,
+    shared_memory=4e5,
 )
 WORK = Work(forward=Load(4, 1000, 600, 5000), train=Load(6, 3000, 2000, 9000))
 WORLD_SIZE = 32
@@ -125,9 +130,36 @@ def test_room_for_keys_and_values() -> None:
     fullest = Memory(0, 60_000, 120_000, 50_000, 0, 0, 0, 1_000_000)
     kv = kv_space(fullest, SIZES, CLUSTER, server_gpus=4)
     assert kv.server_weights == 2 * PARAMETERS // 4
-    assert kv.bytes == 10_000_000 - 1_230_000 - kv.server_weights
+    assert kv.free == 10_000_000 - 1_230_000 - 500_000
+    assert kv.bytes == int(0.8 * kv.free) - kv.server_weights
     assert kv.tokens == 4 * kv.bytes // (2 * 2 * 8 * 4 * 8)
     assert kv_space(replace(fullest, weights=10**8), SIZES, CLUSTER, server_gpus=4).tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "first_ranks"),
+    [(2, 4, 2), (8, 1, 8), (1, 1, 1), (1, 32, 8)],  # of 32 ranks, 8 a host
+)
+def test_host_memory_of_a_checkpoint(config: Config, tensor: int, pipeline: int, first_ranks: int) -> None:
+    """Main weights and two moments of the whole group, 12 bytes a parameter, and its weights, 2, by the first
+    rank of each data-parallel group; 8 more for parts and concatenation of one of the three."""
+    config.parallel.tensor, config.parallel.pipeline = tensor, pipeline
+    data = 32 // (tensor * pipeline)
+    found = checkpoint_memory(shard(0), config, WORLD_SIZE, CLUSTER)
+    assert found.kept == first_ranks * 30_000 * (12 + 2)
+    assert found.peak == first_ranks * 30_000 * (12 + 8) + 8 * 30_000 * 12 // data
+
+
+def test_seconds_of_a_sync(config: Config, plan: Plan) -> None:
+    """Half of each tensor comes from the other tensor rank, all of it from another stage."""
+    gathered = PARAMETERS / 10 + 2 * PARAMETERS / 5  # at 10 and 5 bytes/s
+    rates = {"tensor": 4e5, "distributed": 2e5, "disk": 3e5}
+    sent = {method: 2 * PARAMETERS / rate for method, rate in rates.items()}
+    for config.weight_sync.method, seconds in sent.items():
+        found = sync_seconds(plan.traffic, config, CLUSTER, inside=10, outside=5)
+        assert found == pytest.approx(gathered + seconds)
+    config.parallel.tensor = config.parallel.pipeline = 1
+    assert sync_seconds(plan.traffic, config, CLUSTER, 10, 5) == pytest.approx(sent["disk"])
 
 
 def test_flops_of_a_step(config: Config) -> None:
@@ -173,7 +205,9 @@ def test_seconds_of_a_step(plan: Plan, step: SyntheticStep) -> None:
     assert seconds.tensor_traffic == pytest.approx(traffic.tensor / (1e6 * 0.8))
     assert seconds.pipeline_traffic == pytest.approx(traffic.pipeline / (1e5 * 0.8))
     assert seconds.data_traffic == pytest.approx(traffic.data / (1e5 * 0.8))
-    assert seconds.sync == pytest.approx(2 * PARAMETERS / 2e5)
+    # gathered over tensor ranks and from a stage, then through shared memory
+    gathered = PARAMETERS / (1e6 * 0.8) + 2 * PARAMETERS / (1e5 * 0.8)
+    assert seconds.sync == pytest.approx(gathered + 2 * PARAMETERS / 4e5)
     # 8 servers of 4 GPUs share 64 x 8 rollouts, and read their weights and half of the keys for each token
     weights = 2 * (8 * MATRICES_A_LAYER + 1000 * 64)
     keys = 64 * step.response_tokens / 512 / 2 * (2 * 2 * 8 * 4 * 8)

@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 from megatron_bicc.config import Config, ModelConfig, RolloutConfig, SglangConfig
 from megatron_bicc.errors import UserError
 from megatron_bicc.rollout.sglang_engine import SglangEngine, generate_body, read_samples
-from megatron_bicc.rollout.types import Request, RolloutError, Sampling
+from megatron_bicc.rollout.types import Request, Sampling
 from megatron_bicc.sglang.client import ServerClient, ServerError, ServerRefusal, ServerUnavailable
 from megatron_bicc.sglang.guard import finish, start
 from megatron_bicc.sglang.pool import (
@@ -37,7 +37,7 @@ from megatron_bicc.sglang.pool import (
     check_model,
     wait_until_ready,
 )
-from megatron_bicc.sglang.process import CPU_ARGUMENTS, CPU_ENVIRONMENT, _command
+from megatron_bicc.sglang.process import CPU_ARGUMENTS, CPU_ENVIRONMENT, _command, _environment
 from megatron_bicc.sglang.settings import check_servers
 from megatron_bicc.startup import read_tokenizer
 
@@ -339,6 +339,13 @@ def test_nothing_is_cut_off_the_distribution() -> None:
         ("spawn", {"gpus": "0/-1", "servers_per_node": 2}, "'-1' is not a GPU"),
         ("spawn", {"gpus": "0,1/1,2", "servers_per_node": 2}, "two servers share 1, but not"),
         ("spawn", {"gpus": "2,2"}, "names a GPU of one server twice"),
+        (
+            "spawn",
+            {"gpus": "0,1/2,3", "servers_per_node": 2, "server_args": "--tp-size 4"},
+            r"names 2 GPUs \(0,1\) for a server that needs 4: --tp-size is 4",
+        ),
+        ("spawn", {"gpus": "0", "server_args": "--tensor-parallel-size=2"}, "1 GPUs .0. .* needs 2"),
+        ("spawn", {"gpus": "0,1,2", "server_args": "--tp 2 --pp 2"}, "needs 4: .* --pp-size 2"),
     ],
 )
 def test_settings_that_do_not_fit(launch: str, settings: dict, message: str) -> None:
@@ -351,6 +358,12 @@ def test_settings_that_do_not_fit(launch: str, settings: dict, message: str) -> 
 @pytest.mark.parametrize("gpus", ["", "0,1/2,3", "0,1/1,0", "GPU-8932f937-d72c/MIG-GPU-8932f937-d72c", "0/0"])
 def test_gpus_that_can_be_named(gpus: str) -> None:
     sglang = SglangConfig(python=sys.executable, gpus=gpus, servers_per_node=2)
+    check_servers(RolloutConfig("sglang", "spawn", sglang=sglang))
+
+
+@pytest.mark.parametrize("arguments", ["--tp-size 4", "--tp 2 --pp 2", "--tp-size 2"])
+def test_servers_that_their_gpus_hold(arguments: str) -> None:
+    sglang = SglangConfig(python=sys.executable, gpus="0,1,2,3", server_args=arguments)
     check_servers(RolloutConfig("sglang", "spawn", sglang=sglang))
 
 
@@ -392,29 +405,34 @@ def test_a_server_that_failed_in_a_sync_is_logged_by_the_process_that_sent_it_we
     assert pool.reasons() == f"{ours}: out of memory; {others}: out of memory"
 
 
-def test_memory_is_taken_back_when_training_raises(pool: ServerPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attached server outlives the run; and the error of training is the one that is reported."""
-    asked = []
-
-    async def post(client: ServerClient, path: str, *_: Any) -> None:
-        asked.append(path)
-
-    monkeypatch.setattr(ServerClient, "post", post)
-    engine = SglangEngine.__new__(SglangEngine)
-    engine.pool = pool
-    with pytest.raises(KeyError, match="training"), engine.memory_released():
-        assert asked == ["/release_memory_occupation"]
-        raise KeyError("training")
-    assert asked == ["/release_memory_occupation", "/resume_memory_occupation"]
-    assert pool.reasons().count("it needs new weights") == 2
+def test_a_colocated_server_on_a_gpu_leaves_memory_to_its_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's arguments come later: SGLang takes the last of two."""
+    monkeypatch.setattr("megatron_bicc.device.has_cuda", lambda: True)
+    sglang = SglangConfig(server_args="--mem-fraction-static 0.6")
+    config = Config(rollout=RolloutConfig("sglang", colocate=True, sglang=sglang))
+    command = _command(config, "http://127.0.0.1:1", seed=1)
+    assert "--enable-memory-saver" in command
+    fractions = [command[i + 1] for i, word in enumerate(command) if word == "--mem-fraction-static"]
+    assert fractions == ["0.8", "0.6"]
+    config.rollout.colocate = False
+    alone = _command(config, "http://127.0.0.1:1", seed=1)
+    assert "--enable-memory-saver" not in alone and "0.8" not in alone
 
 
-def test_memory_that_a_server_does_not_release_is_a_rollout_error(pool: ServerPool) -> None:
-    engine = SglangEngine.__new__(SglangEngine)
-    engine.pool = pool
-    with pytest.raises(RolloutError, match="release_memory_occupation") as error, engine.memory_released():
-        pytest.fail("the memory is not free")
-    assert isinstance(error.value.__cause__, ServerUnavailable)
+@pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+@pytest.mark.parametrize(
+    ("trainers", "servers"),
+    [
+        ("expandable_segments:True", None),
+        ("max_split_size_mb:64,expandable_segments:True", "max_split_size_mb:64"),
+        ("max_split_size_mb:64", "max_split_size_mb:64"),
+    ],
+)
+def test_servers_do_not_inherit_expandable_segments(
+    variable: str, trainers: str, servers: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, trainers)
+    assert _environment(Config(), 0).get(variable) == servers
 
 
 def test_a_server_that_does_not_come_up_is_logged_once(
@@ -436,7 +454,7 @@ def test_a_server_has_its_start_timeout(monkeypatch: pytest.MonkeyPatch, seconds
         closing(ServerPool([url], [url], SglangConfig(start_timeout_s=seconds))) as pool,
         pytest.raises(UserError, match=f"not ready within {seconds} s"),
     ):
-        pool.start(PretrainedConfig())
+        pool.start(PretrainedConfig(), colocate=False)
     assert time.monotonic() - begun > seconds
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Timer
+from typing import Any
 
 import anyio
 import numpy as np
@@ -264,12 +265,30 @@ def test_an_unknown_token_is_not_sent(servers: Servers, learner: Learner, tmp_pa
         assert engine.generate([Request(np.array([3, 263], dtype=np.int32), 1)], Sampling(1.0, 2))
 
 
-def test_memory_is_released_and_taken_back(servers: Servers, learner: Learner, tmp_path: Path) -> None:
-    asked, sampling = requests(2, 2), Sampling(1.0, 8)
+def test_memory_is_released_and_taken_back(
+    servers: Servers, learner: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory of the weights before they are sent, the rest after that and before the server generates."""
+    asked, sampling, posted, post = requests(2, 2), Sampling(1.0, 8), [], ServerClient.post
+
+    def recorded(client: ServerClient, path: str, body: Any, timeout_s: float | None = None) -> Any:
+        if client.url == servers.urls[0]:
+            posted.append("+".join([path, *(body.get("tags", ()) if isinstance(body, dict) else ())]))
+        return post(client, path, body, timeout_s)
+
     with attached(servers.urls, learner, tmp_path) as (engine, sync):
+        monkeypatch.setattr(ServerClient, "post", recorded)
         with engine.memory_released():
             pass
         sync.sync(3)
+        order = [
+            "/release_memory_occupation",
+            "/resume_memory_occupation+weights",
+            "/update_weights_from_tensor",
+            "/resume_memory_occupation+kv_cache+cuda_graph",
+            "/generate",
+        ]
+        assert [posted.index(path) for path in order] == sorted(posted.index(path) for path in order)
         assert_samples_are_the_policys(asked, engine.generate(asked, sampling), learner, sampling)
 
 

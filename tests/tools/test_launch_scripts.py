@@ -3,66 +3,25 @@
 If a test needs GPUs or SLURM, `PYTHON`, `srun` and `scontrol` are test doubles that print their arguments.
 """
 
-import os
-import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.launch_scripts import REPOSITORY, command, files, make_doubles, run
 
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.cli import parse_config
 
-REPOSITORY = Path(__file__).parents[2]
 # several processes or many shards; a busy machine needs minutes for that
 pytestmark = pytest.mark.timeout(900)
 SCRIPTS = ("run_bicc_70b.sh", "run_bicc_qwen3_4b.sh")
-PRINTER = '#!/bin/sh\nprintf "%s " "$(basename "$0")"; printf "<%s> " "$@"; echo "WORLD_SIZE=$WORLD_SIZE"\n'
 
 
 @pytest.fixture
 def doubles(tmp_path: Path) -> Path:
     """A directory of programs that print their name, arguments and WORLD_SIZE, and of `files`."""
-    for name in ("python", "srun"):
-        (tmp_path / name).write_text(PRINTER)
-    (tmp_path / "scontrol").write_text("#!/bin/sh\necho host7\necho host8\n")
-    for path in tmp_path.iterdir():
-        path.chmod(0o755)
-    files(tmp_path)
-    return tmp_path
-
-
-def files(path: Path) -> dict[str, str]:
-    """Makes what a launch needs to find; the variables that name it."""
-    (path / "model").mkdir(exist_ok=True)
-    (path / "train.parquet").touch()
-    return {"MODEL_PATH": f"{path}/model", "TRAIN_DATA": f"{path}/train.parquet"}
-
-
-def run(script: str, *arguments: str, path: Path | None = None, **variables: str) -> tuple[int, str, str]:
-    """Exit status, stdout, stderr."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    env["PATH"] = f"{path}:{env['PATH']}" if path else env["PATH"]
-    done = subprocess.run(
-        [str(REPOSITORY / "examples" / script), *arguments],
-        env=env | variables,
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def command(path: Path, script: str, *arguments: str, **variables: str) -> list[str]:
-    """The arguments of torchrun, those of the training command among them."""
-    env = files(path) | {"PYTHON": str(path / "python")} | variables
-    status, out, err = run(script, *arguments, path=path, **env)
-    assert status == 0, err
-    last = re.findall(r"<([^>]*)>", out.splitlines()[-1])
-    assert last[:2] == ["-m", "torch.distributed.run"]
-    return last
+    return make_doubles(tmp_path)
 
 
 def launched(path: Path, script: str, *arguments: str, **variables: str) -> dict[str, str]:
@@ -139,6 +98,17 @@ def test_the_environment_is_checked_first(doubles: Path) -> None:
     for part in ("<tools/check_environment.py>", "<--nodes> <2>", "<--shared> <runs/x>", "<--gpus> <8>"):
         assert part in check
     assert "<--dry-run>" in dry_run and dry_run.endswith("WORLD_SIZE=16")
+
+
+@pytest.mark.parametrize("own", ["", "max_split_size_mb:64"])
+def test_trainers_have_segments_that_grow(doubles: Path, own: str) -> None:
+    """Unless the user has set the variable, even to nothing."""
+    (doubles / "python").write_text('#!/bin/sh\necho "<$PYTORCH_CUDA_ALLOC_CONF>"\n')
+    variables = {"MASTER_ADDR": "host0", "PYTHON": str(doubles / "python"), **files(doubles)}
+    for given, expected in (({}, "expandable_segments:True"), ({"PYTORCH_CUDA_ALLOC_CONF": own}, own)):
+        status, out, err = run("run_bicc_70b.sh", path=doubles, **variables, **given)
+        assert status == 0, err
+        assert out.splitlines()[-1] == f"<{expected}>"
 
 
 def test_servers_apart_on_the_same_nodes(doubles: Path) -> None:

@@ -130,7 +130,7 @@ def _server(config: Config) -> Iterator[ServerPool]:
     server = SpawnedServer(config, 0)
     pool = ServerPool([server.url], [server.url], config.rollout.sglang, spawned=[server])
     try:
-        pool.start(supported_config(config.model.path))
+        pool.start(supported_config(config.model.path), colocate=False)
         yield pool
     finally:
         pool.close()
