@@ -1,10 +1,10 @@
 """The device, the process group and the hosts' heartbeats: CUDA with NCCL, or the CPU with gloo.
 
-Only this module checks for CUDA. A run trains on the CPU where torch is a CPU build and there is no GPU, or with
-MEGATRON_BICC_DEVICE=cpu; otherwise a GPU that cannot be used is an error.
+Only this module checks for CUDA. A run trains on the CPU where torch is a CPU build and there is no GPU, or
+with MEGATRON_BICC_DEVICE=cpu; otherwise a GPU that cannot be used is an error.
 
-A host that is cut off reports no error, and a collective would wait for its timeout: the first process of each
-host sends heartbeats through the store, and ends when another's stop.
+A host that is cut off reports no error, and a collective would wait for its timeout: the first process of
+each host sends heartbeats through the store, and ends when another's stop.
 """
 
 import os
