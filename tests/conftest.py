@@ -5,6 +5,7 @@ All others compare with references in fp32 on the CPU and start more processes t
 
 import os
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -65,3 +66,14 @@ def single_process() -> None:
 
     device.start_distributed()
     start_model_parallel(Config())
+
+
+@pytest.fixture
+def emulated_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Makes the product call csrc's CUDA kernels, compiled for the host, on CPU tensors."""
+    from support import emulated_kernels as emulated
+
+    from megatron_bicc import device
+
+    monkeypatch.setattr(device, "_kernels", emulated.build())
+    return device.kernels()
