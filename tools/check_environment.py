@@ -76,8 +76,8 @@ def check_gpus(arguments: argparse.Namespace) -> None:
         raise Failure(f"{len(versions)} GPUs, {arguments.gpus} needed: set GPUS_PER_NODE")
     if int(versions[0].partition(".")[0]) < OLDEST_DRIVER:
         raise Failure(
-            f"NVIDIA driver {versions[0]} is too old for CUDA 13: install {OLDEST_DRIVER} or newer, or train on "
-            "the CPU with MEGATRON_BICC_DEVICE=cpu"
+            f"NVIDIA driver {versions[0]} is too old for CUDA 13: install {OLDEST_DRIVER} or newer, or train "
+            "on the CPU with MEGATRON_BICC_DEVICE=cpu"
         )
 
 
@@ -87,8 +87,8 @@ def check_glibc(arguments: argparse.Namespace) -> None:
     if tuple(map(int, version.split("."))) < OLDEST_GLIBC:
         needed = ".".join(map(str, OLDEST_GLIBC))
         raise Failure(
-            f"{name} {version} is too old for SGLang, which needs {needed}: use Debian 12, Ubuntu 22.04, RHEL 9 "
-            "or newer, or a container of one"
+            f"{name} {version} is too old for SGLang, which needs {needed}: use Debian 12, Ubuntu 22.04, "
+            "RHEL 9 or newer, or a container of one"
         )
 
 

@@ -16,6 +16,8 @@ sglang) readonly venv=.venv-sglang ;;
 *) echo "usage: tools/setup.sh packages|build|browser|sglang|te|apex" >&2 && exit 1 ;;
 esac
 readonly venv_python=$venv/bin/python
+# apex has no releases.
+readonly APEX_COMMIT=6424da3b4faa6c8f062da4a48c424fff3f02d42d
 pip_install=("$venv_python" -m pip install --disable-pip-version-check)
 # Compiling thousands of .pyc files that are never imported costs more than it saves.
 pip_install_many=("${pip_install[@]}" --progress-bar off --no-compile)
@@ -103,13 +105,14 @@ check_built_against() {
 build_transformer_engine() {
     check_built_against "Transformer Engine"
     echo "setup: building Transformer Engine takes up to half an hour on few cores; MAX_JOBS=n bounds its memory"
-    # --no-build-isolation: built against this torch, not the newest. The headers of CUDA, cuDNN and NCCL are those
-    # of the locked wheels; cuda_runtime.h includes headers of the compiler, which torch does not ask for.
-    "${pip_install[@]}" $TE_BUILD_PACKAGES
-    NVTE_BUILD_USE_NVIDIA_WHEELS=1 "${pip_install[@]}" --no-build-isolation \
-        -r <(grep -v '^torch==' requirements.lock) -r requirements-cuda.lock "transformer-engine[pytorch]==$TE_VERSION"
+    # what building it needs is imported while the rest is built
+    "${pip_install[@]}" --no-deps -r <(grep -v '^transformer-engine-torch==' requirements-te.lock)
+    # Without isolation it is built against this torch, not the newest; with the headers of the locked wheels, since a
+    # CUDA toolkit has none of cuDNN and NCCL.
+    NVTE_BUILD_USE_NVIDIA_WHEELS=1 "${pip_install[@]}" --no-deps --no-build-isolation \
+        "$(grep '^transformer-engine-torch==' requirements-te.lock)"
     "$venv_python" -c 'import transformer_engine.pytorch' ||
-        fail "Transformer Engine $TE_VERSION was built, but cannot be imported"
+        fail "Transformer Engine was built, but cannot be imported"
 }
 
 build_apex() {
@@ -122,7 +125,7 @@ build_apex() {
     [[ $have == "$built" ]] || fail "apex needs nvcc $built, which torch is built with; $nvcc is $have: set CUDA_HOME"
     echo "setup: building apex takes up to half an hour on few cores; MAX_JOBS=n bounds its memory"
     # the project called apex on PyPI is another one
-    APEX_CPP_EXT=1 APEX_CUDA_EXT=1 "${pip_install[@]}" --no-build-isolation \
+    APEX_CPP_EXT=1 APEX_CUDA_EXT=1 "${pip_install[@]}" --no-deps --no-build-isolation \
         "apex @ git+https://github.com/NVIDIA/apex.git@$APEX_COMMIT"
     "$venv_python" -c 'import apex.normalization, amp_C' || fail "apex was built, but cannot be imported"
 }
