@@ -1,8 +1,8 @@
 """Builds the native extensions; all other metadata is in pyproject.toml.
 
 `megatron_bicc._C` is plain C++17. `megatron_bicc._C_cuda` is built where nvcc is on PATH; if nvcc fails, the
-set-up goes on without it, with a warning: plain torch computes the same. Neither includes a torch header, so an
-isolated build needs only setuptools and pybind11.
+set-up goes on without it, with a warning: plain torch computes the same. Neither includes a torch header, so
+an isolated build needs only setuptools and pybind11.
 """
 
 import shutil
@@ -52,7 +52,7 @@ class BuildExtensions(build_ext):
             for built in (output, Path(self.get_ext_filename(ext.name))):
                 built.unlink(missing_ok=True)
             print(
-                f"warning: {CUDA_EXTENSION} is not built: nvcc fails, as shown above ({type(error).__name__}). "
+                f"warning: {CUDA_EXTENSION} is not built: nvcc fails ({type(error).__name__}, see above). "
                 "On a GPU, plain torch computes the same, slower",
                 file=sys.stderr,
             )

@@ -1,4 +1,4 @@
-"""Tests set-up on hosts with GPUs: which locks it installs, what `make te` and `make apex` miss, a failing nvcc.
+"""Tests set-up on hosts with GPUs: which locks it installs, what make te and make apex miss, a failing nvcc.
 
 The virtual environment's Python, nvidia-smi and the compilers are test doubles, shell scripts: nothing is
 installed or compiled.
