@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup sglang demo experiment test dry-run lint bench profile gpu-check sanitize
+.PHONY: help setup sglang te apex demo experiment test dry-run lint bench profile gpu-check sanitize
 
 export PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV_PYTHON := $(CURDIR)/.venv/bin/python
@@ -20,15 +20,23 @@ setup: $(BUILD) ## Create .venv with pinned packages and build csrc in place
 sglang: $(SGLANG) ## Create .venv-sglang with SGLang, the rollout server; its CPU build without a GPU
 	@echo "ready: .venv-sglang/bin/python -m sglang.launch_server"
 
+te: $(BUILD) ## Build Transformer Engine for .venv, on a host with GPUs
+	@tools/setup.sh te
+
+apex: $(BUILD) ## Build NVIDIA's apex for .venv, on a host with GPUs and nvcc; not needed where Transformer Engine is
+	@tools/setup.sh apex
+
 demo: $(BUILD) $(if $(filter sglang,$(ENGINE)),$(SGLANG)) ## Train the tiny policy: STEPS=n SEED=n ALGORITHM=bicc|grpo ENGINE=local|sglang OUT=dir
 	@PYTHON="$(VENV_PYTHON)" examples/run_bicc_tiny.sh
 
 experiment: $(BUILD) ## Compare GRPO, BICC and RCC on the tiny policy and write docs/results.md (about an hour on 2 cores)
-	@$(VENV_PYTHON) -W ignore tools/run_experiment.py
+	@MEGATRON_BICC_DEVICE=cpu $(VENV_PYTHON) -W ignore tools/run_experiment.py
 
 test: $(BUILD) $(SGLANG) ## Run all tests, two files at a time; TESTS=path selects some
 	@# in the order of tests/conftest.py, not files with many tests first
 	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	@# in a process of their own: all other tests hide the GPUs
+	@if [[ -z "$(TESTS)" ]] && nvidia-smi -L >/dev/null 2>&1; then $(VENV_PYTHON) -m pytest tests/gpu; fi
 
 dry-run: $(BUILD) ## Check a run without starting it or needing a GPU: CONFIG=file WORLD_SIZE=processes SETTINGS="a=b ..."
 	@WORLD_SIZE=$(or $(WORLD_SIZE),1) $(VENV_PYTHON) -m megatron_bicc.train --config $(CONFIG) --dry-run $(SETTINGS)
@@ -52,11 +60,11 @@ gpu-check: $(BUILD) ## Check on this machine's GPUs what no CPU can show (docs/g
 sanitize: $(BUILD) ## Run the packer with address and undefined-behaviour sanitizers: INPUTS=n malformed inputs
 	@PYTHON="$(VENV_PYTHON)" tools/sanitize_packer.sh $(INPUTS)
 
-$(PACKAGES): requirements.lock tools/setup.sh
+$(PACKAGES): requirements.lock requirements-cuda.lock tools/setup.sh
 	@tools/setup.sh packages
 	@touch $@
 
-$(SGLANG): requirements-sglang.lock tools/setup.sh $(shell find tools/sglang_cpu -type f)
+$(SGLANG): requirements-sglang.lock requirements-sglang-cuda.lock tools/setup.sh $(shell find tools/sglang_cpu -type f)
 	@tools/setup.sh sglang
 	@touch $@
 

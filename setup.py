@@ -1,13 +1,16 @@
 """Builds the native extensions; all other metadata is in pyproject.toml.
 
-`megatron_bicc._C` is plain C++17. `megatron_bicc._C_cuda` is built where nvcc is on PATH and there are CUDA
-sources. Neither includes a torch header, so an isolated build needs only setuptools and pybind11.
+`megatron_bicc._C` is plain C++17. `megatron_bicc._C_cuda` is built where nvcc is on PATH; if nvcc fails, the
+set-up goes on without it, with a warning: plain torch computes the same. Neither includes a torch header, so
+an isolated build needs only setuptools and pybind11.
 """
 
-import os
 import shutil
+import subprocess
+import sys
 import sysconfig
 from glob import glob
+from pathlib import Path
 
 import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
@@ -15,12 +18,19 @@ from setuptools import Extension, setup
 
 HEADERS = glob("csrc/**/*.h*", recursive=True) + glob("csrc/**/*.cuh", recursive=True)
 CUDA_EXTENSION = "megatron_bicc._C_cuda"
-# Native code for A100 and H100; the PTX lets the driver compile for later GPUs.
-CUDA_TARGETS = [
-    "-gencode=arch=compute_80,code=sm_80",
-    "-gencode=arch=compute_90,code=sm_90",
-    "-gencode=arch=compute_90,code=compute_90",
-]
+# A100, H100, B200
+CUDA_ARCHITECTURES = ("80", "90", "100")
+
+
+def cuda_targets() -> list[str]:
+    """Returns nvcc's options: native code for each architecture that this nvcc knows, and the last one's PTX.
+
+    The PTX lets the driver compile for later GPUs. Raises CalledProcessError or OSError if nvcc does not run.
+    """
+    listed = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = [number for number in CUDA_ARCHITECTURES if f"compute_{number}" in listed.split()]
+    native = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in known]
+    return [*native, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
 
 
 class BuildExtensions(build_ext):
@@ -30,10 +40,22 @@ class BuildExtensions(build_ext):
         if ext.name != CUDA_EXTENSION:
             super().build_extension(ext)
             return
-        output = self.get_ext_fullpath(ext.name)
-        self.mkpath(os.path.dirname(output))
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
         includes = [f"-I{path}" for path in (*ext.include_dirs, sysconfig.get_path("include"))]
-        self.spawn(["nvcc", *ext.extra_compile_args, *includes, *ext.sources, "-o", output])
+        try:
+            targets = cuda_targets()
+            command = ["nvcc", *ext.extra_compile_args, *targets, *includes, *ext.sources, "-o", str(output)]
+            subprocess.run(command, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            # an extension of older sources must not remain
+            for built in (output, Path(self.get_ext_filename(ext.name))):
+                built.unlink(missing_ok=True)
+            print(
+                f"warning: {CUDA_EXTENSION} is not built: nvcc fails ({type(error).__name__}, see above). "
+                "On a GPU, plain torch computes the same, slower",
+                file=sys.stderr,
+            )
 
 
 def native_extensions() -> list[Extension]:
@@ -59,7 +81,8 @@ def native_extensions() -> list[Extension]:
                 cuda_sources,
                 include_dirs=["csrc", pybind11.get_include()],
                 depends=HEADERS,
-                extra_compile_args=host + CUDA_TARGETS,
+                extra_compile_args=host,
+                optional=True,  # not copied into the package where it was not built
             )
         )
     return extensions

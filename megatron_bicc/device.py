@@ -1,13 +1,17 @@
 """The device, the process group and the hosts' heartbeats: CUDA with NCCL, or the CPU with gloo.
 
-Only this module checks for CUDA. A host that is cut off reports no error, and a collective would wait for its
-timeout: the first process of each host sends heartbeats through the store, and ends when another's stop.
+Only this module checks for CUDA. A run trains on the CPU where torch is a CPU build and there is no GPU, or
+with MEGATRON_BICC_DEVICE=cpu; otherwise a GPU that cannot be used is an error.
+
+A host that is cut off reports no error, and a collective would wait for its timeout: the first process of
+each host sends heartbeats through the store, and ends when another's stop.
 """
 
 import gc
 import os
 import secrets
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -23,6 +27,10 @@ from megatron_bicc import launcher
 from megatron_bicc.collective import gathered
 from megatron_bicc.errors import UserError, first_line
 
+VARIABLE = "MEGATRON_BICC_DEVICE"
+"""Environment variable; "cpu" asks for the CPU on a host with GPUs"""
+OLDEST_DRIVER = 580
+"""The oldest branch of the NVIDIA driver that runs CUDA 13, for which torch 2.11 and later are built"""
 INTERVAL_S = 2.0
 """Seconds between two heartbeats"""
 CHECK_S = 1.0
@@ -137,8 +145,12 @@ _kernels: ModuleType | None = None
 
 
 def has_cuda() -> bool:
-    """Returns whether this process trains on a CUDA device."""
-    return torch.cuda.is_available()
+    """Returns whether this process trains on a CUDA device: never with MEGATRON_BICC_DEVICE=cpu."""
+    return not _cpu_is_asked_for() and torch.cuda.is_available()
+
+
+def _cpu_is_asked_for() -> bool:
+    return os.environ.get(VARIABLE) == "cpu"
 
 
 def device() -> torch.device:
@@ -228,14 +240,82 @@ def is_first() -> bool:
 def start_distributed() -> None:
     """Joins the process group that torchrun describes; without torchrun, makes a group of one process.
 
-    Raises UserError that names the address if the rendezvous fails.
+    Raises UserError that names the address if the rendezvous fails, and one that names driver and versions if
+    there are GPUs that torch cannot use, or more processes than GPUs.
     """
     global _store
-    if has_cuda():
-        torch.cuda.set_device(local_rank())
+    _choose_device()
     _store, rank, size = _meet() if "RANK" in os.environ else (dist.HashStore(), 0, 1)
     backend = "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
     dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=TIMEOUT)
+
+
+def _choose_device() -> None:
+    """Takes this process's GPU, or hides all GPUs if the CPU is to be used."""
+    asked = os.environ.get(VARIABLE, "")
+    if asked not in ("", "cpu"):
+        raise UserError(f"{VARIABLE} is {asked!r}; it must be cpu, or unset to use the GPUs")
+    if has_cuda():
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"{launcher.place()} has local rank {local_rank()}, but torch sees "
+                f"{torch.cuda.device_count()} GPUs: start one process for each GPU (torchrun "
+                f"--nproc-per-node {torch.cuda.device_count()}), or set {VARIABLE}=cpu to train on the CPU"
+            )
+        torch.cuda.set_device(local_rank())
+    elif asked == "cpu":
+        # megatron-core, transformers and spawned servers look for GPUs, too
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        _refuse_unusable_gpus()
+
+
+def _refuse_unusable_gpus() -> None:
+    """Raises UserError if this host has GPUs or torch is built for them: training would be on the CPU."""
+    drivers = _drivers()
+    if drivers:
+        found = f"nvidia-smi lists {len(drivers)} GPUs with driver {drivers[0]}"
+    elif torch.version.cuda:
+        found = "nvidia-smi lists no GPU"
+    else:
+        return
+    if torch.version.cuda:
+        remedy = (
+            f"install NVIDIA driver {OLDEST_DRIVER} or newer, and check CUDA_VISIBLE_DEVICES and that a "
+            "container has the GPUs"
+        )
+    else:
+        remedy = "install a CUDA build (make setup takes one where nvidia-smi lists a GPU)"
+    raise UserError(
+        f"{found}, and torch {torch.__version__}, a build for {_build()}, cannot use one: {remedy}; or set "
+        f"{VARIABLE}=cpu to train on the CPU"
+    )
+
+
+def _build() -> str:
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
+
+
+def _drivers() -> list[str]:
+    """Returns the driver's version once for each GPU of this host; none if nvidia-smi does not answer."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.split() if done.returncode == 0 else []
+
+
+def description() -> str:
+    """Returns, for the log, the device of this process and the versions of driver, torch, CUDA and NCCL."""
+    if not has_cuda():
+        return f"CPU, torch {torch.__version__}"
+    driver = next(iter(_drivers()), "unknown")
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return (
+        f"{torch.cuda.get_device_name()}, driver {driver}, torch {torch.__version__}, CUDA "
+        f"{torch.version.cuda}, NCCL {nccl}"
+    )
 
 
 def _meet() -> tuple[dist.Store, int, int]:

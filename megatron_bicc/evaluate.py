@@ -104,8 +104,10 @@ def main(argv: list[str]) -> None:
 def run(config: Config, paths: list[str]) -> None:
     """Evaluates model.path on benchmark files; rank 0 writes the results to output_dir and prints a table."""
     inputs = read_inputs(config, paths)
-    with phase("process group"):
+    with phase("process group") as sizes:
         device.start_distributed()
+        if device.is_first():
+            sizes.append(device.description())
         hold_output_dir(config)
     evaluations = evaluate_benchmarks(inputs)
     if dist.get_rank() == 0:

@@ -1,15 +1,15 @@
-"""Shared fixtures."""
+"""Shared fixtures, and which tests see this machine's GPUs: those of tests/gpu, where nothing else is run.
 
+All others compare with references in fp32 on the CPU and start more processes than there may be GPUs.
+"""
+
+import os
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from support import emulated_kernels as emulated
-from support.models import save_models
 
-from megatron_bicc import device
-from megatron_bicc.config import Config
-from megatron_bicc.model.policy import start_model_parallel
+GPU_TESTS = Path(__file__).parent / "gpu"
 
 LONGEST_FILES = (
     "test_sglang_engine",
@@ -33,6 +33,15 @@ LONGEST_FILES = (
 """The longest first: one that began last would run alone, beside idle cores"""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides the GPUs from this process and all that it starts, before anything loads CUDA."""
+    paths = [
+        (config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args
+    ]
+    if not all(path.is_relative_to(GPU_TESTS) for path in paths):
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "MEGATRON_BICC_DEVICE": "cpu"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sorts files by length; the order inside a file stays."""
     place = {name: number for number, name in enumerate(LONGEST_FILES)}
@@ -42,12 +51,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Returns the directories of support.models.MODELS, by name."""
+    # imported late, here and below: it loads torch, and libraries of megatron-core that ask for CUDA
+    from support.models import save_models
+
     return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
 def single_process() -> None:
     """Creates megatron-core's process groups for one process."""
+    from megatron_bicc import device
+    from megatron_bicc.config import Config
+    from megatron_bicc.model.policy import start_model_parallel
+
     device.start_distributed()
     start_model_parallel(Config())
 
@@ -55,5 +71,9 @@ def single_process() -> None:
 @pytest.fixture
 def emulated_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Makes the product call csrc's CUDA kernels, compiled for the host, on CPU tensors."""
+    from support import emulated_kernels as emulated
+
+    from megatron_bicc import device
+
     monkeypatch.setattr(device, "_kernels", emulated.build())
     return device.kernels()

@@ -4,7 +4,7 @@
 tools/check_environment.py --gpus 8 --nodes 4 --node-rank 0 --master-addr host0 --shared runs/x
 
 Run it on all hosts at the same time. It prints one line per failure on stderr and exits with status 1, or
-with 0 if all checks pass.
+with 0 if all checks pass. --before-setup checks only what the packages of a host with GPUs need.
 """
 
 import argparse
@@ -16,8 +16,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-OLDEST_DRIVER = 525
-"""The oldest driver branch that runs CUDA 12"""
+OLDEST_DRIVER = 580
+"""The oldest driver branch that runs CUDA 13, for which the locked torch and SGLang are built"""
+OLDEST_GLIBC = (2, 34)
+"""What the wheel of the locked SGLang is built for"""
 OLDEST_NCCL = (2, 18)
 STALE_S = 900.0
 """A file of another host that is this much older than this host's is from an earlier start"""
@@ -31,11 +33,14 @@ def main(argv: list[str]) -> int:
     """Runs the checks in order; the NCCL check needs a GPU and is skipped without one."""
     arguments = _parser().parse_args(argv)
     failures: list[str] = []
-    if _run(check_gpus, arguments, failures):
-        _run(check_nccl, arguments, failures)
-    _run(check_port, arguments, failures)
-    if _run(check_shared_directory, arguments, failures):
-        _run(check_clocks, arguments, failures)
+    has_gpus = _run(check_gpus, arguments, failures)
+    _run(check_glibc, arguments, failures)
+    if not arguments.before_setup:
+        if has_gpus and _run(check_nccl, arguments, failures):
+            _run(check_same_nccl, arguments, failures)
+        _run(check_port, arguments, failures)
+        if _run(check_shared_directory, arguments, failures):
+            _run(check_clocks, arguments, failures)
     for line in failures:
         print(f"{socket.gethostname()}: {line}", file=sys.stderr)
     return 1 if failures else 0
@@ -67,10 +72,24 @@ def check_gpus(arguments: argparse.Namespace) -> None:
         reason = (done.stdout + done.stderr).strip().partition("\n")[0]
         raise Failure(f"nvidia-smi fails: {reason}: install or restart the NVIDIA driver")
     versions = done.stdout.split()
-    if len(versions) < arguments.gpus:
+    if len(versions) < arguments.gpus and not arguments.before_setup:
         raise Failure(f"{len(versions)} GPUs, {arguments.gpus} needed: set GPUS_PER_NODE")
     if int(versions[0].partition(".")[0]) < OLDEST_DRIVER:
-        raise Failure(f"NVIDIA driver {versions[0]} is too old: install {OLDEST_DRIVER} or newer")
+        raise Failure(
+            f"NVIDIA driver {versions[0]} is too old for CUDA 13: install {OLDEST_DRIVER} or newer, or train "
+            "on the CPU with MEGATRON_BICC_DEVICE=cpu"
+        )
+
+
+def check_glibc(arguments: argparse.Namespace) -> None:
+    """Checks that the C library is new enough for SGLang's wheel."""
+    name, _, version = os.confstr("CS_GNU_LIBC_VERSION").partition(" ")
+    if tuple(map(int, version.split("."))) < OLDEST_GLIBC:
+        needed = ".".join(map(str, OLDEST_GLIBC))
+        raise Failure(
+            f"{name} {version} is too old for SGLang, which needs {needed}: use Debian 12, Ubuntu 22.04, "
+            "RHEL 9 or newer, or a container of one"
+        )
 
 
 def check_nccl(arguments: argparse.Namespace) -> None:
@@ -92,6 +111,28 @@ def check_nccl(arguments: argparse.Namespace) -> None:
     if version[:2] < OLDEST_NCCL:
         raise Failure(
             f"NCCL {'.'.join(map(str, version))} is too old: {OLDEST_NCCL[0]}.{OLDEST_NCCL[1]} needed"
+        )
+
+
+def check_same_nccl(arguments: argparse.Namespace) -> None:
+    """Checks that the environment of the rollout servers, if it is here, has the trainer's NCCL.
+
+    NCCL refuses a communicator of different versions: weight_sync.method=distributed would fail.
+    """
+    import torch
+
+    if not Path(arguments.sglang_python).exists():
+        return
+    command = [arguments.sglang_python, "-c", "import torch; print(*torch.cuda.nccl.version(), sep='.')"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise Failure(f"{arguments.sglang_python} has no NCCL: {reason}: make sglang on a host with GPUs")
+    own = ".".join(map(str, torch.cuda.nccl.version()))
+    if done.stdout.strip() != own:
+        raise Failure(
+            f"NCCL is {own} here and {done.stdout.strip()} in {arguments.sglang_python}: make setup and make "
+            "sglang install the same; NCCL refuses to connect different versions"
         )
 
 
@@ -165,6 +206,10 @@ def _is_fresh(mark: Path, own: Path) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--before-setup", action="store_true", help="check only driver and C library")
+    parser.add_argument(
+        "--sglang-python", default=".venv-sglang/bin/python", help="Python of the rollout servers"
     )
     parser.add_argument("--gpus", type=int, default=8, help="GPUs that this host needs")
     parser.add_argument("--nodes", type=int, default=1, help="number of hosts")

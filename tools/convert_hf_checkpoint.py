@@ -26,7 +26,10 @@ from megatron_bicc.model.policy import start_model_parallel
 
 def main(argv: list[str]) -> int:
     """Calls `run` with megatron-core's process groups. Returns the exit status."""
-    device.start_distributed()
+    try:
+        device.start_distributed()
+    except UserError as error:
+        return _failed(error)
     start_model_parallel(Config())
     try:
         return run(argv)
@@ -40,8 +43,12 @@ def run(argv: list[str]) -> int:
     try:
         return arguments.run(arguments)
     except UserError as error:
-        print(f"convert_hf_checkpoint: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _failed(error)
+
+
+def _failed(error: UserError) -> int:
+    print(f"convert_hf_checkpoint: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
 
 
 def _import(arguments: argparse.Namespace) -> int:

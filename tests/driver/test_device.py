@@ -1,16 +1,25 @@
-"""Tests each redirection by which megatron-core runs on a CPU, so that a new version fails by name."""
+"""Tests which device a run takes, and each redirection by which megatron-core runs on a CPU.
+
+A new megatron-core version fails by the redirection's name. `nvidia-smi` is a test double, a shell script.
+"""
 
 import importlib.metadata
+import os
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from megatron.core.transformer.moe import moe_utils
+from support import warm
 
 from megatron_bicc import device
 from megatron_bicc import device_cpu as cpu
+from megatron_bicc.errors import UserError
+
+TINY = ["--config", "examples/configs/tiny.yaml", "parallel.tensor=1", "train.steps=1", "evaluation.data="]
 
 
 @pytest.mark.parametrize("seam", cpu._seams(), ids=lambda seam: f"{seam[0].__name__}.{seam[1]}")
@@ -82,3 +91,94 @@ def test_kernels_are_chosen_once_and_say_why(
     monkeypatch.setattr(device, "_kernels", None)
     assert device.choose_kernels(wanted).startswith(chosen)
     assert device.kernels() is (built if chosen == "csrc's CUDA kernels" else None)
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Returns a function that makes this a host with GPUs of these drivers, not hidden; returns its PATH."""
+
+    def make(*drivers: str) -> str:
+        double = tmp_path / "bin/nvidia-smi"
+        double.parent.mkdir()
+        double.write_text(f"#!/bin/sh\n{'; '.join(f'echo {driver}' for driver in drivers) or 'exit 9'}\n")
+        double.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{double.parent}:{os.environ['PATH']}")
+        monkeypatch.delenv("MEGATRON_BICC_DEVICE", raising=False)
+        return os.environ["PATH"]
+
+    return make
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a CUDA build")
+def test_a_run_that_would_ignore_the_gpus_ends_with_one_line(host, tmp_path: Path) -> None:
+    variables = {"PATH": host("535.129.03", "535.129.03"), "MEGATRON_BICC_DEVICE": ""}
+    done = warm.run(["-m", "megatron_bicc.train", *TINY, f"output_dir={tmp_path / 'run'}"], **variables)
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert "nvidia-smi lists 2 GPUs with driver 535.129.03, and torch" in line
+    assert "a build for the CPU, cannot use one: install a CUDA build" in line
+    assert line.endswith("or set MEGATRON_BICC_DEVICE=cpu to train on the CPU")
+
+
+@pytest.mark.parametrize(
+    ("drivers", "found"),
+    [(("570.86.10",), "nvidia-smi lists 1 GPUs with driver 570.86.10"), ((), "nvidia-smi lists no GPU")],
+)
+def test_a_cuda_build_that_cannot_use_the_gpus_is_refused(
+    host, monkeypatch: pytest.MonkeyPatch, drivers: tuple[str, ...], found: str
+) -> None:
+    host(*drivers)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(UserError) as refused:
+        device.start_distributed()
+    assert str(refused.value).startswith(f"{found}, and torch {torch.__version__}, a build for CUDA 13.0,")
+    assert "install NVIDIA driver 580 or newer" in str(refused.value)
+
+
+def test_the_cpu_is_taken_on_a_host_with_gpus_where_it_is_asked_for(host, tmp_path: Path) -> None:
+    """The run's log says so; a later process of it sees no GPU either."""
+    variables = {"PATH": host("580.95.05"), "MEGATRON_BICC_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "0"}
+    out = tmp_path / "run"
+    engine = tmp_path / "engine.py"
+    engine.write_text(
+        "import os\n"
+        "from megatron_bicc.errors import UserError\n"
+        "def make(*_):\n"
+        "    raise UserError(f'it sees GPUs {os.environ[\"CUDA_VISIBLE_DEVICES\"]!r}')\n"
+    )
+    settings = [f"output_dir={out}", f"rollout.engine={engine}:make"]
+    done = warm.run(["-m", "megatron_bicc.train", *TINY, *settings], **variables)
+    assert f"process group: 1 processes, CPU, torch {torch.__version__}" in done.stderr
+    assert "it sees GPUs ''" in done.stderr.splitlines()[-1]
+
+
+def test_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGATRON_BICC_DEVICE", "gpu")
+    with pytest.raises(UserError, match="MEGATRON_BICC_DEVICE is 'gpu'; it must be cpu, or unset"):
+        device.start_distributed()
+
+
+def test_cuda_is_not_asked_for_where_the_cpu_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not device.has_cuda()  # the tests set MEGATRON_BICC_DEVICE=cpu
+    monkeypatch.delenv("MEGATRON_BICC_DEVICE")
+    assert device.has_cuda()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MEGATRON_BICC_DEVICE")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="has local rank 1, but torch sees 1 GPUs: .*--nproc-per-node 1"):
+        device.start_distributed()
+
+
+def test_the_log_names_the_gpu_and_the_versions(host, monkeypatch: pytest.MonkeyPatch) -> None:
+    host("580.95.05")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 30, 7))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    expected = f"NVIDIA H100, driver 580.95.05, torch {torch.__version__}, CUDA 13.0, NCCL 2.30.7"
+    assert device.description() == expected

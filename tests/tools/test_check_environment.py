@@ -14,7 +14,7 @@ import pytest
 import torch
 
 TOOL = Path(__file__).parents[2] / "tools/check_environment.py"
-FOUR_GPUS = "echo 550.54.15; echo 550.54.15; echo 550.54.15; echo 550.54.15"
+FOUR_GPUS = "echo 580.95.05; echo 580.95.05; echo 580.95.05; echo 580.95.05"
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,10 @@ def tool() -> ModuleType:
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA build of torch that reaches four GPUs, as far as the checks ask."""
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
-    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 30, 7))
 
 
 @pytest.fixture
@@ -47,7 +47,8 @@ def run(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
             double.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path / "bin"))
         status = tool.main(
-            ["--gpus", "4", "--master-port", str(free_port()), "--shared", str(tmp_path), *arguments]
+            ["--gpus", "4", "--master-port", str(free_port()), "--shared", str(tmp_path)]
+            + ["--sglang-python", str(tmp_path / "python"), *arguments]
         )
         lines = capsys.readouterr().err.splitlines()
         assert status == (1 if lines else 0)
@@ -74,8 +75,8 @@ def test_a_good_host_passes(run, gpus: None) -> None:
             "echo 'Driver/library version mismatch'; exit 9",
             "nvidia-smi fails: Driver/library version mismatch",
         ),
-        ("echo 550.54.15", "1 GPUs, 4 needed"),
-        ("for i in 1 2 3 4; do echo 470.82.01; done", "NVIDIA driver 470.82.01 is too old"),
+        ("echo 580.95.05", "1 GPUs, 4 needed"),
+        ("for i in 1 2 3 4; do echo 570.86.10; done", "NVIDIA driver 570.86.10 is too old for CUDA 13"),
     ],
 )
 def test_driver(run, gpus: None, nvidia_smi: str | None, part: str) -> None:
@@ -98,6 +99,36 @@ def test_nccl(
     monkeypatch.setattr(place, name, value)
     (line,) = run(FOUR_GPUS)
     assert part in line
+
+
+@pytest.mark.parametrize(
+    ("python", "part"),
+    [
+        ("echo 2.30.7", None),
+        ("echo 2.29.7", "NCCL is 2.30.7 here and 2.29.7 in"),
+        ("echo Traceback >&2; echo 'no torch' >&2; exit 1", "has no NCCL: no torch: make sglang"),
+    ],
+)
+def test_servers_have_the_same_nccl(run, gpus: None, tmp_path: Path, python: str, part: str | None) -> None:
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{python}\n")
+    (tmp_path / "python").chmod(0o755)
+    lines = run(FOUR_GPUS)
+    assert len(lines) == (part is not None)
+    assert all(part in line for line in lines)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--before-setup",)])
+def test_old_c_library(run, gpus: None, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]) -> None:
+    monkeypatch.setattr(os, "confstr", lambda name: "glibc 2.31")
+    (line,) = run(FOUR_GPUS, *arguments)
+    assert "glibc 2.31 is too old for SGLang, which needs 2.34" in line
+
+
+def test_before_setup_one_gpu_and_no_torch_will_do(run) -> None:
+    """A host with fewer GPUs than a run needs, whose port and directory are not yet known."""
+    assert run("echo 580.95.05", "--before-setup", "--shared", "/proc/nowhere") == []
+    (line,) = run("echo 535.129.03", "--before-setup")
+    assert "NVIDIA driver 535.129.03 is too old for CUDA 13: install 580 or newer" in line
 
 
 def test_port_is_taken(run, gpus: None) -> None:
