@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bicc.checkpoint.checkpoint import Progress, checkpoints, read_progress
-from megatron_bicc.config import RENAMED, Config, flatten, settings
+from megatron_bicc.config import RENAMED, Config, flatten, setting_of
 from megatron_bicc.errors import UserError
 from megatron_bicc.metrics import METRICS_FILE
 from megatron_bicc.weights.hf_files import fingerprint

@@ -30,6 +30,7 @@ from megatron_bicc.config import Config
 from megatron_bicc.errors import NotFiniteError
 from megatron_bicc.model.build import PolicyModel, build_modules, describe, transformer_config
 from megatron_bicc.model.gradient_sketch import GradientSketch, sketch_directions
+from megatron_bicc.model.megatron_settings import megatron_core_config
 from megatron_bicc.model.optimizer import make_optimizer, make_scheduler, step_if
 from megatron_bicc.model.packed_batch import PackedBatch
 
@@ -56,7 +57,16 @@ def start_model_parallel(config: Config, gloo_groups: bool = True) -> None:
         tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
 
 
-def data_parallel(megatron_config: TransformerConfig, module: PolicyModel) -> DistributedDataParallel:
+def ddp_config(config: Config) -> DistributedDataParallelConfig:
+    """Returns megatron-core's configuration of the wrapper. Raises UserError for megatron.ddp."""
+    return megatron_core_config(
+        DistributedDataParallelConfig, config, use_distributed_optimizer=True, grad_reduce_in_fp32=True
+    )
+
+
+def data_parallel(
+    config: Config, megatron_config: TransformerConfig, module: PolicyModel
+) -> DistributedDataParallel:
     """Wraps a chunk: parameters and fp32 gradients get buffers that are sharded over data-parallel ranks.
 
     The gradient of a weight is summed over all ranks that hold a copy of it: a dense weight's over the
@@ -67,8 +77,7 @@ def data_parallel(megatron_config: TransformerConfig, module: PolicyModel) -> Di
             # megatron-core marks experts under expert parallel only. Without it, tensor-parallel ranks hold
             # copies of the experts too, and a checkpoint's entries must not depend on the layout.
             parameter.allreduce = False
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    return DistributedDataParallel(megatron_config, ddp, module)
+    return DistributedDataParallel(megatron_config, ddp_config(config), module)
 
 
 class WeightSource(Protocol):
@@ -107,7 +116,11 @@ class Policy:
             self.directions = sketch_directions(hf_config.vocab_size, hf_config.hidden_size)
             # before the optimizer, which copies bf16 weights to its fp32 main weights
             source.load(self.modules)
-            self.chunks = [data_parallel(self.megatron_config, module) for module in self.modules]
+            self.chunks = [data_parallel(config, self.megatron_config, module) for module in self.modules]
+            if self.chunks[0].ddp_config.overlap_grad_reduce:
+                # gradients are complete, and may be reduced, after the last micro-batch only
+                no_sync = [chunk.no_sync for chunk in self.chunks]
+                self.megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
             self.optimizer = make_optimizer(config, self.chunks)
             self.scheduler = make_scheduler(config, self.optimizer)
 
@@ -208,7 +221,9 @@ class Policy:
 
     def _check_gradients(self, norm: float) -> None:
         """Raises NotFiniteError on every rank. Collective. megatron-core checks under a loss scaler only."""
-        own = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        stepped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        # megatron-core's precision-aware optimizer reads another attribute than grad
+        own = [g for p in stepped if (g := getattr(p, "decoupled_grad", p.grad)) is not None]
         # The norm is not enough: it leaves out parameters that tensor-parallel ranks hold copies of.
         if _on_all_ranks(math.isfinite(norm) and is_finite(*own)):
             return

@@ -124,7 +124,7 @@ def _build_shard(
         modules = build_modules(megatron_config, hf_config, config.rollout.temperature, torch.device("meta"))
         if source is not None:
             fill_parameters(modules, hf_config, source)
-        chunks = [data_parallel(megatron_config, module) for module in modules]
+        chunks = [data_parallel(config, megatron_config, module) for module in modules]
         optimizer = make_optimizer(config, chunks, gloo_groups=False)
         return Shard(
             rank=rank,
