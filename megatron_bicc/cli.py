@@ -16,7 +16,7 @@ import jsonargparse
 import yaml
 
 from megatron_bicc.algorithms.presets import parse_algorithm, resolve
-from megatron_bicc.config import RENAMED, Config, did_you_mean, setting_of, settings
+from megatron_bicc.config import RENAMED, Config, did_you_mean, in_mapping, setting_of, settings
 from megatron_bicc.errors import PROGRAM, UserError, abort, print_rank0
 
 FLAGS = ("-h", "--help", "--print-config")
@@ -204,10 +204,7 @@ def _is_section(name: str) -> bool:
 
 def _is_setting(name: str) -> bool:
     """Returns whether a value can be given to this name: a setting's, or one in a mapping."""
-    if name in settings():
-        return not settings()[name].is_mapping
-    mapping = settings().get(name.rpartition(".")[0])
-    return mapping is not None and mapping.is_mapping
+    return in_mapping(name) or (name in settings() and not settings()[name].is_mapping)
 
 
 def _check_name(name: str, origin: str) -> None:

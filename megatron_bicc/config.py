@@ -103,7 +103,7 @@ def setting(default: Any, **rule: Any) -> Any:
 
 
 def mapping() -> Any:
-    """Declares names that are not listed here, with their values; each is set as SECTION.MAPPING.NAME=value."""
+    """Declares a mapping of names that are not listed here; each is set as SECTION.MAPPING.NAME=value."""
     return field(default_factory=dict, metadata={"rule": Rule()})
 
 
@@ -216,9 +216,9 @@ class ModelConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass recomputes instead of storing them."""
     attention: Literal["auto", "fa2", "fa3", "fa4"] = "auto"
-    """CUDA, 16 bits: flash attention kernels, torch's own (fa2) or an installed package's; auto: the newest."""
+    """CUDA, 16 bits: flash attention of torch (fa2) or an installed package; auto: the newest that fits."""
     reference: Literal["auto", "host", "device"] = "auto"
-    """Memory of the reference policy's weights; auto: the device's if it is a GPU with room, else the host's."""
+    """Memory of the reference policy's weights; auto: the GPU's if they take a quarter of what is free."""
 
 
 @dataclass
@@ -612,9 +612,15 @@ def _walk(cls: type, prefix: str, inherited: bool, docs: dict[tuple[str, str], s
             yield Setting(prefix + f.name, f.type, default, docs[cls.__name__, f.name], rule)
 
 
+def in_mapping(name: str) -> bool:
+    """Returns whether a dotted name is one in a mapping, such as megatron.ddp.bucket_size."""
+    mapping = settings().get(name.rpartition(".")[0])
+    return mapping is not None and mapping.is_mapping
+
+
 def setting_of(name: str) -> Setting:
     """Returns the setting of a dotted name; a name inside a mapping belongs to the mapping's setting."""
-    return settings().get(name) or settings()[name.rpartition(".")[0]]
+    return settings()[name.rpartition(".")[0] if in_mapping(name) else name]
 
 
 def _field_docstrings() -> dict[tuple[str, str], str]:

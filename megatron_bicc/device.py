@@ -142,6 +142,33 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if has_cuda() else torch.device("cpu")
 
 
+def limit_connections() -> None:
+    """Makes CUDA run kernels in the order of their launches, on which megatron-core relies to overlap work.
+
+    Call it before CUDA starts. A value that the user has set stays.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def free_bytes() -> int | None:
+    """Returns the free memory of this process's GPU; None on a CPU."""
+    return torch.cuda.mem_get_info(device())[0] if has_cuda() else None
+
+
+def gpu_name() -> str:
+    """Returns the name of this process's GPU, such as NVIDIA H100 80GB HBM3; empty on a CPU."""
+    return torch.cuda.get_device_name(device()) if has_cuda() else ""
+
+
+def take_peak_bytes() -> int:
+    """Returns the most GPU memory that tensors have taken since the last call; 0 on a CPU."""
+    if not has_cuda():
+        return 0
+    peak = torch.cuda.max_memory_allocated(device())
+    torch.cuda.reset_peak_memory_stats(device())
+    return peak
+
+
 def local_rank() -> int:
     """Returns the rank of this process on its host; 0 without torchrun."""
     return launcher.local_rank()

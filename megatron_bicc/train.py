@@ -62,6 +62,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: list[str]) -> None:
     """Runs the command line. errors.py lists what each kind of exception prints."""
+    device.limit_connections()
     try:
         run(parse_config(argv))
     except UserError as error:

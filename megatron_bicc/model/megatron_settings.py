@@ -292,18 +292,19 @@ NEEDS_TE = (
     "fp8",
     "fp4",
     "cpu_offloading",
+    "fine_grained_activation_offloading",
     "use_te_activation_func",
     "use_te_rng_tracker",
     "apply_rope_fusion",
     "moe_permute_fusion",
     "moe_router_fusion",
 )
-"""Fields of TransformerConfig that only Transformer Engine's layers and kernels honour"""
+"""Fields of TransformerConfig that need Transformer Engine"""
+TE_MODULES = ("layernorm", "moe_act")
+"""Likewise, entries of recompute_modules"""
 
 
-def megatron_core_config(
-    cls: type[MegatronCoreConfig], config: Config, **own: Any
-) -> MegatronCoreConfig:
+def megatron_core_config(cls: type[MegatronCoreConfig], config: Config, **own: Any) -> MegatronCoreConfig:
     """Returns a configuration of megatron-core: this package's fields, then those that the run sets.
 
     Raises UserError, one line, as `check_fields` does, and for values that megatron-core refuses together.
@@ -311,11 +312,17 @@ def megatron_core_config(
     given = check_fields(cls, config)
     try:
         return cls(**(own | given))
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         if not given:
             raise
         shown = ", ".join(f"{NAMES[cls]}.{name}" for name in given)
         raise UserError(f"{shown}: megatron-core refuses them in this run: {first_line(error)}") from error
+
+
+def check_megatron_settings(config: Config) -> None:
+    """Raises UserError for the first field that the run sets and `check_fields` refuses."""
+    for cls in NAMES:
+        check_fields(cls, config)
 
 
 def check_fields(cls: type[MegatronCoreConfig], config: Config) -> dict[str, Any]:
@@ -344,13 +351,19 @@ def check_fields(cls: type[MegatronCoreConfig], config: Config) -> dict[str, Any
         read = next(_readings(value, types_of[name]), None)
         if read is None:
             raise UserError(f"{section}.{name} is {value!r}; it must be {expected}")
-        if cls is TransformerConfig and name in NEEDS_TE and value and not HAVE_TE:
+        if cls is TransformerConfig and not HAVE_TE and _needs_te(name, value):
             raise UserError(
                 f"{section}.{name} is {value!r}; it needs Transformer Engine, which is not installed "
                 "(docs/policy.md)"
             )
         found[name] = read[0]
     return found
+
+
+def _needs_te(name: str, value: Any) -> bool:
+    if name == "recompute_modules":
+        return bool(value) and any(module in TE_MODULES for module in value)
+    return name in NEEDS_TE and bool(value)
 
 
 def _readings(value: Any, kind: Any) -> Iterator[tuple[Any]]:

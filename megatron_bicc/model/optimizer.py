@@ -47,9 +47,7 @@ def make_optimizer(
 
     gloo_groups: as given to `start_model_parallel`.
     """
-    optimizer = get_megatron_optimizer(
-        optimizer_config(config), chunks, use_gloo_process_groups=gloo_groups
-    )
+    optimizer = get_megatron_optimizer(optimizer_config(config), chunks, use_gloo_process_groups=gloo_groups)
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.AdamW):
             _start_state(part.optimizer)

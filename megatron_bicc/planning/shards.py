@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -125,7 +125,9 @@ def _build_shard(
         if source is not None:
             fill_parameters(modules, hf_config, source)
         chunks = [data_parallel(config, megatron_config, module) for module in modules]
-        optimizer = make_optimizer(config, chunks, gloo_groups=False)
+        # where megatron.optimizer puts the state does not change its size
+        plain = replace(config, megatron=replace(config.megatron, optimizer={}))
+        optimizer = make_optimizer(plain, chunks, gloo_groups=False)
         return Shard(
             rank=rank,
             pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),

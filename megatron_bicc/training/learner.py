@@ -122,7 +122,7 @@ class Learner:
         load_baseline(config)
         self.config = config
         self.policy = policy
-        self.reference = policy.host_copy() if needs_reference(config) else None
+        self.reference = policy.reference_copy(config) if needs_reference(config) else None
         self.regularises = regularises(config)
         self.bicc_weight = config.bicc.weight if config.bicc.enabled else 0.0
         self.dp_size = parallel_state.get_data_parallel_world_size()

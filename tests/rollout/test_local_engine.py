@@ -74,7 +74,7 @@ def test_a_sample_depends_on_its_seed_not_on_its_batch(model_dirs: dict[str, Pat
 
 def test_samples_follow_the_distribution() -> None:
     scores = torch.tensor([[1.0, 0.0, -1.0, 0.5]])
-    sampler = SeededSampler(list(range(20_000)), temperature=0.5)
+    sampler = SeededSampler(list(range(20_000)), 0.5, torch.device("cpu"))
     chosen = sampler(torch.zeros(20_000, 1), scores.expand(20_000, 4)).argmax(-1)
     frequency = torch.bincount(chosen, minlength=4) / 20_000
     torch.testing.assert_close(frequency, (scores[0] / 0.5).softmax(-1), atol=0.012, rtol=0)
