@@ -150,9 +150,9 @@ def limit_connections() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
-def free_bytes() -> int | None:
-    """Returns the free memory of this process's GPU; None on a CPU."""
-    return torch.cuda.mem_get_info(device())[0] if has_cuda() else None
+def unused_bytes() -> int:
+    """Returns the bytes of this process's GPU that no process uses; 0 on a CPU."""
+    return torch.cuda.mem_get_info(device())[0] if has_cuda() else 0
 
 
 def gpu_name() -> str:

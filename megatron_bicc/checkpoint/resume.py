@@ -100,7 +100,7 @@ def digests_of_files(config: Config) -> dict[str, str]:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    # a name that is only in `before` is told if it is in a mapping, not if a setting was removed from config.py
+    # also what is no longer set in a mapping, but not settings that config.py no longer has
     names = [*now, *(name for name in before if name not in now and in_mapping(name))]
     shown = {name: (before.get(name, "not set"), now.get(name, "not set")) for name in names}
     return {name: f"was {was}, is {is_now}" for name, (was, is_now) in shown.items() if was != is_now}

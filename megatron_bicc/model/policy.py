@@ -216,11 +216,11 @@ class Policy:
 
         Servers that share the GPU (rollout.colocate) take the room that a copy on the device would need.
         """
-        parameters, choice, free = self._all_parameters(), config.model.reference, device.free_bytes()
+        parameters, choice, free = self._all_parameters(), config.model.reference, device.unused_bytes()
         size = sum(parameter.nbytes for parameter in parameters)
-        fits = free is None or (not config.rollout.colocate and size <= free * REFERENCE_SHARE)
+        fits = not config.rollout.colocate and size <= free * REFERENCE_SHARE
         on_device = choice == "device" or (choice == "auto" and fits)
-        if free is not None and dist.get_rank() == 0:
+        if device.has_cuda() and dist.get_rank() == 0:
             place = "the GPU" if on_device else "the host"
             logger.info("reference policy: %.1f GB on %s (%.1f GB free)", size / 1e9, place, free / 1e9)
         return [parameter.detach().clone() for parameter in parameters] if on_device else self.host_copy()

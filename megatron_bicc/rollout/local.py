@@ -121,8 +121,8 @@ def make_local_engine(config: Config, tokenizer: PreTrainedTokenizerBase) -> Loc
     size = engine.model.num_parameters()
     if device.has_cuda() and device.is_first() and size > LARGE:
         logger.warning(
-            "rollout.engine is local, and the policy has %.1f billion parameters: transformers generates it many "
-            "times slower than a server would; set rollout.engine=sglang",
+            "rollout.engine is local, and the policy has %.1f billion parameters: transformers generates "
+            "many times slower than a server; set rollout.engine=sglang",
             size / 1e9,
         )
     return engine
@@ -159,8 +159,8 @@ class SeededSampler(LogitsProcessor):
     """Samples within generate's greedy search, each row from its own random stream.
 
     argmax(p / noise) with exponential noise is a draw from p (the Gumbel-max trick), so greedy search picks a
-    sample, which depends on the row's seed alone, not on the other rows of the batch. Streams of a CPU and of a
-    GPU differ.
+    sample, which depends on the row's seed alone, not on the other rows of the batch. A CPU and a GPU draw
+    different numbers.
     """
 
     def __init__(self, seeds: list[int], temperature: float, device: torch.device) -> None:
