@@ -202,6 +202,11 @@ def _check_device(config: Config) -> None:
         raise UserError(
             "megatron.optimizer.optimizer_cpu_offload is true; this run is on the CPU already: remove it"
         )
+    if config.megatron.optimizer.get("optimizer_cpu_offload") and dtype == "float32":
+        raise UserError(
+            "megatron.optimizer.optimizer_cpu_offload is true and model.dtype is float32; megatron-core "
+            "moves the fp32 copies of 16-bit weights only: set model.dtype=bfloat16"
+        )
 
 
 def join_processes(inputs: Inputs) -> None:

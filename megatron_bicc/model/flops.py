@@ -17,8 +17,9 @@ BF16_FLOPS = {
     "GB200": 2500e12,
     "B200": 2250e12,
 }
-"""Peak dense FLOP/s by a part of the GPU's name, as CUDA reports it: NVIDIA's data sheets (A100 2021, H100
-2023, H200 2024, B200 and GB200 2024; sparse figures are halved). The first part that occurs in a name counts."""
+"""Peak dense FLOP/s by a part of the GPU's name, as CUDA reports it; the first that a name contains counts.
+
+Source: NVIDIA's data sheets (A100 2021, H100 2023, H200 2024, B200 and GB200 2024), sparse figures halved."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tests what a run chooses on a GPU: attention kernels, where the reference policy lies; with doubles of one."""
+"""Tests what a run chooses on a GPU, with doubles of one: attention kernels, the reference's memory."""
 
 import sys
 from pathlib import Path

@@ -20,6 +20,7 @@ from megatron_bicc.cli import parse_config
 from megatron_bicc.config import Config
 from megatron_bicc.consistency import _facts
 from megatron_bicc.errors import UserError
+from megatron_bicc.metrics import Stopwatch
 from megatron_bicc.model import policy as policy_module
 from megatron_bicc.model.megatron_settings import NAMES, REFUSED, check_megatron_settings
 from megatron_bicc.startup import check_policy, check_settings
@@ -181,7 +182,7 @@ class ClaimsCuda(TorchFunctionMode):
     """Test double of a GPU: tensors say that they are on one, but for those that `cpu()` has returned."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is torch.Tensor.is_cuda.__get__:
+        if func == torch.Tensor.is_cuda.__get__:
             return not hasattr(args[0], "is_on_host")
         found = func(*args, **(kwargs or {}))
         if func is torch.Tensor.cpu:
@@ -190,39 +191,38 @@ class ClaimsCuda(TorchFunctionMode):
         return found
 
 
-@pytest.mark.parametrize("fraction", [0.5, 1.0])
-def test_an_optimizer_on_the_host_takes_the_same_steps(
-    fraction: float, inputs: Path, steps: Callable[..., list[dict]]
-) -> None:
-    fields = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": fraction}
-    expected = steps("dense", {})
-    training = offloaded(inputs, fields)
-    assert_same([training.step(), training.step()], expected, 1e-6)
-    offload = training.policy.optimizer.chained_optimizers[0].optimizer
-    moved = sum(x.numel() for x in offload.gpu_params_map_cpu_copy.values())
-    whole = sum(x.numel() for group in offload.param_groups for x in group["params"])
-    assert fraction * whole <= moved <= whole and (moved < whole) == (fraction < 1)
+def test_an_optimizer_on_the_host_takes_the_same_steps(inputs: Path, single_process: None) -> None:
+    """With half of it there; in bf16, since megatron-core's offload takes fp32 main weights only."""
+    fields = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}
+    plain = Training(inputs, "dense", {"model.dtype": "bfloat16"})
+    start = main_weights(plain)
+    offloaded = training_on_cuda(inputs, {"model.dtype": "bfloat16", "megatron.optimizer": fields})
+    optimizer = offloaded.policy.optimizer.chained_optimizers[0].optimizer
+    on_host = sum(x.numel() for x in optimizer.gpu_params_map_cpu_copy.values())
+    assert 0.5 * len(start) <= on_host < len(start)
+    for _ in range(2):
+        (one,), (other,) = (t.learner.step(t.groups, Stopwatch()) for t in (plain, offloaded))
+        assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-3)
+    moved = (main_weights(plain) - start).abs().mean()
+    assert (main_weights(offloaded) - main_weights(plain)).abs().mean() < 1e-3 * moved
 
 
-def offloaded(inputs: Path, fields: dict[str, Any]) -> Training:
+def main_weights(training: Training) -> torch.Tensor:
+    groups = training.policy.optimizer.param_groups
+    return torch.cat([x.detach().flatten().clone() for group in groups for x in group["params"]])
+
+
+def training_on_cuda(inputs: Path, settings: dict[str, Any]) -> Training:
     """A training whose optimizer, and nothing else, sees CUDA tensors."""
-    with pytest.MonkeyPatch.context() as patch:
-        make = policy_module.make_optimizer
+    make = policy_module.make_optimizer
 
-        def claiming(*arguments: Any) -> Any:
-            with ClaimsCuda():
-                return make(*arguments)
-
-        patch.setattr(policy_module, "make_optimizer", claiming)
-        training = Training(inputs, "dense", {"megatron.optimizer": fields})
-    update = training.policy.update
-
-    def claimed() -> float:
+    def claiming(*arguments: Any) -> Any:
         with ClaimsCuda():
-            return update()
+            return make(*arguments)
 
-    training.policy.update = claimed
-    return training
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy_module, "make_optimizer", claiming)
+        return Training(inputs, "dense", settings)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +240,7 @@ def test_gradients_reduced_during_backward_are_the_same(
     plain = two_processes[case.replace("overlap", "plain")]
     assert_same(two_processes[case], plain, 1e-6)
     assert two_processes[case][0]["buckets"] > plain[0]["buckets"] == 1
-    assert len(plain[0]["response_rows"][0]) > 1
+    assert sum(map(len, plain[0]["response_rows"])) > 2  # more than one for each process
 
 
 def assert_same(found: list[dict], expected: list[dict], atol: float) -> None:
