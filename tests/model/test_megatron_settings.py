@@ -9,10 +9,10 @@ import pytest
 import torch
 from model import megatron_settings_worker
 from support.models import make_model
-from support.steps import make_examples, perturb
+from support.steps import TOKENIZER, make_examples, perturb, to_groups
 from support.torchrun import torchrun
 from torch.overrides import TorchFunctionMode
-from training.step_worker import MODELS, Training
+from training.step_worker import MODELS, Training, configure
 
 from megatron_bicc.checkpoint.checkpoint import Progress
 from megatron_bicc.checkpoint.resume import check_resume
@@ -24,6 +24,8 @@ from megatron_bicc.metrics import Stopwatch
 from megatron_bicc.model import policy as policy_module
 from megatron_bicc.model.megatron_settings import NAMES, REFUSED, check_megatron_settings
 from megatron_bicc.startup import check_policy, check_settings
+from megatron_bicc.training.learner import Learner
+from megatron_bicc.weights.hf_weights import load_policy
 
 POLICY = Path(__file__).parents[2] / "examples/tiny_policy"
 
@@ -191,38 +193,41 @@ class ClaimsCuda(TorchFunctionMode):
         return found
 
 
-def test_an_optimizer_on_the_host_takes_the_same_steps(inputs: Path, single_process: None) -> None:
+def test_an_optimizer_on_the_host_takes_the_same_steps(
+    inputs: Path, single_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With half of it there; in bf16, since megatron-core's offload takes fp32 main weights only."""
-    fields = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}
-    plain = Training(inputs, "dense", {"model.dtype": "bfloat16"})
+    plain = learner_in_bf16(inputs, {})
     start = main_weights(plain)
-    offloaded = training_on_cuda(inputs, {"model.dtype": "bfloat16", "megatron.optimizer": fields})
-    optimizer = offloaded.policy.optimizer.chained_optimizers[0].optimizer
-    on_host = sum(x.numel() for x in optimizer.gpu_params_map_cpu_copy.values())
-    assert 0.5 * len(start) <= on_host < len(start)
-    for _ in range(2):
-        (one,), (other,) = (t.learner.step(t.groups, Stopwatch()) for t in (plain, offloaded))
-        assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-3)
-    moved = (main_weights(plain) - start).abs().mean()
-    assert (main_weights(offloaded) - main_weights(plain)).abs().mean() < 1e-3 * moved
-
-
-def main_weights(training: Training) -> torch.Tensor:
-    groups = training.policy.optimizer.param_groups
-    return torch.cat([x.detach().flatten().clone() for group in groups for x in group["params"]])
-
-
-def training_on_cuda(inputs: Path, settings: dict[str, Any]) -> Training:
-    """A training whose optimizer, and nothing else, sees CUDA tensors."""
     make = policy_module.make_optimizer
 
     def claiming(*arguments: Any) -> Any:
         with ClaimsCuda():
             return make(*arguments)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy_module, "make_optimizer", claiming)
-        return Training(inputs, "dense", settings)
+    monkeypatch.setattr(policy_module, "make_optimizer", claiming)
+    offloaded = learner_in_bf16(
+        inputs, {"megatron.optimizer": {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}}
+    )
+    optimizer = offloaded.policy.optimizer.chained_optimizers[0].optimizer
+    on_host = sum(x.numel() for x in optimizer.gpu_params_map_cpu_copy.values())
+    assert 0.5 * len(start) <= on_host < len(start)
+    groups = to_groups(torch.load(inputs / "dense.pt", weights_only=False))
+    for _ in range(2):
+        (one,), (other,) = (learner.step(groups, Stopwatch()) for learner in (plain, offloaded))
+        assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-2)
+    moved = (main_weights(plain) - start).abs().mean()
+    assert (main_weights(offloaded) - main_weights(plain)).abs().mean() < 1e-2 * moved
+
+
+def learner_in_bf16(inputs: Path, settings: dict[str, Any]) -> Learner:
+    config = configure(inputs / "dense", {"model.dtype": "bfloat16"} | settings)
+    return Learner(config, load_policy(config), TOKENIZER)
+
+
+def main_weights(learner: Learner) -> torch.Tensor:
+    groups = learner.policy.optimizer.param_groups
+    return torch.cat([x.detach().flatten().clone() for group in groups for x in group["params"]])
 
 
 @pytest.fixture(scope="module")
