@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.fp4_utils import get_fp4_align_size
+from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -317,6 +319,21 @@ def megatron_core_config(cls: type[MegatronCoreConfig], config: Config, **own: A
             raise
         shown = ", ".join(f"{NAMES[cls]}.{name}" for name in given)
         raise UserError(f"{shown}: megatron-core refuses them in this run: {first_line(error)}") from error
+
+
+def row_alignment(config: Config) -> int:
+    """Returns what every micro-batch's number of rows must be a multiple of.
+
+    Sequence parallel splits rows evenly over the tensor-parallel ranks; products in 8 or 4 bits take whole
+    blocks of rows on each.
+    """
+    given = check_fields(TransformerConfig, config)
+    block = 1
+    if given.get("fp8"):
+        block = get_fp8_align_size(given.get("fp8_recipe", "delayed"))
+    elif given.get("fp4"):
+        block = get_fp4_align_size(given.get("fp4_recipe", "nvfp4"))
+    return config.parallel.tensor * block
 
 
 def check_megatron_settings(config: Config) -> None:

@@ -32,7 +32,7 @@ from megatron_bicc.model import attention_cuda
 from megatron_bicc.model.build import PolicyModel, build_modules, describe, transformer_config
 from megatron_bicc.model.families import head_dim
 from megatron_bicc.model.gradient_sketch import GradientSketch, sketch_directions
-from megatron_bicc.model.megatron_settings import megatron_core_config
+from megatron_bicc.model.megatron_settings import megatron_core_config, row_alignment
 from megatron_bicc.model.optimizer import make_optimizer, make_scheduler, step_if
 from megatron_bicc.model.packed_batch import PackedBatch
 
@@ -107,6 +107,7 @@ class Policy:
         not fit the model, or weights that cannot be used.
         """
         self.hf_config, self._source = hf_config, source
+        self._row_alignment = row_alignment(config)
         self._parked: list[Tensor] | None = None
         """The policy's own weights on the host, while `weights` has others from there on the device"""
         self.megatron_config = transformer_config(hf_config, config)
@@ -319,8 +320,7 @@ class Policy:
     def _schedule_padding(self, count: int) -> list[PackedBatch]:
         """Returns empty micro-batches: the interleaved schedule requires a multiple of the stages."""
         stages = self.megatron_config.pipeline_model_parallel_size if len(self.chunks) > 1 else 1
-        rows = self.megatron_config.tensor_model_parallel_size
-        return [PackedBatch.padding(rows, device.device())] * (-count % stages)
+        return [PackedBatch.padding(self._row_alignment, device.device())] * (-count % stages)
 
 
 def _ignore(output: Tensor) -> tuple[Tensor, Tensor, dict]:

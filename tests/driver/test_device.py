@@ -1,6 +1,7 @@
 """Tests each redirection by which megatron-core runs on a CPU, so that a new version fails by name."""
 
 import importlib.metadata
+import os
 
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ from megatron.core.transformer.moe import moe_utils
 
 from megatron_bicc import device
 from megatron_bicc import device_cpu as cpu
+from megatron_bicc.config import Config
+from megatron_bicc.sglang.process import _environment
+from megatron_bicc.train import main
 
 
 @pytest.mark.parametrize("seam", cpu._seams(), ids=lambda seam: f"{seam[0].__name__}.{seam[1]}")
@@ -20,6 +24,18 @@ def test_seam_is_where_megatron_looks(seam: tuple) -> None:
     )
 
 
+def test_kernels_run_in_order_for_trainers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert os.environ[name] == "1"
+    assert name not in _environment(Config(), 0)
+    monkeypatch.setenv(name, "8")
+    device.limit_connections()
+    assert os.environ[name] == "8"
+
+
 def test_redirection_ends_with_its_context() -> None:
     before = torch.cuda.current_device
     with cpu.CudaOnCpu(), cpu.CudaOnCpu():
@@ -27,6 +43,8 @@ def test_redirection_ends_with_its_context() -> None:
         assert torch.zeros(2).cuda().device.type == "cpu"
         assert torch.zeros(2).to("cuda:0").device.type == "cpu"
         assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
+        assert not torch.zeros(2, pin_memory=True).is_pinned()
+        assert not torch.zeros(2).pin_memory().is_pinned()
     assert torch.cuda.current_device is before
     assert torch.zeros(2).type() == "torch.FloatTensor"
 

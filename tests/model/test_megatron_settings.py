@@ -21,8 +21,9 @@ from megatron_bicc.config import Config
 from megatron_bicc.consistency import _facts
 from megatron_bicc.errors import UserError
 from megatron_bicc.metrics import Stopwatch
+from megatron_bicc.model import megatron_settings
 from megatron_bicc.model import policy as policy_module
-from megatron_bicc.model.megatron_settings import NAMES, REFUSED, check_megatron_settings
+from megatron_bicc.model.megatron_settings import NAMES, REFUSED, check_megatron_settings, row_alignment
 from megatron_bicc.startup import check_policy, check_settings
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.weights.hf_weights import load_policy
@@ -100,6 +101,15 @@ def test_an_optimizer_on_the_host_is_refused_where_there_is_no_gpu(tmp_path: Pat
     with pytest.raises(UserError, match="optimizer_cpu_offload is true; this run is on the CPU already"):
         check_settings(parse_config(settings))
     check_settings(parse_config([*settings, "dry_run=true"]))
+
+
+def test_rows_are_whole_blocks_of_quantized_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(megatron_settings, "HAVE_TE", True)
+    tensor, fp8 = "parallel.tensor=2", "megatron.transformer.fp8=hybrid"
+    assert row_alignment(parse_config([tensor])) == 2
+    assert row_alignment(parse_config([tensor, fp8])) == 2 * 16
+    assert row_alignment(parse_config([tensor, fp8, "megatron.transformer.fp8_recipe=mxfp8"])) == 2 * 32
+    assert row_alignment(parse_config([tensor, "megatron.transformer.fp4=e2m1"])) == 2 * 32
 
 
 def test_every_refused_name_is_a_field_once() -> None:
