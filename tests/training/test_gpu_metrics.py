@@ -64,7 +64,7 @@ def test_figures_are_those_of_the_steps_passes(
 
 
 def forward(plan: SimpleNamespace, c: SimpleNamespace) -> int:
-    """FLOPs by a loop over micro-batches and segments: 2 for each weight and row, 4 for each pair and channel."""
+    """FLOPs by a loop over micro-batches: 2 for each weight and row, 4 for each pair and channel."""
     heads, channels = c.num_attention_heads, c.head_dim
     attention = c.hidden_size * channels * (2 * heads + 2 * c.num_key_value_heads)
     weights = c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
