@@ -16,7 +16,7 @@ import jsonargparse
 import yaml
 
 from megatron_bicc.algorithms.presets import parse_algorithm, resolve
-from megatron_bicc.config import RENAMED, Config, did_you_mean, settings
+from megatron_bicc.config import RENAMED, Config, did_you_mean, in_mapping, setting_of, settings
 from megatron_bicc.errors import PROGRAM, UserError, abort, print_rank0
 
 FLAGS = ("-h", "--help", "--print-config")
@@ -87,10 +87,10 @@ def _parser() -> jsonargparse.ArgumentParser:
     groups = {f.name: parser.add_argument_group(f.name, f.type.__doc__) for f in sections}
     for name, setting in settings().items():
         groups.get(name.partition(".")[0], parser).add_argument(
-            f"--{name}",
+            f"--{name}.NAME" if setting.is_mapping else f"--{name}",
             type=setting.type,
             default=setting.default,
-            metavar=setting.metavar,
+            metavar="VALUE" if setting.is_mapping else setting.metavar,
             help=setting.usage.replace("%", "%%"),
         )
     return parser
@@ -102,7 +102,11 @@ def _parse(flags: list[str], given: list[Assignment]) -> dict[str, Any]:
     parser.parse_args(flags)
     values: dict[str, Any] = {}
     for name, text, origin in ((a.name, a.text, a.origin) for a in given):
-        setting = settings()[name]
+        setting = setting_of(name)
+        if setting.is_mapping:
+            in_mapping = values.setdefault(setting.name, {})
+            in_mapping[name.removeprefix(f"{setting.name}.")] = _read_value(name, text, origin)
+            continue
         try:
             values[name] = parser.parse_args([f"--{name}={text}"], defaults=False)[name]
             setting.check(values[name])
@@ -114,6 +118,14 @@ def _parse(flags: list[str], given: list[Assignment]) -> dict[str, Any]:
         except UserError as error:
             raise UserError(f"{origin}: {error}") from error
     return values
+
+
+def _read_value(name: str, text: str, origin: str) -> Any:
+    """Returns a value in a mapping as YAML reads it: megatron-core's own check knows its type."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin}: {name} is {text!r}; it must be a YAML value") from error
 
 
 def _read_arguments(argv: list[str]) -> tuple[list[str], list[Assignment]]:
@@ -169,10 +181,13 @@ def _leaves(mapping: yaml.MappingNode, prefix: str, path: str) -> Iterator[Assig
             raise UserError(f"{origin}: {name} is given twice; remove one")
         seen.add(name)
         is_null = node.tag == "tag:yaml.org,2002:null"
-        if isinstance(node, yaml.MappingNode) and name not in settings():
+        if isinstance(node, yaml.MappingNode) and not _is_setting(name):
             yield from _leaves(node, f"{name}.", path)
         elif not (is_null and _is_section(name)):
             _check_name(name, origin)
+            if name not in settings():
+                yield Assignment(name, yaml.serialize(node), origin)
+                continue
             expected = settings()[name].expected
             if not isinstance(node, yaml.ScalarNode):
                 raise UserError(f"{origin}: {name} takes one value: {expected}")
@@ -182,12 +197,19 @@ def _leaves(mapping: yaml.MappingNode, prefix: str, path: str) -> Iterator[Assig
 
 
 def _is_section(name: str) -> bool:
-    return any(known.startswith(f"{name}.") for known in settings())
+    """Returns whether names of settings, or the names in a mapping, follow this one."""
+    own = settings().get(name)
+    return any(known.startswith(f"{name}.") for known in settings()) or (own is not None and own.is_mapping)
+
+
+def _is_setting(name: str) -> bool:
+    """Returns whether a value can be given to this name: a setting's, or one in a mapping."""
+    return in_mapping(name) or (name in settings() and not settings()[name].is_mapping)
 
 
 def _check_name(name: str, origin: str) -> None:
     """Raises UserError, with the nearest name, unless name is a setting."""
-    if name in settings():
+    if _is_setting(name):
         return
     if name in RENAMED:
         raise UserError(f"{origin}: {name} is now called {RENAMED[name]}; rename it")

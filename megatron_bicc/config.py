@@ -15,7 +15,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import date
 from difflib import get_close_matches
 from itertools import pairwise
@@ -100,6 +100,11 @@ class Rule:
 def setting(default: Any, **rule: Any) -> Any:
     """Declares a setting: its default and the arguments of its `Rule`."""
     return field(default=default, metadata={"rule": Rule(**rule)})
+
+
+def mapping() -> Any:
+    """Declares a mapping of names that are not listed here; each is set as SECTION.MAPPING.NAME=value."""
+    return field(default_factory=dict, metadata={"rule": Rule()})
 
 
 def section(cls: type, changes_experiment: bool = False) -> Any:
@@ -212,6 +217,10 @@ class ModelConfig:
     """Activations that the backward pass recomputes instead of storing them."""
     kernels: Literal["auto", "torch"] = "auto"
     """csrc's CUDA kernels where they are built and a GPU trains, or plain torch everywhere."""
+    attention: Literal["auto", "fa2", "fa3", "fa4"] = "auto"
+    """CUDA, 16 bits: flash attention of torch (fa2) or an installed package; auto: the newest that fits."""
+    reference: Literal["auto", "host", "device"] = "auto"
+    """Memory of the reference policy's weights; auto: the GPU's if they take a quarter of what is free."""
 
 
 @dataclass
@@ -254,6 +263,18 @@ class ParallelConfig:
         30.0, at_least=5, zero_is_off=True, reason="hosts send a heartbeat every 2 seconds"
     )
     """The run ends after this many seconds without a heartbeat from a host; 0: its collectives time out."""
+
+
+@dataclass
+class MegatronConfig:
+    """Fields of megatron-core's own dataclasses, by their names there (docs/policy.md)."""
+
+    transformer: dict[str, Any] = mapping()
+    """TransformerConfig: recomputation, offload of activations, fp8, fused kernels, dispatch of experts."""
+    ddp: dict[str, Any] = mapping()
+    """DistributedDataParallelConfig: buckets and overlap of the gradient reduction."""
+    optimizer: dict[str, Any] = mapping()
+    """OptimizerConfig: offload of the optimizer to the host, types of its state."""
 
 
 @dataclass
@@ -472,6 +493,7 @@ class Config:
     parallel: ParallelConfig = section(ParallelConfig)
     train: TrainConfig = section(TrainConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
+    megatron: MegatronConfig = section(MegatronConfig)
     evaluation: EvaluationConfig = section(EvaluationConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     export: ExportConfig = section(ExportConfig)
@@ -491,6 +513,11 @@ class Setting:
     rule: Rule
 
     @property
+    def is_mapping(self) -> bool:
+        """Whether the value is a mapping, whose names are set one by one."""
+        return get_origin(self.type) is dict
+
+    @property
     def choices(self) -> tuple[str, ...]:
         """The values that the type lists, as text; empty for a number or free text."""
         parts = [self.type] if get_origin(self.type) in (None, Literal) else get_args(self.type)
@@ -500,6 +527,8 @@ class Setting:
     @property
     def expected(self) -> str:
         """The accepted values in words: choices, type and range."""
+        if self.is_mapping:
+            return "a mapping of names to values"
         words = {int: "a whole number", float: "a number", str: self.rule.form_in_words or "text"}
         free = [f"{words[kind]} {self.rule.remedy}".strip() for kind in self._free_types]
         if self.rule.named:
@@ -528,7 +557,10 @@ class Setting:
         """Raises UserError, one line with name, value and remedy, for a value that is not accepted."""
         if value is None and "null" in self.choices:
             return
-        if isinstance(value, str):
+        if self.is_mapping:
+            if not isinstance(value, dict):
+                raise UserError(f"{self.name} is {value!r}; it must be {self.expected}")
+        elif isinstance(value, str):
             self._check_text(value)
         elif isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{self.name} is {value}; it must be finite")
@@ -578,7 +610,19 @@ def _walk(cls: type, prefix: str, inherited: bool, docs: dict[tuple[str, str], s
         else:
             rule = f.metadata.get("rule", Rule())
             rule = replace(rule, changes_experiment=inherited or rule.changes_experiment)
-            yield Setting(prefix + f.name, f.type, f.default, docs[cls.__name__, f.name], rule)
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            yield Setting(prefix + f.name, f.type, default, docs[cls.__name__, f.name], rule)
+
+
+def in_mapping(name: str) -> bool:
+    """Returns whether a dotted name is one in a mapping, such as megatron.ddp.bucket_size."""
+    mapping = settings().get(name.rpartition(".")[0])
+    return mapping is not None and mapping.is_mapping
+
+
+def setting_of(name: str) -> Setting:
+    """Returns the setting of a dotted name; a name inside a mapping belongs to the mapping's setting."""
+    return settings()[name.rpartition(".")[0] if in_mapping(name) else name]
 
 
 def _field_docstrings() -> dict[tuple[str, str], str]:
@@ -621,9 +665,13 @@ def check(config: Config, world_size: int) -> None:
 
 
 def check_values(config: Config) -> None:
-    """Raises UserError for the first setting whose value its own field does not accept."""
+    """Raises UserError for the first setting whose value its own field does not accept.
+
+    The names in a mapping are not known here.
+    """
     for name, value in flatten(asdict(config)).items():
-        settings()[name].check(value)
+        if name in settings():
+            settings()[name].check(value)
 
 
 def check_processes(layout: ParallelConfig, world_size: int) -> None:

@@ -198,9 +198,31 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def limit_connections() -> None:
+    """Makes CUDA run kernels in the order of their launches, on which megatron-core relies to overlap work.
+
+    Call it before CUDA starts. A value that the user has set stays.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
 def unused_bytes() -> int:
     """Returns the bytes of this process's GPU that no process uses; 0 on a CPU."""
     return torch.cuda.mem_get_info(device())[0] if has_cuda() else 0
+
+
+def gpu_name() -> str:
+    """Returns the name of this process's GPU, such as NVIDIA H100 80GB HBM3; empty on a CPU."""
+    return torch.cuda.get_device_name(device()) if has_cuda() else ""
+
+
+def take_peak_bytes() -> int:
+    """Returns the most GPU memory that tensors have taken since the last call; 0 on a CPU."""
+    if not has_cuda():
+        return 0
+    peak = torch.cuda.max_memory_allocated(device())
+    torch.cuda.reset_peak_memory_stats(device())
+    return peak
 
 
 def local_rank() -> int:

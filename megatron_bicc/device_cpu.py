@@ -113,6 +113,10 @@ class CudaOnCpu(TorchFunctionMode):
             kwargs = kwargs | {"device": self.device}
         if func is torch.Tensor.cuda:
             return args[0].to(self.device)
+        if func is torch.Tensor.pin_memory:
+            return args[0]
+        if kwargs.get("pin_memory"):  # a host without a GPU has none
+            kwargs = kwargs | {"pin_memory": False}
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], self.device, *args[2:])
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:

@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from megatron_bicc import device, run_lock
 from megatron_bicc.cli import parse_config
-from megatron_bicc.config import Config, flatten, settings
+from megatron_bicc.config import Config, flatten, setting_of, settings
 from megatron_bicc.data.prompts import Prompt, digest
 from megatron_bicc.evaluation.benchmarks import (
     AnswerFile,
@@ -185,7 +185,7 @@ def evaluate_benchmarks(inputs: EvaluationInputs) -> dict[str, Evaluation]:
 def decisive(config: Config) -> dict[str, Any]:
     """Returns everything that the scores depend on: settings, the policy's files, number of processes."""
     values = {
-        name: value for name, value in flatten(asdict(config)).items() if settings()[name].rule.decides_score
+        name: value for name, value in flatten(asdict(config)).items() if setting_of(name).rule.decides_score
     }
     return values | {"model": list(fingerprint(config.model.path)), "processes": dist.get_world_size()}
 

@@ -33,9 +33,11 @@ from megatron_bicc.data.encoding import asks_for_date, end_token_ids, fix_date
 from megatron_bicc.data.prompts import Prompt, PromptSampler, digest, load_prompts
 from megatron_bicc.errors import UserError, first_line
 from megatron_bicc.metrics import import_wandb, phase
-from megatron_bicc.model.build import backend
-from megatron_bicc.model.families import positions, supported_config
-from megatron_bicc.model.policy import start_model_parallel
+from megatron_bicc.model.build import backend, transformer_config
+from megatron_bicc.model.families import family_of, positions, supported_config
+from megatron_bicc.model.megatron_settings import check_megatron_settings
+from megatron_bicc.model.optimizer import optimizer_config
+from megatron_bicc.model.policy import ddp_config, start_model_parallel
 from megatron_bicc.rewards.registry import Verifier, check_reward, check_truths, get_verifier
 from megatron_bicc.rollout.sampling import Collector
 from megatron_bicc.rollout.sglang_engine import check_model_files
@@ -56,6 +58,7 @@ def validate(config: Config, world_size: int) -> None:
     _check_files(config)
     check_servers(config.rollout)
     _check_gpus(config.rollout)
+    check_megatron_settings(config)
     if config.monitoring.wandb_project:
         import_wandb(config.monitoring.wandb_project)
 
@@ -178,6 +181,8 @@ def check_settings(config: Config) -> Config:
     _check_output_dir(config)
     check_reward(config.reward)
     config = resolve(config)
+    if not config.dry_run:
+        _check_device(config)
     # now, not when they are first used: a wrong import path must not cost the minutes of loading a policy
     for setting, path in (
         ("rollout.engine", config.rollout.engine),
@@ -189,6 +194,29 @@ def check_settings(config: Config) -> Config:
         if plugins.is_import_path(path):
             plugins.load(setting, path)
     return config
+
+
+def _check_device(config: Config) -> None:
+    """Raises UserError for a setting that the device of this run does not support."""
+    kernels, dtype = config.model.attention, config.model.dtype
+    if kernels != "auto" and not device.has_cuda():
+        raise UserError(
+            f"model.attention is {kernels}; this run is on the CPU, which has one kernel: set auto"
+        )
+    if kernels != "auto" and dtype == "float32":
+        raise UserError(
+            f"model.attention is {kernels} and model.dtype is float32; flash attention takes 16 bits: set "
+            "model.attention=auto or model.dtype=bfloat16"
+        )
+    if config.megatron.optimizer.get("optimizer_cpu_offload") and not device.has_cuda():
+        raise UserError(
+            "megatron.optimizer.optimizer_cpu_offload is true; this run is on the CPU already: remove it"
+        )
+    if config.megatron.optimizer.get("optimizer_cpu_offload") and dtype == "float32":
+        raise UserError(
+            "megatron.optimizer.optimizer_cpu_offload is true and model.dtype is float32; megatron-core "
+            "moves the fp32 copies of 16-bit weights only: set model.dtype=bfloat16"
+        )
 
 
 def join_processes(inputs: Inputs) -> None:
@@ -264,6 +292,10 @@ def check_policy(config: Config) -> tuple[PretrainedConfig, HfTensors | None]:
     """
     path = Path(config.model.path)
     hf_config, tensors = supported_config(path), None
+    # megatron-core checks its configurations when they are made: now, not after processes have connected
+    transformer_config(hf_config, config)
+    optimizer_config(config)
+    ddp_config(config)
     if has_safetensors(path) or not config.dry_run:
         with phase("headers of the policy's files") as sizes:
             tensors = checked_tensors(path, hf_config)
@@ -299,6 +331,13 @@ def warn_of_model(config: Config, hf_config: PretrainedConfig) -> None:
     warning = kl_warning(config.loss)
     if warning and device.is_first():
         logger.warning(warning)
+    experts = family_of(hf_config).experts
+    if device.is_first() and device.has_cuda() and experts and backend() != "Transformer Engine":
+        logger.warning(
+            "%s has experts, and Transformer Engine is not installed: each expert is computed by kernels of "
+            "its own, and launching them takes longer than their work (docs/policy.md)",
+            config.model.path,
+        )
     longest, most = config.train.max_sequence_tokens, positions(hf_config)
     if device.is_first() and config.bicc.enabled and longest > most:
         logger.warning(

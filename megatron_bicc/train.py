@@ -45,6 +45,7 @@ from megatron_bicc.startup import Inputs, join_processes, read_inputs, warn_of_m
 from megatron_bicc.training.learner import Learner, StepResult
 from megatron_bicc.training.step_metrics import (
     MismatchCheck,
+    gpu_metrics,
     mean_metrics,
     report_groups,
     report_layout,
@@ -62,6 +63,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: list[str]) -> None:
     """Runs the command line. errors.py lists what each kind of exception prints."""
+    device.limit_connections()
     try:
         run(parse_config(argv))
     except UserError as error:
@@ -175,6 +177,8 @@ class Trainer:
             with self.engine.memory_released() if config.rollout.colocate else nullcontext():
                 results = self.learn(rollouts, clock)
             metrics |= mean_metrics([update_metrics(result, config) for result in results])
+            learning = clock.seconds["logprob"] + clock.seconds["train"] if results else 0.0
+            metrics |= gpu_metrics(results, learning, self.policy.hf_config, config)
             with clock("sync"):
                 metrics["sync/gb"] = self.sync() / 1e9
             if why := self.zero_rewards.see(rollouts.sampled):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bicc.checkpoint.checkpoint import Progress, checkpoints, read_progress
-from megatron_bicc.config import RENAMED, Config, flatten, settings
+from megatron_bicc.config import RENAMED, Config, flatten, in_mapping, setting_of
 from megatron_bicc.errors import UserError
 from megatron_bicc.metrics import METRICS_FILE
 from megatron_bicc.weights.hf_files import fingerprint
@@ -20,6 +20,8 @@ _OTHER_IDS = (
     "its prompts have other token ids or ground truths; if nothing else is named here, the version of "
     "transformers or of this program has changed, or the chat template's output varies"
 )
+_PRECISION = ("megatron.transformer.fp8", "megatron.transformer.fp4")
+"""Beginnings of the names in a mapping that change the policy's arithmetic as model.dtype does"""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def check_resume(progress: Progress, config: Config, contents: dict[str, str], f
 
 def _changes_experiment(name: str) -> bool:
     """Returns whether a change makes it another experiment. name: a setting, or an entry such as WEIGHTS."""
-    return settings()[name.partition(" ")[0]].rule.changes_experiment
+    return name.startswith(_PRECISION) or setting_of(name.partition(" ")[0]).rule.changes_experiment
 
 
 def digests_of_files(config: Config) -> dict[str, str]:
@@ -98,4 +100,7 @@ def digests_of_files(config: Config) -> dict[str, str]:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    return {name: f"was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]}
+    # also what is no longer set in a mapping, but not settings that config.py no longer has
+    names = [*now, *(name for name in before if name not in now and in_mapping(name))]
+    shown = {name: (before.get(name, "not set"), now.get(name, "not set")) for name in names}
+    return {name: f"was {was}, is {is_now}" for name, (was, is_now) in shown.items() if was != is_now}

@@ -3,13 +3,75 @@
 Shape suffixes as in `attention`.
 """
 
+import importlib
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
 import torch
 from torch import Tensor
+from torch.nn.attention import activate_flash_attention_impl
 
+from megatron_bicc.errors import UserError, first_line
 from megatron_bicc.model.segments import VarlenCall
 
 _aten = torch.ops.aten
 DROPOUT = 0.0
+
+
+@dataclass(frozen=True)
+class Package:
+    """Kernels that replace torch's own behind the same operators."""
+
+    name: str
+    """Distribution to install"""
+    module: str
+    """Module that torch imports the kernels from"""
+    registered: str
+    """Name in torch's register of implementations"""
+    capabilities: tuple[int, ...]
+    """Major compute capabilities of the GPUs that it supports"""
+
+
+PACKAGES = {
+    "fa4": Package("flash-attn-4", "flash_attn.cute.interface", "FA4", (9, 10)),
+    "fa3": Package("flash-attn-3", "flash_attn_interface", "FA3", (9,)),
+}
+"""By the value of model.attention, the newest first"""
+LARGEST_HEAD = 128
+"""Channels of a head up to which `auto` chooses a package: both support these in forward and backward"""
+
+
+def choose_kernels(choice: Literal["auto", "fa2", "fa3", "fa4"], head_dim: int) -> str:
+    """Selects the flash attention kernels of this process; returns their name, for the log.
+
+    auto takes the newest package that is installed, can be imported and supports this GPU and `head_dim`.
+    Raises UserError if the named package is not installed, cannot be imported or does not support this GPU.
+    """
+    named = {} if choice in ("auto", "fa2") else {choice: PACKAGES[choice]}
+    fitting = PACKAGES if choice == "auto" and head_dim <= LARGEST_HEAD else named
+    for package in fitting.values():
+        why = _refusal(package)
+        if not why:
+            activate_flash_attention_impl(package.registered)
+            return package.name
+        if named:
+            raise UserError(
+                f"model.attention is {choice}; the package {package.name} {why}; set model.attention=auto"
+            )
+    return "flash attention 2 of torch"
+
+
+def _refusal(package: Package) -> str:
+    """Returns why this process cannot use the package, as the end of a sentence; empty if it can."""
+    if find_spec(package.module.partition(".")[0]) is None:
+        return "is not installed: install it"
+    try:
+        importlib.import_module(package.module)
+    except Exception as error:  # a package for another torch or CUDA raises any type
+        return f"cannot be imported: {first_line(error)}"
+    major, minor = torch.cuda.get_device_capability()
+    return "" if major in package.capabilities else f"does not support compute capability {major}.{minor}"
 
 
 def forward(call: VarlenCall) -> tuple[Tensor, Tensor]:

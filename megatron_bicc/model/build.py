@@ -33,6 +33,7 @@ from megatron_bicc.model.families import (
 )
 from megatron_bicc.model.gradient_sketch import GradientSketch
 from megatron_bicc.model.log_probs import VocabParallelLogProbs, VocabShard
+from megatron_bicc.model.megatron_settings import megatron_core_config
 from megatron_bicc.model.packed_batch import PackedBatch
 
 Backend = Literal["Transformer Engine", "apex", "local"]
@@ -76,7 +77,9 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
     check_layout(hf_config, config.parallel)
     dtype = getattr(torch, config.model.dtype)
     _, rope_factor = rotary_frequencies(hf_config)
-    found = TransformerConfig(
+    found = megatron_core_config(
+        TransformerConfig,
+        config,
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
         num_attention_heads=hf_config.num_attention_heads,

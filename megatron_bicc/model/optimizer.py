@@ -16,6 +16,28 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_bicc.config import Config
+from megatron_bicc.model.megatron_settings import megatron_core_config
+
+
+def optimizer_config(config: Config) -> OptimizerConfig:
+    """Returns megatron-core's configuration of AdamW. Raises UserError for megatron.optimizer."""
+    c = config.optimizer
+    dtype = getattr(torch, config.model.dtype)
+    return megatron_core_config(
+        OptimizerConfig,
+        config,
+        optimizer="adam",
+        lr=c.lr,
+        min_lr=c.min_lr,
+        weight_decay=c.weight_decay,
+        adam_beta1=c.beta1,
+        adam_beta2=c.beta2,
+        adam_eps=c.eps,
+        clip_grad=c.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+    )
 
 
 def make_optimizer(
@@ -25,25 +47,7 @@ def make_optimizer(
 
     gloo_groups: as given to `start_model_parallel`.
     """
-    c = config.optimizer
-    dtype = getattr(torch, config.model.dtype)
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=c.lr,
-            min_lr=c.min_lr,
-            weight_decay=c.weight_decay,
-            adam_beta1=c.beta1,
-            adam_beta2=c.beta2,
-            adam_eps=c.eps,
-            clip_grad=c.clip_grad,
-            bf16=dtype == torch.bfloat16,
-            params_dtype=dtype,
-            use_distributed_optimizer=True,
-        ),
-        chunks,
-        use_gloo_process_groups=gloo_groups,
-    )
+    optimizer = get_megatron_optimizer(optimizer_config(config), chunks, use_gloo_process_groups=gloo_groups)
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.AdamW):
             _start_state(part.optimizer)
@@ -68,7 +72,12 @@ def step_if(optimizer: ChainedOptimizer, check: Callable[[float], None]) -> floa
     for part in optimizer.chained_optimizers:
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                part.config.clip_grad,
+                norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
     optimizer.step_with_ready_grads()
     return norm
 

@@ -28,8 +28,11 @@ from megatron_bicc import device
 from megatron_bicc.collective import gathered
 from megatron_bicc.config import Config
 from megatron_bicc.errors import NotFiniteError
+from megatron_bicc.model import attention_cuda
 from megatron_bicc.model.build import PolicyModel, build_modules, describe, transformer_config
+from megatron_bicc.model.families import head_dim
 from megatron_bicc.model.gradient_sketch import GradientSketch, sketch_directions
+from megatron_bicc.model.megatron_settings import megatron_core_config, row_alignment
 from megatron_bicc.model.optimizer import make_optimizer, make_scheduler, step_if
 from megatron_bicc.model.packed_batch import PackedBatch
 
@@ -56,7 +59,16 @@ def start_model_parallel(config: Config, gloo_groups: bool = True) -> None:
         tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
 
 
-def data_parallel(megatron_config: TransformerConfig, module: PolicyModel) -> DistributedDataParallel:
+def ddp_config(config: Config) -> DistributedDataParallelConfig:
+    """Returns megatron-core's configuration of the wrapper. Raises UserError for megatron.ddp."""
+    return megatron_core_config(
+        DistributedDataParallelConfig, config, use_distributed_optimizer=True, grad_reduce_in_fp32=True
+    )
+
+
+def data_parallel(
+    config: Config, megatron_config: TransformerConfig, module: PolicyModel
+) -> DistributedDataParallel:
     """Wraps a chunk: parameters and fp32 gradients get buffers that are sharded over data-parallel ranks.
 
     The gradient of a weight is summed over all ranks that hold a copy of it: a dense weight's over the
@@ -67,8 +79,7 @@ def data_parallel(megatron_config: TransformerConfig, module: PolicyModel) -> Di
             # megatron-core marks experts under expert parallel only. Without it, tensor-parallel ranks hold
             # copies of the experts too, and a checkpoint's entries must not depend on the layout.
             parameter.allreduce = False
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    return DistributedDataParallel(megatron_config, ddp, module)
+    return DistributedDataParallel(megatron_config, ddp_config(config), module)
 
 
 class WeightSource(Protocol):
@@ -96,10 +107,17 @@ class Policy:
         not fit the model, or weights that cannot be used.
         """
         self.hf_config, self._source = hf_config, source
+        self._row_alignment = row_alignment(config)
+        self._parked: list[Tensor] | None = None
+        """The policy's own weights on the host, while `weights` has others from there on the device"""
         self.megatron_config = transformer_config(hf_config, config)
         self.megatron_config.finalize_model_grads_func = _sum_gradients
         if dist.get_rank() == 0:
             logger.info(describe(hf_config))
+        if device.has_cuda() and config.model.dtype != "float32":
+            kernels = attention_cuda.choose_kernels(config.model.attention, head_dim(hf_config))
+            if dist.get_rank() == 0:
+                logger.info("attention kernels: %s", kernels)
         with device.megatron():
             self.modules = build_modules(
                 self.megatron_config, hf_config, config.rollout.temperature, device.device()
@@ -107,7 +125,11 @@ class Policy:
             self.directions = sketch_directions(hf_config.vocab_size, hf_config.hidden_size)
             # before the optimizer, which copies bf16 weights to its fp32 main weights
             source.load(self.modules)
-            self.chunks = [data_parallel(self.megatron_config, module) for module in self.modules]
+            self.chunks = [data_parallel(config, self.megatron_config, module) for module in self.modules]
+            if self.chunks[0].ddp_config.overlap_grad_reduce:
+                # gradients are complete, and may be reduced, after the last micro-batch only
+                no_sync = [chunk.no_sync for chunk in self.chunks]
+                self.megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
             self.optimizer = make_optimizer(config, self.chunks)
             self.scheduler = make_scheduler(config, self.optimizer)
 
@@ -187,28 +209,58 @@ class Policy:
         return self.optimizer.param_groups[0]["lr"]
 
     def host_copy(self) -> list[Tensor]:
-        """Returns a copy of this rank's weights on the host."""
-        return [parameter.detach().to("cpu", copy=True) for parameter in self._all_parameters()]
+        """Returns a copy of this rank's weights on the host; of a GPU's in pinned memory."""
+        return list(map(_on_host, self._all_parameters()))
+
+    def reference_copy(self, config: Config) -> list[Tensor]:
+        """Returns a copy of this rank's weights for `weights`, on the device or the host by model.reference.
+
+        Servers that share the GPU (rollout.colocate) take the room that a copy on the device would need.
+        """
+        parameters, choice, free = self._all_parameters(), config.model.reference, device.unused_bytes()
+        size = sum(parameter.nbytes for parameter in parameters)
+        fits = not config.rollout.colocate and size <= free * REFERENCE_SHARE
+        on_device = choice == "device" or (choice == "auto" and fits)
+        if device.has_cuda() and dist.get_rank() == 0:
+            place = "the GPU" if on_device else "the host"
+            logger.info("reference policy: %.1f GB on %s (%.1f GB free)", size / 1e9, place, free / 1e9)
+        return [parameter.detach().clone() for parameter in parameters] if on_device else self.host_copy()
 
     @contextmanager
-    def weights(self, host_weights: list[Tensor]) -> Iterator[None]:
-        """Swaps in other weights in the block, a `host_copy` such as the reference's."""
-        own = self.host_copy()
-        self.set_weights(host_weights)
+    def weights(self, others: list[Tensor]) -> Iterator[None]:
+        """Swaps in other weights in the block, for passes without gradients: a copy such as the reference's.
+
+        Weights on the policy's device are exchanged in place, without copying them.
+        """
+        parameters = self._all_parameters()
+        if others[0].device == parameters[0].device:
+            _exchange(parameters, others)
+            try:
+                yield
+            finally:
+                _exchange(parameters, others)
+            return
+        if self._parked is None:  # kept: pinning memory takes longer than copying to it
+            self._parked = self.host_copy()
+        for parked, parameter in zip(self._parked, parameters, strict=True):
+            parked.copy_(parameter.detach(), non_blocking=True)
+        self.set_weights(others)
         try:
             yield
         finally:
-            self.set_weights(own)
+            self.set_weights(self._parked)
 
     @torch.no_grad()
-    def set_weights(self, host_weights: list[Tensor]) -> None:
-        """Copies a `host_copy` into the policy; the optimizer's main weights are left as they are."""
-        for parameter, weight in zip(self._all_parameters(), host_weights, strict=True):
-            parameter.copy_(weight)
+    def set_weights(self, others: list[Tensor]) -> None:
+        """Copies weights into the policy; the optimizer's main weights are left as they are."""
+        for parameter, weight in zip(self._all_parameters(), others, strict=True):
+            parameter.copy_(weight, non_blocking=True)
 
     def _check_gradients(self, norm: float) -> None:
         """Raises NotFiniteError on every rank. Collective. megatron-core checks under a loss scaler only."""
-        own = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        stepped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        # megatron-core's precision-aware optimizer reads another attribute than grad
+        own = [g for p in stepped if (g := getattr(p, "decoupled_grad", p.grad)) is not None]
         # The norm is not enough: it leaves out parameters that tensor-parallel ranks hold copies of.
         if _on_all_ranks(math.isfinite(norm) and is_finite(*own)):
             return
@@ -268,14 +320,27 @@ class Policy:
     def _schedule_padding(self, count: int) -> list[PackedBatch]:
         """Returns empty micro-batches: the interleaved schedule requires a multiple of the stages."""
         stages = self.megatron_config.pipeline_model_parallel_size if len(self.chunks) > 1 else 1
-        rows = self.megatron_config.tensor_model_parallel_size
-        return [PackedBatch.padding(rows, device.device())] * (-count % stages)
+        return [PackedBatch.padding(self._row_alignment, device.device())] * (-count % stages)
 
 
 def _ignore(output: Tensor) -> tuple[Tensor, Tensor, dict]:
     return output.sum() * 0.0, _ONE, {}
 
 
+def _on_host(parameter: Tensor) -> Tensor:
+    copy = torch.empty_like(parameter, device="cpu", pin_memory=parameter.is_cuda, requires_grad=False)
+    return copy.copy_(parameter.detach())
+
+
+def _exchange(parameters: list[Tensor], others: list[Tensor]) -> None:
+    """Exchanges the memory of two lists of tensors of equal shapes and types."""
+    for parameter, other in zip(parameters, others, strict=True):
+        parameter.data, other.data = other.data, parameter.data
+
+
+REFERENCE_SHARE = 0.25
+"""Largest share of the GPU memory that is free before the first step for a copy of the reference policy's
+weights; the rest is for activations, logits and buffers"""
 _ONE = torch.ones((), dtype=torch.int)
 """Number of tokens that megatron-core would divide by; losses are normalised before"""
 

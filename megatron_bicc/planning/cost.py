@@ -3,21 +3,18 @@
 Memory follows from the policy's sizes and what its layers save for the backward pass. Saved bytes are counted
 term by term; tests compare them with the storages of a real forward pass. Sizes have the names of `Sizes`;
 where tensor parallel cuts them, they are those of one rank. FLOPs and bytes follow from the micro-batches of
-a packed synthetic step: a product of [a, b] by [b, c] counts 2abc FLOPs; bytes are what one rank sends.
+a packed synthetic step (model.flops); bytes are what one rank sends.
 """
 
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-from transformers import PretrainedConfig
-
 from megatron_bicc.algorithms.advantages import needs_reference
 from megatron_bicc.config import Config
-from megatron_bicc.model.families import family_of, head_dim
+from megatron_bicc.model.flops import BF16_FLOPS, NOTHING, Load, Sizes, forward_flops, load_of_batch
 from megatron_bicc.model.log_probs import CHUNK_ELEMENTS
-from megatron_bicc.packing.types import MicroBatchLayout, StepPlan
+from megatron_bicc.packing.types import StepPlan
 from megatron_bicc.planning.shards import Shard, data_parallel_size
 from megatron_bicc.planning.synthetic import SyntheticStep
 from megatron_bicc.sglang.process import COLOCATED_FRACTION
@@ -45,10 +42,10 @@ GIB = 2**30
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100", 79.15 * GIB, 312e12, 2.039e12, 300e9),
-        Gpu("H100", 79.10 * GIB, 989e12, 3.35e12, 450e9),
-        Gpu("H200", 139.80 * GIB, 989e12, 4.8e12, 450e9),
-        Gpu("B200", 178.35 * GIB, 2250e12, 8.0e12, 900e9),
+        Gpu("A100", 79.15 * GIB, BF16_FLOPS["A100"], 2.039e12, 300e9),
+        Gpu("H100", 79.10 * GIB, BF16_FLOPS["H100"], 3.35e12, 450e9),
+        Gpu("H200", 139.80 * GIB, BF16_FLOPS["H200"], 4.8e12, 450e9),
+        Gpu("B200", 178.35 * GIB, BF16_FLOPS["B200"], 8.0e12, 900e9),
     )
 }
 
@@ -77,64 +74,6 @@ class Cluster:
     """Bytes/s of weight_sync.method=tensor: from a GPU to host memory, then to the servers' GPUs"""
     files: float = 1e9
     """Bytes/s of weight_sync.method=disk: written to a local disk, then read by the servers"""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """A policy's dimensions."""
-
-    layers: int
-    hidden: int
-    heads: int
-    groups: int
-    """Key-value heads"""
-    head_dim: int
-    ffn: int
-    """Inner size of an MLP, or of one expert"""
-    experts: int
-    """0 for a dense model"""
-    experts_a_token: int
-    vocabulary: int
-    qk_norm: bool
-    tied: bool
-
-    @classmethod
-    def of(cls, hf_config: PretrainedConfig) -> "Sizes":
-        """Reads a Hugging Face configuration. Raises UserError if it is not supported."""
-        family = family_of(hf_config)
-        return cls(
-            layers=hf_config.num_hidden_layers,
-            hidden=hf_config.hidden_size,
-            heads=hf_config.num_attention_heads,
-            groups=hf_config.num_key_value_heads,
-            head_dim=head_dim(hf_config),
-            ffn=hf_config.moe_intermediate_size if family.experts else hf_config.intermediate_size,
-            experts=hf_config.num_experts if family.experts else 0,
-            experts_a_token=hf_config.num_experts_per_tok if family.experts else 0,
-            vocabulary=hf_config.vocab_size,
-            qk_norm=family.qk_norm,
-            tied=hf_config.tie_word_embeddings,
-        )
-
-    @property
-    def products_a_layer(self) -> int:
-        """Weights of a layer that a token is multiplied by: only those of the experts it is routed to."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
-        mlps = self.experts_a_token or 1
-        return attention + 3 * self.hidden * self.ffn * mlps + self.hidden * self.experts
-
-    @property
-    def parameters(self) -> int:
-        """Elements of all matrices, without norms and biases."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
-        mlp = 3 * self.hidden * self.ffn * (self.experts or 1) + self.hidden * self.experts
-        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return self.layers * (attention + mlp) + embeddings
-
-    @property
-    def kv_bytes_a_token(self) -> int:
-        """Bytes of one token's keys and values in bf16, over all layers."""
-        return 2 * 2 * self.layers * self.groups * self.head_dim
 
 
 def element_bytes(config: Config) -> int:
@@ -336,48 +275,10 @@ def checkpoint_memory(shard: Shard, config: Config, world_size: int, cluster: Cl
     return CheckpointMemory(kept, max(kept, most * 5 * shard.gradient_bytes + own))
 
 
-@dataclass(frozen=True)
-class Load:
-    """Size of the micro-batches on the data-parallel rank with the most work."""
-
-    micro_batches: int
-    rows: int
-    response_rows: int
-    pairs: int
-    """Query-key pairs per attention head"""
-
-    def __add__(self, other: "Load") -> "Load":
-        return Load(
-            self.micro_batches + other.micro_batches,
-            self.rows + other.rows,
-            self.response_rows + other.response_rows,
-            self.pairs + other.pairs,
-        )
-
-    def times(self, passes: int) -> "Load":
-        """Returns the load of that many passes."""
-        return Load(
-            passes * self.micro_batches,
-            passes * self.rows,
-            passes * self.response_rows,
-            passes * self.pairs,
-        )
-
-
-NOTHING = Load(0, 0, 0, 0)
-
-
 def load_of(plan: StepPlan) -> Load:
     """Returns the load of the rank with the highest cost by the packer's measure, pairs and rows."""
-    ranks = [sum((_count(batch) for batch in rank), NOTHING) for rank in plan.ranks]
+    ranks = [sum((load_of_batch(batch) for batch in rank), NOTHING) for rank in plan.ranks]
     return max(ranks, key=lambda r: r.pairs + plan.settings.token_cost * r.rows)
-
-
-def _count(batch: MicroBatchLayout) -> Load:
-    causal = np.diff(batch.cu_seqlens).astype(np.int64)
-    cross = np.diff(batch.cu_prefix).astype(np.int64) * np.diff(batch.cu_response_side)
-    pairs = (causal * (causal + 1) // 2).sum() + cross.sum()
-    return Load(1, batch.num_rows, batch.num_response_rows, int(pairs))
 
 
 @dataclass(frozen=True)
@@ -402,13 +303,6 @@ def work_of(step: SyntheticStep, config: Config) -> Work:
             if layout == "bilateral" and conditioned and number > 0:
                 forward += load_of(plan)
     return Work(forward, train)
-
-
-def forward_flops(sizes: Sizes, rows: Load) -> int:
-    """Returns FLOPs of the whole policy's forward pass: products, attention over the pairs, and logits."""
-    products = 2 * sizes.layers * sizes.products_a_layer * rows.rows
-    attention = 4 * sizes.layers * sizes.heads * sizes.head_dim * rows.pairs
-    return products + attention + 2 * sizes.hidden * sizes.vocabulary * rows.response_rows
 
 
 def step_flops(sizes: Sizes, config: Config, work: Work) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -124,8 +124,10 @@ def _build_shard(
         modules = build_modules(megatron_config, hf_config, config.rollout.temperature, torch.device("meta"))
         if source is not None:
             fill_parameters(modules, hf_config, source)
-        chunks = [data_parallel(megatron_config, module) for module in modules]
-        optimizer = make_optimizer(config, chunks, gloo_groups=False)
+        chunks = [data_parallel(config, megatron_config, module) for module in modules]
+        # where megatron.optimizer puts the state does not change its size
+        plain = replace(config, megatron=replace(config.megatron, optimizer={}))
+        optimizer = make_optimizer(plain, chunks, gloo_groups=False)
         return Shard(
             rank=rank,
             pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),

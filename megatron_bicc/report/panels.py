@@ -168,6 +168,13 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 zero=True,
             ),
             _one("Context tokens", "Tokens of all contexts, headers included.", "tokens/context", zero=True),
+            _one(
+                "GPU memory", "Most that tensors took on the fullest GPU, in GB.", "memory/peak_gb", zero=True
+            ),
+            _one("GPU utilization", "FLOPs of the passes over the GPUs' peak.", "perf/mfu", zero=True),
+            _one(
+                "Rows per second", "Trained rows per GPU and second.", "perf/rows_per_gpu_second", zero=True
+            ),
             _one("Seconds per step", "With evaluation, without checkpoints.", "time/step_s", zero=True),
         ),
     ),

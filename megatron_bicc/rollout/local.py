@@ -1,5 +1,6 @@
 """The engine in the training processes: transformers' `generate` on a Hugging Face copy of the policy."""
 
+import logging
 from collections.abc import Iterable
 
 import numpy as np
@@ -23,8 +24,13 @@ from megatron_bicc.model.policy import is_finite
 from megatron_bicc.rollout.types import Engine, Request, Sample, Sampling
 from megatron_bicc.weights.hf_files import load_transformers, mismatch
 
+LARGE = 100_000_000
+"""Parameters of a policy above which the local engine warns on a GPU: it is for small policies and tests"""
 FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """Parameters in which transformers fuses a layer's experts, [experts, out, in], and their parts in order"""
+
+
+logger = logging.getLogger(__name__)
 
 
 class LocalEngine(Engine):
@@ -82,7 +88,7 @@ class LocalEngine(Engine):
 
     def _generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
         input_ids, mask = _left_padded([r.token_ids for r in requests], self.tokenizer.pad_token_id)
-        sampler = SeededSampler([r.seed for r in requests], sampling.temperature)
+        sampler = SeededSampler([r.seed for r in requests], sampling.temperature, self.model.device)
         output = self.model.generate(
             input_ids=input_ids.to(self.model.device),
             attention_mask=mask.to(self.model.device),
@@ -112,6 +118,13 @@ def make_local_engine(config: Config, tokenizer: PreTrainedTokenizerBase) -> Loc
     path, dtype = config.model.path, getattr(torch, config.model.dtype)
     engine = LocalEngine(path, tokenizer, dtype, device.device(), config.rollout.batch_size)
     check_names(engine.model, supported_config(path))
+    size = engine.model.num_parameters()
+    if device.has_cuda() and device.is_first() and size > LARGE:
+        logger.warning(
+            "rollout.engine is local, and the policy has %.1f billion parameters: transformers generates "
+            "many times slower than a server; set rollout.engine=sglang",
+            size / 1e9,
+        )
     return engine
 
 
@@ -146,19 +159,23 @@ class SeededSampler(LogitsProcessor):
     """Samples within generate's greedy search, each row from its own random stream.
 
     argmax(p / noise) with exponential noise is a draw from p (the Gumbel-max trick), so greedy search picks a
-    sample, which depends on the row's seed alone, not on the other rows of the batch.
+    sample, which depends on the row's seed alone, not on the other rows of the batch. A CPU and a GPU draw
+    different numbers.
     """
 
-    def __init__(self, seeds: list[int], temperature: float) -> None:
-        self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+    def __init__(self, seeds: list[int], temperature: float, device: torch.device) -> None:
+        """device: of the scores. The noise is drawn there: V numbers a row and token."""
+        self.streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self.temperature = temperature
         self.log_probs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Maps scores [rows, V] to scores that are 0 at the sampled token and -inf elsewhere."""
         log_p = torch.log_softmax(scores.float() / self.temperature, dim=-1)
-        noise = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=g) for g in self.streams])
-        chosen = (log_p - noise.to(log_p.device).log()).argmax(-1, keepdim=True)
+        noise = torch.empty_like(log_p)
+        for row, stream in zip(noise, self.streams, strict=True):
+            row.exponential_(generator=stream)
+        chosen = (log_p - noise.log()).argmax(-1, keepdim=True)
         self.log_probs.append(log_p.gather(-1, chosen).squeeze(-1))
         return torch.full_like(scores, float("-inf")).scatter_(-1, chosen, 0.0)
 

@@ -86,6 +86,7 @@ def _environment(config: Config, index: int) -> dict[str, str]:
     # torchrun's variables describe the trainer's job, not the server's
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
+    env.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)  # set for the trainer (device.limit_connections)
     env.pop("SGLANG_RETURN_ORIGINAL_LOGPROB", None)  # log-probs must be at the sampling temperature
     # the memory saver of colocated servers refuses expandable segments, which the policy may use
     for name in ALLOCATOR_VARIABLES:

@@ -20,6 +20,7 @@ from megatron_bicc.algorithms.flat_arrays import check_log_probs, check_offsets,
 from megatron_bicc.algorithms.policy_loss import LossRows
 from megatron_bicc.config import Config
 from megatron_bicc.data.encoding import end_token_ids
+from megatron_bicc.model.megatron_settings import row_alignment
 from megatron_bicc.model.packed_batch import PackedBatch
 from megatron_bicc.packing.types import Layout, PackingSettings, RolloutBatch
 from megatron_bicc.rollout.types import Group
@@ -123,8 +124,7 @@ def packing_settings(
         right_header=encode(config.bicc.right_header),
         answer_header=encode(config.bicc.answer_header),
         end_token_ids=end_token_ids(hf_config, tokenizer, config.model.path),
-        # sequence parallel splits a micro-batch's rows evenly over the tensor-parallel ranks
-        alignment=config.parallel.tensor,
+        alignment=row_alignment(config),
         token_cost=6 * hf_config.hidden_size,
     )
     return plain, replace(plain, layout="bilateral")

@@ -79,6 +79,8 @@ class Update:
     """Bilateral first, where both are"""
     batches: list[TrainBatch]
     """This rank's micro-batches of all trained layouts"""
+    passes: list[StepPlan]
+    """The plan of each pass without gradients: old, reference and conditioned log-probs"""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class StepResult:
     loss: float
     grad_norm: float
     """Before clipping"""
+    passes: list[StepPlan]
+    """As in Update"""
     gradient: dict[str, float]
     """Variance over groups of the output layer's gradient (statistics.gradient_statistics)"""
 
@@ -122,7 +126,7 @@ class Learner:
         load_baseline(config)
         self.config = config
         self.policy = policy
-        self.reference = policy.host_copy() if needs_reference(config) else None
+        self.reference = policy.reference_copy(config) if needs_reference(config) else None
         self.regularises = regularises(config)
         self.bicc_weight = config.bicc.weight if config.bicc.enabled else 0.0
         self.dp_size = parallel_state.get_data_parallel_world_size()
@@ -182,7 +186,9 @@ class Learner:
                 for layout, packed, old_A in to_train
             ]
             given = groups[first : first + size]
-            updates.append(Update(given, taken, batch, log_probs, adv, trained, batches))
+            passes = [plain.plan] * (1 if self.reference is None else 2)
+            passes += [each.plan for each in trained if self._needs_conditioned(each, moved=first > 0)]
+            updates.append(Update(given, taken, batch, log_probs, adv, trained, batches, passes))
         if updates and check is not None:
             check([update.log_probs for update in updates])
         with clock("train"):
@@ -248,10 +254,14 @@ class Learner:
         if trained.layout == "plain" or self.config.bicc.denominator == "plain":
             old_T = torch.from_numpy(log_probs.old_T).to(device.device())
             return [(packed, old_T[packed.token_A]) for packed in trained.batches]
-        if not moved:
+        if not self._needs_conditioned(trained, moved):
             return [(packed, None) for packed in trained.batches]
         found = zip(trained.batches, self._passes(trained.batches), strict=True)
         return [(packed, None if found_2A is None else found_2A[0]) for packed, found_2A in found]
+
+    def _needs_conditioned(self, trained: PackedLayout, moved: bool) -> bool:
+        """Returns whether the log-probs in a layout's denominators take a pass of their own."""
+        return moved and trained.layout == "bilateral" and self.config.bicc.denominator == "conditioned"
 
     def _update(self, update: Update) -> StepResult:
         """Takes an optimizer step. Collective.
@@ -293,6 +303,7 @@ class Learner:
             trained=trained,
             loss=total,
             grad_norm=grad_norm,
+            passes=update.passes,
             gradient=gradient,
         )
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+import torch.distributed as dist
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_bicc import device
 from megatron_bicc.algorithms.advantages import TokenLogProbs, overlong_penalty
@@ -23,9 +24,11 @@ from megatron_bicc.algorithms.statistics import (
     engine_statistics,
     ratio_statistics,
 )
+from megatron_bicc.collective import gathered
 from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
 from megatron_bicc.metrics import LayoutRecord, MicroBatchRecord, PlanRecord
+from megatron_bicc.model.flops import Sizes, flops_of, peak_flops
 from megatron_bicc.packing.types import MicroBatchLayout, StepPlan, packed_sides
 from megatron_bicc.rollout.sampling import Collected
 from megatron_bicc.rollout.types import Group
@@ -130,6 +133,30 @@ def rollout_metrics(collected: Collected, config: Config) -> dict[str, float]:
         "rollout/leftover": collected.leftover,
         "rollout/aborted": collected.aborted,
     } | contrast_statistics(correct_R, np.cumsum([0, *(len(group.samples) for group in groups)]))
+
+
+def gpu_metrics(
+    results: list[StepResult], seconds: float, hf_config: PretrainedConfig, config: Config
+) -> dict[str, float]:
+    """Returns peak memory, utilization and speed of a step on GPUs; nothing on a CPU. Collective.
+
+    seconds: of the step's passes and updates. A GPU without a known peak, and fp32, have no perf/mfu.
+    """
+    gpu = device.gpu_name()
+    if not gpu:
+        return {}
+    found = {"memory/peak_gb": max(gathered(device.take_peak_bytes())) / 1e9}
+    trained = [each.plan for result in results for each in result.trained]
+    if trained:
+        gpu_seconds = seconds * dist.get_world_size()
+        found["perf/rows_per_gpu_second"] = sum(p.stats["tokens_packed"] for p in trained) / gpu_seconds
+        sizes, peak = Sizes.of(hf_config), peak_flops(gpu)
+        if peak and config.model.dtype == "bfloat16":
+            flops = sum(flops_of(sizes, plan) for result in results for plan in result.passes)
+            # backward is two products for each of forward; what recomputation repeats does not count
+            flops += 3 * sum(flops_of(sizes, plan) for plan in trained)
+            found["perf/mfu"] = flops / (gpu_seconds * peak)
+    return found
 
 
 def update_metrics(result: StepResult, config: Config) -> dict[str, float]:

@@ -166,7 +166,7 @@ def test_help_shows_every_setting_with_default_and_meaning(capsys):
     words = " ".join(capsys.readouterr().out.split()).replace("- ", "-")  # a line may end at a hyphen
     assert len(settings()) == leaves(Config)
     for name, setting in settings().items():
-        assert f"--{name} " in words
+        assert (f"--{name}.NAME VALUE" if setting.is_mapping else f"--{name} ") in words
         assert " ".join(setting.usage.split()).replace("- ", "-") in words
         assert all(choice in words for choice in setting.choices)
     assert "a context takes. [within 0 and 1; default 0.4]" in words

@@ -17,7 +17,10 @@ from support import warm
 
 from megatron_bicc import device
 from megatron_bicc import device_cpu as cpu
+from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
+from megatron_bicc.sglang.process import _environment
+from megatron_bicc.train import main
 
 TINY = ["--config", "examples/configs/tiny.yaml", "parallel.tensor=1", "train.steps=1", "evaluation.data="]
 
@@ -31,6 +34,18 @@ def test_seam_is_where_megatron_looks(seam: tuple) -> None:
     )
 
 
+def test_kernels_run_in_order_for_trainers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert os.environ[name] == "1"
+    assert name not in _environment(Config(), 0)
+    monkeypatch.setenv(name, "8")
+    device.limit_connections()
+    assert os.environ[name] == "8"
+
+
 def test_redirection_ends_with_its_context() -> None:
     before = torch.cuda.current_device
     with cpu.CudaOnCpu(), cpu.CudaOnCpu():
@@ -38,6 +53,8 @@ def test_redirection_ends_with_its_context() -> None:
         assert torch.zeros(2).cuda().device.type == "cpu"
         assert torch.zeros(2).to("cuda:0").device.type == "cpu"
         assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
+        assert not torch.zeros(2, pin_memory=True).is_pinned()
+        assert not torch.zeros(2).pin_memory().is_pinned()
     assert torch.cuda.current_device is before
     assert torch.zeros(2).type() == "torch.FloatTensor"
 

@@ -137,6 +137,9 @@ CHANGES: dict[str, Change] = {
     "evaluation.prompts": (questions, ["data.control_tokens=text"], "2"),
     "evaluation.instruction": (questions, ["data.control_tokens=text"], "1+"),
     "model.path": (refusal, RUN, "/nowhere"),
+    "megatron.transformer": (refusal, RUN, "fp16: true"),
+    "megatron.ddp": (refusal, RUN, "bucket_size: small"),
+    "megatron.optimizer": (refusal, RUN, "lr: 1"),
     "data.train": (refusal, RUN, "/nowhere"),
     "dry_run": (refusal, RUN[:1], "true"),
     "evaluation.data": (refusal, RUN, "/nowhere"),
@@ -177,6 +180,8 @@ TESTS: dict[str, str] = {
     "model.dtype": "planning/test_planning_activations.py::test_saved_bytes_equal_a_forward_pass",
     "model.kernels": "driver/test_device.py::test_kernels_are_chosen_once_and_say_why",
     "model.recompute": "planning/test_planning_activations.py::test_saved_bytes_equal_a_forward_pass",
+    "model.attention": "model/test_gpu_choices.py::test_kernels_of_an_installed_package_are_chosen",
+    "model.reference": "model/test_gpu_choices.py::test_where_the_reference_lies",
     "data.filter": "data/test_data_prompts.py::test_a_filter_sees_the_columns_and_says_what_it_dropped",
     "data.instruction": INSTRUCTION,
     "data.date": "data/test_data_today.py::test_a_date_that_is_set_is_the_date",
@@ -242,7 +247,12 @@ def test_every_setting_is_shown_once():
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_setting_changes_something(name: str, tmp_path: Path):
     shown, given, value = CHANGES[name]
-    before, after = (shown(parse_config([*given, *more]), tmp_path) for more in ([], [f"{name}={value}"]))
+    if settings()[name].is_mapping:
+        inner, _, value = value.partition(": ")
+        changed = f"{name}.{inner}={value}"
+    else:
+        changed = f"{name}={value}"
+    before, after = (shown(parse_config([*given, *more]), tmp_path) for more in ([], [changed]))
     assert before == shown(parse_config(given), tmp_path)
     assert before != after
     if shown is refusal and name != "dry_run":

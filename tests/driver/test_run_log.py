@@ -127,7 +127,7 @@ def test_every_metric_is_documented():
         if "report" not in path.parts and path.name not in ("metrics.py",)
     ]
     code = "".join(path.read_text() for path in files)
-    families = "clip|contrast|delta|eval|kl|ratio|rcc|reward|rollout|time|tokens|train"
+    families = "clip|contrast|delta|eval|kl|memory|perf|ratio|rcc|reward|rollout|time|tokens|train"
     keys = set(re.findall(rf'"((?:{families})/[a-z_0-9]+)"', code))
     keys |= {f"time/{stage}_s" for stage in re.findall(r'clock\("([a-z]+)"\)', code)}
     assert {"reward/mean", "eval/pass_at_1_stderr", "rcc/cov", "time/rollout_s"} <= keys

@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
-from megatron_bicc.rollout.local import LocalEngine, SeededSampler, check_names
+from megatron_bicc.rollout import local
+from megatron_bicc.rollout.local import LocalEngine, SeededSampler, check_names, make_local_engine
 from megatron_bicc.rollout.types import Request, Sampling
 
 EOS, PAD = 1, 0
@@ -74,10 +76,54 @@ def test_a_sample_depends_on_its_seed_not_on_its_batch(model_dirs: dict[str, Pat
 
 def test_samples_follow_the_distribution() -> None:
     scores = torch.tensor([[1.0, 0.0, -1.0, 0.5]])
-    sampler = SeededSampler(list(range(20_000)), temperature=0.5)
+    sampler = SeededSampler(list(range(20_000)), 0.5, torch.device("cpu"))
     chosen = sampler(torch.zeros(20_000, 1), scores.expand(20_000, 4)).argmax(-1)
     frequency = torch.bincount(chosen, minlength=4) / 20_000
     torch.testing.assert_close(frequency, (scores[0] / 0.5).softmax(-1), atol=0.012, rtol=0)
+
+
+def test_noise_is_drawn_where_the_scores_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU each row's are the numbers of a generator of its own; nothing is drawn there for a GPU."""
+    scores = torch.randn(3, 50)
+    sampler = SeededSampler([4, 5, 6], 1.0, scores.device)
+    streams = [torch.Generator().manual_seed(seed) for seed in (4, 5, 6)]
+    for _ in range(2):
+        noise = torch.stack([torch.empty(50).exponential_(generator=stream) for stream in streams])
+        expected = (scores.log_softmax(-1) - noise.log()).argmax(-1)
+        assert torch.equal(sampler(torch.zeros(3, 1), scores).argmax(-1), expected)
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch, "Generator", lambda device: asked.append(device) or torch._C.Generator())
+    on_gpu = SeededSampler([4], 1.0, torch.device("cuda", 0))
+    assert asked == [torch.device("cuda", 0)]
+    on_gpu.streams = [None]
+    drawn: list[torch.device] = []
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda row, generator: drawn.append(row.device) or row)
+    on_gpu(torch.zeros(1, 1), scores[:1].to("meta"))
+    assert drawn == [torch.device("meta")]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "parameters", "warned"), [(True, 100_000_001, 1), (True, 10**8, 0), (False, 10**9, 0)]
+)
+def test_a_large_policy_on_a_gpu_is_warned_of(
+    cuda: bool,
+    parameters: int,
+    warned: int,
+    model_dirs: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = make_engine(model_dirs["qwen3_tied"], 4)
+    engine.model.num_parameters = lambda: parameters
+    monkeypatch.setattr(local, "LocalEngine", lambda *arguments: engine)
+    monkeypatch.setattr("megatron_bicc.device.has_cuda", lambda: cuda)
+    config = Config()
+    config.model.path = str(model_dirs["qwen3_tied"])
+    assert make_local_engine(config, TOKENIZER) is engine
+    assert len(caplog.messages) == warned
+    assert all(
+        "rollout.engine is local" in message and "0.1 billion" in message for message in caplog.messages
+    )
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(model_dirs: dict[str, Path], tmp_path: Path) -> None:
