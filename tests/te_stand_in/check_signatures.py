@@ -184,8 +184,8 @@ def signature_differences(stand_in: Package, other: Package) -> Iterator[str]:
 def imported_names(core: Path) -> set[tuple[str, str]]:
     """Returns (module within transformer_engine, name) of everything that megatron-core imports from it."""
     found = set()
-    for file in core.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+    for text in (file.read_text() for file in core.rglob("*.py")):
+        for node in ast.walk(ast.parse(text)) if "transformer_engine" in text else ():
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "transformer_engine":
                 found |= {(node.module.partition(".")[2], alias.name) for alias in node.names}
     return found
