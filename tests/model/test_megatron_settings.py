@@ -258,6 +258,21 @@ def test_gradients_reduced_during_backward_are_the_same(
     assert sum(map(len, plain[0]["response_rows"])) > 2  # more than one for each process
 
 
+def test_a_step_may_have_other_micro_batches_than_the_first(inputs: Path, single_process: None) -> None:
+    """megatron-core learns in the first step when gradients are complete; it must not count micro-batches."""
+    overlap = {"megatron.ddp": {"overlap_grad_reduce": True, "bucket_size": 5000}}
+    found = []
+    for settings in ({}, overlap):
+        training = Training(inputs, "dense", settings)
+        groups = training.groups
+        found.append([training.step()])
+        training.groups = groups[:1]
+        found[-1].append(training.step())
+    first, second = (sum(map(len, step["response_rows"])) for step in found[0])
+    assert first != second
+    assert_same(found[1], found[0], 1e-6)
+
+
 def assert_same(found: list[dict], expected: list[dict], atol: float) -> None:
     for step, one in zip(found, expected, strict=True):
         assert step["grad_norm"] == pytest.approx(one["grad_norm"], rel=atol, abs=0)
