@@ -9,9 +9,10 @@ import platform
 import secrets
 import socket
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megatron_bicc.collective import gathered, raised_on_all_ranks
@@ -20,25 +21,36 @@ from megatron_bicc.errors import UserError
 
 PACKAGE = Path(__file__).parent
 LIBRARIES = ("torch", "megatron-core", "transformers", "numpy")
+OPTIONAL_LIBRARIES = ("transformer-engine", "apex", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 
 
-def check_agreement(config: Config, contents: dict[str, str]) -> None:
+def check_agreement(config: Config, contents: dict[str, str], layers: str) -> None:
     """Raises UserError that names the first setting, source file, library or input that differs. Collective.
 
-    contents: startup.Inputs.contents.
+    contents: startup.Inputs.contents. layers: model.build.backend(), which decides the order of parameters in
+    the gradient buffers: their lengths would match, and gradients of different weights would be added.
     """
-    _check_same(_facts(config, contents))
+    _check_same(_facts(config, contents, layers))
     _check_shared(Path(config.output_dir))
 
 
-def _facts(config: Config, contents: dict[str, str]) -> dict[str, str]:
+def _facts(config: Config, contents: dict[str, str], layers: str) -> dict[str, str]:
     """Returns everything that must be equal on all ranks, by name."""
     facts = {f"setting {name}": repr(value) for name, value in flatten(asdict(config)).items()}
-    for file in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.glob("_C.*")]):
+    for file in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.glob("_C*.so")]):
         facts[f"code megatron_bicc/{file.relative_to(PACKAGE)}"] = _sha256(file)
     facts |= {f"library {name}": version(name) for name in LIBRARIES}
-    facts["library python"] = platform.python_version()
+    facts |= {f"library {name}": _version_if_installed(name) for name in OPTIONAL_LIBRARIES}
+    facts |= {"library python": platform.python_version(), "library CUDA of torch": str(torch.version.cuda)}
+    facts["library of the layers"] = layers
     return facts | {f"content of {name}": digest[:12] for name, digest in contents.items()}
+
+
+def _version_if_installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _check_same(facts: dict[str, str]) -> None:

@@ -33,6 +33,7 @@ from megatron_bicc.data.encoding import asks_for_date, end_token_ids, fix_date
 from megatron_bicc.data.prompts import Prompt, PromptSampler, digest, load_prompts
 from megatron_bicc.errors import UserError, first_line
 from megatron_bicc.metrics import import_wandb, phase
+from megatron_bicc.model.build import backend
 from megatron_bicc.model.families import positions, supported_config
 from megatron_bicc.model.policy import start_model_parallel
 from megatron_bicc.rewards.registry import Verifier, check_reward, check_truths, get_verifier
@@ -194,7 +195,7 @@ def join_processes(inputs: Inputs) -> None:
     with phase("lock and agreement of all processes"):
         hold_output_dir(config)
         _check_resume_point(inputs)
-        check_agreement(config, inputs.contents)
+        check_agreement(config, inputs.contents, backend())
         device.watch_hosts(config.parallel.heartbeat_timeout_s)
     with phase("model-parallel groups"):
         start_model_parallel(config)

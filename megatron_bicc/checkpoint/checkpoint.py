@@ -38,6 +38,7 @@ from megatron_bicc.checkpoint.megatron_files import (
     check_file,
     check_manifest,
     describe_share,
+    held_state,
     write_manifest,
 )
 from megatron_bicc.collective import gathered, raised_on_all_ranks
@@ -113,7 +114,7 @@ def load_checkpoint(path: Path, policy: Policy, progress: Progress) -> None:
     except UserError as error:
         raise CheckpointError(f"{error}; {_remedy(path)}") from error
     with device.megatron():
-        model = _model_state(policy)
+        model = {f"model{i}": held_state(chunk.module, path) for i, chunk in enumerate(policy.chunks)}
         state = model | {"optimizer": _optimizer_state(policy, model, is_loading=True)}
         _check_tensors(state, path)
         state = dist_checkpointing.load(state, str(path))
@@ -125,6 +126,9 @@ def load_checkpoint(path: Path, policy: Policy, progress: Progress) -> None:
         # settings
         for group, own in zip(policy.optimizer.param_groups, settings, strict=True):
             group |= own
+            # torch's AdamW counts in floats; the kernel of Transformer Engine's and apex's takes an int
+            if "step" in group:
+                group["step"] = int(group["step"])
     try:
         policy.check_weights()
     except NotFiniteError as error:
@@ -149,7 +153,7 @@ def _check_tensors(state: dict[str, Any], path: Path) -> None:
 
 def host_state(policy: Policy) -> dict[str, Any]:
     """Returns the policy's part of a checkpoint, in host memory that training does not change. Collective."""
-    model = _model_state(policy)
+    model = {f"model{i}": chunk.module.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
     # megatron-core gathers the optimizer's part into new host memory; only the weights are still live tensors
     optimizer = _optimizer_state(policy, model, is_loading=False)
     for entry in nested_values(model):
@@ -161,10 +165,6 @@ def host_state(policy: Policy) -> dict[str, Any]:
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
     """Returns a parameter group's settings, without its parameters and its step count."""
     return {name: value for name, value in group.items() if name not in ("params", "step")}
-
-
-def _model_state(policy: Policy) -> dict[str, Any]:
-    return {f"model{i}": chunk.module.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
 
 
 def _optimizer_state(policy: Policy, model: dict[str, Any], is_loading: bool) -> dict[str, Any]:

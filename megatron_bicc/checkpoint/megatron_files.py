@@ -96,9 +96,10 @@ def slots_of(hf_config: PretrainedConfig) -> tuple[list[Slot], list[ShardedObjec
     megatron-core's process groups must exist, without model parallel. Raises UserError for an architecture
     that is not supported.
     """
-    with CudaOnCpu("meta"), torch.device("meta"):
-        model = PolicyModel(transformer_config(hf_config, Config()), hf_config, temperature=1.0)
-        state = model.sharded_state_dict()
+    with CudaOnCpu("meta"):
+        with torch.device("meta"):
+            model = PolicyModel(transformer_config(hf_config, Config()), hf_config, temperature=1.0)
+        state = model.sharded_state_dict()  # the objects of Transformer Engine's layers are tensors with data
     parameters = dict(model.named_parameters())
     slots = [_slot(name, state[name], parameters[name].shape) for name in parameters if name in state]
     return slots, [entry for entry in state.values() if isinstance(entry, ShardedObject)]
@@ -242,13 +243,30 @@ class _SlotPlanner(dcp.DefaultLoadPlanner):
         """Does nothing: the reader has written into the parameter."""
 
 
+def held_state(chunk: PolicyModel, path: Path) -> dict[str, Any]:
+    """Returns a chunk's sharded state, to be loaded, without quantisation state that the checkpoint lacks.
+
+    Of Transformer Engine's layers more have an `_extra_state` than of megatron-core's own. It is empty unless
+    a layer multiplies in fp8, so a checkpoint written with either is complete for the other.
+    """
+    try:
+        held = CachedMetadataFileSystemReader(str(path)).read_metadata().state_dict_metadata
+    except Exception as error:  # torch raises many types
+        raise UserError(f"{path}: cannot be loaded: {first_line(cause(error))}") from error
+    return {
+        name: entry
+        for name, entry in chunk.sharded_state_dict().items()
+        if "_extra_state" not in name or entry.unique_key in held
+    }
+
+
 def load_chunks(chunks: list[PolicyModel], path: Path) -> None:
     """Fills this rank's parameters, under any layout. Collective.
 
     Raises UserError if the checkpoint does not fit or is damaged.
     """
     with device.megatron():
-        state = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+        state = {f"model{i}": held_state(chunk, path) for i, chunk in enumerate(chunks)}
         try:
             loaded = dist_checkpointing.load(state, str(path))
         except (Exception, CheckpointException) as error:  # megatron-core and torch raise many types

@@ -98,7 +98,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
-        # Every weight is read from a file. megatron-core still has to call its initialisation, which marks the
+        # Every weight is read from a file. megatron-core still has to call its initialisation: it marks the
         # weights that tensor parallel cuts; on the device, as Transformer Engine's layers require.
         use_cpu_initialization=False,
         init_method=_leave,
@@ -175,6 +175,10 @@ def layer_specs(megatron_config: TransformerConfig, vp_stage: int | None) -> Tra
         layer = get_gpt_layer_with_transformer_engine_spec(
             c.num_moe_experts, c.moe_grouped_gemm, c.qk_layernorm
         )
+        if c.num_moe_experts:
+            # the name in checkpoints that megatron-core's own layers of experts give to this norm
+            names = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+            layer.submodules.sharded_state_dict_keys_map = names
     else:
         norm = rms_norm()
         layer = _local_layer(c, norm)

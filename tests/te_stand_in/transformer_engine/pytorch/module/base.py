@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class ExtraState(torch.nn.Module):
+class _ExtraState(torch.nn.Module):
     """A module whose state dict has an extra state. It is empty, as Transformer Engine's without fp8."""
 
     def get_extra_state(self) -> Tensor:
@@ -18,8 +18,13 @@ class ExtraState(torch.nn.Module):
         pass
 
 
-class TransformerEngineBaseModule(ExtraState):
+class TransformerEngineBaseModule(_ExtraState):
     """A linear that is cut over the tensor-parallel group."""
+
+    fp8 = fp8_calibration = False
+
+    def init_fp8_metadata(self, num_gemms: int = 1) -> None:
+        """Does nothing: there is no state of quantised products."""
 
     def _set_up(
         self,
@@ -30,6 +35,7 @@ class TransformerEngineBaseModule(ExtraState):
         init: tuple[Callable[[Tensor], Any] | None, Callable[[], Any] | None, str | None],
     ) -> None:
         """init: the method that fills weights in, the random-number tracker and the name of its state."""
+        self.fp8_meta = {"fp8_checkpoint": False}  # megatron-core reads it in checkpoints of experts
         if parallel_mode not in (None, "column", "row"):
             raise ValueError(f"parallel_mode {parallel_mode} not supported")
         self.tp_group, self.parallel_mode, self._init = tp_group, parallel_mode, init

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import ExtraState
+from .base import _ExtraState
 
 
-class RMSNorm(ExtraState):
+class RMSNorm(_ExtraState):
     """Norm over the last axis; its weight tells megatron-core whether sequence parallel cuts its input."""
 
     def __init__(

@@ -1,7 +1,8 @@
 """Optimizers and kernels over lists of tensors."""
 
+from ._kernels import multi_tensor_l2norm, multi_tensor_scale
 from .fused_adam import FusedAdam
 from .fused_sgd import FusedSGD
-from .multi_tensor_apply import multi_tensor_applier, multi_tensor_l2norm, multi_tensor_scale
+from .multi_tensor_apply import multi_tensor_applier
 
 __all__ = ["FusedAdam", "FusedSGD", "multi_tensor_applier", "multi_tensor_l2norm", "multi_tensor_scale"]

@@ -65,6 +65,8 @@ class FusedAdam(torch.optim.Optimizer):
         return loss
 
     def _update(self, param: Tensor, group: dict) -> None:
+        if not isinstance(group["step"], int):
+            raise TypeError(f"multi_tensor_adam takes a step of type int, not {group['step']!r}")
         grad, (beta1, beta2) = param.grad, group["betas"]
         if not self.adam_w_mode:
             grad = grad + group["weight_decay"] * param

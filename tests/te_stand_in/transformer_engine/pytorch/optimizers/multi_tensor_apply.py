@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -24,19 +23,3 @@ class MultiTensorApply:
 
 
 multi_tensor_applier = MultiTensorApply(2048 * 32)
-
-
-def multi_tensor_l2norm(
-    chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool | None = None
-) -> tuple[Tensor, Tensor]:
-    """Returns (norm of all elements, float32 [1]; norms of the tensors, or nothing)."""
-    norms = torch.stack([tensor.float().norm() for tensor in tensor_lists[0]])
-    return norms.norm()[None], norms if per_tensor else norms[:0]
-
-
-def multi_tensor_scale(
-    chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], scale: float
-) -> None:
-    """Writes the first list's tensors, times `scale`, into the second's."""
-    for source, target in zip(*tensor_lists, strict=True):
-        target.copy_(source * scale)

@@ -1,0 +1,86 @@
+"""Tests the documented commands where Transformer Engine, here tests/te_stand_in, is installed."""
+
+import filecmp
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import te_stand_in, warm
+from support.forked import torchrun_variables
+from support.warm import REPOSITORY
+
+# several processes; a busy machine needs minutes for that
+pytestmark = pytest.mark.timeout(900)
+TINY = ["--config", "examples/configs/tiny.yaml"]
+CONVERT = "tools/convert_hf_checkpoint.py"
+
+
+def run(command: list[str | Path], processes: int = 0) -> subprocess.CompletedProcess:
+    """Runs a command that finds Transformer Engine, alone or as a job. Raises AssertionError if it fails."""
+    variables = torchrun_variables(processes) if processes else [{}]
+    done = te_stand_in.warm_process().run([*map(str, command)], variables, timeout_s=800)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def test_training_on_two_processes(tmp_path: Path) -> None:
+    """What `make demo` runs after its dry run, with fewer rollouts."""
+    few = ["train.steps=1", "rollout.prompts_per_step=4", "evaluation.prompts=2", "evaluation.samples=1"]
+    done = run(["-m", "megatron_bicc.train", *TINY, *few, f"output_dir={tmp_path}/run"], processes=2)
+    assert "on Transformer Engine's linears and norms" in done.stdout + done.stderr
+    (record, *_) = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert (tmp_path / "run/hf/model.safetensors").is_file() and record
+
+
+def test_dry_run() -> None:
+    settings = [*TINY, "parallel.tensor=1", "dry_run=true"]
+    assert "1 processes: tensor 1" in run(["-m", "megatron_bicc.train", *settings]).stdout
+
+
+def test_plan() -> None:
+    assert "H100" in run(["tools/plan.py", *TINY, "--world-size", "2"]).stdout
+
+
+@pytest.mark.parametrize("family", ["qwen3_tied", "qwen3_moe"])
+def test_checkpoints_convert_with_and_without(
+    family: str, model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Imported by either, a checkpoint is verified by the other, and exports the same file."""
+    source = model_dirs[family]
+    run([CONVERT, "import", source, tmp_path / "te"])
+    run([CONVERT, "verify", source, tmp_path / "te", "--length", "32"])
+    for command in (
+        ["import", source, tmp_path / "local"],
+        ["verify", source, tmp_path / "te", "--length", "32"],
+        ["export", tmp_path / "te", tmp_path / "back"],
+    ):
+        done = warm.run([CONVERT, *command])
+        assert done.returncode == 0, done.stderr[-4000:]
+    run([CONVERT, "verify", source, tmp_path / "local", "--length", "32"])
+    assert filecmp.cmp(source / "model.safetensors", tmp_path / "back/model.safetensors", shallow=False)
+
+
+def test_processes_with_and_without_are_refused(tmp_path: Path) -> None:
+    """One of two processes finds Transformer Engine."""
+    command = ["-m", "megatron_bicc.train", *TINY, f"output_dir={tmp_path}/run"]
+    starts = zip((warm.warm_process(), te_stand_in.warm_process()), torchrun_variables(2), strict=True)
+    for i, (process, variables) in enumerate(starts):
+        process.start(command, [variables], tmp_path / f"out{i}", tmp_path / f"err{i}", 300)
+    assert [p.wait(300) for p in (warm.warm_process(), te_stand_in.warm_process())] == [2, 2]
+    said = (tmp_path / "err0").read_text() + (tmp_path / "err1").read_text()
+    assert "library of the layers: local against Transformer Engine" in said
+
+
+def test_launch_script_on_paper() -> None:
+    done = subprocess.run(
+        [REPOSITORY / "examples/run_bicc_qwen3_4b.sh"],
+        env=os.environ | {"DRY_RUN": "1", "PYTHON": sys.executable, "PYTHONPATH": te_stand_in.python_path()},
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8 processes: tensor 2 with sequence parallel" in done.stdout
