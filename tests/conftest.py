@@ -21,6 +21,7 @@ LONGEST_FILES = (
     "test_checkpoint_resume",
     "test_benchmark_sync",
     "test_normalisation_contract",
+    "test_fake_cuda",
     "test_twins",
     "test_sglang_families",
     "test_shares",

@@ -3,6 +3,7 @@
 Shape suffixes: N rows of a micro-batch, A response rows of a micro-batch, C channels of a head.
 """
 
+from collections.abc import Callable
 from functools import partial
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -226,9 +227,14 @@ class PositionRotary(torch.nn.Module):
         super().__init__()
         self.inverse_frequencies = inverse_frequencies
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PositionRotary":
+        """Moves to the device of the weights; a buffer would be rounded to their type as well."""
+        self.inverse_frequencies = self.inverse_frequencies.to(fn(self.inverse_frequencies).device)
+        return super()._apply(fn, recurse)
+
     def forward(self, positions_N: Tensor) -> Tensor:
         """Returns angles float32 [N, 1, 1, C], megatron-core's layout, of position ids int64 [N]."""
-        angles = torch.outer(positions_N.float(), self.inverse_frequencies.to(positions_N.device))
+        angles = torch.outer(positions_N.float(), self.inverse_frequencies)
         return torch.cat([angles, angles], dim=-1)[:, None, None, :]
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -157,16 +157,18 @@ class Policy:
         their gradients are summed over micro-batches and data-parallel ranks, nothing is averaged. Returns
         this rank's sum on the last pipeline stage, 0 on the others.
         """
-        losses: dict[int, float] = {}
+        losses: dict[int, Tensor] = {}
 
         def weigh(index: int, output: Tensor) -> tuple[Tensor, Tensor, dict]:
             share = loss(index, output[0], output[1])
-            losses[index] = float(share.detach())
+            losses[index] = share.detach()
             return share, _ONE, {}
 
         self.zero_gradients()
         self._run(batches, weigh, forward_only=False)
-        return sum(losses[i] for i in range(len(losses)))
+        # read together, at the end: reading one makes the host wait for all that it has launched before
+        shares = [losses[i] for i in range(len(losses))]
+        return sum(torch.stack(shares).tolist()) if shares else 0.0
 
     @contextmanager
     def gradient_sketch(self, num_groups: int) -> Iterator[GradientSketch]:
@@ -320,7 +322,12 @@ class Policy:
     def _schedule_padding(self, count: int) -> list[PackedBatch]:
         """Returns empty micro-batches: the interleaved schedule requires a multiple of the stages."""
         stages = self.megatron_config.pipeline_model_parallel_size if len(self.chunks) > 1 else 1
-        return [PackedBatch.padding(self._row_alignment, device.device())] * (-count % stages)
+        return [self._padding for _ in range(-count % stages)]
+
+    @cached_property
+    def _padding(self) -> PackedBatch:
+        """An empty micro-batch; made once, since each costs several copies to the device."""
+        return PackedBatch.padding(self._row_alignment, device.device())
 
 
 def _ignore(output: Tensor) -> tuple[Tensor, Tensor, dict]:
