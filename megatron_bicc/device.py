@@ -175,6 +175,11 @@ def stream(tensor: torch.Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the name by which csrc's kernels know a type, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def local_rank() -> int:
     """Returns the rank of this process on its host; 0 without torchrun."""
     return launcher.local_rank()

@@ -80,7 +80,7 @@ __device__ RowSums thread_sums(const float* row, int64_t vocabulary, float scale
 }
 
 template <int N>
-__global__ void statistics_kernel(LogitRows logits, float* statistics, int64_t statistics_stride) {
+__global__ void statistics_kernel(LogitRows logits, float* statistics) {
   for (int64_t r = blockIdx.x; r < logits.rows; r += gridDim.x) {
     const float* row = logits.logits + r * logits.stride;
     const RowSums sums = combined_over_block(thread_sums<N>(row, logits.vocabulary, logits.scale));
@@ -88,9 +88,9 @@ __global__ void statistics_kernel(LogitRows logits, float* statistics, int64_t s
     const int64_t label = logits.labels[r] - logits.first;
     const bool is_local = label >= 0 && label < logits.vocabulary;
     statistics[r] = sums.largest;
-    statistics[statistics_stride + r] = sums.total;
-    statistics[2 * statistics_stride + r] = sums.weighted;
-    statistics[3 * statistics_stride + r] = is_local ? logits.scale * row[label] : 0.0f;
+    statistics[logits.rows + r] = sums.total;
+    statistics[2 * logits.rows + r] = sums.weighted;
+    statistics[3 * logits.rows + r] = is_local ? logits.scale * row[label] : 0.0f;
   }
 }
 
@@ -133,12 +133,12 @@ bool wide(const LogitRows& logits) {
 
 }  // namespace
 
-void launch_logit_statistics(const LogitRows& logits, float* statistics, int64_t statistics_stride, cudaStream_t stream) {
+void launch_logit_statistics(const LogitRows& logits, float* statistics, cudaStream_t stream) {
   if (logits.rows == 0) return;
   if (wide(logits)) {
-    statistics_kernel<kWide><<<blocks_for(logits.rows), kThreads, 0, stream>>>(logits, statistics, statistics_stride);
+    statistics_kernel<kWide><<<blocks_for(logits.rows), kThreads, 0, stream>>>(logits, statistics);
   } else {
-    statistics_kernel<1><<<blocks_for(logits.rows), kThreads, 0, stream>>>(logits, statistics, statistics_stride);
+    statistics_kernel<1><<<blocks_for(logits.rows), kThreads, 0, stream>>>(logits, statistics);
   }
   check_launch("logit_statistics");
 }

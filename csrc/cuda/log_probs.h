@@ -20,9 +20,9 @@ struct LogitRows {
   float scale;            // z = scale * logit: 1 / temperature
 };
 
-// Writes four float32 values a row, [4, rows] with `statistics_stride` elements between two of the four:
+// Writes four float32 values a row, [4, rows]:
 //   the largest z; the sum of exp(z - largest); the sum of exp(z - largest) (z - largest); the label's z, or 0
-void launch_logit_statistics(const LogitRows& logits, float* statistics, int64_t statistics_stride, cudaStream_t stream);
+void launch_logit_statistics(const LogitRows& logits, float* statistics, cudaStream_t stream);
 
 // Gradients of a row's log-prob and entropy, float32 [rows], and what the forward pass found over the whole vocabulary.
 struct LogitGradients {

@@ -50,7 +50,7 @@ def check_log_probs() -> None:
     labels, first = torch.randint(0, 19, (13,), generator=random), 10 * group.rank()
     leaves = [hidden.clone().requires_grad_(), weight[first : first + 10].clone().requires_grad_()]
     shard = VocabShard(first, min(10, 19 - first), group)
-    found = torch.stack(VocabParallelLogProbs.apply(*leaves, labels, 0.7, shard))
+    found = torch.stack(VocabParallelLogProbs.apply(*leaves, labels, 0.7, shard, True))
     grad_hidden, grad_weight = torch.autograd.grad((found * seeds).sum(), leaves)
     torch.distributed.all_reduce(grad_hidden, group=group)
 

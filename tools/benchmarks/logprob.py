@@ -73,7 +73,7 @@ def ours(rows: int, vocab: int, hidden: int) -> Callable[[], Any]:
     shard = VocabShard(0, vocab, dist.group.WORLD)
 
     def call() -> tuple[Tensor, ...]:
-        log_probs, _ = VocabParallelLogProbs.apply(states, weight, labels, 1.0, shard)
+        log_probs, _ = VocabParallelLogProbs.apply(states, weight, labels, 1.0, shard, False)
         return torch.autograd.grad(log_probs.sum(), [states, weight])
 
     return call
