@@ -1,8 +1,8 @@
 """Joins two attention calls of the same rows, each over its own keys: their outputs, and their gradients.
 
-One launch each by csrc's kernels (csrc/cuda/merge.h) where `device.kernels` has them; plain torch elsewhere,
-which is also the reference. Both work in place, on slices of larger tensors. Two parts joined are a part again,
-so any number of parts are joined one after another: none has to wait in memory for the last.
+Where `device.kernels` has csrc's kernels (csrc/cuda/merge.h), each is one launch; plain torch elsewhere, which
+is also the reference. Both work in place, on slices of larger tensors. Two parts joined are a part again, so
+a third is joined by another call, and no part has to wait in memory for the last.
 
 Shape suffixes as in `attention`.
 """
@@ -19,8 +19,8 @@ def merge(out_QHC: Tensor, lse_HQ: Tensor, other_QHC: Tensor, lse_other_HQ: Tens
     """Merges attention of the same rows to other keys into `out_QHC` and its log-sum-exp `lse_HQ`.
 
     The softmax over the union of both key sets, exactly: lse' = logaddexp(lse, lse_other) and
-    out' = e^(lse - lse') out + e^(lse_other - lse') other, in at least float32. Where a row has no keys in one
-    part, that part's log-sum-exp is -inf and its output finite.
+    out' = e^(lse - lse') out + e^(lse_other - lse') other, in at least float32. Where a row has no keys in a
+    part, the part's log-sum-exp is -inf, and its output must be finite.
 
     out_QHC, other_QHC: of one type. lse_HQ, lse_other_HQ: float32, or float64 with float64 outputs.
     """
@@ -52,12 +52,12 @@ def _for_kernels(x: Tensor) -> bool:
 
 
 def _check(like: Tensor, pair: tuple[Tensor, Tensor]) -> None:
-    """Raises ValueError unless both [rows, heads, C] have one shape, the type of `like` and contiguous channels."""
+    """Raises ValueError unless both have one shape [rows, heads, C], the type of `like`, contiguous channels."""
     a, b = pair
     if not (a.shape == b.shape and a.dim() == 3 and a.dtype == b.dtype == like.dtype):
         raise ValueError(
-            f"{a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)} must have one shape [rows, heads, C] and "
-            f"the type {like.dtype}"
+            f"{a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)} must have one shape [rows, heads, C] "
+            f"and the type {like.dtype}"
         )
     if a.stride(-1) != 1 or b.stride(-1) != 1:
         raise ValueError(f"strides {a.stride()} and {b.stride()}: the last must be 1")
@@ -65,7 +65,7 @@ def _check(like: Tensor, pair: tuple[Tensor, Tensor]) -> None:
 
 @torch.library.custom_op("megatron_bicc::merge_attention", mutates_args=("out", "lse"))
 def merge_attention(out: Tensor, lse: Tensor, other: Tensor, lse_other: Tensor) -> None:
-    """Merges by csrc's kernel: see `merge`. Raises ValueError if types, shapes or strides do not fit."""
+    """Merges by csrc's kernel: see `merge`. Raises ValueError if a type, shape or stride does not fit."""
     _check(out, (out, other))
     if not lse.dtype == lse_other.dtype == torch.float32:
         raise ValueError(f"log-sum-exps are {lse.dtype} and {lse_other.dtype}; they must be float32")
@@ -101,7 +101,7 @@ def _(out: Tensor, lse: Tensor, other: Tensor, lse_other: Tensor) -> None: ...
 def add_attention_gradients(
     dq: Tensor, dk: Tensor, dv: Tensor, part_q: Tensor, part_k: Tensor, part_v: Tensor
 ) -> None:
-    """Adds by csrc's kernel: see `add_gradients`. Raises ValueError if types, shapes or strides do not fit."""
+    """Adds by csrc's kernel: see `add_gradients`. Raises ValueError if a type, shape or stride does not fit."""
     csrc = device.kernels()
     pairs = ((dq, part_q), (dk, part_k), (dv, part_v))
     for pair in pairs:

@@ -47,10 +47,10 @@ class VocabParallelLogProbs(torch.autograd.Function):
 
     Shapes: hidden [A, hidden size], weight [V, hidden size].
 
-    Outputs are float32 for inputs of lower precision, entropy in nats, both at the temperature. The entropy has
-    a gradient only if `entropy_in_loss`: without it backward takes fewer passes over every chunk's [L, V]. The
-    gradient of `hidden` is this rank's part: the caller reduces it over the tensor-parallel group. The backward
-    pass calls `on_gradient` with every chunk. Collective, forward only.
+    Outputs are float32 for inputs of lower precision, entropy in nats, both at the temperature. The entropy
+    has a gradient only if `entropy_in_loss`: without it backward takes fewer passes over every chunk's
+    [L, V]. The gradient of `hidden` is this rank's part: the caller reduces it over the tensor-parallel group.
+    The backward pass calls `on_gradient` with every chunk. Collective, forward only.
     """
 
     @staticmethod
@@ -69,7 +69,7 @@ class VocabParallelLogProbs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, labels, lse, entropy)
         ctx.temperature, ctx.shard, ctx.on_gradient = temperature, shard, on_gradient
         ctx.entropy_in_loss = entropy_in_loss
-        # copies, since rows of one tensor share memory with what is saved: callers may change outputs in place
+        # copies, since the outputs share memory with what is saved: callers may change outputs in place
         log_probs, entropy = log_probs.clone(), entropy.clone()
         if not entropy_in_loss:
             ctx.mark_non_differentiable(entropy)
@@ -216,10 +216,12 @@ def _gradient(
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left @ right to `total`, in one call if the types are equal; bf16 products are added in fp32."""
+    """Adds left @ right to `total`, whose type is that of the factors or float32."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
-    else:
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:  # the CPU has no product of half-precision factors in fp32
         total += left @ right
 
 

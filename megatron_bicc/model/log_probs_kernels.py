@@ -1,7 +1,7 @@
-"""csrc's kernels over a chunk of logits (csrc/cuda/log_probs.h) as torch operators: one pass forward, one backward.
+"""csrc's kernels over a chunk of logits (csrc/cuda/log_probs.h) as torch operators: a pass forward, one backward.
 
-z stands for logits / temperature. Shape suffixes: L rows of the chunk, V tokens of
-this rank's part of the vocabulary.
+z stands for logits / temperature. Shape suffixes: L rows of the chunk, V tokens of this rank's part of the
+vocabulary.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ from megatron_bicc import device
 def logit_statistics(logits: Tensor, labels: Tensor, first: int, temperature: float) -> Tensor:
     """Returns float32 [4, L] over this rank's part of the vocabulary.
 
-    They are the largest z, sum exp(z - largest), sum exp(z - largest) (z - largest), and the label's z, or 0 if
-    the label is in another rank's part.
+    They are the largest z, sum exp(z - largest), sum exp(z - largest) (z - largest), and the label's z, or 0
+    if the label is in another rank's part.
 
     logits: float32 [L, V]. labels: int64 [L], token ids. first: token id of column 0.
 
@@ -25,7 +25,9 @@ def logit_statistics(logits: Tensor, labels: Tensor, first: int, temperature: fl
     """
     statistics = logits.new_empty(4, len(logits))
     device.kernels().logit_statistics(
-        _rows(logits, labels, first, temperature), statistics=statistics.data_ptr(), stream=device.stream(logits)
+        _rows(logits, labels, first, temperature),
+        statistics=statistics.data_ptr(),
+        stream=device.stream(logits),
     )
     return statistics
 
@@ -46,7 +48,7 @@ def logit_gradient(
     grad_entropy_L: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Returns the gradient of the logits as [L, V] of `dtype`, in the memory of `logits_LV`, which is overwritten.
+    """Returns the gradient of the logits, [L, V] of `dtype`, in the memory of `logits_LV`.
 
     Rows of 16-bit gradients keep the distance of the float32 rows.
 

@@ -14,7 +14,6 @@ from megatron_bicc.model import segments as segments_module
 from megatron_bicc.model.attention import SharedPrefixAttention
 from megatron_bicc.model.segments import Segments
 
-CPU = torch.device("cpu")
 SIDES = [(21, [4, 7, 3]), (15, [6]), (0, [5, 2]), (9, [1, 1, 12])]
 """(prefix rows, rows of each response); a prompt of one token leaves no prefix rows"""
 
@@ -28,8 +27,8 @@ def shared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     prefixes = [p for p, _ in SIDES]
     responses = [s for _, side in SIDES for s in side]
     all_rows = cu(prefixes + responses)
-    causal = Segments.of_themselves(all_rows, CPU)
-    cross = Segments.across(cu([sum(side) for _, side in SIDES]), cu(prefixes), CPU)
+    causal = Segments.of_themselves(all_rows, q.device)
+    cross = Segments.across(cu([sum(side) for _, side in SIDES]), cu(prefixes), q.device)
     return SharedPrefixAttention.apply(q, k, v, sum(prefixes), causal, cross, 0.3)
 
 
