@@ -1,7 +1,7 @@
 """Joins two attention calls of the same rows, each over its own keys: their outputs, and their gradients.
 
-Where `device.kernels` has csrc's kernels (csrc/cuda/merge.h), each is one launch; plain torch elsewhere, which
-is also the reference. Both work in place, on slices of larger tensors. Two parts joined are a part again, so
+Where `device.kernels` has csrc's kernels (csrc/cuda/merge.h), each is one launch; plain torch elsewhere,
+which is also the reference. Both work in place, on slices of larger tensors. Two parts joined are a part again, so
 a third is joined by another call, and no part has to wait in memory for the last.
 
 Shape suffixes as in `attention`.
@@ -52,7 +52,7 @@ def _for_kernels(x: Tensor) -> bool:
 
 
 def _check(like: Tensor, pair: tuple[Tensor, Tensor]) -> None:
-    """Raises ValueError unless both have one shape [rows, heads, C], the type of `like`, contiguous channels."""
+    """Raises ValueError unless both are [rows, heads, C] of one shape and `like`'s type, channels contiguous."""
     a, b = pair
     if not (a.shape == b.shape and a.dim() == 3 and a.dtype == b.dtype == like.dtype):
         raise ValueError(
@@ -101,7 +101,7 @@ def _(out: Tensor, lse: Tensor, other: Tensor, lse_other: Tensor) -> None: ...
 def add_attention_gradients(
     dq: Tensor, dk: Tensor, dv: Tensor, part_q: Tensor, part_k: Tensor, part_v: Tensor
 ) -> None:
-    """Adds by csrc's kernel: see `add_gradients`. Raises ValueError if a type, shape or stride does not fit."""
+    """Adds by csrc's kernel: see `add_gradients`. Raises ValueError if types, shapes or strides don't fit."""
     csrc = device.kernels()
     pairs = ((dq, part_q), (dk, part_k), (dv, part_v))
     for pair in pairs:

@@ -49,8 +49,8 @@ class VocabParallelLogProbs(torch.autograd.Function):
 
     Outputs are float32 for inputs of lower precision, entropy in nats, both at the temperature. The entropy
     has a gradient only if `entropy_in_loss`: without it backward takes fewer passes over every chunk's
-    [L, V]. The gradient of `hidden` is this rank's part: the caller reduces it over the tensor-parallel group.
-    The backward pass calls `on_gradient` with every chunk. Collective, forward only.
+    [L, V]. The gradient of `hidden` is this rank's part: the caller reduces it over the tensor-parallel
+    group. The backward pass calls `on_gradient` with every chunk. Collective, forward only.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""csrc's kernels over a chunk of logits (csrc/cuda/log_probs.h) as torch operators: a pass forward, one backward.
+"""csrc's kernels over a chunk of logits (csrc/cuda/log_probs.h) as torch operators, a pass each way.
 
 z stands for logits / temperature. Shape suffixes: L rows of the chunk, V tokens of this rank's part of the
 vocabulary.

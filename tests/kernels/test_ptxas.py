@@ -11,7 +11,8 @@ CSRC = Path(__file__).parents[2] / "csrc"
 GPUS = ("sm_80", "sm_90", "sm_100")
 """A100, H100, B200"""
 USED = re.compile(
-    r"Function properties for (\w+)\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+    r"Function properties for (\w+)\n"
+    r"\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
     r".*?Used (\d+) registers"
 )
 
@@ -38,5 +39,5 @@ def test_no_kernel_spills(source: Path, tmp_path: Path) -> None:
     kernels = {kernel for _, kernel in used}
     assert kernels and len(used) == len(kernels) * len(GPUS)
     for (gpu, kernel), (registers, _) in used.items():
-        print(f"{gpu} {registers:3} registers {kernel}")  # noqa: T201
+        print(f"{gpu} {registers:3} registers {kernel}")
     assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}
