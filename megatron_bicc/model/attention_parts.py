@@ -1,8 +1,8 @@
 """Joins two attention calls of the same rows, each over its own keys: their outputs, and their gradients.
 
 Where `device.kernels` has csrc's kernels (csrc/cuda/merge.h), each is one launch; plain torch elsewhere,
-which is also the reference. Both work in place, on slices of larger tensors. Two parts joined are a part again, so
-a third is joined by another call, and no part has to wait in memory for the last.
+which is also the reference. Both work in place, on slices of larger tensors. Two parts joined are a part
+again, so a third is joined by another call, and no part has to wait in memory for the last.
 
 Shape suffixes as in `attention`.
 """
@@ -52,7 +52,7 @@ def _for_kernels(x: Tensor) -> bool:
 
 
 def _check(like: Tensor, pair: tuple[Tensor, Tensor]) -> None:
-    """Raises ValueError unless both are [rows, heads, C] of one shape and `like`'s type, channels contiguous."""
+    """Raises ValueError unless both are [rows, heads, C] of one shape and `like`'s type, with dense channels."""
     a, b = pair
     if not (a.shape == b.shape and a.dim() == 3 and a.dtype == b.dtype == like.dtype):
         raise ValueError(
