@@ -52,7 +52,7 @@ def _for_kernels(x: Tensor) -> bool:
 
 
 def _check(like: Tensor, pair: tuple[Tensor, Tensor]) -> None:
-    """Raises ValueError unless both are [rows, heads, C] of one shape and `like`'s type, channels dense."""
+    """Raises ValueError unless both have one shape [rows, heads, C], `like`'s type and dense channels."""
     a, b = pair
     if not (a.shape == b.shape and a.dim() == 3 and a.dtype == b.dtype == like.dtype):
         raise ValueError(
