@@ -225,6 +225,11 @@ def take_peak_bytes() -> int:
     return peak
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the name by which csrc's kernels know a type, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def local_rank() -> int:
     """Returns the rank of this process on its host; 0 without torchrun."""
     return launcher.local_rank()

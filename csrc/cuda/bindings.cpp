@@ -1,9 +1,11 @@
 // megatron_bicc._C_cuda: kernels on device pointers and streams, both given as integers. Nothing here synchronises.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 
 #include "fill.h"
+#include "log_probs.h"
 #include "merge.h"
 #include "token_loss.h"
 
@@ -50,16 +52,38 @@ void fill(uintptr_t copies, int64_t count, uintptr_t prompt_tokens, uintptr_t re
   launch_fill(pointer<const Copy>(copies), count, arrays, stream_of(stream));
 }
 
-void merge(const std::string& dtype, int64_t rows, int64_t heads, int64_t dim, uintptr_t out, uintptr_t lse,
-           int64_t lse_stride, uintptr_t other, uintptr_t lse_other, int64_t lse_other_stride, uintptr_t stream) {
-  launch_merge(dtype_of(dtype), {rows, heads, dim}, pointer<void>(out), pointer<float>(lse), lse_stride,
-               pointer<const void>(other), pointer<const float>(lse_other), lse_other_stride, stream_of(stream));
+AttentionPart part(uintptr_t out, Strides out_strides, uintptr_t lse, Strides lse_strides) {
+  return {out, out_strides, pointer<float>(lse), lse_strides};
 }
 
-void pre_backward(const std::string& dtype, int64_t rows, int64_t heads, int64_t dim, uintptr_t out, uintptr_t grad,
-                  uintptr_t delta, uintptr_t stream) {
-  launch_pre_backward(dtype_of(dtype), {rows, heads, dim}, pointer<const void>(out), pointer<const void>(grad),
-                      pointer<float>(delta), stream_of(stream));
+void merge(const std::string& dtype, int64_t rows, int64_t heads, int64_t dim, const AttentionPart& own,
+           const AttentionPart& other, uintptr_t stream) {
+  launch_merge(dtype_of(dtype), {rows, heads, dim}, own, other, stream_of(stream));
+}
+
+RowSum row_sum(uintptr_t to, int64_t to_stride, uintptr_t from, int64_t from_stride, int64_t rows, int64_t width) {
+  return {to, to_stride, from, from_stride, rows, width};
+}
+
+void add_gradients(const std::string& dtype, const RowSum& q, const RowSum& k, const RowSum& v, uintptr_t stream) {
+  launch_add_gradients(dtype_of(dtype), q, k, v, stream_of(stream));
+}
+
+LogitRows logit_rows(uintptr_t logits, int64_t stride, int64_t rows, int64_t vocabulary, int64_t first, uintptr_t labels,
+                     float scale) {
+  return {pointer<float>(logits), stride, rows, vocabulary, first, pointer<const int64_t>(labels), scale};
+}
+
+void logit_statistics(const LogitRows& logits, uintptr_t statistics, uintptr_t stream) {
+  launch_logit_statistics(logits, pointer<float>(statistics), stream_of(stream));
+}
+
+void logit_gradient(const std::string& dtype, const LogitRows& logits, uintptr_t lse, uintptr_t entropy,
+                    uintptr_t grad_log_prob, uintptr_t grad_entropy, uintptr_t stream) {
+  launch_logit_gradient(dtype_of(dtype), logits,
+                        {pointer<const float>(lse), pointer<const float>(entropy), pointer<const float>(grad_log_prob),
+                         pointer<const float>(grad_entropy)},
+                        stream_of(stream));
 }
 
 LossSettings loss_settings(const std::string& objective, float low, float high, float dual, float tis_cap,
@@ -103,10 +127,19 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.def("fill", &bicc::fill, py::kw_only(), "copies"_a, "count"_a, "prompt_tokens"_a, "response_tokens"_a, "headers"_a,
         "features"_a, "feature_count"_a, "response_token_count"_a, "tokens"_a, "positions"_a, "labels"_a, "gather"_a,
         "features_out"_a, "stream"_a);
-  m.def("merge", &bicc::merge, "dtype"_a, py::kw_only(), "rows"_a, "heads"_a, "dim"_a, "out"_a, "lse"_a,
-        "lse_stride"_a, "other"_a, "lse_other"_a, "lse_other_stride"_a, "stream"_a);
-  m.def("pre_backward", &bicc::pre_backward, "dtype"_a, py::kw_only(), "rows"_a, "heads"_a, "dim"_a, "out"_a, "grad"_a,
-        "delta"_a, "stream"_a);
+  py::class_<bicc::AttentionPart>(m, "AttentionPart")
+      .def(py::init(&bicc::part), py::kw_only(), "out"_a, "out_strides"_a, "lse"_a, "lse_strides"_a);
+  m.def("merge", &bicc::merge, "dtype"_a, py::kw_only(), "rows"_a, "heads"_a, "dim"_a, "part"_a, "other"_a, "stream"_a);
+  py::class_<bicc::RowSum>(m, "RowSum")
+      .def(py::init(&bicc::row_sum), py::kw_only(), "to"_a, "to_stride"_a, "from_"_a, "from_stride"_a, "rows"_a,
+           "width"_a);
+  m.def("add_gradients", &bicc::add_gradients, "dtype"_a, py::kw_only(), "q"_a, "k"_a, "v"_a, "stream"_a);
+  py::class_<bicc::LogitRows>(m, "LogitRows")
+      .def(py::init(&bicc::logit_rows), py::kw_only(), "logits"_a, "stride"_a, "rows"_a, "vocabulary"_a, "first"_a,
+           "labels"_a, "scale"_a);
+  m.def("logit_statistics", &bicc::logit_statistics, "logits"_a, py::kw_only(), "statistics"_a, "stream"_a);
+  m.def("logit_gradient", &bicc::logit_gradient, "dtype"_a, "logits"_a, py::kw_only(), "lse"_a, "entropy"_a,
+        "grad_log_prob"_a, "grad_entropy"_a, "stream"_a);
   py::class_<bicc::LossSettings>(m, "LossSettings")
       .def(py::init(&bicc::loss_settings), py::kw_only(), "objective"_a, "low"_a, "high"_a, "dual"_a, "tis_cap"_a,
            "kl_coefficient"_a, "kl_estimator"_a);

@@ -10,6 +10,9 @@
 
 namespace bicc {
 
+// Element types of tensors.
+enum class Dtype { kFloat32, kFloat16, kBfloat16 };
+
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 

@@ -1,29 +1,48 @@
-// Shared-prefix attention: what happens between the two attention calls, and before their backward.
+// Shared-prefix attention: what happens between and after its attention calls.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <utility>
+
+#include "launch.h"
 
 namespace bicc {
 
-enum class Dtype { kFloat32, kFloat16, kBfloat16 };
-
-// Row r of head h: element (r * heads + h) * dim of a contiguous [rows, heads, dim] array.
 struct AttentionShape {
   int64_t rows;
   int64_t heads;
-  int64_t dim;  // a multiple of 4
+  int64_t dim;
 };
 
-// Merges `other` into `out`, both [rows, heads, dim], and `lse_other` into `lse`, both float32 with the log-sum-exp
-// of row r and head h at h * stride + r. In place, in float32 arithmetic.
-void launch_merge(Dtype dtype, AttentionShape shape, void* out, float* lse, int64_t lse_stride, const void* other,
-                  const float* lse_other, int64_t lse_other_stride, cudaStream_t stream);
+using Strides = std::pair<int64_t, int64_t>;
 
-// delta[h * rows + r] = sum over dim of out * grad, float32: the term D of the attention backward
-// (FlashAttention-2, arXiv 2307.08691, algorithm 2), of the merged output.
-void launch_pre_backward(Dtype dtype, AttentionShape shape, const void* out, const void* grad, float* delta,
-                         cudaStream_t stream);
+// Attention of the rows to one set of keys. Strides are in elements, of rows and of heads; the channels of a head
+// are contiguous.
+struct AttentionPart {
+  uintptr_t out;  // [rows, heads, dim]
+  Strides out_strides;
+  float* lse;  // log-sum-exp [rows, heads]; -inf where a row has no keys
+  Strides lse_strides;
+};
+
+// Merges `other` into `part`, in place, in float32 arithmetic: then `part` is the attention to both sets of keys. A
+// third set is merged by another call, since the merge of two parts is a part.
+void launch_merge(Dtype dtype, AttentionShape shape, const AttentionPart& part, const AttentionPart& other,
+                  cudaStream_t stream);
+
+// to[r, i] += from[r, i] for rows r and i < width; strides of rows in elements.
+struct RowSum {
+  uintptr_t to;
+  int64_t to_stride;
+  uintptr_t from;
+  int64_t from_stride;
+  int64_t rows;
+  int64_t width;
+};
+
+// Adds the gradients of q, k and v of one call to those of another, in one launch, each sum rounded once.
+void launch_add_gradients(Dtype dtype, const RowSum& q, const RowSum& k, const RowSum& v, cudaStream_t stream);
 
 }  // namespace bicc

@@ -33,6 +33,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_bicc.model import attention_cpu, attention_cuda, attention_math
+from megatron_bicc.model.attention_parts import add_gradients, merge
 from megatron_bicc.model.packed_batch import PackedBatch
 from megatron_bicc.model.segments import Segments, VarlenCall
 
@@ -67,11 +68,8 @@ class SharedPrefixAttention(torch.autograd.Function):
         if first > 0 and rows.stop > first:  # kernels do not take calls without rows or keys
             # the keys before the first response row are those of the prefixes
             out_cross, lse_cross = kernels.forward(VarlenCall(q[rows], k[:first], v[:first], cross, scale))
-            # finite: a response row attends at least to itself. Where a side has no prefix, lse_cross is -inf
-            # and its share 0.
-            merged = torch.logaddexp(lse[:, rows], lse_cross)
-            out[rows] = _share(lse[:, rows], merged) * out[rows] + _share(lse_cross, merged) * out_cross
-            lse[:, rows] = merged
+            # where a side has no prefix, lse_cross is -inf; a response row attends at least to itself
+            merge(out[rows], lse[:, rows], out_cross, lse_cross)
         # Kernels that compute in a wider type are rounded once, after the merge.
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -88,18 +86,9 @@ class SharedPrefixAttention(torch.autograd.Function):
         if first > 0 and rows.stop > first:
             call = VarlenCall(q[rows], k[:first], v[:first], ctx.cross, ctx.scale)
             # a slice of lse [H, N] along N is strided; the CUDA kernel reads contiguous memory
-            dq_cross, dk_cross, dv_cross = kernels.backward(
-                call, grad[rows], out[rows], lse[:, rows].contiguous()
-            )
-            dq[rows] += dq_cross
-            dk[:first] += dk_cross
-            dv[:first] += dv_cross
+            cross = kernels.backward(call, grad[rows], out[rows], lse[:, rows].contiguous())
+            add_gradients((dq[rows], dk[:first], dv[:first]), cross)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
-
-
-def _share(part_HQ: Tensor, whole_HQ: Tensor) -> Tensor:
-    """Returns the fraction of the softmax's mass that one part holds, [Q, H, 1]."""
-    return torch.exp(part_HQ - whole_HQ).t().unsqueeze(-1)
 
 
 class SharedPrefixCoreAttention(torch.nn.Module):

@@ -251,7 +251,9 @@ class PolicyModel(GPTModel):
         hf_config: PretrainedConfig,
         temperature: float,
         vp_stage: int | None = None,
+        entropy_in_loss: bool = False,
     ) -> None:
+        """entropy_in_loss: the entropy has a gradient, too (loss.entropy_coefficient)."""
         super().__init__(
             config=megatron_config,
             transformer_layer_spec=layer_specs(megatron_config, vp_stage),
@@ -265,7 +267,7 @@ class PolicyModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.rotary = PositionRotary(rotary_frequencies(hf_config)[0])
-        self.temperature = temperature
+        self.temperature, self.entropy_in_loss = temperature, entropy_in_loss
         self.true_vocab_size = hf_config.vocab_size
         self.sketch: GradientSketch | None = None
         """Set while a backward pass's gradients of the output layer are to be sketched; last stage only"""
@@ -310,7 +312,13 @@ class PolicyModel(GPTModel):
         sketch = None if self.sketch is None else partial(self.sketch.add, packed_seq_params.group_rows)
         return torch.stack(
             VocabParallelLogProbs.apply(
-                rows, self.output_weight(), labels, self.temperature, self.vocab_shard(), sketch
+                rows,
+                self.output_weight(),
+                labels,
+                self.temperature,
+                self.vocab_shard(),
+                self.entropy_in_loss,
+                sketch,
             )
         )
 
@@ -320,9 +328,12 @@ def build_modules(
     hf_config: PretrainedConfig,
     temperature: float,
     device: torch.device,
+    entropy_in_loss: bool = False,
 ) -> list[PolicyModel]:
     """Returns this rank's model chunks, one per virtual pipeline stage, with uninitialized weights."""
     virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     stages: list[int | None] = [None] if virtual is None else list(range(virtual))
-    modules = [PolicyModel(megatron_config, hf_config, temperature, stage) for stage in stages]
+    modules = [
+        PolicyModel(megatron_config, hf_config, temperature, stage, entropy_in_loss) for stage in stages
+    ]
     return [module.to(device, megatron_config.params_dtype) for module in modules]

@@ -120,7 +120,11 @@ class Policy:
                 logger.info("attention kernels: %s", kernels)
         with device.megatron():
             self.modules = build_modules(
-                self.megatron_config, hf_config, config.rollout.temperature, device.device()
+                self.megatron_config,
+                hf_config,
+                config.rollout.temperature,
+                device.device(),
+                entropy_in_loss=config.loss.entropy_coefficient != 0,
             )
             self.directions = sketch_directions(hf_config.vocab_size, hf_config.hidden_size)
             # before the optimizer, which copies bf16 weights to its fp32 main weights

@@ -210,7 +210,7 @@ def memory_of(shard: Shard, sizes: Sizes, config: Config, micro_batches: int, cl
 def _logits(sizes: Sizes, config: Config, rows: int) -> int:
     """Returns bytes of a chunk's logits and of the output layer's gradient, in fp32 and the weights' type."""
     vocabulary = -(-sizes.vocabulary // config.parallel.tensor)
-    chunk = min(rows, max(1, CHUNK_ELEMENTS // vocabulary)) * vocabulary
+    chunk = min(rows, max(1, CHUNK_ELEMENTS["cuda"] // vocabulary)) * vocabulary
     element = element_bytes(config)
     return 4 * LOGITS_COPIES * chunk + vocabulary * sizes.hidden * (4 + element)
 

@@ -14,7 +14,6 @@ from megatron_bicc.model import segments as segments_module
 from megatron_bicc.model.attention import SharedPrefixAttention
 from megatron_bicc.model.segments import Segments
 
-CPU = torch.device("cpu")
 SIDES = [(21, [4, 7, 3]), (15, [6]), (0, [5, 2]), (9, [1, 1, 12])]
 """(prefix rows, rows of each response); a prompt of one token leaves no prefix rows"""
 SCALE = 0.3

@@ -14,7 +14,7 @@ ROWS, HIDDEN, VOCAB, PADDED, TEMPERATURE = 13, 8, 19, 24, 0.7
 def test_equals_log_softmax(
     chunk_elements: int, single_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_probs, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setitem(log_probs.CHUNK_ELEMENTS, "cpu", chunk_elements)
     random = torch.Generator().manual_seed(1)
     hidden = torch.randn(ROWS, HIDDEN, generator=random, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(PADDED, HIDDEN, generator=random, dtype=torch.float64, requires_grad=True)
@@ -22,7 +22,7 @@ def test_equals_log_softmax(
     seeds = torch.randn(2, ROWS, generator=random, dtype=torch.float64)
 
     shard = VocabShard(0, VOCAB, dist.group.WORLD)
-    found = torch.stack(VocabParallelLogProbs.apply(hidden, weight, labels, TEMPERATURE, shard))
+    found = torch.stack(VocabParallelLogProbs.apply(hidden, weight, labels, TEMPERATURE, shard, True))
     gradients = torch.autograd.grad((found * seeds).sum(), [hidden, weight])
 
     log_p = (hidden @ weight[:VOCAB].t() / TEMPERATURE).log_softmax(-1)
@@ -37,7 +37,7 @@ def test_no_rows_give_no_log_probs(single_process: None) -> None:
     weight = torch.randn(PADDED, HIDDEN, requires_grad=True)
     shard = VocabShard(0, VOCAB, dist.group.WORLD)
     empty = torch.zeros(0, HIDDEN, requires_grad=True)
-    found = VocabParallelLogProbs.apply(empty, weight, torch.zeros(0, dtype=torch.long), 1.0, shard)
+    found = VocabParallelLogProbs.apply(empty, weight, torch.zeros(0, dtype=torch.long), 1.0, shard, False)
     assert [tuple(x.shape) for x in found] == [(0,), (0,)]
     found[0].sum().backward()
     assert weight.grad.abs().max() == 0

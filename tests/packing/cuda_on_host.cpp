@@ -1,6 +1,5 @@
 // The bodies of the CUDA kernels, called one item after another on the host (test_cuda_on_host.py).
 #include "cuda/copy_token.h"
-#include "cuda/merge_math.h"
 #include "cuda/token_loss_math.h"
 
 using namespace bicc;
@@ -9,10 +8,6 @@ extern "C" void run_copies(const Copy* copies, int64_t count, const FillArrays* 
   for (int64_t c = 0; c < count; ++c) {
     for (int64_t i = 0; i < copies[c].length; ++i) copy_token(copies[c], i, *arrays);
   }
-}
-
-extern "C" void merge(const float* own, const float* other, int64_t count, Shares* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = merge_shares(own[i], other[i]);
 }
 
 // The steps of token_loss.cu for one response; returns its loss and counts its clipped rows.

@@ -104,17 +104,6 @@ def test_the_copies_of_a_plan_make_the_packed_rows(host, keep, dp_size):
     np.testing.assert_array_equal(out["features_out"], np.concatenate([m.features_FA.ravel() for m in done]))
 
 
-def test_merging_two_parts_of_a_softmax(host):
-    own = np.array([0.3, -4.0, 80.0, -math.inf, 2.0, -math.inf], np.float32)
-    other = np.array([1.2, 5.0, -80.0, 1.5, -math.inf, -math.inf], np.float32)
-    merged = np.empty((len(own), 3), np.float32)
-    host.merge(address(own), address(other), ctypes.c_int64(len(own)), address(merged))
-    lse = np.logaddexp(own.astype(np.float64), other)
-    shares = [np.exp(part[:-1] - lse[:-1]) for part in (own, other)]
-    np.testing.assert_allclose(merged[:-1], np.stack([*shares, lse[:-1]], 1), rtol=1e-6, atol=1e-30)
-    assert merged[-1].tolist() == [0.0, 0.0, -math.inf]
-
-
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_loss_of_a_response(host, objective, estimator):

@@ -16,9 +16,12 @@ import tempfile
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pybind11
 import pytest
+
+from megatron_bicc import device
 
 REPOSITORY = Path(__file__).parents[2]
 SOURCES = REPOSITORY / "csrc"
@@ -47,6 +50,19 @@ def build() -> ModuleType:
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C_cuda", loader))
     loader.exec_module(module)
     return module
+
+
+def calls_of_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Returns a list that gets the name of every function that is taken from device's kernels from now on."""
+    csrc, called = device.kernels(), []
+
+    class Recorder:
+        def __getattr__(self, name: str) -> Any:
+            called.append(name)
+            return getattr(csrc, name)
+
+    monkeypatch.setattr(device, "_kernels", Recorder())
+    return called
 
 
 def _compile(compiler: str, directory: Path, library: Path) -> None:

@@ -19,7 +19,7 @@ def test_figures_of_a_case(single_process: None, monkeypatch: pytest.MonkeyPatch
     arguments = Namespace(layers=2, hidden=64, repeats=1, peak_tflops=2.0)
     prefix, lengths = 20, (6, 3)
     figures = attention.measure(attention.Case("ragged", prefix, lengths), arguments)
-    assert {*KEYS.split(), "peak_mb_shared", "peak_mb_rows"} <= figures.keys()
+    assert {*KEYS.split(), "peak_mb_shared", "peak_mb_rows", "kernels_time_ratio"} <= figures.keys()
     assert (figures["P"], figures["n"], figures["S"]) == (prefix, 2, 4.5)
     assert (figures["tokens_shared"], figures["tokens_rows"]) == (29, 49)
     assert (figures["tokens_pairs"], figures["tokens_pairs_padded"]) == (4 * 10 + 2 * (6 + 3), 4 * 16)

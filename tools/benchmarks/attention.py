@@ -10,7 +10,7 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from benchmarks._measure import machine, median_ms, one_process, peak_mb
@@ -84,7 +84,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         cases: a list, each with name, P, n, S (mean), ms_* and tokens_* of each layout, peak_mb_shared,
         peak_mb_rows, speedup (ms_rows / ms_shared), token_ratio (tokens_rows / tokens_shared),
         speedup_pairs_padded and flop_ratio_pairs_padded likewise, and mfu_* of each layout, the share of
-        --peak-tflops that the layers' FLOPs took (backward counts twice; no output layer).
+        --peak-tflops that the layers' FLOPs took (backward counts twice; no output layer), and
+        ms_shared_in_torch, the layout "shared" with model.kernels=torch: on a GPU, kernels_time_ratio is ms_shared to it.
     """
     a = arguments
     with one_process():
@@ -112,7 +113,9 @@ def measure(case: Case, a: argparse.Namespace) -> dict[str, Any]:
     """Returns the figures of one case."""
     segments = {name: getattr(case, name)() for name in LAYOUTS}
     layers = make_layers(a.layers, a.hidden)
-    ms = median_ms(a.repeats, {name: run_layers(layers, s) for name, s in segments.items()})
+    calls = {name: run_layers(layers, s) for name, s in segments.items()}
+    calls["shared_in_torch"] = run_layers(layers, segments["shared"], kernels="torch")
+    ms = median_ms(a.repeats, calls)
     peak = {name: peak_mb(make_and_run, a.layers, a.hidden, segments[name]) for name in ("shared", "rows")}
     tokens = {name: sum(s.prefix + sum(s.responses) for s in found) for name, found in segments.items()}
     flops = {name: 3 * sum(flops_of(s, layers) for s in found) for name, found in segments.items()}
@@ -121,10 +124,11 @@ def measure(case: Case, a: argparse.Namespace) -> dict[str, Any]:
         "P": case.prefix,
         "n": len(case.responses),
         "S": float(np.mean(case.responses)),
-        **{f"ms_{name}": ms[name] for name in LAYOUTS},
+        **{f"ms_{name}": value for name, value in ms.items()},
         **{f"tokens_{name}": tokens[name] for name in LAYOUTS},
         **{f"peak_mb_{name}": value for name, value in peak.items()},
         "speedup": ms["rows"] / ms["shared"],
+        "kernels_time_ratio": ms["shared"] / ms["shared_in_torch"],
         "token_ratio": tokens["rows"] / tokens["shared"],
         "speedup_pairs_padded": ms["pairs_padded"] / ms["shared"],
         "flop_ratio_pairs_padded": flops["pairs_padded"] / flops["shared"],
@@ -160,11 +164,17 @@ def make_layers(layers: int, hidden: int) -> PolicyModel:
     return model.to(device.device(), model.config.params_dtype)
 
 
-def run_layers(model: PolicyModel, segments: list[Segment]) -> Callable[[], None]:
-    """Returns a function: forward and backward over the segments, packed prefix-major in one micro-batch."""
+def run_layers(
+    model: PolicyModel, segments: list[Segment], kernels: Literal["auto", "torch"] = "auto"
+) -> Callable[[], None]:
+    """Returns a function: forward and backward over the segments, packed prefix-major in one micro-batch.
+
+    kernels: model.kernels.
+    """
     packed = PackedBatch.make(lay_out(segments), device.device())
 
     def call() -> None:
+        device.choose_kernels(kernels)
         with device.megatron():
             model.run(packed)[0].sum().backward()
         model.zero_grad(set_to_none=True)

@@ -1,12 +1,14 @@
 """Compares log-probs over a large vocabulary with dense log_softmax: memory and time, forward and backward.
 
 The dense version computes fp32 logits of all rows, log_softmax, the labels' log-probs, and the entropy
-without a gradient. Both compute gradients of the rows and of the output layer.
+without a gradient. Both compute gradients of the rows and of the output layer. On a GPU the package's version
+runs twice: with csrc's kernels, if they are built, and in plain torch (model.kernels).
 """
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -30,21 +32,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures both versions.
 
     Returns:
-        peak_ratio and time_ratio (ours to dense), peak_mb_*, ms_* and the sizes.
+        peak_ratio and time_ratio (ours to dense), kernels_time_ratio (ours with model.kernels=auto to torch),
+        peak_mb_*, ms_* and the sizes.
     """
     a = arguments
     sizes = (a.rows, a.vocab, a.hidden)
-    peak = {"ours": peak_mb(ours, *sizes), "dense": peak_mb(dense, *sizes)}
+    peak = {name: peak_mb(version, *sizes) for name, version in VERSIONS.items()}
     timed = (a.time_rows or a.rows, a.vocab, a.hidden)
     with one_process():
-        ms = median_ms(a.repeats, {"ours": ours(*timed), "dense": dense(*timed)})
+        ms = median_ms(a.repeats, {name: version(*timed) for name, version in VERSIONS.items()})
     figures = {
         "peak_ratio": peak["ours"] / peak["dense"],
         "time_ratio": ms["ours"] / ms["dense"],
-        "peak_mb_ours": peak["ours"],
-        "peak_mb_dense": peak["dense"],
-        "ms_ours": ms["ours"],
-        "ms_dense": ms["dense"],
+        "kernels_time_ratio": ms["ours"] / ms["ours_in_torch"],
+        **{f"peak_mb_{name}": value for name, value in peak.items()},
+        **{f"ms_{name}": value for name, value in ms.items()},
         "rows": a.rows,
         "time_rows": timed[0],
         "vocab": a.vocab,
@@ -67,13 +69,14 @@ def make_inputs(rows: int, vocab: int, hidden: int) -> tuple[Tensor, Tensor, Ten
     return states, weight, torch.randint(0, vocab, (rows,), **make)
 
 
-def ours(rows: int, vocab: int, hidden: int) -> Callable[[], Any]:
-    """Returns a function: forward and backward pass of the package's log-probs."""
+def ours(rows: int, vocab: int, hidden: int, kernels: Literal["auto", "torch"] = "auto") -> Callable[[], Any]:
+    """Returns a function: forward and backward pass of the package's log-probs under model.kernels."""
     states, weight, labels = make_inputs(rows, vocab, hidden)
     shard = VocabShard(0, vocab, dist.group.WORLD)
 
     def call() -> tuple[Tensor, ...]:
-        log_probs, _ = VocabParallelLogProbs.apply(states, weight, labels, 1.0, shard)
+        device.choose_kernels(kernels)
+        log_probs, _ = VocabParallelLogProbs.apply(states, weight, labels, 1.0, shard, False)
         return torch.autograd.grad(log_probs.sum(), [states, weight])
 
     return call
@@ -91,3 +94,6 @@ def dense(rows: int, vocab: int, hidden: int) -> Callable[[], Any]:
         return torch.autograd.grad(log_probs.sum(), [states, weight])
 
     return call
+
+
+VERSIONS = {"ours": ours, "ours_in_torch": partial(ours, kernels="torch"), "dense": dense}
