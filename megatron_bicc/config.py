@@ -210,6 +210,8 @@ class ModelConfig:
     """Type of the weights in the forward and backward pass; the optimizer keeps fp32 copies."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass recomputes instead of storing them."""
+    kernels: Literal["auto", "torch"] = "auto"
+    """csrc's CUDA kernels where they are built and a GPU trains, or plain torch everywhere."""
 
 
 @dataclass

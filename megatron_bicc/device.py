@@ -12,6 +12,8 @@ import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from types import ModuleType
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -130,6 +132,7 @@ LOST_PEER = (
 
 _heartbeat: Heartbeat | None = None
 _store: dist.Store | None = None
+_kernels: ModuleType | None = None
 
 
 def has_cuda() -> bool:
@@ -140,6 +143,36 @@ def has_cuda() -> bool:
 def device() -> torch.device:
     """Returns the device of this process: the GPU of its local rank, or the CPU."""
     return torch.device("cuda", local_rank()) if has_cuda() else torch.device("cpu")
+
+
+def choose_kernels(wanted: Literal["auto", "torch"]) -> str:
+    """Chooses, once at start-up, between csrc's CUDA kernels and plain torch; returns a line for the log.
+
+    wanted: model.kernels.
+    """
+    global _kernels
+    _kernels = None
+    if wanted == "torch":
+        return "plain torch, as model.kernels=torch asks"
+    if not has_cuda():
+        return "plain torch: no GPU"
+    try:
+        # Imported late: it exists only where csrc was built with nvcc, and loads the CUDA runtime.
+        from megatron_bicc import _C_cuda
+    except ImportError as error:
+        return f"plain torch: csrc's CUDA kernels are not built ({first_line(error)})"
+    _kernels = _C_cuda
+    return "csrc's CUDA kernels"
+
+
+def kernels() -> ModuleType | None:
+    """Returns megatron_bicc._C_cuda where csrc's CUDA kernels compute, None where plain torch does."""
+    return _kernels
+
+
+def stream(tensor: torch.Tensor) -> int:
+    """Returns the address of the current CUDA stream of a tensor's device; 0 for a CPU tensor."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
 def local_rank() -> int:

@@ -191,6 +191,7 @@ def join_processes(inputs: Inputs) -> None:
     with phase("process group") as sizes:
         device.start_distributed()
         sizes.append(f"{dist.get_world_size()} processes")
+        sizes.append(f"kernels: {device.choose_kernels(config.model.kernels)}")
     with phase("lock and agreement of all processes"):
         hold_output_dir(config)
         _check_resume_point(inputs)

@@ -1,8 +1,10 @@
 """Shared fixtures."""
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from support import emulated_kernels as emulated
 from support.models import save_models
 
 from megatron_bicc import device
@@ -48,3 +50,10 @@ def single_process() -> None:
     """Creates megatron-core's process groups for one process."""
     device.start_distributed()
     start_model_parallel(Config())
+
+
+@pytest.fixture
+def emulated_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Makes the product call csrc's CUDA kernels, compiled for the host, on CPU tensors."""
+    monkeypatch.setattr(device, "_kernels", emulated.build())
+    return device.kernels()

@@ -1,6 +1,8 @@
 """Tests each redirection by which megatron-core runs on a CPU, so that a new version fails by name."""
 
 import importlib.metadata
+import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -59,3 +61,24 @@ def test_world_size_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_alone_a_host_is_at_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     assert device.node_address() == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    "wanted, has_cuda, is_built, chosen",
+    [
+        ("auto", True, True, "csrc's CUDA kernels"),
+        ("auto", True, False, "plain torch: csrc's CUDA kernels are not built"),
+        ("auto", False, True, "plain torch: no GPU"),
+        ("torch", True, True, "plain torch, as model.kernels=torch asks"),
+    ],
+)
+def test_kernels_are_chosen_once_and_say_why(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, has_cuda: bool, is_built: bool, chosen: str
+) -> None:
+    built = ModuleType("megatron_bicc._C_cuda") if is_built else None  # None: the import fails
+    monkeypatch.setitem(sys.modules, "megatron_bicc._C_cuda", built)
+    monkeypatch.delattr("megatron_bicc._C_cuda", raising=False)
+    monkeypatch.setattr(device, "has_cuda", lambda: has_cuda)
+    monkeypatch.setattr(device, "_kernels", None)
+    assert device.choose_kernels(wanted).startswith(chosen)
+    assert device.kernels() is (built if chosen == "csrc's CUDA kernels" else None)

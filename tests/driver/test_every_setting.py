@@ -175,6 +175,7 @@ INSTRUCTION = "driver/test_bad_input.py::test_training_and_heldout_prompts_have_
 TESTS: dict[str, str] = {
     "output_dir": "driver/test_run.py::test_a_used_directory_is_refused",
     "model.dtype": "planning/test_planning_activations.py::test_saved_bytes_equal_a_forward_pass",
+    "model.kernels": "driver/test_device.py::test_kernels_are_chosen_once_and_say_why",
     "model.recompute": "planning/test_planning_activations.py::test_saved_bytes_equal_a_forward_pass",
     "data.filter": "data/test_data_prompts.py::test_a_filter_sees_the_columns_and_says_what_it_dropped",
     "data.instruction": INSTRUCTION,
