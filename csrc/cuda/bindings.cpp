@@ -38,7 +38,9 @@ void fill(uintptr_t copies, int64_t count, uintptr_t prompt_tokens, uintptr_t re
           uintptr_t tokens, uintptr_t positions, uintptr_t labels, uintptr_t gather, uintptr_t segments,
           uintptr_t rollouts, uintptr_t scales, uintptr_t stream) {
   const FillArrays arrays{
-      {pointer<const int32_t>(prompt_tokens), pointer<const int32_t>(response_tokens), pointer<const int32_t>(headers)},
+      pointer<const int32_t>(prompt_tokens),
+      pointer<const int32_t>(response_tokens),
+      pointer<const int32_t>(headers),
       pointer<int64_t>(tokens),
       pointer<int64_t>(positions),
       pointer<int64_t>(labels),

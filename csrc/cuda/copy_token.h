@@ -9,14 +9,16 @@ namespace bicc {
 // Arrays of a fill. The rows are those of csrc/fill.h for one rank, int64 as the policy reads them; of the labels,
 // those of response rows only.
 struct FillArrays {
-  const int32_t* sources[3];  // by CopySource
-  int64_t* tokens;            // [rows]
-  int64_t* positions;         // [rows]
-  int64_t* labels;            // [response rows], as are all below
+  const int32_t* prompt_tokens;
+  const int32_t* response_tokens;
+  const int32_t* headers;
+  int64_t* tokens;     // [rows]
+  int64_t* positions;  // [rows]
+  int64_t* labels;     // [response rows], as are all below
   int64_t* gather;
-  int64_t* segments;          // index of the row's response in its micro-batch
-  int64_t* rollouts;          // index of the row's rollout in the batch
-  float* scales;              // 1 / segments of the whole step that train the rollout
+  int64_t* segments;  // index of the row's response in its micro-batch
+  int64_t* rollouts;  // index of the row's rollout in the batch
+  float* scales;      // 1 / segments of the whole step that train the rollout
 };
 
 BICC_HOST_DEVICE void place_input(const FillArrays& arrays, int64_t row, int64_t token, int64_t position) {
@@ -40,7 +42,10 @@ BICC_HOST_DEVICE void copy_token(const Copy& copy, int64_t i, const FillArrays& 
     place_input(arrays, copy.input_row + i, 0, 0);
     return;
   }
-  const int32_t token = arrays.sources[copy.source][copy.offset + i];
+  const int32_t* source = copy.source == kFromPrompts     ? arrays.prompt_tokens
+                          : copy.source == kFromResponses ? arrays.response_tokens
+                                                          : arrays.headers;
+  const int32_t token = source[copy.offset + i];
   if (i < copy.inputs) place_input(arrays, copy.input_row + i, token, copy.position + i);
   if (copy.gather >= 0) place_response_token(copy, i, token, arrays);
 }

@@ -81,6 +81,10 @@ __device__ double response_loss(const LossSettings<T>& settings, const LossArray
 template <class T>
 __global__ void policy_loss_kernel(LossSettings<T> settings, LossArrays<T> arrays, int64_t rows) {
   const int64_t responses = arrays.response[rows - 1] + 1;
+  if (blockIdx.x >= responses) {
+    if (threadIdx.x == 0) arrays.partials[blockIdx.x] = 0.0;
+    return;
+  }
   double sum = 0.0;
   for (int64_t r = blockIdx.x; r < responses; r += gridDim.x) {
     const int64_t begin = first_at_least(arrays.response, rows, r);

@@ -201,7 +201,6 @@ def lay_out(segments: list[Segment]) -> MicroBatch:
         group_S=np.zeros(len(responses), np.int32),
         scale_S=np.ones(len(responses), np.float32),
         gather_A=np.arange(rows),
-        features_FA=np.zeros((0, rows), np.float32),
     )
 
 
