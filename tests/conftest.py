@@ -4,6 +4,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from support import emulated_kernels as emulated
 from support.models import save_models
 
@@ -50,6 +51,29 @@ def single_process() -> None:
     """Creates megatron-core's process groups for one process."""
     device.start_distributed()
     start_model_parallel(Config())
+
+
+@pytest.fixture(
+    params=[
+        "emulated",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+            ],
+        ),
+    ]
+)
+def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Makes the product call csrc's CUDA kernels, compiled for the host or on a GPU; returns the device."""
+    if request.param == "emulated":
+        monkeypatch.setattr(device, "_kernels", emulated.build())
+        return torch.device("cpu")
+    from megatron_bicc import _C_cuda
+
+    monkeypatch.setattr(device, "_kernels", _C_cuda)
+    return torch.device("cuda")
 
 
 @pytest.fixture

@@ -256,9 +256,7 @@ class Learner:
         def loss(index: int, logp_A: Tensor, entropy_A: Tensor) -> Tensor:
             batch = update.batches[index]
             result = policy_loss(logp_A, entropy_A, batch.rows, self.config.loss)
-            masks = [
-                mask.to(logp_A.dtype) for mask in (result.tokens.low, result.tokens.high, result.tokens.dual)
-            ]
+            masks = [mask.to(logp_A.dtype) for mask in (result.low, result.high, result.dual)]
             found.append((batch, torch.stack([result.old_logp, logp_A.detach(), *masks])))
             return result.share
 

@@ -91,9 +91,7 @@ class Side:
     rollouts: list[int]
 
 
-def pack_reference(
-    batch: RolloutBatch, settings: PackingSettings, dp_size: int
-) -> StepPlan:
+def pack_reference(batch: RolloutBatch, settings: PackingSettings, dp_size: int) -> StepPlan:
     """Does what megatron_bicc.packing.pack does on every rank, with the same result to the bit.
 
     plan.ranks holds MicroBatches, rows included.
