@@ -36,7 +36,7 @@ test: $(BUILD) $(SGLANG) ## Run all tests, two files at a time; TESTS=path selec
 	@# in the order of tests/conftest.py, not files with many tests first
 	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 	@# in a process of their own: all other tests hide the GPUs
-	@if [[ -z "$(TESTS)" ]] && nvidia-smi -L >/dev/null 2>&1; then $(VENV_PYTHON) -m pytest tests/gpu; fi
+	@if [[ -z "$(TESTS)" ]] && nvidia-smi -L >/dev/null 2>&1; then $(VENV_PYTHON) -m pytest -m gpu; fi
 
 dry-run: $(BUILD) ## Check a run without starting it or needing a GPU: CONFIG=file WORLD_SIZE=processes SETTINGS="a=b ..."
 	@WORLD_SIZE=$(or $(WORLD_SIZE),1) $(VENV_PYTHON) -m megatron_bicc.train --config $(CONFIG) --dry-run $(SETTINGS)

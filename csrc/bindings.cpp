@@ -197,11 +197,12 @@ class PlanHandle {
                     py::arg("microbatches") = plan_.filled_bins, py::arg("rank_costs") = plan_.rank_costs);
   }
 
-  // int64 [copies, 12]: the fields of Copy (csrc/copy.h), for the fill on a GPU.
-  py::array_t<int64_t> copies() const {
+  // int64 [copies, 13]: the fields of Copy (csrc/copy.h) of one rank's micro-batches, for the fill on a GPU.
+  py::array_t<int64_t> copies(const py::object& rank) const {
     std::vector<Copy> copies;
-    const std::vector<Extent> starts = starts_of(plan_, everything());
-    for (size_t i = 0; i + 1 < starts.size(); ++i) append_copies(plan_, i, starts[i], copies);
+    const Range range = range_of(rank);
+    const std::vector<Extent> starts = starts_of(plan_, range);
+    for (int64_t i = range.first; i < range.last; ++i) append_copies(plan_, i, starts[i - range.first], copies);
     constexpr py::ssize_t kFields = sizeof(Copy) / sizeof(int64_t);
     const py::ssize_t count = static_cast<py::ssize_t>(copies.size());
     return py::array_t<int64_t>({count, kFields}, reinterpret_cast<const int64_t*>(copies.data()));
@@ -227,33 +228,30 @@ class PlanHandle {
   }
 
   // Rows of one rank's micro-batches.
-  void fill_rows(const py::object& rank_number, const py::dict& given, const py::object& features,
-                 const py::object& thread_count) const {
-    const int64_t rank = read<int64_t>(rank_number, "rank"), ranks = plan_.ranks();
-    if (rank < 0 || rank >= ranks) fail("rank is ", rank, "; it must be in [0, ", ranks - 1, "]");
-    const int64_t slots = static_cast<int64_t>(plan_.sizes.size()) / ranks;
-    const Range range{rank * slots, (rank + 1) * slots};
+  void fill_rows(const py::object& rank, const py::dict& given, const py::object& thread_count) const {
+    const Range range = range_of(rank);
     const Extent n = starts_of(plan_, range).back();
     int64_t threads = read<int64_t>(thread_count, "threads");
     if (threads < 0 || threads > 1024) fail("threads is ", threads, "; it must be in [0, 1024], 0 to choose");
     if (threads == 0) threads = default_threads(n.rows);
-    const py::array feature_array = checked<float>(features, "features", 2);
-    if (feature_array.shape(1) != tokens_.size()) {
-      fail("features must be of shape [F, ", tokens_.size(), "], one column per response token, not [",
-           feature_array.shape(0), ", ", feature_array.shape(1), "]");
-    }
     RowBuffers out;
     out.tokens = buffer<int32_t>(given, "tokens_N", n.rows);
     out.positions = buffer<int32_t>(given, "positions_N", n.rows);
     out.labels = buffer<int32_t>(given, "labels_N", n.rows);
     out.gather = buffer<int64_t>(given, "gather_A", n.response_rows);
-    out.features = buffer<float>(given, "features_FA", feature_array.shape(0) * n.response_rows);
     py::gil_scoped_release release;
-    bicc::fill_rows(plan_, range, view<float>(feature_array), threads, out);
+    bicc::fill_rows(plan_, range, threads, out);
   }
 
  private:
   Range everything() const { return {0, static_cast<int64_t>(plan_.sizes.size())}; }
+
+  Range range_of(const py::object& rank_number) const {
+    const int64_t rank = read<int64_t>(rank_number, "rank"), ranks = plan_.ranks();
+    if (rank < 0 || rank >= ranks) fail("rank is ", rank, "; it must be in [0, ", ranks - 1, "]");
+    const int64_t slots = static_cast<int64_t>(plan_.sizes.size()) / ranks;
+    return {rank * slots, (rank + 1) * slots};
+  }
 
   // One thread per million rows, at most one per core: for fewer rows, starting a thread costs more than it saves.
   static int64_t default_threads(int64_t rows) {
@@ -287,9 +285,8 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("sizes", &bicc::PlanHandle::sizes)
       .def_property_readonly("side_table", &bicc::PlanHandle::side_table)
       .def_property_readonly("counts", &bicc::PlanHandle::counts)
-      .def_property_readonly("copies", &bicc::PlanHandle::copies)
+      .def("copies", &bicc::PlanHandle::copies, py::arg("rank"))
       .def_property_readonly("headers", &bicc::PlanHandle::headers)
       .def("fill_segments", &bicc::PlanHandle::fill_segments, py::arg("buffers"))
-      .def("fill_rows", &bicc::PlanHandle::fill_rows, py::arg("rank"), py::arg("buffers"), py::arg("features"),
-           py::arg("threads"));
+      .def("fill_rows", &bicc::PlanHandle::fill_rows, py::arg("rank"), py::arg("buffers"), py::arg("threads"));
 }

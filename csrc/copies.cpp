@@ -35,7 +35,7 @@ class Copier {
 
   void add_padding() {
     const int64_t rows = start_.rows + size_.rows - response_row_;
-    if (rows > 0) copies_.push_back({kPadding, 0, rows, rows, response_row_, 0, response_row_, 0, -1, -1, 0, 0});
+    if (rows > 0) copies_.push_back({kPadding, 0, rows, rows, response_row_, 0, response_row_, 0, -1, -1, -1, -1, 0});
   }
 
  private:
@@ -66,7 +66,7 @@ class Copier {
     const int64_t skip = done_ == 0;
     const bool last = done_ + length == side.prefix_tokens;
     copies_.push_back({source, offset, length, length - last, row_ + done_, done_, row_ + done_ - 1 + skip, skip, -1, -1,
-                       0, 0});
+                       -1, -1, 0});
     done_ += length;
   }
 
@@ -74,8 +74,8 @@ class Copier {
   void add_response(int64_t rollout, int64_t position, int32_t first_input) {
     const int64_t length = plan_.batch.length(rollout);
     copies_.push_back({kFromResponses, plan_.batch.offsets[rollout], length, length - 1, response_row_ + 1, position,
-                       response_row_, 0, first_input, start_.response_rows + gathered_, start_.response_rows,
-                       size_.response_rows});
+                       response_row_, 0, first_input, start_.response_rows + gathered_, segments_++, rollout,
+                       plan_.segments_of[rollout]});
     response_row_ += length;
     gathered_ += length;
   }
@@ -87,6 +87,7 @@ class Copier {
   int64_t row_;           // first row of the next prefix
   int64_t response_row_;  // first row of the next response
   int64_t gathered_ = 0;  // response rows so far
+  int64_t segments_ = 0;  // responses so far
   int64_t done_ = 0;      // tokens of the prefix so far
 };
 

@@ -21,8 +21,9 @@ struct Copy {
   int64_t label_skip;   // leading tokens that are not a label of any row: 1 at the start of a prefix
   int64_t first_input;  // responses: the prefix's last token, input of the row before input_row; else -1
   int64_t gather;       // responses: place of the first label in the gather index; else -1
-  int64_t micro_start;  // responses: place of the micro-batch's first label in the gather index
-  int64_t micro_rows;   // responses: response rows of the micro-batch
+  int64_t segment;      // responses: index among the responses of the micro-batch
+  int64_t rollout;      // responses: index in the batch
+  int64_t segments;     // responses: segments of the whole step that train the rollout
 };
 
 }  // namespace bicc

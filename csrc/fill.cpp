@@ -10,8 +10,7 @@ namespace {
 
 class RowWriter {
  public:
-  RowWriter(const Plan& plan, Span<float> features, const RowBuffers& out)
-      : plan_(plan), features_(features), feature_count_(features.size / plan.batch.tokens.size), out_(out) {}
+  RowWriter(const Plan& plan, const RowBuffers& out) : plan_(plan), out_(out) {}
 
   void write(const Copy& copy) const {
     std::iota(out_.positions + copy.input_row, out_.positions + copy.input_row + copy.inputs,
@@ -38,16 +37,9 @@ class RowWriter {
     out_.tokens[copy.input_row - 1] = static_cast<int32_t>(copy.first_input);
     out_.positions[copy.input_row - 1] = static_cast<int32_t>(copy.position - 1);
     std::iota(out_.gather + copy.gather, out_.gather + copy.gather + copy.length, copy.offset);
-    const int64_t start = copy.micro_start * feature_count_ + copy.gather - copy.micro_start;
-    for (int64_t c = 0; c < feature_count_; ++c) {
-      const float* feature = features_.data + c * plan_.batch.tokens.size + copy.offset;
-      std::copy(feature, feature + copy.length, out_.features + start + c * copy.micro_rows);
-    }
   }
 
   const Plan& plan_;
-  const Span<float> features_;
-  const int64_t feature_count_;
   const RowBuffers& out_;
 };
 
@@ -115,8 +107,8 @@ void fill_segments(const Plan& plan, const SegmentBuffers& buffers) {
   for (size_t i = 0; i < plan.micro_batches.size(); ++i) writer.write(plan.micro_batches[i], plan.sizes[i]);
 }
 
-void fill_rows(const Plan& plan, Range range, Span<float> features, int64_t threads, const RowBuffers& buffers) {
-  const RowWriter writer(plan, features, buffers);
+void fill_rows(const Plan& plan, Range range, int64_t threads, const RowBuffers& buffers) {
+  const RowWriter writer(plan, buffers);
   const std::vector<Extent> starts = starts_of(plan, range);
   parallel_for(range.last - range.first, threads, [&](int64_t i) {
     std::vector<Copy> copies;

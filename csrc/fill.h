@@ -22,15 +22,13 @@ struct RowBuffers {
   int32_t* positions;  // [rows]
   int32_t* labels;     // [rows]
   int64_t* gather;     // [response rows]
-  float* features;     // [features * response rows]
 };
 
 // Writes the layout of all ranks' micro-batches: cumulative lengths; rollout, group and scale of every segment.
 void fill_segments(const Plan& plan, const SegmentBuffers& buffers);
 
-// Writes the rows of the range's micro-batches: tokens, positions, labels, gather and features. `features` is
-// [number of features, response tokens of the batch]; each is gathered like the labels. The result does not depend on
+// Writes the rows of the range's micro-batches: tokens, positions, labels and gather. The result does not depend on
 // `threads`.
-void fill_rows(const Plan& plan, Range range, Span<float> features, int64_t threads, const RowBuffers& buffers);
+void fill_rows(const Plan& plan, Range range, int64_t threads, const RowBuffers& buffers);
 
 }  // namespace bicc

@@ -15,11 +15,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from types import ModuleType
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -142,6 +144,8 @@ LOST_PEER = (
 _heartbeat: Heartbeat | None = None
 _store: dist.Store | None = None
 _kernels: ModuleType | None = None
+_ALIGNMENT = 64
+"""Bytes to a multiple of which `upload` aligns arrays, so that every dtype can view its part"""
 
 
 def has_cuda() -> bool:
@@ -228,6 +232,22 @@ def take_peak_bytes() -> int:
 def dtype_name(dtype: torch.dtype) -> str:
     """Returns the name by which csrc's kernels know a type, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def upload(arrays: Sequence[np.ndarray], to: torch.device) -> list[torch.Tensor]:
+    """Returns each array as a tensor on a device, of the same dtype and shape, after one copy of them all.
+
+    To a GPU the copy is queued on the current stream; the host does not wait for it.
+    """
+    sizes = [-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays]
+    host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=to.type == "cuda")
+    for array, part in zip(arrays, host.split(sizes), strict=True):
+        part.numpy()[: array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    found = []
+    for array, part in zip(arrays, host.to(to, non_blocking=True).split(sizes), strict=True):
+        dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+        found.append(part[: array.nbytes].view(dtype).view(array.shape))
+    return found
 
 
 def local_rank() -> int:

@@ -1,15 +1,16 @@
-"""Shared fixtures, and which tests see this machine's GPUs: those of tests/gpu, where nothing else is run.
+"""Shared fixtures, and which tests see this machine's GPUs: those marked gpu, where nothing else is run.
 
 All others compare with references in fp32 on the CPU and start more processes than there may be GPUs.
 """
 
 import os
 from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 
-GPU_TESTS = Path(__file__).parent / "gpu"
+if TYPE_CHECKING:
+    import torch
 
 LONGEST_FILES = (
     "test_sglang_engine",
@@ -36,10 +37,7 @@ LONGEST_FILES = (
 
 def pytest_configure(config: pytest.Config) -> None:
     """Hides the GPUs from this process and all that it starts, before anything loads CUDA."""
-    paths = [
-        (config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args
-    ]
-    if not all(path.is_relative_to(GPU_TESTS) for path in paths):
+    if config.option.markexpr != "gpu":
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "MEGATRON_BICC_DEVICE": "cpu"}
 
 
@@ -69,12 +67,18 @@ def single_process() -> None:
     start_model_parallel(Config())
 
 
-@pytest.fixture
-def emulated_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Makes the product call csrc's CUDA kernels, compiled for the host, on CPU tensors."""
-    from support import emulated_kernels as emulated
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> "torch.device":
+    """Makes the product call csrc's CUDA kernels, compiled for the host or on a GPU; returns the device."""
+    import torch
+    from support import emulated_kernels
 
     from megatron_bicc import device
 
-    monkeypatch.setattr(device, "_kernels", emulated.build())
-    return device.kernels()
+    if request.param == "emulated":
+        monkeypatch.setattr(device, "_kernels", emulated_kernels.build())
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU, and -m gpu, which shows it to the tests")
+    monkeypatch.setattr(device, "_kernels", pytest.importorskip("megatron_bicc._C_cuda"))
+    return torch.device("cuda")

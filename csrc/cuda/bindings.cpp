@@ -7,7 +7,7 @@
 #include "fill.h"
 #include "log_probs.h"
 #include "merge.h"
-#include "token_loss.h"
+#include "policy_loss.h"
 
 namespace py = pybind11;
 
@@ -37,18 +37,19 @@ Dtype dtype_of(const std::string& name) {
 }
 
 void fill(uintptr_t copies, int64_t count, uintptr_t prompt_tokens, uintptr_t response_tokens, uintptr_t headers,
-          uintptr_t features, int64_t feature_count, int64_t response_token_count, uintptr_t tokens,
-          uintptr_t positions, uintptr_t labels, uintptr_t gather, uintptr_t features_out, uintptr_t stream) {
+          uintptr_t tokens, uintptr_t positions, uintptr_t labels, uintptr_t gather, uintptr_t segments,
+          uintptr_t rollouts, uintptr_t scales, uintptr_t stream) {
   const FillArrays arrays{
-      {pointer<const int32_t>(prompt_tokens), pointer<const int32_t>(response_tokens), pointer<const int32_t>(headers)},
-      pointer<const float>(features),
-      feature_count,
-      response_token_count,
-      pointer<int32_t>(tokens),
-      pointer<int32_t>(positions),
-      pointer<int32_t>(labels),
+      pointer<const int32_t>(prompt_tokens),
+      pointer<const int32_t>(response_tokens),
+      pointer<const int32_t>(headers),
+      pointer<int64_t>(tokens),
+      pointer<int64_t>(positions),
+      pointer<int64_t>(labels),
       pointer<int64_t>(gather),
-      pointer<float>(features_out)};
+      pointer<int64_t>(segments),
+      pointer<int64_t>(rollouts),
+      pointer<float>(scales)};
   launch_fill(pointer<const Copy>(copies), count, arrays, stream_of(stream));
 }
 
@@ -86,34 +87,50 @@ void logit_gradient(const std::string& dtype, const LogitRows& logits, uintptr_t
                         stream_of(stream));
 }
 
-LossSettings loss_settings(const std::string& objective, float low, float high, float dual, float tis_cap,
-                           float kl_coefficient, const std::string& kl_estimator) {
-  return {choice<Objective>(objective, "objective",
-                            {{"token", Objective::kToken},
-                             {"sequence", Objective::kSequence},
-                             {"geometric", Objective::kGeometric},
-                             {"aspo", Objective::kAspo},
-                             {"cispo", Objective::kCispo}}),
-          low,
-          high,
-          dual,
-          tis_cap,
-          kl_coefficient,
-          choice<KlEstimator>(kl_estimator, "kl_estimator",
-                              {{"k1", KlEstimator::kK1}, {"k2", KlEstimator::kK2}, {"k3", KlEstimator::kK3}})};
+template <class T>
+void policy_loss(const std::string& objective, double low, double high, double dual, double tis_cap,
+                 double kl_coefficient, const std::string& kl_estimator, double entropy_coefficient, int64_t rows,
+                 uintptr_t logp, uintptr_t old_logp, uintptr_t advantage, uintptr_t weight, uintptr_t engine_log_ratio,
+                 uintptr_t regularisation, uintptr_t ref_logp, uintptr_t entropy, uintptr_t response, uintptr_t share,
+                 uintptr_t gradient, uintptr_t masks, uintptr_t partials, uintptr_t stream) {
+  const LossSettings<T> settings{
+      choice<Objective>(objective, "objective",
+                        {{"token", Objective::kToken},
+                         {"sequence", Objective::kSequence},
+                         {"geometric", Objective::kGeometric},
+                         {"aspo", Objective::kAspo},
+                         {"cispo", Objective::kCispo}}),
+      static_cast<T>(low),
+      static_cast<T>(high),
+      static_cast<T>(dual),
+      static_cast<T>(tis_cap),
+      static_cast<T>(kl_coefficient),
+      choice<KlEstimator>(kl_estimator, "kl_estimator",
+                          {{"k1", KlEstimator::kK1}, {"k2", KlEstimator::kK2}, {"k3", KlEstimator::kK3}}),
+      static_cast<T>(entropy_coefficient)};
+  const LossArrays<T> arrays{pointer<const T>(logp),
+                             pointer<const T>(old_logp),
+                             pointer<const T>(advantage),
+                             pointer<const T>(weight),
+                             pointer<const T>(engine_log_ratio),
+                             pointer<const T>(regularisation),
+                             pointer<const T>(ref_logp),
+                             pointer<const T>(entropy),
+                             pointer<const int64_t>(response),
+                             pointer<T>(share),
+                             pointer<T>(gradient),
+                             pointer<bool>(masks),
+                             pointer<double>(partials)};
+  launch_policy_loss(settings, arrays, rows, stream_of(stream));
 }
 
-void token_loss(const LossSettings& settings, int64_t segments, uintptr_t logp, uintptr_t old_logp, uintptr_t advantage,
-                uintptr_t weight, uintptr_t ref_logp, uintptr_t rollout_logp, uintptr_t cu_response,
-                uintptr_t gradient, uintptr_t partials, uintptr_t statistics, uintptr_t stream) {
-  if (settings.kl_coefficient != 0 && ref_logp == 0) throw std::invalid_argument("a KL penalty needs ref_logp");
-  if (settings.tis_cap > 0 && rollout_logp == 0) throw std::invalid_argument("tis_cap needs rollout_logp");
-  const LossArrays arrays{pointer<const float>(logp),         pointer<const float>(old_logp),
-                          pointer<const float>(advantage),    pointer<const float>(weight),
-                          pointer<const float>(ref_logp),     pointer<const float>(rollout_logp),
-                          pointer<const int32_t>(cu_response), pointer<float>(gradient),
-                          pointer<double>(partials),          pointer<double>(statistics)};
-  launch_token_loss(settings, arrays, segments, stream_of(stream));
+template <class T>
+void define_policy_loss(py::module_& m, const char* name) {
+  using namespace pybind11::literals;
+  m.def(name, &policy_loss<T>, py::kw_only(), "objective"_a, "low"_a, "high"_a, "dual"_a, "tis_cap"_a,
+        "kl_coefficient"_a, "kl_estimator"_a, "entropy_coefficient"_a, "rows"_a, "logp"_a, "old_logp"_a, "advantage"_a,
+        "weight"_a, "engine_log_ratio"_a, "regularisation"_a, "ref_logp"_a, "entropy"_a, "response"_a, "share"_a,
+        "gradient"_a, "masks"_a, "partials"_a, "stream"_a);
 }
 
 }  // namespace
@@ -122,11 +139,9 @@ void token_loss(const LossSettings& settings, int64_t segments, uintptr_t logp, 
 PYBIND11_MODULE(_C_cuda, m) {
   using namespace pybind11::literals;
   m.doc() = "CUDA kernels on device pointers and streams given as integers; arguments are those of csrc/cuda/*.h.";
-  m.attr("LOSS_STATISTICS") = py::make_tuple("loss", "rows", "clipped_low", "clipped_high", "clipped_dual",
-                                             "kl_old_new", "kl_new_ref", "ratio_min", "ratio_max");
+  m.attr("LOSS_BLOCKS") = bicc::kLossBlocks;
   m.def("fill", &bicc::fill, py::kw_only(), "copies"_a, "count"_a, "prompt_tokens"_a, "response_tokens"_a, "headers"_a,
-        "features"_a, "feature_count"_a, "response_token_count"_a, "tokens"_a, "positions"_a, "labels"_a, "gather"_a,
-        "features_out"_a, "stream"_a);
+        "tokens"_a, "positions"_a, "labels"_a, "gather"_a, "segments"_a, "rollouts"_a, "scales"_a, "stream"_a);
   py::class_<bicc::AttentionPart>(m, "AttentionPart")
       .def(py::init(&bicc::part), py::kw_only(), "out"_a, "out_strides"_a, "lse"_a, "lse_strides"_a);
   m.def("merge", &bicc::merge, "dtype"_a, py::kw_only(), "rows"_a, "heads"_a, "dim"_a, "part"_a, "other"_a, "stream"_a);
@@ -140,10 +155,6 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.def("logit_statistics", &bicc::logit_statistics, "logits"_a, py::kw_only(), "statistics"_a, "stream"_a);
   m.def("logit_gradient", &bicc::logit_gradient, "dtype"_a, "logits"_a, py::kw_only(), "lse"_a, "entropy"_a,
         "grad_log_prob"_a, "grad_entropy"_a, "stream"_a);
-  py::class_<bicc::LossSettings>(m, "LossSettings")
-      .def(py::init(&bicc::loss_settings), py::kw_only(), "objective"_a, "low"_a, "high"_a, "dual"_a, "tis_cap"_a,
-           "kl_coefficient"_a, "kl_estimator"_a);
-  m.def("token_loss", &bicc::token_loss, "settings"_a, py::kw_only(), "segments"_a, "logp"_a, "old_logp"_a,
-        "advantage"_a, "weight"_a, "ref_logp"_a, "rollout_logp"_a, "cu_response"_a, "gradient"_a, "partials"_a,
-        "statistics"_a, "stream"_a);
+  bicc::define_policy_loss<float>(m, "policy_loss_float32");
+  bicc::define_policy_loss<double>(m, "policy_loss_float64");
 }

@@ -30,8 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_bicc import plugins
+from megatron_bicc import device, plugins
 from megatron_bicc.algorithms.flat_arrays import segment_sums
+from megatron_bicc.algorithms.policy_loss_cuda import policy_loss_kernel
 from megatron_bicc.config import KlEstimator, LossConfig
 from megatron_bicc.errors import UserError
 
@@ -103,7 +104,8 @@ class LossRows:
     weight: Tensor
     """Weight of the row in the whole step's loss (advantages.token_weights, times mixing and pair scale)"""
     response: Tensor
-    """int64: index of the row's response segment in this micro-batch, from 0, without gaps"""
+    """int64: index of the row's response segment in this micro-batch. It rises from 0 without gaps, so the
+    rows of a response are adjacent."""
     old_logp: Tensor | None = None
     """Log-prob of the row's token in the ratio's denominator; None: the current policy is the old policy, so
     the ratio is 1"""
@@ -169,7 +171,10 @@ class PolicyLoss:
 
     share: Tensor
     """Scalar, a sum over rows"""
-    tokens: TokenLoss
+    low: Tensor
+    """bool [A], as are the next two: the masks of TokenLoss"""
+    high: Tensor
+    dual: Tensor
     old_logp: Tensor
     """float [A]: log-probs in the ratios' denominators"""
 
@@ -178,7 +183,8 @@ def policy_loss(logp: Tensor, entropy: Tensor | None, rows: LossRows, loss: Loss
     """Computes a micro-batch's part of the step's loss.
 
     Sums over rows: weight times token loss, plus regularisation times (KL term - entropy term). The parts of
-    all micro-batches and ranks add up to the step's loss, and their gradients to its gradient.
+    all micro-batches and ranks add up to the step's loss, and their gradients to its gradient. Where csrc's
+    kernels compute, a kernel does so for the built-in objectives.
 
     Args:
         logp: float [A], log-probs of the rows' tokens under the policy in training.
@@ -190,23 +196,53 @@ def policy_loss(logp: Tensor, entropy: Tensor | None, rows: LossRows, loss: Loss
         ValueError: a setting left None, or rows without what a setting needs.
         UserError: a user's loss.objective returned something unusable.
     """
+    _check_terms(entropy, rows, loss)
     old_logp = logp.detach() if rows.old_logp is None else rows.old_logp
+    if device.kernels() is not None and loss.objective in OBJECTIVES:
+        return _by_kernel(logp, entropy, rows, loss, old_logp)
     tokens = load_objective(loss)(logp, old_logp, rows, loss)
     token_loss = tokens.loss
     if loss.tis_cap:
-        mismatch = _needed(rows.engine_log_ratio, "LossRows.engine_log_ratio", "tis_cap")
-        token_loss = token_loss * mismatch.exp().clamp(max=loss.tis_cap).detach()
+        token_loss = token_loss * rows.engine_log_ratio.exp().clamp(max=loss.tis_cap).detach()
     total = (rows.weight * token_loss).sum()
     if rows.regularisation is None:
-        return PolicyLoss(total, tokens, old_logp)
+        return PolicyLoss(total, tokens.low, tokens.high, tokens.dual, old_logp)
     if loss.kl_coefficient and loss.kl_in == "loss":
-        ref_logp = _needed(rows.ref_logp, "LossRows.ref_logp", "kl_coefficient")
-        kl = kl_penalty(logp, ref_logp, loss.kl_estimator)
+        kl = kl_penalty(logp, rows.ref_logp, loss.kl_estimator)
         total = total + loss.kl_coefficient * (rows.regularisation * kl).sum()
     if loss.entropy_coefficient:
-        entropy = _needed(entropy, "entropy", "entropy_coefficient")
         total = total - loss.entropy_coefficient * (rows.regularisation * entropy).sum()
-    return PolicyLoss(total, tokens, old_logp)
+    return PolicyLoss(total, tokens.low, tokens.high, tokens.dual, old_logp)
+
+
+def _by_kernel(
+    logp: Tensor, entropy: Tensor | None, rows: LossRows, loss: LossConfig, old_logp: Tensor
+) -> PolicyLoss:
+    """Computes what `policy_loss` does, for a built-in objective, in csrc's kernel."""
+    bounds = clip_bounds(loss)
+    regularised = rows.regularisation is not None
+    has_kl = regularised and loss.kl_in == "loss" and loss.kl_coefficient > 0
+    share, _, masks = policy_loss_kernel(
+        logp,
+        entropy,
+        rows.old_logp,
+        rows.advantage,
+        rows.weight,
+        rows.response,
+        rows.regularisation,
+        rows.ref_logp,
+        rows.engine_log_ratio,
+        objective=loss.objective,
+        low=bounds.low,
+        high=bounds.high,
+        dual=bounds.dual,
+        tis_cap=loss.tis_cap,
+        kl_coefficient=loss.kl_coefficient if has_kl else 0.0,
+        # without a KL any will do; None with one is refused as kl_penalty does
+        kl_estimator=str(loss.kl_estimator) if has_kl else "k1",
+        entropy_coefficient=loss.entropy_coefficient if regularised else 0.0,
+    )
+    return PolicyLoss(share, *masks, old_logp)
 
 
 def load_objective(loss: LossConfig) -> Objective:
@@ -259,10 +295,18 @@ def _check_objective(name: str, logp: Tensor, found: TokenLoss) -> None:
         raise UserError(f"{returned} the loss {value} for a finite log-prob; return finite values")
 
 
-def _needed(tensor: Tensor | None, name: str, setting: str) -> Tensor:
-    if tensor is None:
-        raise ValueError(f"loss.{setting} is set, but {name} was not given")
-    return tensor
+def _check_terms(entropy: Tensor | None, rows: LossRows, loss: LossConfig) -> None:
+    """Raises ValueError if a term of the loss lacks its input."""
+    has_kl = loss.kl_coefficient and loss.kl_in == "loss"
+    needed = [("tis_cap", loss.tis_cap, "LossRows.engine_log_ratio", rows.engine_log_ratio)]
+    if rows.regularisation is not None:
+        needed += [
+            ("kl_coefficient", has_kl, "LossRows.ref_logp", rows.ref_logp),
+            ("entropy_coefficient", loss.entropy_coefficient, "entropy", entropy),
+        ]
+    for setting, is_set, name, tensor in needed:
+        if is_set and tensor is None:
+            raise ValueError(f"loss.{setting} is set, but {name} was not given")
 
 
 def _clip(log_ratio: Tensor, advantage: Tensor, bounds: ClipBounds) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_bicc.model.segments import Segments
-from megatron_bicc.packing.types import MicroBatch
+from megatron_bicc.model.segments import Segments, upload_segments
+from megatron_bicc.packing.pack_cuda import DeviceRows
+from megatron_bicc.packing.types import MicroBatch, MicroBatchLayout
 
 
 @dataclass(kw_only=True)
@@ -55,19 +56,41 @@ class PackedBatch(PackedSeqParams):
 
         first, rows = batch.num_prefix_rows, batch.num_response_rows
         lengths_S = np.diff(batch.cu_response)
-        return cls(
-            qkv_format="sbhd",
+        on_device = DeviceRows(
             tokens_N=to_device(batch.tokens_N),
             positions_N=to_device(batch.positions_N),
             labels_A=to_device(batch.labels_N[first : first + rows]),
-            response_A=to_device(np.repeat(np.arange(len(lengths_S)), lengths_S)),
             token_A=to_device(batch.gather_A),
+            response_A=to_device(np.repeat(np.arange(len(lengths_S)), lengths_S)),
             rollout_A=to_device(np.repeat(batch.rollout_S, lengths_S)),
             scale_A=to_device(np.repeat(batch.scale_S, lengths_S), np.float32),
-            response_rows=slice(first, first + rows),
-            group_rows=_group_rows(batch),
-            causal=Segments.of_themselves(batch.cu_seqlens, device),
-            cross=Segments.across(batch.cu_response_side, batch.cu_prefix, device),
+        )
+        return cls._of_rows(batch, on_device, *_segments(batch, device))
+
+    @classmethod
+    def make_all(
+        cls, layouts: list[MicroBatchLayout], rows: list[DeviceRows], device: torch.device
+    ) -> list["PackedBatch"]:
+        """Returns micro-batches whose rows are on `device`; their segments go there in one copy."""
+        segments = [part for layout in layouts for part in _segments(layout, torch.device("cpu"))]
+        uploaded = iter(upload_segments(segments, device))
+        return [
+            cls._of_rows(layout, own, next(uploaded), next(uploaded))
+            for layout, own in zip(layouts, rows, strict=True)
+        ]
+
+    @classmethod
+    def _of_rows(
+        cls, layout: MicroBatchLayout, rows: DeviceRows, causal: Segments, cross: Segments
+    ) -> "PackedBatch":
+        first = layout.num_prefix_rows
+        return cls(
+            qkv_format="sbhd",
+            **vars(rows),
+            response_rows=slice(first, first + layout.num_response_rows),
+            group_rows=_group_rows(layout),
+            causal=causal,
+            cross=cross,
         )
 
     @classmethod
@@ -102,7 +125,15 @@ class PackedBatch(PackedSeqParams):
         )
 
 
-def _group_rows(batch: MicroBatch) -> list[tuple[int, slice]]:
+def _segments(layout: MicroBatchLayout, device: torch.device) -> tuple[Segments, Segments]:
+    """Returns the causal and the cross segments of a micro-batch."""
+    return (
+        Segments.of_themselves(layout.cu_seqlens, device),
+        Segments.across(layout.cu_response_side, layout.cu_prefix, device),
+    )
+
+
+def _group_rows(batch: MicroBatchLayout) -> list[tuple[int, slice]]:
     """Returns PackedBatch.group_rows; adjacent responses of a group become one entry."""
     changes = np.flatnonzero(np.diff(batch.group_S)) + 1
     firsts = np.concatenate([np.zeros(min(1, len(batch.group_S)), int), changes])

@@ -9,12 +9,14 @@ S segments of a tile, L rows of each segment of a tile.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from megatron_bicc import device
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,22 @@ class Segments:
     def tiles(self) -> list["Tile"]:
         """The segments as tiles for the CPU kernel; computed once for all layers and passes."""
         return make_tiles(self.ranges(), self.causal)
+
+
+def upload_segments(segments: list[Segments], to: torch.device) -> list[Segments]:
+    """Returns segments, given with tensors on the CPU, with tensors on another device, after one copy."""
+    tensors = [(s.cu_q, s.cu_k, s.keyless_rows) for s in segments]
+    arrays = [tensor.numpy() for three in tensors for tensor in three if tensor is not None]
+    found = iter(device.upload(arrays, to))
+    return [
+        replace(
+            s,
+            cu_q=next(found),
+            cu_k=next(found),
+            keyless_rows=None if s.keyless_rows is None else next(found),
+        )
+        for s in segments
+    ]
 
 
 @dataclass(frozen=True)

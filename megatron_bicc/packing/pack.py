@@ -1,7 +1,6 @@
 """The packer: plans a step and fills its micro-batches in C++ (csrc), on NumPy arrays.
 
-Shape suffixes: T response tokens of the step, A response rows, N rows, M micro-batches, S segments,
-F features.
+Shape suffixes: A response rows, N rows, M micro-batches, S segments.
 """
 
 from dataclasses import dataclass, fields
@@ -40,7 +39,6 @@ def pack(
     dp_size: int,
     rank: int,
     threads: int = 0,
-    features_FT: np.ndarray | None = None,
 ) -> Packed:
     """Plans the step for all data-parallel ranks and fills the micro-batches of one.
 
@@ -53,36 +51,28 @@ def pack(
         dp_size: number of data-parallel ranks.
         rank: the data-parallel rank whose micro-batches are filled.
         threads: threads that copy tokens; 0: one per million rows, at most one per core.
-        features_FT: float32 [F, T], per-token data that is gathered into MicroBatch.features_FA.
 
     Raises:
         ValueError: an array, a setting or a response cannot be used; the message names it, with group and
             rollout.
     """
-    batch, native = _native_plan(batch, settings, dp_size)
-    plan = _step_plan(native, batch, settings, dp_size)
-    if features_FT is None:
-        features_FT = np.empty((0, batch.tokens.size), np.float32)
-    features_FT = _as_numpy("features", features_FT)
-    # fill_rows raises for a wrong shape or rank; no buffer may be allocated by them before
-    fits = features_FT.ndim == 2 and features_FT.shape[1] == batch.tokens.size
+    native, plan = make_plan(batch, settings, dp_size)
+    # fill_rows raises for a wrong rank; no buffer may be allocated by it before
     layouts = plan.ranks[rank] if isinstance(rank, int) and 0 <= rank < dp_size else []
-    features = len(features_FT) if fits else 0
-    return Packed(plan, _fill_rows(native, rank, layouts, features_FT, features, threads))
+    return Packed(plan, _fill_rows(native, rank, layouts, threads))
 
 
 def plan_step(batch: RolloutBatch, settings: PackingSettings, dp_size: int) -> StepPlan:
     """Plans a step for all ranks, as `pack` does, without copying a token. Raises as `pack` does."""
-    batch, native = _native_plan(batch, settings, dp_size)
-    return _step_plan(native, batch, settings, dp_size)
+    return make_plan(batch, settings, dp_size)[1]
 
 
-def _native_plan(
-    batch: RolloutBatch, settings: PackingSettings, dp_size: int
-) -> tuple[RolloutBatch, _C.Plan]:
+def make_plan(batch: RolloutBatch, settings: PackingSettings, dp_size: int) -> tuple[_C.Plan, StepPlan]:
+    """Returns csrc's plan of a step, which can be filled, and what it holds; raises as `pack` does."""
     arrays = {f.name: _as_numpy(f"RolloutBatch.{f.name}", getattr(batch, f.name)) for f in fields(batch)}
     batch = RolloutBatch(**arrays)
-    return batch, _C.Plan(batch, settings, dp_size)
+    native = _C.Plan(batch, settings, dp_size)
+    return native, _step_plan(native, batch, settings, dp_size)
 
 
 def _as_numpy(name: str, array: Any) -> np.ndarray:
@@ -130,8 +120,6 @@ def _fill_rows(
     native: _C.Plan,
     rank: int,
     layouts: list[MicroBatchLayout],
-    features_FT: np.ndarray,
-    features: int,
     threads: int,
 ) -> list[MicroBatch]:
     rows_M = np.array([layout.num_rows for layout in layouts], np.int64)
@@ -141,15 +129,11 @@ def _fill_rows(
         "positions_N": (np.int32, rows_M),
         "labels_N": (np.int32, rows_M),
         "gather_A": (np.int64, response_M),
-        "features_FA": (np.float32, features * response_M),
     }
     buffers = _allocate(lengths)
-    native.fill_rows(rank, buffers, features_FT, threads)
-    filled = []
-    for layout, views in zip(layouts, _cut(buffers, lengths), strict=True):
-        views["features_FA"] = views["features_FA"].reshape(features, layout.num_response_rows)
-        filled.append(MicroBatch(**vars(layout), **views))
-    return filled
+    native.fill_rows(rank, buffers, threads)
+    views = _cut(buffers, lengths)
+    return [MicroBatch(**vars(layout), **rows) for layout, rows in zip(layouts, views, strict=True)]
 
 
 Lengths = dict[str, tuple[type, np.ndarray]]

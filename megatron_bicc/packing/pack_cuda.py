@@ -1,94 +1,116 @@
-"""The packer's fill on a GPU: planned on the host, one launch on the current stream. Needs the CUDA build.
+"""Packs a step with rows that csrc's kernel writes in device memory; `pack` does it on the host.
 
-The trainer does not call it yet; tests/gpu compares it with the CPU packer.
-
-Shape suffixes: F features, T response tokens of the step, N rows, A response rows.
+Shape suffixes: N rows of a micro-batch, A its response rows, T response tokens of the step, R its rollouts.
 """
 
-import numpy as np
+from dataclasses import dataclass, fields
+
 import torch
+from torch import Tensor
 
-from megatron_bicc import _C, _C_cuda
-from megatron_bicc.packing.types import PackingSettings, RolloutBatch
+from megatron_bicc import device
+from megatron_bicc.packing.pack import make_plan
+from megatron_bicc.packing.types import PackingSettings, RolloutBatch, StepPlan
 
 
-def fill_on_device(
-    batch: RolloutBatch,
-    settings: PackingSettings,
-    dp_size: int,
-    device: torch.device,
-    features_FT: torch.Tensor | None = None,
-) -> dict[str, torch.Tensor]:
-    """Packs a step into GPU memory; copies and launch are queued on the device's current stream.
+@dataclass(frozen=True)
+class DeviceRollouts:
+    """The tokens of a step in device memory: copied there once, for all layouts."""
+
+    prompt_tokens: Tensor
+    """int32 [sum of prompt lengths]"""
+    tokens: Tensor
+    """int32 [T]"""
+
+    @classmethod
+    def upload(cls, batch: RolloutBatch, to: torch.device) -> "DeviceRollouts":
+        """Copies the tokens of a batch to a device."""
+        return cls(*device.upload([batch.prompt_tokens, batch.tokens], to))
+
+
+@dataclass(frozen=True)
+class DeviceRows:
+    """The rows of a micro-batch on the device, as the policy reads them."""
+
+    tokens_N: Tensor
+    """int64 [N]"""
+    positions_N: Tensor
+    """int64 [N]"""
+    labels_A: Tensor
+    """int64 [A]: the token that each response row predicts"""
+    token_A: Tensor
+    """int64 [A]: index of the label among the T response tokens"""
+    response_A: Tensor
+    """int64 [A]: response segment (0..S-1) of each response row"""
+    rollout_A: Tensor
+    """int64 [A]: index of the rollout among the R"""
+    scale_A: Tensor
+    """float32 [A]: 1 / number of segments in the whole step that train this rollout"""
+
+
+def pack_on_device(
+    batch: RolloutBatch, rollouts: DeviceRollouts, settings: PackingSettings, dp_size: int, rank: int
+) -> tuple[StepPlan, list[DeviceRows]]:
+    """Plans a step as `pack` does and fills the rows of one rank on the device.
+
+    The plan's copies go there in one transfer, one kernel fills the rows of all micro-batches; the result
+    holds views of its arrays. The host does not wait for either.
 
     Args:
         batch: the scored groups, on the host.
-        settings: layout, contexts and budgets.
-        dp_size: number of data-parallel ranks.
-        device: device of the result.
-        features_FT: float32 [F, T] on `device`, gathered like the labels.
-
-    Returns:
-        "tokens_N", "positions_N", "labels_N" (int32), "gather_A" (int64) and "features_FA" (float32): flat
-        arrays with the micro-batches of all ranks, as packing.pack makes them, rank by rank.
+        rollouts: the tokens of `batch`, on the device of the result.
+        settings, dp_size, rank: as for `pack`.
 
     Raises:
-        ValueError: as `pack` does, and for features of another shape, dtype or device.
+        ValueError: as `pack` does.
     """
-    if features_FT is None:
-        features_FT = torch.empty((0, len(batch.tokens)), device=device)
-    _check_features(features_FT, len(batch.tokens), device)
-    # a launch goes to the current device, even if the pointers belong to another
-    with torch.cuda.device(device):
-        return _fill(batch, settings, dp_size, device, features_FT)
+    native, plan = make_plan(batch, settings, dp_size)
+    copies, headers = device.upload([native.copies(rank), native.headers], rollouts.tokens.device)
+    rows_M = [layout.num_rows for layout in plan.ranks[rank]]
+    response_M = [layout.num_response_rows for layout in plan.ranks[rank]]
+    filled = fill_rows(copies, headers, rollouts.prompt_tokens, rollouts.tokens, sum(rows_M), sum(response_M))
+    # the first two arrays are of all rows, the others of response rows
+    views = [array.split(rows_M if i < 2 else response_M) for i, array in enumerate(filled)]
+    return plan, [DeviceRows(*arrays) for arrays in zip(*views, strict=True)]
 
 
-def _check_features(features_FT: torch.Tensor, tokens: int, device: torch.device) -> None:
-    shape_fits = features_FT.ndim == 2 and features_FT.shape[1] == tokens
-    kind_fits = features_FT.dtype == torch.float32 and features_FT.device.type == device.type
-    if not (shape_fits and kind_fits and features_FT.is_contiguous()):
-        raise ValueError(
-            f"features_FT must be contiguous float32 [F, {tokens}] on {device}, not {features_FT.dtype} "
-            f"{list(features_FT.shape)} on {features_FT.device}"
-        )
+@torch.library.custom_op("megatron_bicc::fill_rows", mutates_args=())
+def fill_rows(
+    copies: Tensor, headers: Tensor, prompt_tokens: Tensor, tokens: Tensor, rows: int, response_rows: int
+) -> list[Tensor]:
+    """Returns the fields of DeviceRows, each of all micro-batches of a rank, one after another.
 
-
-def _queue(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Returns a copy on the device, made from pinned memory so that the host does not wait for it."""
-    return torch.from_numpy(np.array(array)).pin_memory().to(device, non_blocking=True)
-
-
-def _fill(
-    batch: RolloutBatch,
-    settings: PackingSettings,
-    dp_size: int,
-    device: torch.device,
-    features_FT: torch.Tensor,
-) -> dict[str, torch.Tensor]:
-    plan = _C.Plan(batch, settings, dp_size)
-    rows, response_rows = (int(plan.sizes[:, column].sum()) for column in (0, 2))
-    host = [plan.copies, batch.prompt_tokens, batch.tokens, plan.headers]
-    copies, prompts, responses, headers = (_queue(array, device) for array in host)
-    out = {
-        name: torch.empty(rows, dtype=torch.int32, device=device)
-        for name in ("tokens_N", "positions_N", "labels_N")
-    }
-    out["gather_A"] = torch.empty(response_rows, dtype=torch.int64, device=device)
-    out["features_FA"] = torch.empty(len(features_FT) * response_rows, device=device)
-    _C_cuda.fill(
+    copies: int64 [copies, 13], _C.Plan.copies of the rank. headers: int32, _C.Plan.headers. prompt_tokens,
+    tokens: int32, DeviceRollouts. rows, response_rows: of all micro-batches.
+    """
+    found = _empty_rows(tokens.device, rows, response_rows)
+    names = ("tokens", "positions", "labels", "gather", "segments", "rollouts", "scales")
+    device.kernels().fill(
         copies=copies.data_ptr(),
         count=len(copies),
-        prompt_tokens=prompts.data_ptr(),
-        response_tokens=responses.data_ptr(),
+        prompt_tokens=prompt_tokens.data_ptr(),
+        response_tokens=tokens.data_ptr(),
         headers=headers.data_ptr(),
-        features=features_FT.data_ptr(),
-        feature_count=len(features_FT),
-        response_token_count=len(responses),
-        tokens=out["tokens_N"].data_ptr(),
-        positions=out["positions_N"].data_ptr(),
-        labels=out["labels_N"].data_ptr(),
-        gather=out["gather_A"].data_ptr(),
-        features_out=out["features_FA"].data_ptr(),
-        stream=torch.cuda.current_stream(device).cuda_stream,
+        stream=device.stream(tokens),
+        **{name: array.data_ptr() for name, array in zip(names, found, strict=True)},
     )
-    return out
+    return found
+
+
+@fill_rows.register_fake
+def _(
+    copies: Tensor, headers: Tensor, prompt_tokens: Tensor, tokens: Tensor, rows: int, response_rows: int
+) -> list[Tensor]:
+    return _empty_rows(tokens.device, rows, response_rows)
+
+
+def _empty_rows(where: torch.device, rows: int, response_rows: int) -> list[Tensor]:
+    """Returns an uninitialised array for each field of DeviceRows."""
+    return [
+        torch.empty(
+            rows if field.name.endswith("_N") else response_rows,
+            dtype=torch.float32 if field.name == "scale_A" else torch.int64,
+            device=where,
+        )
+        for field in fields(DeviceRows)
+    ]

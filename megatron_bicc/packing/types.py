@@ -1,7 +1,7 @@
 """What goes into the packer and what comes out: rollouts, settings, micro-batches, and the plan of a step.
 
 Shape suffixes: B groups, R rollouts, T response tokens of the batch, D sides; N rows, A response rows and S
-response segments of a micro-batch; F features. All arrays are C-contiguous NumPy arrays.
+response segments of a micro-batch. All arrays are C-contiguous NumPy arrays.
 """
 
 from dataclasses import dataclass
@@ -118,8 +118,6 @@ class MicroBatch(MicroBatchLayout):
     """int32 [N]: the next token of the row's own segment; 0 on padding"""
     gather_A: np.ndarray
     """int64 [A]: index into RolloutBatch.tokens of each response row's label"""
-    features_FA: np.ndarray
-    """float32 [F, A]: the per-token features given to the packer, gathered; F may be 0"""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ from megatron_bicc.config import Config
 from megatron_bicc.data.encoding import end_token_ids
 from megatron_bicc.model.megatron_settings import row_alignment
 from megatron_bicc.model.packed_batch import PackedBatch
-from megatron_bicc.packing.types import Layout, PackingSettings, RolloutBatch
+from megatron_bicc.packing.pack import pack
+from megatron_bicc.packing.pack_cuda import DeviceRollouts, pack_on_device
+from megatron_bicc.packing.types import Layout, PackingSettings, RolloutBatch, StepPlan
 from megatron_bicc.rollout.types import Group
 
 
@@ -130,6 +132,64 @@ def packing_settings(
     return plain, replace(plain, layout="bilateral")
 
 
+class Packer:
+    """Packs the rollouts of an optimizer step in one layout after another, for this data-parallel rank.
+
+    csrc's kernel fills the rows where it is built; else csrc fills them on the host and they are copied.
+    """
+
+    def __init__(self, rollouts: RolloutBatch) -> None:
+        """rollouts: whole on every rank."""
+        self._rollouts = rollouts
+        self._on_device = DeviceRollouts.upload(rollouts, device.device()) if device.kernels() else None
+
+    def pack(self, settings: PackingSettings) -> tuple[StepPlan, list[PackedBatch]]:
+        """Returns the plan of all data-parallel ranks and this rank's micro-batches, on the device.
+
+        Raises ValueError as packing.pack.pack does.
+        """
+        size = parallel_state.get_data_parallel_world_size()
+        rank, where = parallel_state.get_data_parallel_rank(), device.device()
+        if self._on_device is None:
+            packed = pack(self._rollouts, settings, size, rank)
+            return packed.plan, [PackedBatch.make(m, where) for m in packed.micro_batches]
+        plan, rows = pack_on_device(self._rollouts, self._on_device, settings, size, rank)
+        return plan, PackedBatch.make_all(plan.ranks[rank], rows, where)
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """What the loss needs of every token and rollout of an optimizer step, on the device."""
+
+    old_T: Tensor
+    """float32 [T]: log-probs of the old policy given the prompt alone"""
+    engine_log_ratio_T: Tensor
+    """float32 [T]: old_T less the rollout engine's log-probs"""
+    ref_T: Tensor | None
+    """float32 [T]: log-probs of the reference policy, where there is one"""
+    advantage_R: Tensor
+    """float32 [R]"""
+    token_weight_R: Tensor
+    """float64 [R], over the whole optimizer step (algorithms.advantages.token_weights)"""
+
+    @classmethod
+    def upload(
+        cls, log_probs: TokenLogProbs, advantages: Advantages, token_weight_R: np.ndarray
+    ) -> "StepValues":
+        """Copies the values to the device, in one transfer."""
+        values = {
+            "old_T": log_probs.old_T,
+            # both given the prompt alone: a context, which the engine never saw, is no engine mismatch
+            "engine_log_ratio_T": log_probs.old_T - log_probs.rollout_T,
+            "advantage_R": advantages.advantage_R.astype(np.float32),
+            "token_weight_R": token_weight_R,
+        }
+        if log_probs.ref_T is not None:
+            values["ref_T"] = log_probs.ref_T
+        uploaded = dict(zip(values, device.upload(list(values.values()), device.device()), strict=True))
+        return cls(**{"ref_T": None, **uploaded})
+
+
 @dataclass(frozen=True)
 class TrainBatch:
     """A micro-batch of this rank with the inputs of its loss, on the device."""
@@ -146,36 +206,25 @@ class TrainBatch:
         packed: PackedBatch,
         layout: Layout,
         share: float,
-        log_probs: TokenLogProbs,
         old_logp_A: Tensor | None,
-        advantages: Advantages,
-        token_weight_R: np.ndarray,
+        values: StepValues,
     ) -> "TrainBatch":
-        """Gathers each row's values from the flat arrays of the optimizer step.
+        """Gathers each row's values from those of the optimizer step.
 
-        old_logp_A: log-probs in the ratio's denominator; None: the ratio is 1. token_weight_R: float64, over
-        the whole optimizer step (algorithms.advantages.token_weights).
+        old_logp_A: log-probs in the ratio's denominator; None: the ratio is 1.
         """
-
-        def of_tokens(values_T: np.ndarray) -> Tensor:
-            return torch.from_numpy(values_T).to(packed.token_A.device)[packed.token_A]
-
-        def of_rollouts(values_R: np.ndarray) -> Tensor:
-            return torch.from_numpy(values_R).to(packed.rollout_A.device)[packed.rollout_A]
-
         # scale: a rollout trained by several segments (context_source=pair) counts once in total
-        weight_A = of_rollouts(token_weight_R) * packed.scale_A.double()
+        weight_A = values.token_weight_R[packed.rollout_A] * packed.scale_A.double()
         rows = LossRows(
-            advantage=of_rollouts(advantages.advantage_R.astype(np.float32)),
+            advantage=values.advantage_R[packed.rollout_A],
             weight=(weight_A * share).float(),
             response=packed.response_A,
             old_logp=old_logp_A,
             # KL and entropy are of the policy given the prompt alone, in full whatever bicc.weight is: the
             # tokens were sampled so, and only then are the estimators expectations under the policy
             regularisation=weight_A.float() if layout == "plain" else None,
-            ref_logp=None if log_probs.ref_T is None else of_tokens(log_probs.ref_T),
-            # both given the prompt alone: a context, which the engine never saw, is no engine mismatch
-            engine_log_ratio=of_tokens(log_probs.old_T - log_probs.rollout_T),
+            ref_logp=None if values.ref_T is None else values.ref_T[packed.token_A],
+            engine_log_ratio=values.engine_log_ratio_T[packed.token_A],
         )
         return cls(packed, layout, share, rows)
 

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_bicc import device
 from megatron_bicc.algorithms.advantages import (
     Advantages,
     TokenLogProbs,
@@ -37,11 +35,12 @@ from megatron_bicc.errors import NotFiniteError
 from megatron_bicc.metrics import Stopwatch
 from megatron_bicc.model.packed_batch import PackedBatch
 from megatron_bicc.model.policy import Policy
-from megatron_bicc.packing.pack import pack
 from megatron_bicc.packing.types import Layout, PackingSettings, StepPlan
 from megatron_bicc.rollout.types import Group
 from megatron_bicc.training.batch import (
+    Packer,
     StepBatch,
+    StepValues,
     TrainBatch,
     collate,
     gather_tokens,
@@ -129,8 +128,6 @@ class Learner:
         self.reference = policy.reference_copy(config) if needs_reference(config) else None
         self.regularises = regularises(config)
         self.bicc_weight = config.bicc.weight if config.bicc.enabled else 0.0
-        self.dp_size = parallel_state.get_data_parallel_world_size()
-        self.dp_rank = parallel_state.get_data_parallel_rank()
         self.plain, self.bilateral = packing_settings(config, policy.hf_config, tokenizer)
 
     def step(
@@ -167,24 +164,21 @@ class Learner:
             batch = share.select(taken)  # from here on B, R and T are of the taken groups
 
             with clock("pack"):
-                plain = self._pack(batch, self.plain)
-                trained = self._trained(batch, plain)
+                packer = Packer(batch.rollouts)
+                plain = self._pack(packer, self.plain)
+                trained = self._trained(packer, plain)
             with clock("logprob"):
                 log_probs = self._log_probs(batch, plain)  # float32 [T]
+            adv = advantages(batch.rollouts, log_probs, self.config)  # float64 [R]
+            values = StepValues.upload(log_probs, adv, weight_R)
+            with clock("logprob"):
                 # conditioned denominators are not in log_probs. The first update needs none, as the policy is
                 # its own old policy; later updates, by which it has moved, need them computed now
-                to_train = [
-                    (each.layout, packed, old_A)  # float32 [A]
+                batches = [
+                    TrainBatch.make(packed, each.layout, self._share(each.layout), old_A, values)
                     for each in trained
-                    for packed, old_A in self._with_old(each, log_probs, moved=first > 0)
+                    for packed, old_A in self._with_old(each, values, moved=first > 0)
                 ]
-
-            adv = advantages(batch.rollouts, log_probs, self.config)  # float64 [R]
-
-            batches = [
-                TrainBatch.make(packed, layout, self._share(layout), log_probs, old_A, adv, weight_R)
-                for layout, packed, old_A in to_train
-            ]
             given = groups[first : first + size]
             passes = [plain.plan] * (1 if self.reference is None else 2)
             passes += [each.plan for each in trained if self._needs_conditioned(each, moved=first > 0)]
@@ -197,18 +191,16 @@ class Learner:
     def log_probs(self, groups: list[Group]) -> np.ndarray:
         """Returns the policy's log-prob of every response token: float32 [T]. Collective."""
         batch = collate(groups)
-        return self._policy_log_probs(batch, self._pack(batch, self.plain).batches)[0]
+        return self._policy_log_probs(batch, self._pack(Packer(batch.rollouts), self.plain).batches)[0]
 
     def _share(self, layout: Layout) -> float:
         """Returns the layout's weight in the policy loss: w or 1 - w of J = w J_bicc + (1 - w) J_grpo."""
         return self.bicc_weight if layout == "bilateral" else 1.0 - self.bicc_weight
 
-    def _pack(self, batch: StepBatch, settings: PackingSettings) -> PackedLayout:
-        packed = pack(batch.rollouts, settings, self.dp_size, self.dp_rank)
-        batches = [PackedBatch.make(m, device.device()) for m in packed.micro_batches]
-        return PackedLayout(settings.layout, packed.plan, batches)
+    def _pack(self, packer: Packer, settings: PackingSettings) -> PackedLayout:
+        return PackedLayout(settings.layout, *packer.pack(settings))
 
-    def _trained(self, batch: StepBatch, plain: PackedLayout) -> list[PackedLayout]:
+    def _trained(self, packer: Packer, plain: PackedLayout) -> list[PackedLayout]:
         """Returns the layouts to train on, bilateral first.
 
         Both if bicc.weight mixes them, or if KL or entropy, whose terms the plain layout carries, is in the
@@ -216,7 +208,7 @@ class Learner:
         """
         trained = []
         if self.bicc_weight > 0:
-            bilateral = self._pack(batch, self.bilateral)
+            bilateral = self._pack(packer, self.bilateral)
             if bilateral.plan.ranks[0]:  # empty if no group has contrast
                 trained.append(bilateral)
         if self.bicc_weight < 1 or self.regularises:
@@ -244,7 +236,7 @@ class Learner:
         return self.policy.log_probs(batches) or [None] * len(batches)
 
     def _with_old(
-        self, trained: PackedLayout, log_probs: TokenLogProbs, moved: bool
+        self, trained: PackedLayout, values: StepValues, moved: bool
     ) -> list[tuple[PackedBatch, Tensor | None]]:
         """Returns a layout's micro-batches with the log-probs in their ratios' denominators, float32 [A].
 
@@ -252,8 +244,7 @@ class Learner:
         updated before these micro-batches are trained.
         """
         if trained.layout == "plain" or self.config.bicc.denominator == "plain":
-            old_T = torch.from_numpy(log_probs.old_T).to(device.device())
-            return [(packed, old_T[packed.token_A]) for packed in trained.batches]
+            return [(packed, values.old_T[packed.token_A]) for packed in trained.batches]
         if not self._needs_conditioned(trained, moved):
             return [(packed, None) for packed in trained.batches]
         found = zip(trained.batches, self._passes(trained.batches), strict=True)
@@ -275,9 +266,7 @@ class Learner:
         def loss(index: int, logp_A: Tensor, entropy_A: Tensor) -> Tensor:
             batch = update.batches[index]
             result = policy_loss(logp_A, entropy_A, batch.rows, self.config.loss)
-            masks = [
-                mask.to(logp_A.dtype) for mask in (result.tokens.low, result.tokens.high, result.tokens.dual)
-            ]
+            masks = [mask.to(logp_A.dtype) for mask in (result.low, result.high, result.dual)]
             found.append((batch, torch.stack([result.old_logp, logp_A.detach(), *masks])))
             return result.share
 

@@ -102,8 +102,8 @@ def test_a_users_objective_equals_the_built_in_to_the_bit(in_file: Callable[[str
     (own, own_gradient), (built_in, gradient) = loss_of(in_file(OBJECTIVES, "clipped")), loss_of("token")
     assert torch.equal(own_gradient, gradient) and own.share == built_in.share
     for edge in ("low", "high", "dual"):
-        mask = getattr(own.tokens, edge)
-        assert mask.any() and torch.equal(mask, getattr(built_in.tokens, edge))
+        mask = getattr(own, edge)
+        assert mask.any() and torch.equal(mask, getattr(built_in, edge))
     assert not torch.equal(gradient, loss_of("sequence")[1])
 
 

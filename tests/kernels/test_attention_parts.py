@@ -22,10 +22,12 @@ FIRST = 9
 """Rows before those that are merged"""
 
 
-def sliced(rows: int, heads: int, dim: int, dtype: torch.dtype, where: torch.device) -> tuple[Tensor, Tensor]:
+def sliced(
+    rows: int, heads: int, dim: int, dtype: torch.dtype, kernel_device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Returns (out [Q, H, C], log-sum-exp [H, Q]), both slices of larger tensors."""
-    out = torch.randn(rows + FIRST, heads, dim).to(where, dtype)
-    return out[FIRST:], torch.randn(heads, rows + FIRST).to(where)[:, FIRST:]
+    out = torch.randn(rows + FIRST, heads, dim).to(kernel_device, dtype)
+    return out[FIRST:], torch.randn(heads, rows + FIRST).to(kernel_device)[:, FIRST:]
 
 
 def joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -40,12 +42,15 @@ def joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     "rows, heads, dim", [(1, 1, 4), (37, 3, 64), (5, 8, 128), (5, 2, 200), (3, 2, 256), (7, 2, 5)]
 )
 def test_merge_is_the_softmax_over_both_sets_of_keys(
-    where: torch.device, dtype: torch.dtype, rows: int, heads: int, dim: int
+    kernel_device: torch.device, dtype: torch.dtype, rows: int, heads: int, dim: int
 ) -> None:
     torch.manual_seed(0)
-    out, lse = sliced(rows, heads, dim, dtype, where)
+    out, lse = sliced(rows, heads, dim, dtype, kernel_device)
     # other strides: what the kernel for the CPU returns
-    other, lse_other = torch.randn(rows, heads, dim).to(where, dtype), torch.randn(rows, heads).to(where).t()
+    other, lse_other = (
+        torch.randn(rows, heads, dim).to(kernel_device, dtype),
+        torch.randn(rows, heads).to(kernel_device).t(),
+    )
     lse[-1, -1] += 200.0
     expected, expected_lse = joined([(out, lse), (other, lse_other)])
     before = out._base[:FIRST].clone(), lse._base[:, :FIRST].clone()
@@ -57,11 +62,13 @@ def test_merge_is_the_softmax_over_both_sets_of_keys(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_whose_addresses_are_not_those_of_a_vector(where: torch.device, dtype: torch.dtype) -> None:
+def test_rows_whose_addresses_are_not_those_of_a_vector(
+    kernel_device: torch.device, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    wide = torch.randn(6, 3, 33).to(where, dtype)
-    out, lse = wide[..., 1:], torch.randn(3, 6).to(where)
-    other, lse_other = torch.randn(6, 3, 32).to(where, dtype), torch.randn(3, 6).to(where)
+    wide = torch.randn(6, 3, 33).to(kernel_device, dtype)
+    out, lse = wide[..., 1:], torch.randn(3, 6).to(kernel_device)
+    other, lse_other = torch.randn(6, 3, 32).to(kernel_device, dtype), torch.randn(3, 6).to(kernel_device)
     expected, _ = joined([(out, lse), (other, lse_other)])
     first = wide[..., 0].clone()
     merge(out, lse, other, lse_other)
@@ -69,10 +76,10 @@ def test_rows_whose_addresses_are_not_those_of_a_vector(where: torch.device, dty
     assert torch.equal(wide[..., 0], first)
 
 
-def test_a_part_without_keys_has_no_share(where: torch.device) -> None:
+def test_a_part_without_keys_has_no_share(kernel_device: torch.device) -> None:
     torch.manual_seed(0)
-    out, lse = sliced(3, 2, 64, torch.float32, where)
-    other, lse_other = torch.randn(3, 2, 64).to(where), torch.randn(2, 3).to(where)
+    out, lse = sliced(3, 2, 64, torch.float32, kernel_device)
+    other, lse_other = torch.randn(3, 2, 64).to(kernel_device), torch.randn(2, 3).to(kernel_device)
     lse[0, 0], lse_other[0, 1] = -math.inf, -math.inf
     lse[1, 2], lse_other[1, 2] = -math.inf, -math.inf
     own = out.clone()
@@ -85,9 +92,9 @@ def test_a_part_without_keys_has_no_share(where: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_three_parts_are_merged_by_two_calls(where: torch.device, dtype: torch.dtype) -> None:
+def test_three_parts_are_merged_by_two_calls(kernel_device: torch.device, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    parts = [sliced(11, 2, 64, dtype, where) for _ in range(3)]
+    parts = [sliced(11, 2, 64, dtype, kernel_device) for _ in range(3)]
     expected, expected_lse = joined(parts)
     out, lse = parts[0]
     for other in parts[1:]:
@@ -98,10 +105,12 @@ def test_three_parts_are_merged_by_two_calls(where: torch.device, dtype: torch.d
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [64, 6])
-def test_gradients_are_added_and_rounded_once(where: torch.device, dtype: torch.dtype, dim: int) -> None:
+def test_gradients_are_added_and_rounded_once(
+    kernel_device: torch.device, dtype: torch.dtype, dim: int
+) -> None:
     torch.manual_seed(0)
-    totals = [torch.randn(40, heads, dim).to(where, dtype) for heads in (4, 2, 2)]
-    parts = tuple(torch.randn(rows, h, dim).to(where, dtype) for rows, h in ((31, 4), (9, 2), (9, 2)))
+    totals = [torch.randn(40, heads, dim).to(kernel_device, dtype) for heads in (4, 2, 2)]
+    parts = tuple(torch.randn(rows, h, dim).to(kernel_device, dtype) for rows, h in ((31, 4), (9, 2), (9, 2)))
     expected = [total.clone() for total in totals]
     slices = [slice(9, 40), slice(0, 9), slice(0, 9)]
     for total, part, rows in zip(expected, parts, slices, strict=True):
@@ -110,8 +119,8 @@ def test_gradients_are_added_and_rounded_once(where: torch.device, dtype: torch.
     assert all(map(torch.equal, totals, expected))
 
 
-def test_what_does_not_fit_is_refused(where: torch.device) -> None:
-    out, lse = torch.zeros(3, 2, 8, device=where), torch.zeros(2, 3, device=where)
+def test_what_does_not_fit_is_refused(kernel_device: torch.device) -> None:
+    out, lse = torch.zeros(3, 2, 8, device=kernel_device), torch.zeros(2, 3, device=kernel_device)
     with pytest.raises(ValueError, match="must have one shape"):
         merge_attention(out, lse, out[:2].clone(), lse.clone())
     with pytest.raises(ValueError, match="the type torch.float32"):
@@ -121,30 +130,30 @@ def test_what_does_not_fit_is_refused(where: torch.device) -> None:
     with pytest.raises(ValueError, match=r"they must be \[heads, rows\]"):
         merge_attention(out, lse, out.clone(), lse.t().contiguous())
     with pytest.raises(ValueError, match="the last must be 1"):
-        merge_attention(out, lse, torch.zeros(3, 8, 2, device=where).transpose(1, 2), lse.clone())
+        merge_attention(out, lse, torch.zeros(3, 8, 2, device=kernel_device).transpose(1, 2), lse.clone())
     with pytest.raises(ValueError, match="must have one shape"):
         add_attention_gradients(out, out.clone(), out.clone(), out[:1].clone(), out.clone(), out.clone())
 
 
-def test_operators_are_what_torch_expects(where: torch.device) -> None:
-    out, lse = sliced(3, 2, 8, torch.float32, where)
+def test_operators_are_what_torch_expects(kernel_device: torch.device) -> None:
+    out, lse = sliced(3, 2, 8, torch.float32, kernel_device)
     torch.library.opcheck(merge_attention, (out, lse, torch.randn_like(out), torch.randn_like(lse)))
-    six = [torch.randn(4, 2, 8, device=where) for _ in range(6)]
+    six = [torch.randn(4, 2, 8, device=kernel_device) for _ in range(6)]
     torch.library.opcheck(add_attention_gradients, tuple(six))
 
 
-def inputs(where: torch.device) -> tuple[list[Tensor], Tensor]:
+def inputs(kernel_device: torch.device) -> tuple[list[Tensor], Tensor]:
     """Returns ([q, k, v], gradient of the output) for `SIDES`."""
     rows = sum(prefix + sum(side) for prefix, side in SIDES)
     random = torch.Generator().manual_seed(0)
-    made = [torch.randn(rows, heads, 16, generator=random).to(where) for heads in (4, 2, 2, 4)]
+    made = [torch.randn(rows, heads, 16, generator=random).to(kernel_device) for heads in (4, 2, 2, 4)]
     return made[:3], made[3]
 
 
 def test_attention_with_kernels_equals_plain_torch(
-    where: torch.device, monkeypatch: pytest.MonkeyPatch
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    qkv, grad = inputs(where)
+    qkv, grad = inputs(kernel_device)
     called = calls_of_kernels(monkeypatch)
     found = differentiate(shared, qkv, grad)
     assert {"merge", "add_gradients"} <= set(called)
@@ -153,8 +162,8 @@ def test_attention_with_kernels_equals_plain_torch(
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_recomputed_attention_has_the_same_gradients(where: torch.device) -> None:
-    qkv, grad = inputs(where)
+def test_recomputed_attention_has_the_same_gradients(kernel_device: torch.device) -> None:
+    qkv, grad = inputs(kernel_device)
 
     def recomputed(*qkv: Tensor) -> Tensor:
         return checkpoint(shared, *qkv, use_reentrant=False)
@@ -165,7 +174,7 @@ def test_recomputed_attention_has_the_same_gradients(where: torch.device) -> Non
         assert torch.equal(again, once)
 
 
-def test_compiled_code_calls_the_kernels(where: torch.device) -> None:
+def test_compiled_code_calls_the_kernels(kernel_device: torch.device) -> None:
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(out: Tensor, lse: Tensor, other: Tensor, lse_other: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = out * 2.0, lse.clone()
@@ -174,7 +183,7 @@ def test_compiled_code_calls_the_kernels(where: torch.device) -> None:
         return out, lse
 
     tensors = [
-        x.to(where)
+        x.to(kernel_device)
         for x in (torch.randn(6, 2, 8), torch.randn(2, 6), torch.randn(5, 2, 8), torch.randn(2, 5))
     ]
     for found, expected in zip(compiled(*tensors), compiled.__wrapped__(*tensors), strict=True):

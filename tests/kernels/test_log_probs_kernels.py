@@ -20,14 +20,14 @@ SIZES = [(1, 1), (2, 7), (3, 1000), (2, 1001), (3, 2500), (2, 2052)]
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 
 
-def make_logits(rows: int, vocabulary: int, where: torch.device) -> tuple[Tensor, Tensor]:
+def make_logits(rows: int, vocabulary: int, kernel_device: torch.device) -> tuple[Tensor, Tensor]:
     """Returns logits and labels, one of them in another rank's part; one logit is far above the others."""
     random = torch.Generator().manual_seed(0)
     logits = 5.0 * torch.randn(rows, vocabulary, generator=random)
     logits[0, vocabulary // 2] = 150.0
     labels = FIRST + torch.randint(0, vocabulary, (rows,), generator=random)
     labels[-1] = FIRST - 1 if rows % 2 else FIRST + vocabulary
-    return logits.to(where), labels.to(where)
+    return logits.to(kernel_device), labels.to(kernel_device)
 
 
 def label_mask(labels: Tensor, vocabulary: int) -> Tensor:
@@ -35,8 +35,10 @@ def label_mask(labels: Tensor, vocabulary: int) -> Tensor:
 
 
 @pytest.mark.parametrize("rows, vocabulary", SIZES)
-def test_statistics_of_a_part_of_the_vocabulary(where: torch.device, rows: int, vocabulary: int) -> None:
-    logits, labels = make_logits(rows, vocabulary, where)
+def test_statistics_of_a_part_of_the_vocabulary(
+    kernel_device: torch.device, rows: int, vocabulary: int
+) -> None:
+    logits, labels = make_logits(rows, vocabulary, kernel_device)
     z = logits.double() / TEMPERATURE
     less = z - z.amax(-1, keepdim=True)
     expected = [z.amax(-1), less.exp().sum(-1), (less.exp() * less).sum(-1)]
@@ -51,19 +53,19 @@ def test_statistics_of_a_part_of_the_vocabulary(where: torch.device, rows: int, 
 @pytest.mark.parametrize("with_entropy", [False, True])
 @pytest.mark.parametrize("rows, vocabulary", SIZES)
 def test_gradient_overwrites_the_logits(
-    where: torch.device, dtype: torch.dtype, with_entropy: bool, rows: int, vocabulary: int
+    kernel_device: torch.device, dtype: torch.dtype, with_entropy: bool, rows: int, vocabulary: int
 ) -> None:
-    logits, labels = make_logits(rows, vocabulary, where)
+    logits, labels = make_logits(rows, vocabulary, kernel_device)
     z = logits.double() / TEMPERATURE
     lse, p = z.logsumexp(-1), z.softmax(-1)
     log_p = z - lse.unsqueeze(-1)
     entropy = -(p * log_p).sum(-1)
-    seeds = torch.randn(2, rows, generator=torch.Generator().manual_seed(1)).to(where)
+    seeds = torch.randn(2, rows, generator=torch.Generator().manual_seed(1)).to(kernel_device)
     expected = (label_mask(labels, vocabulary).double() - p) * seeds[0].double().unsqueeze(-1)
     if with_entropy:
         expected -= seeds[1].double().unsqueeze(-1) * p * (log_p + entropy.unsqueeze(-1))
     # a gradient that autograd has expanded has a stride of 0; others are slices
-    padded = torch.full((rows, vocabulary + 4), -7.0, device=where)
+    padded = torch.full((rows, vocabulary + 4), -7.0, device=kernel_device)
     padded[:, :vocabulary] = logits
     found = logit_gradient(
         padded[:, :vocabulary],
@@ -83,17 +85,17 @@ def test_gradient_overwrites_the_logits(
     assert padded[:, vocabulary:].eq(-7.0).all()
 
 
-def test_what_is_not_finite_is_seen(where: torch.device) -> None:
+def test_what_is_not_finite_is_seen(kernel_device: torch.device) -> None:
     for bad in (torch.nan, torch.inf):
-        logits, labels = make_logits(2, 1000, where)
+        logits, labels = make_logits(2, 1000, kernel_device)
         logits[1, 900] = bad
         total = logit_statistics(logits, labels, FIRST, TEMPERATURE)[1]
         assert total.isfinite().tolist() == [True, False]
 
 
-def test_what_does_not_fit_is_refused(where: torch.device) -> None:
-    logits, labels = make_logits(2, 8, where)
-    rows = torch.zeros(2, device=where)
+def test_what_does_not_fit_is_refused(kernel_device: torch.device) -> None:
+    logits, labels = make_logits(2, 8, kernel_device)
+    rows = torch.zeros(2, device=kernel_device)
     with pytest.raises(ValueError, match=r"logits are torch.bfloat16 \[2, 8\]"):
         logit_statistics(logits.bfloat16(), labels, FIRST, 1.0)
     with pytest.raises(ValueError, match="contiguous rows"):
@@ -104,9 +106,9 @@ def test_what_does_not_fit_is_refused(where: torch.device) -> None:
         logit_gradient(logits, labels, FIRST, 1.0, rows, rows, rows, rows[:1], torch.float32)
 
 
-def test_operators_are_what_torch_expects(where: torch.device) -> None:
-    logits, labels = make_logits(2, 8, where)
-    rows = torch.zeros(2, device=where)
+def test_operators_are_what_torch_expects(kernel_device: torch.device) -> None:
+    logits, labels = make_logits(2, 8, kernel_device)
+    rows = torch.zeros(2, device=kernel_device)
     torch.library.opcheck(logit_statistics, (logits, labels, FIRST, 1.0))
     for grad_entropy in (None, rows):
         torch.library.opcheck(
@@ -118,17 +120,17 @@ def test_operators_are_what_torch_expects(where: torch.device) -> None:
 @pytest.mark.parametrize("entropy_in_loss", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_log_probs_with_kernels_equal_plain_torch(
-    where: torch.device,
+    kernel_device: torch.device,
     dtype: torch.dtype,
     entropy_in_loss: bool,
     single_process: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(log_probs.CHUNK_ELEMENTS, where.type, 5 * 24)
+    monkeypatch.setitem(log_probs.CHUNK_ELEMENTS, kernel_device.type, 5 * 24)
     random = torch.Generator().manual_seed(1)
-    hidden, weight = (torch.randn(rows, 8, generator=random).to(where, dtype) for rows in (13, 24))
-    labels = torch.randint(0, 19, (13,), generator=random).to(where)
-    seeds = torch.randn(2, 13, generator=random).to(where)
+    hidden, weight = (torch.randn(rows, 8, generator=random).to(kernel_device, dtype) for rows in (13, 24))
+    labels = torch.randint(0, 19, (13,), generator=random).to(kernel_device)
+    seeds = torch.randn(2, 13, generator=random).to(kernel_device)
 
     def run() -> list[Tensor]:
         leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
@@ -154,11 +156,11 @@ def test_log_probs_with_kernels_equal_plain_torch(
         torch.testing.assert_close(a, b, rtol=ROUNDING[dtype], atol=ROUNDING[dtype] / 5)
 
 
-def test_no_rows_give_no_log_probs(where: torch.device, single_process: None) -> None:
-    weight = torch.randn(24, 8, device=where, requires_grad=True)
+def test_no_rows_give_no_log_probs(kernel_device: torch.device, single_process: None) -> None:
+    weight = torch.randn(24, 8, device=kernel_device, requires_grad=True)
     empty, labels = (
-        torch.zeros(0, 8, device=where, requires_grad=True),
-        torch.zeros(0, dtype=torch.long, device=where),
+        torch.zeros(0, 8, device=kernel_device, requires_grad=True),
+        torch.zeros(0, dtype=torch.long, device=kernel_device),
     )
     shard = VocabShard(0, 19, dist.group.WORLD)
     found = VocabParallelLogProbs.apply(empty, weight, labels, 1.0, shard, False)

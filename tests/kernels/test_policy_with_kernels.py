@@ -18,7 +18,7 @@ from megatron_bicc.weights.hf_weights import load_policy
 
 @pytest.mark.parametrize("entropy_coefficient", [0.0, 0.4])
 def test_passes_equal_plain_torch(
-    where: torch.device,
+    kernel_device: torch.device,
     entropy_coefficient: float,
     model_dirs: dict[str, Path],
     single_process: None,
@@ -31,10 +31,10 @@ def test_passes_equal_plain_torch(
     _, conditioned = packing_settings(config, policy.hf_config, TOKENIZER)
     groups = to_groups(make_examples(make_model("qwen3_untied"), 0.8))
     packed = pack(collate(groups).rollouts, conditioned, dp_size=1, rank=0)
-    batches = [PackedBatch.make(batch, where) for batch in packed.micro_batches]
+    batches = [PackedBatch.make(batch, kernel_device) for batch in packed.micro_batches]
 
     def loss(index: int, logp_A: Tensor, entropy_A: Tensor) -> Tensor:
-        weight_A = torch.linspace(-1.0, 1.0, len(logp_A), device=where)
+        weight_A = torch.linspace(-1.0, 1.0, len(logp_A), device=kernel_device)
         return (weight_A * (logp_A - entropy_coefficient * entropy_A)).sum()
 
     def run() -> tuple[list[Tensor], float, list[Tensor]]:

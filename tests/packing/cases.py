@@ -105,21 +105,20 @@ def pack_every_rank(
     settings: PackingSettings,
     dp_size: int,
     threads: int = 0,
-    features_FT: np.ndarray | None = None,
 ) -> StepPlan:
     """Packs on every rank, as the processes of a run do; returns the plan with each rank's rows filled in.
 
     Asserts that all ranks plan the same step and that a rank's micro-batches are those of the plan.
     """
-    packed = [pack(batch, settings, dp_size, 0, threads, features_FT)]
-    packed += [pack(batch, settings, dp_size, rank, threads, features_FT) for rank in range(1, dp_size)]
+    packed = [pack(batch, settings, dp_size, 0, threads)]
+    packed += [pack(batch, settings, dp_size, rank, threads) for rank in range(1, dp_size)]
     for rank, own in enumerate(packed):
         assert_same_plan(own.plan, packed[0].plan)
         for planned, filled in zip(own.plan.ranks[rank], own.micro_batches, strict=True):
             assert_same_fields(planned, filled)
             rows = [filled.tokens_N, filled.positions_N, filled.labels_N]
             assert {len(array) for array in rows} == {planned.num_rows}
-            assert len(filled.gather_A) == filled.features_FA.shape[1] == planned.num_response_rows
+            assert len(filled.gather_A) == planned.num_response_rows
     return replace(packed[0].plan, ranks=[own.micro_batches for own in packed])
 
 

@@ -103,7 +103,7 @@ def try_one(random: np.random.Generator) -> str:
         if len(str(error).splitlines()) != 1:
             raise RuntimeError(f"not one clear line: {error!s}") from error
         return "refused"
-    assert_same_plan(plan, pack_reference(batch, settings, call["dp_size"], call["features_FT"]))
+    assert_same_plan(plan, pack_reference(batch, settings, call["dp_size"]))
     return "packed"
 
 
@@ -124,8 +124,7 @@ def valid_input(random: np.random.Generator) -> tuple[Any, Any, dict[str, Any]]:
     settings = make_settings(
         max_sequence_tokens=60, max_tokens_per_microbatch=80, overlong="drop", alignment=4
     )
-    features_FT = random.random((int(random.integers(3)), len(batch.tokens)), dtype=np.float32)
-    return batch, settings, {"dp_size": int(random.integers(1, 4)), "threads": 1, "features_FT": features_FT}
+    return batch, settings, {"dp_size": int(random.integers(1, 4)), "threads": 1}
 
 
 def spoil_field(random: np.random.Generator, record: Any, spoilt: Any) -> Any:

@@ -91,9 +91,7 @@ class Side:
     rollouts: list[int]
 
 
-def pack_reference(
-    batch: RolloutBatch, settings: PackingSettings, dp_size: int, features_FT: np.ndarray | None = None
-) -> StepPlan:
+def pack_reference(batch: RolloutBatch, settings: PackingSettings, dp_size: int) -> StepPlan:
     """Does what megatron_bicc.packing.pack does on every rank, with the same result to the bit.
 
     plan.ranks holds MicroBatches, rows included.
@@ -102,21 +100,17 @@ def pack_reference(
         batch: the scored groups.
         settings: layout, contexts and budgets.
         dp_size: number of data-parallel ranks.
-        features_FT: float32 [C, response tokens].
 
     Raises:
         ValueError: a response is overlong and settings.overlong is "error".
     """
-    return _Packer(batch, settings, features_FT).pack(dp_size)
+    return _Packer(batch, settings).pack(dp_size)
 
 
 class _Packer:
-    def __init__(self, batch: RolloutBatch, settings: PackingSettings, features_FT: np.ndarray | None):
+    def __init__(self, batch: RolloutBatch, settings: PackingSettings):
         self.batch = batch
         self.settings = settings
-        self.features_FT = (
-            np.empty((0, len(batch.tokens)), np.float32) if features_FT is None else features_FT
-        )
         self.budget = settings.max_tokens_per_microbatch // settings.alignment * settings.alignment
         self.dropped = 0
         self.skipped = 0
@@ -295,7 +289,6 @@ class _Packer:
             group_S=np.array(groups, np.int32),
             scale_S=np.float32(1) / segments[rollouts].astype(np.float32),
             gather_A=np.array(gather, np.int64),
-            features_FA=self.features_FT[:, gather],
         )
 
     def counts(self, sides: list[Side], pieces: list[Side], ranks: list[list[MicroBatch]]) -> dict[str, int]:

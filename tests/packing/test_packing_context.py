@@ -176,13 +176,3 @@ def test_a_rank_without_work_gets_padding_only():
     assert empty.cu_seqlens.tolist() == [0, 4]
     assert empty.cu_prefix.tolist() == empty.cu_response_side.tolist() == empty.cu_response.tolist() == [0]
     assert plan.stats["microbatches"] == 1
-
-
-def test_features_follow_the_labels():
-    batch = make_batch([group(3, [5, 2], [4]), group(2, [1], [6])])
-    features_FT = np.stack([batch.tokens, -batch.tokens]).astype(np.float32)
-    plan = pack_every_rank(batch, make_settings(), dp_size=2, features_FT=features_FT)
-    for micro_batch in micro_batches(plan):
-        rows = slice(micro_batch.num_prefix_rows, micro_batch.num_prefix_rows + micro_batch.num_response_rows)
-        labels = micro_batch.labels_N[rows].astype(np.float32)
-        np.testing.assert_array_equal(micro_batch.features_FA, np.stack([labels, -labels]))

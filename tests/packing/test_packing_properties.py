@@ -29,18 +29,17 @@ ranks = st.integers(1, 4)
 
 
 @many
-@given(group_lists, settings_dicts, ranks, st.integers(0, 4), st.integers(0, 2))
-def test_equals_the_oracle_to_the_bit(groups, changes, dp_size, threads, features):
+@given(group_lists, settings_dicts, ranks, st.integers(0, 4))
+def test_equals_the_oracle_to_the_bit(groups, changes, dp_size, threads):
     batch, config = make_batch(groups), make_settings(**changes)
-    features_FT = np.random.default_rng(0).random((features, len(batch.tokens)), dtype=np.float32)
     try:
-        expected = pack_reference(batch, config, dp_size, features_FT)
+        expected = pack_reference(batch, config, dp_size)
     except ValueError as error:
         with pytest.raises(ValueError) as raised:
-            pack_every_rank(batch, config, dp_size, threads, features_FT)
+            pack_every_rank(batch, config, dp_size, threads)
         assert str(raised.value) == str(error)
         return
-    assert_same_plan(pack_every_rank(batch, config, dp_size, threads, features_FT), expected)
+    assert_same_plan(pack_every_rank(batch, config, dp_size, threads), expected)
 
 
 def packed(groups, changes, dp_size) -> tuple[RolloutBatch, PackingSettings, StepPlan]:

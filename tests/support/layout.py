@@ -19,7 +19,7 @@ def row_batch(tokens: np.ndarray) -> PackedBatch:
 
 
 def _one_sequence(tokens_N: np.ndarray, labels_N: np.ndarray, prefix: int) -> MicroBatch:
-    """Returns a side with one response (none if the prefix takes all rows); no features."""
+    """Returns a side with one response (none if the prefix takes all rows)."""
     length, response = len(tokens_N), len(tokens_N) - prefix
     cu = lambda *lengths: np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)  # noqa: E731
     segments = [response] if response else []
@@ -38,5 +38,4 @@ def _one_sequence(tokens_N: np.ndarray, labels_N: np.ndarray, prefix: int) -> Mi
         group_S=np.zeros(len(segments), np.int32),
         scale_S=np.ones(len(segments), np.float32),
         gather_A=np.arange(response),
-        features_FA=np.zeros((0, response), np.float32),
     )

@@ -85,7 +85,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         peak_mb_rows, speedup (ms_rows / ms_shared), token_ratio (tokens_rows / tokens_shared),
         speedup_pairs_padded and flop_ratio_pairs_padded likewise, and mfu_* of each layout, the share of
         --peak-tflops that the layers' FLOPs took (backward counts twice; no output layer), and
-        ms_shared_in_torch, the layout "shared" with model.kernels=torch: on a GPU, kernels_time_ratio is ms_shared to it.
+        ms_shared_in_torch, the layout "shared" with model.kernels=torch: on a GPU, kernels_time_ratio is
+        ms_shared to it.
     """
     a = arguments
     with one_process():
@@ -211,7 +212,6 @@ def lay_out(segments: list[Segment]) -> MicroBatch:
         group_S=np.zeros(len(responses), np.int32),
         scale_S=np.ones(len(responses), np.float32),
         gather_A=np.arange(rows),
-        features_FA=np.zeros((0, rows), np.float32),
     )
 
 
