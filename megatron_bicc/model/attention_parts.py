@@ -106,6 +106,8 @@ def add_attention_gradients(
     pairs = ((dq, part_q), (dk, part_k), (dv, part_v))
     for pair in pairs:
         _check(dq, pair)
+        if any(x.stride(1) != x.shape[2] for x in pair):
+            raise ValueError(f"strides {[x.stride() for x in pair]}: the heads of a row must be contiguous")
     q, k, v = (
         csrc.RowSum(
             to=total.data_ptr(),

@@ -110,7 +110,9 @@ def test_gradients_are_added_and_rounded_once(
 ) -> None:
     torch.manual_seed(0)
     totals = [torch.randn(40, heads, dim).to(kernel_device, dtype) for heads in (4, 2, 2)]
-    parts = tuple(torch.randn(rows, h, dim).to(kernel_device, dtype) for rows, h in ((31, 4), (9, 2), (9, 2)))
+    # rows that lie apart, as in a tensor with more heads
+    shapes = ((31, 4), (9, 2), (9, 2))
+    parts = tuple(torch.randn(rows, h + 1, dim).to(kernel_device, dtype)[:, :h] for rows, h in shapes)
     expected = [total.clone() for total in totals]
     slices = [slice(9, 40), slice(0, 9), slice(0, 9)]
     for total, part, rows in zip(expected, parts, slices, strict=True):
@@ -131,6 +133,9 @@ def test_what_does_not_fit_is_refused(kernel_device: torch.device) -> None:
         merge_attention(out, lse, out.clone(), lse.t().contiguous())
     with pytest.raises(ValueError, match="the last must be 1"):
         merge_attention(out, lse, torch.zeros(3, 8, 2, device=kernel_device).transpose(1, 2), lse.clone())
+    apart = torch.zeros(3, 2, 9, device=kernel_device)[..., :8]
+    with pytest.raises(ValueError, match="heads of a row must be contiguous"):
+        add_attention_gradients(out, out.clone(), out.clone(), apart, out.clone(), out.clone())
     with pytest.raises(ValueError, match="must have one shape"):
         add_attention_gradients(out, out.clone(), out.clone(), out[:1].clone(), out.clone(), out.clone())
 

@@ -84,9 +84,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         cases: a list, each with name, P, n, S (mean), ms_* and tokens_* of each layout, peak_mb_shared,
         peak_mb_rows, speedup (ms_rows / ms_shared), token_ratio (tokens_rows / tokens_shared),
         speedup_pairs_padded and flop_ratio_pairs_padded likewise, and mfu_* of each layout, the share of
-        --peak-tflops that the layers' FLOPs took (backward counts twice; no output layer), and
-        ms_shared_in_torch, the layout "shared" with model.kernels=torch: on a GPU, kernels_time_ratio is
-        ms_shared to it.
+        --peak-tflops that the layers' FLOPs took (backward counts twice; no output layer).
+        kernels_time_ratio: ms_shared / ms_shared_in_torch, the latter with model.kernels=torch (on a GPU).
     """
     a = arguments
     with one_process():
