@@ -31,6 +31,8 @@ while size := sys.stdin.buffer.readline():
     print(*found, sep=", ", flush=True)
     if "hold" not in sys.argv:
         del payload, flat, tensor
+if "hold" in sys.argv:
+    del payload, flat, tensor
 """
 """A double of a server: reads payloads, each after a line with its length, and prints what it finds"""
 
