@@ -31,6 +31,8 @@ while size := sys.stdin.buffer.readline():
     print(*found, sep=", ", flush=True)
     if "hold" not in sys.argv:
         del payload, flat, tensor
+if "hold" in sys.argv:
+    del payload, flat, tensor
 """
 """A double of a server: reads payloads, each after a line with its length, and prints what it finds"""
 
@@ -90,12 +92,25 @@ def test_each_reader_finds_every_tensor(readers: list[Reader]) -> None:
             assert [reader.read(p) for reader, p in zip(readers, payloads, strict=True)] == 2 * [
                 expected(tensors)
             ]
-            for_both = flat.payload(readers=2)
-            assert [reader.read(for_both) for reader in readers] == 2 * [expected(tensors)]
+            for _ in range(4):
+                for_both = flat.payload(readers=2)
+                assert [reader.read(for_both) for reader in readers] == 2 * [expected(tensors)]
             assert len(unread) < 1500
             assert len(files(os.getpid())) == 1
     assert not files(os.getpid())
     assert torch.multiprocessing.get_sharing_strategy() == "file_descriptor"
+
+
+def test_a_server_that_still_holds_removed_memory_ends_well() -> None:
+    """Its request has timed out, and the trainer has ended."""
+    reader = Reader("hold")
+    with closing(SharedMemory()) as memory:
+        flat = flatten([("a", torch.ones(9))], memory)
+        assert reader.read(flat.payload()) == "a (9,) torch.float32 9.0"
+        del flat
+    assert not files(os.getpid())
+    reader.process.communicate()
+    assert reader.process.returncode == 0
 
 
 def test_no_file_stays_when_the_trainer_is_killed() -> None:
