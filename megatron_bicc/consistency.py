@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_bicc import device
 from megatron_bicc.collective import gathered, raised_on_all_ranks
 from megatron_bicc.config import Config, flatten
 from megatron_bicc.errors import UserError
@@ -43,6 +44,8 @@ def _facts(config: Config, contents: dict[str, str], layers: str) -> dict[str, s
     facts |= {f"library {name}": _version_if_installed(name) for name in OPTIONAL_LIBRARIES}
     facts |= {"library python": platform.python_version(), "library CUDA of torch": str(torch.version.cuda)}
     facts["library of the layers"] = layers
+    # with csrc's kernels tensor-parallel ranks reduce once for a micro-batch, without them once for a chunk
+    facts["kernels"] = "plain torch" if device.kernels() is None else "csrc's"
     return facts | {f"content of {name}": digest[:12] for name, digest in contents.items()}
 
 

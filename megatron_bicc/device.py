@@ -318,24 +318,17 @@ def _choose_device() -> None:
 
 
 def _refuse_unusable_gpus() -> None:
-    """Raises UserError if this host has GPUs or torch is built for them: training would be on the CPU."""
+    """Raises UserError if this host has GPUs: training would be on the CPU."""
     drivers = _drivers()
-    if drivers:
-        found = f"nvidia-smi lists {len(drivers)} GPUs with driver {drivers[0]}"
-    elif torch.version.cuda:
-        found = "nvidia-smi lists no GPU"
-    else:
+    if not drivers:
         return
     if torch.version.cuda:
-        remedy = (
-            f"install NVIDIA driver {OLDEST_DRIVER} or newer, and check CUDA_VISIBLE_DEVICES and that a "
-            "container has the GPUs"
-        )
+        remedy = f"install NVIDIA driver {OLDEST_DRIVER} or newer, and check CUDA_VISIBLE_DEVICES"
     else:
         remedy = "install a CUDA build (make setup takes one where nvidia-smi lists a GPU)"
     raise UserError(
-        f"{found}, and torch {torch.__version__}, a build for {_build()}, cannot use one: {remedy}; or set "
-        f"{VARIABLE}=cpu to train on the CPU"
+        f"nvidia-smi lists {len(drivers)} GPUs with driver {drivers[0]}, and torch {torch.__version__}, a "
+        f"build for {_build()}, cannot use one: {remedy}; or set {VARIABLE}=cpu to train on the CPU"
     )
 
 
@@ -356,7 +349,9 @@ def _drivers() -> list[str]:
 def description() -> str:
     """Returns, for the log, the device of this process and the versions of driver, torch, CUDA and NCCL."""
     if not has_cuda():
-        return f"CPU, torch {torch.__version__}"
+        # as on a laptop; or in a container that was started without its host's GPUs
+        unused = f", built for {_build()}, but no GPU is visible" if torch.version.cuda else ""
+        return f"CPU, torch {torch.__version__}{'' if _cpu_is_asked_for() else unused}"
     driver = next(iter(_drivers()), "unknown")
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     return (

@@ -29,6 +29,7 @@ def answers(others: dict[str, str]) -> Callable[[Any], list[Any]]:
         ("library apex", "0.1"),
         ("library nvidia-nccl-cu13", "2.29.7"),
         ("library CUDA of torch", "12.9"),
+        ("kernels", "csrc's"),
     ],
 )
 def test_another_library_is_named(fact: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,9 +123,6 @@ def test_products_are_in_the_policys_type(name: str, report: dict[str, Any]) -> 
 def waits(case: Case, part: str) -> dict[str, int]:
     """Returns where the host may wait for the device, per micro-batch."""
     found: dict[str, int] = {}
-    if part == "Policy.accumulate_gradients":
-        # whether the entropy has a gradient
-        found["megatron_bicc/model/log_probs.py:backward"] = 1
     if case.stage is not None:
         # megatron-core, after a batch of sends and receives: config.batch_p2p_sync
         found["megatron/core/pipeline_parallel/p2p_communication.py:_communicate: synchronize"] = 2
