@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=8, help="layers (%(default)s)")
     parser.add_argument("--bucket-mb", type=float, default=8, help="weight_sync.bucket_mb (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="timed syncs; takes the median (%(default)s)")
+    parser.add_argument(
+        "--methods", nargs="+", choices=PLAIN, default=list(PLAIN), help="values of weight_sync.method (all)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -60,29 +63,29 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         nbytes = sum(tensor.nbytes for _, tensor in _stream(learner))
         figures: dict[str, Any] = {"bytes": nbytes, "bucket_bytes": int(a.bucket_mb * 2**20)}
         with _server(config) as pool:
-            for method, copy in PLAIN.items():
+            for method in a.methods:
                 with (
                     _sync(config, learner, pool, method) as sync,
-                    copy(nbytes, Path(directory)) as call,
+                    PLAIN[method](nbytes, Path(directory)) as call,
                 ):
                     figures[method] = _rates(nbytes, *_seconds(a.repeats, sync, call))
             checksums = partial(_checksums, learner, pool)
             (figures["checksum_seconds"],) = _seconds(a.repeats, checksums)
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other:
-                for method, peak in other.submit(_peaks, config, pool.own[0].url).result().items():
+                for method, peak in other.submit(_peaks, config, pool.own[0].url, a.methods).result().items():
                     figures[method]["peak_bytes"] = peak
     _print(figures)
     return {**figures, "machine": machine()}
 
 
-def _peaks(config: Config, url: str) -> dict[str, int]:
+def _peaks(config: Config, url: str, methods: list[str]) -> dict[str, int]:
     """Returns the bytes that each method needs in addition to the policy, measured in a child process."""
     return_freed_memory()
     peaks = {}
     with one_process():
         learner = Learner(config, load_policy(config), AutoTokenizer.from_pretrained(TOKENIZER))
         pool = ServerPool([url], [url], config.rollout.sglang)
-        for method in PLAIN:
+        for method in methods:
             with _sync(config, learner, pool, method) as sync:
                 sync()  # what is allocated only once does not count
                 peaks[method] = peak_beyond(sync)
@@ -103,7 +106,7 @@ def _rates(nbytes: int, seconds: float, plain_seconds: float) -> dict[str, float
 def _print(figures: dict[str, Any]) -> None:
     print(f"{figures['bytes']:,} bytes in buckets of {figures['bucket_bytes']:,}")
     print(f"both sides' checksums alone: {figures['checksum_seconds']:.3g} s")
-    for method in PLAIN:
+    for method in PLAIN.keys() & figures.keys():
         print(f"{method:12}" + "".join(f" {name} {value:<9.3g}" for name, value in figures[method].items()))
 
 
@@ -114,6 +117,9 @@ def _config(directory: Path, a: argparse.Namespace) -> Config:
     config.model.dtype = "bfloat16" if device.has_cuda() else "float32"
     config.weight_sync.bucket_mb, config.weight_sync.keep_files = a.bucket_mb, False
     config.rollout.sglang.server_args = "--max-total-tokens 4096"
+    if device.has_cuda():
+        # NCCL, of method distributed, takes one rank per GPU; the policy is on the first
+        config.rollout.sglang.gpus = str(torch.cuda.device_count() - 1)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     tokenizer.save_pretrained(config.model.path)
     random_model(a.hidden, a.layers, len(tokenizer)).save_pretrained(config.model.path)

@@ -18,6 +18,7 @@ VOCABULARY, HIDDEN, TEMPERATURE = 151_936, 512, 0.8
 def main(out: str, rows: int) -> None:
     """Rank 0 writes {quantity: relative error}."""
     device.start_distributed()
+    device.choose_kernels("auto")
     where = device.device()
     # the CPU's products round bf16 logits to bf16
     dtype = torch.bfloat16 if device.has_cuda() else torch.float32
@@ -31,7 +32,7 @@ def main(out: str, rows: int) -> None:
     first = size * dist.get_rank()
     own = weight[first : first + size].clone().requires_grad_()
     shard = VocabShard(first, size, dist.group.WORLD)
-    found = VocabParallelLogProbs.apply(hidden, own, labels, TEMPERATURE, shard)
+    found = VocabParallelLogProbs.apply(hidden, own, labels, TEMPERATURE, shard, True)
     torch.autograd.backward(found, (grad_log_probs, grad_entropy))
     hidden_grad = hidden.grad.float()
     dist.all_reduce(hidden_grad)  # the caller's part, as tensor parallel does

@@ -25,6 +25,7 @@ NAMES = ("output", "dq", "dk", "dv")
 def run(out: Path) -> Iterator[Check]:
     """Yields every relative error, on the GPU if there is one."""
     where = device.device()
+    yield noted("kernels", device.choose_kernels("auto"))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for channels in (64, 128, 256):
             yield from _errors("short", SHORT, channels, dtype, where)

@@ -10,7 +10,6 @@ from gpu_checks._check import Check, Skip, at_most, gpu_count, noted, run_comman
 from gpu_checks.environment import SERVER_PYTHON
 
 KL_BOUND = 1e-3
-METHODS = ("tensor", "disk", "distributed")
 
 
 def run(out: Path) -> Iterator[Check]:
@@ -18,15 +17,12 @@ def run(out: Path) -> Iterator[Check]:
     if not SERVER_PYTHON.exists():
         raise Skip("SGLang is not installed: make sglang")
     sizes = ["--hidden", 2048, "--layers", 8, "--bucket-mb", 512] if gpu_count() else ["--layers", 2]
-    for method in METHODS:
-        file = out / f"sync_{method}.json"
-        if method == "distributed" and gpu_count() == 1:
-            # NCCL refuses a group of two ranks on one GPU
-            continue
-        run_command(
-            [sys.executable, "tools/benchmark.py", "sync", *sizes, "--methods", method, "--json", file]
-        )
-        figures = json.loads(file.read_text())
+    # NCCL refuses a group of two ranks on one GPU
+    methods = ["tensor", "disk"] if gpu_count() == 1 else ["tensor", "disk", "distributed"]
+    file = out / "sync.json"
+    run_command([sys.executable, "tools/benchmark.py", "sync", *sizes, "--methods", *methods, "--json", file])
+    figures = json.loads(file.read_text())
+    for method in methods:
         yield noted(f"{method}: {figures['bytes'] / 1e6:,.0f} MB", figures[method]["seconds"], "s")
         yield noted(f"{method}: rate", figures[method]["gb_per_s"], "GB/s")
     yield at_most("kl/rollout_old of a run with SGLang", _mismatch(out), KL_BOUND)
