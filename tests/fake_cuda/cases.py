@@ -16,6 +16,8 @@ class Case:
     stage: int | None = None
     """Of two pipeline stages; None: no pipeline"""
     recompute: Literal["none", "selective", "full"] = "none"
+    kernels: bool = False
+    """csrc's CUDA kernels in place of plain torch; only the shapes of what they return are computed"""
     layers: int = 1
     """Of this stage"""
     algorithm: Literal["bicc", "grpo"] = "grpo"
@@ -37,6 +39,10 @@ CASES = {
     "bicc": Case(algorithm="bicc"),
     "dense": Case(),
     "dense, 2 layers": Case(layers=2),
+    "kernels": Case(kernels=True),
+    "kernels, 2 layers": Case(kernels=True, layers=2),
+    "kernels bicc": Case(kernels=True, algorithm="bicc"),
+    "kernels tp2 sp full": Case(kernels=True, tensor=2, sequence=True, recompute="full"),
     "full": Case(recompute="full"),
     "full, 2 layers": Case(recompute="full", layers=2),
     "fp32 selective": Case(dtype="float32", recompute="selective"),
@@ -52,6 +58,7 @@ CASES = {
     "te bicc": Case(backend=TE, algorithm="bicc"),
     "te tp2 selective": Case(backend=TE, tensor=2, recompute="selective"),
     "te fp32 tp2 sp full": Case(backend=TE, dtype="float32", tensor=2, sequence=True, recompute="full"),
+    "te kernels bicc": Case(backend=TE, kernels=True, algorithm="bicc"),
     "te pp2 last": Case(backend=TE, stage=1, algorithm="bicc"),
     "te moe": Case(backend=TE, model="qwen3_moe"),
     "te moe tp2 sp pp2 full": Case(

@@ -45,6 +45,8 @@ from megatron_bicc.weights.transport import buckets, checked, expected_shapes
 
 REWARDS = ((1, 0, 0), (1, 0))
 BUCKET_BYTES = 20_000
+UNUSED_BYTES = 10**9
+"""Of the fake GPU's memory: the reference policy stays there"""
 PHASES = (
     *((Policy, "log_probs"), (Policy, "accumulate_gradients"), (Policy, "update")),
     *((PackedBatch, "make"), (TrainBatch, "make")),
@@ -190,7 +192,7 @@ def norm(watch: Watch, chunk: int, overflow: Tensor, lists: list[list[Tensor]], 
 
 
 @contextlib.contextmanager
-def fake_cuda(watch: Watch) -> Iterator[None]:
+def fake_cuda(watch: Watch, kernels: bool) -> Iterator[None]:
     """In the block torch's, megatron-core's and the package's CUDA branches run on fake tensors."""
     stages = Stages()
     seams = device_cpu._seams
@@ -205,6 +207,9 @@ def fake_cuda(watch: Watch) -> Iterator[None]:
     doubles = (
         *([(clip_grads, "l2_norm_impl", functools.partial(norm, watch))] if without_library else []),
         (device, "has_cuda", lambda: True),
+        (device, "unused_bytes", lambda: UNUSED_BYTES),
+        # an operator's fake implementation does not call it
+        (device, "_kernels", object() if kernels else None),
         (device, "megatron", lambda: device_cpu.CudaOnCpu("cuda:0")),
         (device_cpu, "_seams", with_syncs),
         (torch.cuda, "get_device_capability", lambda *args: (9, 0)),
@@ -254,7 +259,7 @@ def take(case: Case, models: Path, directory: Path) -> dict[str, Any]:
     watch = Watch(getattr(supported_config(config.model.path), "num_experts_per_tok", 0))
     assert backend() == case.backend, backend()
     dist.init_process_group("fake", store=FakeStore(), rank=case.rank, world_size=case.processes)
-    with fake_cuda(watch):
+    with fake_cuda(watch, case.kernels):
         start_model_parallel(config)
         with FakeTensorMode(allow_non_fake_inputs=True), watch:
             policy = load_policy(config)

@@ -24,6 +24,7 @@ LAYER_LAUNCHES = {
     "dense": (80, 203),
     "full": (80, 283),
     "te": (80, 203),
+    "kernels": (71, 189),
 }
 """Kernels of a dense layer in bf16, at most: (forward pass; forward and backward pass).
 
@@ -38,8 +39,9 @@ FLOAT32_PRODUCTS = {
     "megatron/core/transformer/moe/moe_utils.py:backward": "the router, moe_router_dtype",
 }
 """Matrix products of a bf16 policy that are in float32, with the reason"""
-COPIES = {"PackedBatch.make": 12, "TrainBatch.make": 5}
-"""Copies to the device per micro-batch, at most: one for each field"""
+COPIES = {"PackedBatch.make": 12, "TrainBatch.make": 0}
+"""Copies to the device per micro-batch, at most: without csrc's kernels one for each field of its rows and
+segments; what the loss needs of each row is gathered on the device"""
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +170,8 @@ def test_passes_copy_nothing_to_the_device(name: str, report: dict[str, Any]) ->
     for part in PARTS:
         assert not report["copies"].get(part)
     for part, most in COPIES.items():
-        assert sum(report["copies"][part].values()) <= most * report["calls"][part], part
+        copies = sum(report["copies"].get(part, {}).values())
+        assert copies <= most * report["calls"].get(part, 0), part
 
 
 @pytest.mark.parametrize("of", LAYER_LAUNCHES)

@@ -111,7 +111,9 @@ class Watch(TorchDispatchMode):
             self.collectives[self.phase][name] += 1
         elif func.namespace != "prim" and not func.is_view and name not in WITHOUT_KERNEL:
             self.launches[self.phase][name] += 1
-        factors = [str(x.dtype).removeprefix("torch.") for x in tensors]
+        # what a product is added to comes first, and may be wider
+        added = 1 if name.rstrip("_") in ("addmm", "baddbmm") else 0
+        factors = [str(x.dtype).removeprefix("torch.") for x in tensors[added : added + 2]]
         if name.rstrip("_") in PRODUCTS and set(factors) != {"bfloat16"}:
             self.products[self.phase][f"{place()}: {' x '.join(factors)}"] += 1
 

@@ -106,7 +106,7 @@ def _rates(nbytes: int, seconds: float, plain_seconds: float) -> dict[str, float
 def _print(figures: dict[str, Any]) -> None:
     print(f"{figures['bytes']:,} bytes in buckets of {figures['bucket_bytes']:,}")
     print(f"both sides' checksums alone: {figures['checksum_seconds']:.3g} s")
-    for method in PLAIN.keys() & figures.keys():
+    for method in filter(figures.__contains__, PLAIN):
         print(f"{method:12}" + "".join(f" {name} {value:<9.3g}" for name, value in figures[method].items()))
 
 
