@@ -109,7 +109,7 @@ def test_rows_are_whole_blocks_of_quantized_products(monkeypatch: pytest.MonkeyP
     assert row_alignment(parse_config([tensor])) == 2
     assert row_alignment(parse_config([tensor, fp8])) == 2 * 16
     assert row_alignment(parse_config([tensor, fp8, "megatron.transformer.fp8_recipe=mxfp8"])) == 2 * 32
-    assert row_alignment(parse_config([tensor, "megatron.transformer.fp4=e2m1"])) == 2 * 32
+    assert row_alignment(parse_config([tensor, "megatron.transformer.fp4=e2m1"])) == 2 * 128
 
 
 def test_every_refused_name_is_a_field_once() -> None:
@@ -124,7 +124,7 @@ def test_they_are_settings_of_a_run_to_the_other_processes_and_to_a_resumed_run(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     now = checked("megatron.ddp.overlap_grad_reduce=true")
-    assert _facts(now, {})["setting megatron.ddp.overlap_grad_reduce"] == "True"
+    assert _facts(now, {}, "local")["setting megatron.ddp.overlap_grad_reduce"] == "True"
 
     def resume(before: Config, now: Config) -> list[str]:
         caplog.clear()

@@ -77,17 +77,25 @@ def test_local_layers_without_either(model_dirs: dict[str, Path], single_process
     assert attention.core_attention is SharedPrefixCoreAttention
 
 
-def test_apex_makes_the_norms(monkeypatch: pytest.MonkeyPatch, model_dirs: dict[str, Path]) -> None:
+@pytest.mark.parametrize("module", ["normalization", "forms"])
+def test_nvidias_apex_makes_the_norms(
+    module: str, monkeypatch: pytest.MonkeyPatch, model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    """The project of that name on PyPI, which has forms and no normalization, does not."""
+
     class NormDouble(torch.nn.RMSNorm):
         """Test double for apex.normalization.FusedRMSNorm."""
 
     double = ModuleType("apex.normalization")
     double.FusedRMSNorm = NormDouble
     monkeypatch.setitem(sys.modules, "apex.normalization", double)
-    monkeypatch.setattr(build, "find_spec", lambda name: name == "apex")
+    (tmp_path / "apex").mkdir()
+    for name in ("__init__", module):
+        (tmp_path / f"apex/{name}.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
     path = model_dirs["qwen3_tied"]
     config = transformer_config(AutoConfig.from_pretrained(path), make_config(path, "grpo"))
-    assert isinstance(build.rms_norm()(config, 8), NormDouble)
+    assert isinstance(build.rms_norm()(config, 8), NormDouble) == (module == "normalization")
 
 
 @pytest.mark.parametrize(
