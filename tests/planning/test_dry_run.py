@@ -95,7 +95,7 @@ def test_of_a_torchrun_only_the_first_process_speaks(results: dict[str, dict]) -
     ("case", "unchecked"),
     [
         ("no data", ["prompts: data.train"]),
-        ("experts", ["the tokenizer", "prompts", "weights", "megatron.optimizer.optimizer_cpu_offload"]),
+        ("experts", ["the tokenizer", "prompts", "prompts", "megatron.optimizer.optimizer_cpu_offload"]),
         ("bare", ["the tokenizer", "prompts", "weights"]),
     ],
 )
