@@ -150,10 +150,11 @@ _ALIGNMENT = 64
 
 def has_cuda() -> bool:
     """Returns whether this process trains on a CUDA device: never with MEGATRON_BICC_DEVICE=cpu."""
-    return not _cpu_is_asked_for() and torch.cuda.is_available()
+    return not cpu_is_asked_for() and torch.cuda.is_available()
 
 
-def _cpu_is_asked_for() -> bool:
+def cpu_is_asked_for() -> bool:
+    """Returns whether MEGATRON_BICC_DEVICE is cpu."""
     return os.environ.get(VARIABLE) == "cpu"
 
 
@@ -287,29 +288,35 @@ def is_first() -> bool:
 def start_distributed() -> None:
     """Joins the process group that torchrun describes; without torchrun, makes a group of one process.
 
-    Raises UserError that names the address if the rendezvous fails, and one that names driver and versions if
-    there are GPUs that torch cannot use, or more processes than GPUs.
+    Raises UserError that names the address if the rendezvous fails, and as `choose_device` does.
     """
     global _store
-    _choose_device()
+    choose_device()
+    if has_cuda():
+        torch.cuda.set_device(local_rank())
     _store, rank, size = _meet() if "RANK" in os.environ else (dist.HashStore(), 0, 1)
     backend = "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
     dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
-def _choose_device() -> None:
-    """Takes this process's GPU, or hides all GPUs if the CPU is to be used."""
+def choose_device() -> None:
+    """Checks that this process has a GPU, or hides all GPUs if the CPU is asked for. Not collective.
+
+    A run calls it before it reads its files, which takes seconds. CUDA does not start here. Raises UserError
+    that names driver and versions if there are GPUs that torch cannot use, or more processes than GPUs, and
+    for another value of MEGATRON_BICC_DEVICE.
+    """
     asked = os.environ.get(VARIABLE, "")
     if asked not in ("", "cpu"):
         raise UserError(f"{VARIABLE} is {asked!r}; it must be cpu, or unset to use the GPUs")
     if has_cuda():
-        if local_rank() >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        if local_rank() >= count:
             raise UserError(
-                f"{launcher.place()} has local rank {local_rank()}, but torch sees "
-                f"{torch.cuda.device_count()} GPUs: start one process for each GPU (torchrun "
-                f"--nproc-per-node {torch.cuda.device_count()}), or set {VARIABLE}=cpu to train on the CPU"
+                f"{launcher.place()} has local rank {local_rank()}, but torch sees {_gpus(count)}: start one "
+                f"process for each GPU (torchrun --nproc-per-node {count}), or set {VARIABLE}=cpu to train "
+                "on the CPU"
             )
-        torch.cuda.set_device(local_rank())
     elif asked == "cpu":
         # megatron-core, transformers and spawned servers look for GPUs, too
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -327,9 +334,13 @@ def _refuse_unusable_gpus() -> None:
     else:
         remedy = "install a CUDA build (make setup takes one where nvidia-smi lists a GPU)"
     raise UserError(
-        f"nvidia-smi lists {len(drivers)} GPUs with driver {drivers[0]}, and torch {torch.__version__}, a "
+        f"nvidia-smi lists {_gpus(len(drivers))} with driver {drivers[0]}, and torch {torch.__version__}, a "
         f"build for {_build()}, cannot use one: {remedy}; or set {VARIABLE}=cpu to train on the CPU"
     )
+
+
+def _gpus(count: int) -> str:
+    return "1 GPU" if count == 1 else f"{count} GPUs"
 
 
 def _build() -> str:
@@ -351,7 +362,7 @@ def description() -> str:
     if not has_cuda():
         # as on a laptop; or in a container that was started without its host's GPUs
         unused = f", built for {_build()}, but no GPU is visible" if torch.version.cuda else ""
-        return f"CPU, torch {torch.__version__}{'' if _cpu_is_asked_for() else unused}"
+        return f"CPU, torch {torch.__version__}{'' if cpu_is_asked_for() else unused}"
     driver = next(iter(_drivers()), "unknown")
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     return (

@@ -103,6 +103,7 @@ def main(argv: list[str]) -> None:
 
 def run(config: Config, paths: list[str]) -> None:
     """Evaluates model.path on benchmark files; rank 0 writes the results to output_dir and prints a table."""
+    device.choose_device()
     inputs = read_inputs(config, paths)
     with phase("process group") as sizes:
         device.start_distributed()

@@ -1,7 +1,7 @@
 """Start-up: reads and checks settings and files, then connects the processes and compares them.
 
-In this order, so that a mistake is found within seconds, before any process waits for another or loads
-weights.
+In this order, after device.choose_device, so that a mistake is found within seconds, before any process waits
+for another or loads weights.
 """
 
 import logging

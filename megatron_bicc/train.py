@@ -87,6 +87,7 @@ def run(config: Config) -> None:
 
         print_rank0(summary(dry_run(config, device.world_size())) + "\n", sys.stdout)
         return
+    device.choose_device()
     inputs = read_inputs(config)
     join_processes(inputs)
     with closing(build_trainer(inputs)) as trainer:

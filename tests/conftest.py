@@ -4,6 +4,7 @@ All others compare with references in fp32 on the CPU and start more processes t
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,24 @@ def single_process() -> None:
 
     device.start_distributed()
     start_model_parallel(Config())
+
+
+@pytest.fixture
+def gpu_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Returns a function that makes this a host with one GPU for each driver; no device is asked for.
+
+    `nvidia-smi` is a test double, a shell script on PATH; without drivers it fails.
+    """
+
+    def make(*drivers: str) -> None:
+        double = tmp_path / "bin/nvidia-smi"
+        double.parent.mkdir()
+        double.write_text(f"#!/bin/sh\n{'; '.join(f'echo {driver}' for driver in drivers) or 'exit 9'}\n")
+        double.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{double.parent}:{os.environ['PATH']}")
+        monkeypatch.delenv("MEGATRON_BICC_DEVICE", raising=False)
+
+    return make
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -4,11 +4,13 @@
 tools/check_environment.py --gpus 8 --nodes 4 --node-rank 0 --master-addr host0 --shared runs/x
 
 Run it on all hosts at the same time. It prints one line per failure on stderr and exits with status 1, or
-with 0 if all checks pass. --before-setup checks only what the packages of a host with GPUs need.
+with 0 if all checks pass. --before-setup checks only what the packages of a host with GPUs need. Directory
+and clocks are checked with --shared only: each host leaves a small file there.
 """
 
 import argparse
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -39,7 +41,7 @@ def main(argv: list[str]) -> int:
         if has_gpus and _run(check_nccl, arguments, failures):
             _run(check_same_nccl, arguments, failures)
         _run(check_port, arguments, failures)
-        if _run(check_shared_directory, arguments, failures):
+        if arguments.shared and _run(check_shared_directory, arguments, failures):
             _run(check_clocks, arguments, failures)
     for line in failures:
         print(f"{socket.gethostname()}: {line}", file=sys.stderr)
@@ -59,6 +61,23 @@ def _run(
 
 def check_gpus(arguments: argparse.Namespace) -> None:
     """Checks that the driver answers, is new enough, and sees enough GPUs."""
+    versions = driver_versions()
+    if len(versions) < arguments.gpus and not arguments.before_setup:
+        raise Failure(f"{len(versions)} GPUs, {arguments.gpus} needed: set GPUS_PER_NODE")
+    if branch(versions[0]) < OLDEST_DRIVER:
+        raise Failure(
+            f"NVIDIA driver {versions[0]} is too old for CUDA 13: install {OLDEST_DRIVER} or newer, or train "
+            "on the CPU with MEGATRON_BICC_DEVICE=cpu"
+        )
+
+
+def branch(version: str) -> int:
+    """Returns the branch of a driver's version, such as 580 of 580.95.05."""
+    return int(version.partition(".")[0])
+
+
+def driver_versions() -> list[str]:
+    """Returns the driver's version once for each GPU. Raises Failure if nvidia-smi names none."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -72,13 +91,13 @@ def check_gpus(arguments: argparse.Namespace) -> None:
         reason = (done.stdout + done.stderr).strip().partition("\n")[0]
         raise Failure(f"nvidia-smi fails: {reason}: install or restart the NVIDIA driver")
     versions = done.stdout.split()
-    if len(versions) < arguments.gpus and not arguments.before_setup:
-        raise Failure(f"{len(versions)} GPUs, {arguments.gpus} needed: set GPUS_PER_NODE")
-    if int(versions[0].partition(".")[0]) < OLDEST_DRIVER:
+    if not versions or not all(re.fullmatch(r"[0-9]+(\.[0-9]+)*", version) for version in versions):
+        answer = done.stdout.strip().partition("\n")[0]
         raise Failure(
-            f"NVIDIA driver {versions[0]} is too old for CUDA 13: install {OLDEST_DRIVER} or newer, or train "
-            "on the CPU with MEGATRON_BICC_DEVICE=cpu"
+            f"nvidia-smi answers {answer[:100]!r} instead of the driver's version: install or restart the "
+            "NVIDIA driver"
         )
+    return versions
 
 
 def check_glibc(arguments: argparse.Namespace) -> None:
@@ -216,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--node-rank", type=int, default=0, help="rank of this host, from 0")
     parser.add_argument("--master-addr", default="127.0.0.1", help="address of host 0")
     parser.add_argument("--master-port", type=int, default=29500, help="port of host 0 that must be free")
-    parser.add_argument("--shared", default=os.curdir, help="directory shared by all hosts")
+    parser.add_argument("--shared", help="directory shared by all hosts")
     parser.add_argument("--wait", type=float, default=60, help="seconds to wait for the other hosts")
     parser.add_argument(
         "--max-skew", type=float, default=5, help="largest difference of two clocks in seconds"

@@ -5,13 +5,12 @@ tools/gpu_check.py [PART ...] [--out runs/gpu_check]
 
 Each part is a module of tools/gpu_checks and runs in a process of its own: after a crash the others still
 run. A check has a figure and a bound, or is skipped with a reason. OUT gets checks.json and a log file for
-each part. The exit status is 1 if a check failed.
+each part. The exit status is 1 if a check failed, and 2 if OUT cannot be written.
 """
 
 import argparse
 import importlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -42,12 +41,18 @@ TAIL = 5
 
 
 def main(argv: list[str]) -> int:
-    """Runs the parts that the command line names, or all."""
+    """Runs the parts that the command line names, or all; returns the exit status."""
     arguments = _parser().parse_args(argv)
     if arguments.in_this_process:
         run_part(arguments.parts[0], arguments.out)
         return 0
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "checks.json").write_text("[]\n")  # those of an earlier start are not this one's
+    except OSError as error:
+        why = f"it cannot be written to: {error.strerror}"
+        print(f"gpu_check: error: --out is {arguments.out}; {why}: give a directory", file=sys.stderr)
+        return 2
     parts = arguments.parts or list(PARTS)
     checks: list[Check] = []
     for number, part in enumerate(parts, 1):
@@ -76,10 +81,11 @@ def _checks_of(part: str, out: Path) -> list[Check]:
     """Runs a part in a process of its own and returns its checks, and one more if the process failed."""
     results, log = out / f"{part}.jsonl", out / f"{part}.log"
     results.write_text("")
-    command = [sys.executable, __file__, part, "--out", str(out), "--in-this-process"]
+    command = [sys.executable, __file__, part, "--out", str(out.absolute()), "--in-this-process"]
     with log.open("w") as file:
         try:
-            status = subprocess.run(command, stdout=file, stderr=file, timeout=TIMEOUT_S).returncode
+            done = subprocess.run(command, cwd=TOOLS.parent, stdout=file, stderr=file, timeout=TIMEOUT_S)
+            status = done.returncode
             reason = f"exit status {status}"
         except subprocess.TimeoutExpired:
             status, reason = 1, f"not ended after {TIMEOUT_S:.0f} s"
@@ -119,5 +125,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    os.chdir(TOOLS.parent)
     sys.exit(main(sys.argv[1:]))

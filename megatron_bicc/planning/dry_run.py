@@ -64,6 +64,8 @@ def dry_run(config: Config, world_size: int) -> DryRun:
         unchecked.append("rollout servers: none is started or contacted")
     if weights is None:
         unchecked.append(f"weights: {path} contains neither {SINGLE} nor {INDEX}")
+    for name in config.megatron.optimizer:
+        unchecked.append(f"megatron.optimizer.{name}: the optimizer's size is that without it")
     shards = build_shards(config, hf_config, world_size, weights=weights)
     if config.rollout.engine == "local":
         with torch.device("meta"):

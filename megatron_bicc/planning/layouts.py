@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from megatron_bicc.config import Config, ParallelConfig, check_processes
+from megatron_bicc.config import Config, ParallelConfig, check_processes, flatten
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.families import check_layout
 from megatron_bicc.planning.cost import (
@@ -322,6 +322,8 @@ def as_text(plan: Plan) -> str:
 def assumptions(plan: Plan) -> list[str]:
     """Returns the assumptions behind the figures; none of them has been measured."""
     c, s = plan.cluster, plan.config.synthetic
+    uncounted = [name for name in flatten(asdict(plan.config)) if name.startswith("megatron.")]
+    shown = f"not counted in the optimizer's size, activations, traffic and times: {', '.join(uncounted)}"
     return [
         f"matrix products reach {c.compute_efficiency:.0%} of {c.gpu.bf16_flops / 1e12:.0f} TFLOP/s; "
         f"links {c.link_efficiency:.0%} of NVLink's {c.gpu.nvlink / GB:.0f} GB/s and of "
@@ -337,6 +339,7 @@ def assumptions(plan: Plan) -> list[str]:
         f"{COLOCATED_FRACTION:.0%} of what is free",
         "micro-batches are full and all of their rows are responses; CUDA's fused norms",
         f"lengths are log-normal, pass rate {s.pass_rate}: see the section synthetic of the settings",
+        *([shown] if uncounted else []),
     ]
 
 

@@ -125,7 +125,7 @@ def _build_shard(
         if source is not None:
             fill_parameters(modules, hf_config, source)
         chunks = [data_parallel(config, megatron_config, module) for module in modules]
-        # where megatron.optimizer puts the state does not change its size
+        # the state is counted in fp32 and on the GPU, wherever megatron.optimizer puts it; the outputs say so
         plain = replace(config, megatron=replace(config.megatron, optimizer={}))
         optimizer = make_optimizer(plain, chunks, gloo_groups=False)
         return Shard(

@@ -6,6 +6,7 @@ A new megatron-core version fails by the redirection's name. `nvidia-smi` is a t
 import importlib.metadata
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +16,7 @@ import torch
 from megatron.core.transformer.moe import moe_utils
 from support import warm
 
-from megatron_bicc import device
+from megatron_bicc import device, evaluate
 from megatron_bicc import device_cpu as cpu
 from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
@@ -110,25 +111,15 @@ def test_kernels_are_chosen_once_and_say_why(
     assert device.kernels() is (built if chosen == "csrc's CUDA kernels" else None)
 
 
-@pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Returns a function that makes this a host with GPUs of these drivers, not hidden; returns its PATH."""
-
-    def make(*drivers: str) -> str:
-        double = tmp_path / "bin/nvidia-smi"
-        double.parent.mkdir()
-        double.write_text(f"#!/bin/sh\n{'; '.join(f'echo {driver}' for driver in drivers) or 'exit 9'}\n")
-        double.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{double.parent}:{os.environ['PATH']}")
-        monkeypatch.delenv("MEGATRON_BICC_DEVICE", raising=False)
-        return os.environ["PATH"]
-
-    return make
+not_cuda = pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a CUDA build")
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a CUDA build")
-def test_a_run_that_would_ignore_the_gpus_ends_with_one_line(host, tmp_path: Path) -> None:
-    variables = {"PATH": host("535.129.03", "535.129.03"), "MEGATRON_BICC_DEVICE": ""}
+@not_cuda
+def test_a_run_that_would_ignore_the_gpus_ends_with_one_line(
+    gpu_host: Callable[..., None], tmp_path: Path
+) -> None:
+    gpu_host("535.129.03", "535.129.03")
+    variables = {"PATH": os.environ["PATH"], "MEGATRON_BICC_DEVICE": ""}
     done = warm.run(["-m", "megatron_bicc.train", *TINY, f"output_dir={tmp_path / 'run'}"], **variables)
     assert done.returncode == 2, done.stderr
     line = done.stderr.splitlines()[-1]
@@ -137,28 +128,81 @@ def test_a_run_that_would_ignore_the_gpus_ends_with_one_line(host, tmp_path: Pat
     assert line.endswith("or set MEGATRON_BICC_DEVICE=cpu to train on the CPU")
 
 
-def test_a_cuda_build_that_cannot_use_the_gpus_is_refused(host, monkeypatch: pytest.MonkeyPatch) -> None:
-    host("570.86.10")
+UNREADABLE = ["--model", "examples/tiny_policy", "--benchmark", "missing.jsonl"]
+
+
+@not_cuda
+@pytest.mark.parametrize(
+    "drivers, variable, found",
+    [
+        (["535.129.03"], "", "nvidia-smi lists 1 GPU with driver 535.129.03, and torch"),
+        ([], "gpu", "MEGATRON_BICC_DEVICE is 'gpu'; it must be cpu, or unset"),
+    ],
+    ids=["unusable GPU", "wrong name"],
+)
+@pytest.mark.parametrize(
+    "program, arguments",
+    [
+        (main, [*TINY, "model.attention=fa3"]),
+        (main, [*TINY, "megatron.optimizer.optimizer_cpu_offload=true"]),
+        (main, [*TINY, "data.train=missing.jsonl"]),
+        (evaluate.main, UNREADABLE),
+    ],
+    ids=["attention", "optimizer", "no prompts", "evaluation"],
+)
+def test_the_device_is_chosen_before_other_settings_and_files(
+    gpu_host: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    program: Callable[[list[str]], None],
+    arguments: list[str],
+    drivers: list[str],
+    variable: str,
+    found: str,
+) -> None:
+    gpu_host(*drivers)
+    monkeypatch.setenv("MEGATRON_BICC_DEVICE", variable)
+    with pytest.raises(SystemExit):
+        program(arguments)
+    assert f": error: {found}" in capsys.readouterr().err
+
+
+@not_cuda
+def test_a_dry_run_needs_no_usable_gpu(gpu_host: Callable[..., None], capsys: pytest.CaptureFixture) -> None:
+    """It reads its files, and so finds that one is missing."""
+    gpu_host("535.129.03")
+    with pytest.raises(SystemExit):
+        main([*TINY, "--dry-run", "data.train=missing.jsonl"])
+    assert "data.train is missing.jsonl; there is no such file" in capsys.readouterr().err
+
+
+def test_a_cuda_build_that_cannot_use_the_gpus_is_refused(
+    gpu_host: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_host("570.86.10")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(UserError) as refused:
         device.start_distributed()
-    found = "nvidia-smi lists 1 GPUs with driver 570.86.10"
+    found = "nvidia-smi lists 1 GPU with driver 570.86.10"
     assert str(refused.value).startswith(f"{found}, and torch {torch.__version__}, a build for CUDA 13.0,")
     assert "install NVIDIA driver 580 or newer" in str(refused.value)
 
 
 def test_without_a_gpu_a_cuda_build_computes_on_the_cpu_and_the_log_says_so(
-    host, monkeypatch: pytest.MonkeyPatch
+    gpu_host: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    host()
+    gpu_host()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    device._choose_device()  # not refused: what pip installs on a laptop is such a build
+    device.choose_device()  # not refused: what pip installs on a laptop is such a build
     assert device.description().endswith(", built for CUDA 13.0, but no GPU is visible")
 
 
-def test_the_cpu_is_taken_on_a_host_with_gpus_where_it_is_asked_for(host, tmp_path: Path) -> None:
+def test_the_cpu_is_taken_on_a_host_with_gpus_where_it_is_asked_for(
+    gpu_host: Callable[..., None], tmp_path: Path
+) -> None:
     """The run's log says so; a later process of it sees no GPU either."""
-    variables = {"PATH": host("580.95.05"), "MEGATRON_BICC_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "0"}
+    gpu_host("580.95.05")
+    variables = {"PATH": os.environ["PATH"], "MEGATRON_BICC_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "0"}
     out = tmp_path / "run"
     engine = tmp_path / "engine.py"
     engine.write_text(
@@ -191,12 +235,14 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="has local rank 1, but torch sees 1 GPUs: .*--nproc-per-node 1"):
+    with pytest.raises(UserError, match="has local rank 1, but torch sees 1 GPU: .*--nproc-per-node 1"):
         device.start_distributed()
 
 
-def test_the_log_names_the_gpu_and_the_versions(host, monkeypatch: pytest.MonkeyPatch) -> None:
-    host("580.95.05")
+def test_the_log_names_the_gpu_and_the_versions(
+    gpu_host: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_host("580.95.05")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 30, 7))

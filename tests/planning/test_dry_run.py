@@ -21,6 +21,7 @@ TINY_RUN = [
     f"evaluation.data={REPOSITORY}/examples/data/heldout.parquet",
 ]
 EXPERTS = ["parallel.expert=2", "parallel.sequence=true", "model.dtype=bfloat16", "data.train="]
+EXPERTS += ["megatron.optimizer.optimizer_cpu_offload=true"]
 
 
 def damaged_models(root: Path) -> dict[str, Path]:
@@ -92,7 +93,11 @@ def test_of_a_torchrun_only_the_first_process_speaks(results: dict[str, dict]) -
 
 @pytest.mark.parametrize(
     ("case", "unchecked"),
-    [("no data", ["prompts: data.train"]), ("bare", ["the tokenizer", "prompts", "weights"])],
+    [
+        ("no data", ["prompts: data.train"]),
+        ("experts", ["the tokenizer", "prompts", "prompts", "megatron.optimizer.optimizer_cpu_offload"]),
+        ("bare", ["the tokenizer", "prompts", "weights"]),
+    ],
 )
 def test_what_is_absent_is_named(results: dict[str, dict], case: str, unchecked: list[str]) -> None:
     assert results[case]["status"] == 0, results[case]["err"]

@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).parents[2]
 # several processes or many shards; a busy machine needs minutes for that
 pytestmark = pytest.mark.timeout(900)
 CONFIGS = "examples/configs"
+MEGATRON = ["megatron.ddp.overlap_grad_reduce=true", "megatron.optimizer.optimizer_cpu_offload=true"]
 LENGTHS = "train.max_sequence_tokens={0} train.max_tokens_per_microbatch={0} rollout.max_new_tokens={1}"
 SHORT, LONG = LENGTHS.format(4096, 3072).split(), LENGTHS.format(16384, 15360).split()
 
@@ -58,7 +59,9 @@ OTHERS = {
     "launch script": case("llama_70b", 64, [], "--server-gpus", "8"),
     "wrong": case("llama_70b", 64, ["parallel.tensor=3"]),
     "proposals": case("tiny", 8, [], "--propose", "3", "--picture", "PICTURE", gpu="H200"),
-    "links": case("tiny", 8, [], "--network-gbits", "100", "--sync-gbits", "200", "--efficiency", "0.5"),
+    "links": case(
+        "tiny", 8, MEGATRON, "--network-gbits", "100", "--sync-gbits", "200", "--efficiency", "0.5"
+    ),
 }
 
 
@@ -124,6 +127,13 @@ def test_links_are_those_of_the_command_line(results: dict[str, dict]) -> None:
     cluster = results["links"]["figures"]["plan"]["cluster"]
     assert (cluster["network"], cluster["sync_link"]) == (12.5e9, 25e9)
     assert cluster["compute_efficiency"] == 0.5
+
+
+def test_settings_of_megatron_that_are_not_counted_are_named(results: dict[str, dict]) -> None:
+    names = "megatron.ddp.overlap_grad_reduce, megatron.optimizer.optimizer_cpu_offload"
+    line = f"assumed: not counted in the optimizer's size, activations, traffic and times: {names}"
+    assert line in results["links"]["out"].splitlines()
+    assert "megatron." not in results["proposals"]["out"]
 
 
 def test_memory_adds_up(results: dict[str, dict]) -> None:

@@ -76,6 +76,8 @@ def test_a_good_host_passes(run, gpus: None) -> None:
             "nvidia-smi fails: Driver/library version mismatch",
         ),
         ("echo 580.95.05", "1 GPUs, 4 needed"),
+        ("echo garbage", "nvidia-smi answers 'garbage' instead of the driver's version: install or restart"),
+        ("exit 0", "nvidia-smi answers '' instead of the driver's version"),
         ("for i in 1 2 3 4; do echo 570.86.10; done", "NVIDIA driver 570.86.10 is too old for CUDA 13"),
     ],
 )
@@ -151,6 +153,14 @@ def test_directory_cannot_be_written_to(run, gpus: None, tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     (line,) = run(FOUR_GPUS, "--shared", str(tmp_path / "file"))
     assert "cannot be written to" in line
+
+
+def test_without_a_shared_directory_no_file_is_left(
+    tool: ModuleType, gpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tool.main(["--gpus", "4", "--master-port", str(free_port())])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("stale", [False, True])

@@ -3,13 +3,17 @@
 import importlib.metadata
 import importlib.util
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from check_environment import OLDEST_DRIVER
+from check_environment import OLDEST_DRIVER, Failure, branch, driver_versions
 from gpu_checks._check import REPOSITORY, Check, at_least, holds, noted, skipped
+
+from megatron_bicc import device
+from megatron_bicc.errors import UserError
 
 SERVER_PYTHON = REPOSITORY / ".venv-sglang/bin/python"
 SERVER_FACTS = """
@@ -31,12 +35,14 @@ def run(out: Path) -> Iterator[Check]:
         yield noted(name, "installed" if is_installed(module) else "not installed")
     nccl = torch.cuda.nccl.version() if torch.version.cuda else None
     yield from _server(nccl)
+    if device.cpu_is_asked_for():
+        yield skipped("GPUs", f"{device.VARIABLE} is cpu")
+        return
+    yield _driver()
     if not torch.cuda.is_available():
-        yield skipped("GPUs", "torch sees no GPU")
+        yield _no_gpu()
         return
     yield noted("CUDA of torch", torch.version.cuda)
-    driver = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").split()[0]
-    yield at_least("driver", float(driver.partition(".")[0]), OLDEST_DRIVER)
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         yield noted(
@@ -45,6 +51,25 @@ def run(out: Path) -> Iterator[Check]:
     if torch.cuda.device_count() > 1:
         links = "NVLink" if " NV" in nvidia_smi("topo", "-m") else "no NVLink"
         yield noted("links between GPUs", links)
+
+
+def _driver() -> Check:
+    """Checks the driver by nvidia-smi: torch cannot say why it sees no GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return skipped("driver", "nvidia-smi is not installed")
+    try:
+        return at_least("driver", branch(driver_versions()[0]), OLDEST_DRIVER)
+    except Failure as failure:
+        return Check("driver", "failed", reason=str(failure))
+
+
+def _no_gpu() -> Check:
+    """Returns why torch sees no GPU: failed if this host has GPUs."""
+    try:
+        device.choose_device()
+    except UserError as error:
+        return Check("GPUs", "failed", reason=str(error))
+    return skipped("GPUs", "neither torch nor nvidia-smi sees one")
 
 
 def _server(nccl: tuple[int, ...] | None) -> Iterator[Check]:
