@@ -456,7 +456,7 @@ def check_field(setting: str, value: Any) -> Any:
     (found,) = read
     if isinstance(found, int | float) and not isinstance(found, bool):
         rule = RANGES.get(name, NUMBER)
-        if not (math.isfinite(found) and rule.admits(found)):
+        if not rule.admits(found):
             raise UserError(f"{shown} is {_shown(value)}; it must be {rule.remedy}")
     if not HAVE_TE and _needs_te(name, value):
         raise UserError(
