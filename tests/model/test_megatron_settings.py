@@ -242,7 +242,7 @@ def test_rows_are_whole_blocks_of_quantized_products(monkeypatch: pytest.MonkeyP
     assert row_alignment(parse_config([tensor])) == 2
     assert row_alignment(parse_config([tensor, fp8])) == 2 * 16
     assert row_alignment(parse_config([tensor, fp8, "megatron.transformer.fp8_recipe=mxfp8"])) == 2 * 32
-    assert row_alignment(parse_config([tensor, "megatron.transformer.fp4=e2m1"])) == 2 * 32
+    assert row_alignment(parse_config([tensor, "megatron.transformer.fp4=e2m1"])) == 2 * 128
 
 
 def test_every_refused_name_is_a_field_once() -> None:
