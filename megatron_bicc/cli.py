@@ -10,6 +10,7 @@ import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import jsonargparse
@@ -17,7 +18,7 @@ import yaml
 
 from megatron_bicc.algorithms.presets import parse_algorithm, resolve
 from megatron_bicc.config import RENAMED, Config, did_you_mean, in_mapping, setting_of, settings
-from megatron_bicc.errors import PROGRAM, UserError, abort, print_rank0
+from megatron_bicc.errors import PROGRAM, UserError, abort, print_rank0, shortened
 
 FLAGS = ("-h", "--help", "--print-config")
 COMMAND_LINE = "command line"
@@ -105,27 +106,38 @@ def _parse(flags: list[str], given: list[Assignment]) -> dict[str, Any]:
         setting = setting_of(name)
         if setting.is_mapping:
             in_mapping = values.setdefault(setting.name, {})
-            in_mapping[name.removeprefix(f"{setting.name}.")] = _read_value(name, text, origin)
+            in_mapping[name.removeprefix(f"{setting.name}.")] = _field_value(name, text, origin)
             continue
         try:
             values[name] = parser.parse_args([f"--{name}={text}"], defaults=False)[name]
             setting.check(values[name])
             if name == "algorithm":
                 parse_algorithm(text)
-        except argparse.ArgumentError as error:  # the value has another type
+        except (argparse.ArgumentError, RecursionError) as error:  # the value has another type
             hint = did_you_mean(text, setting.choices)
-            raise UserError(f"{origin}: {name} is {text!r}; it must be {setting.expected}{hint}") from error
+            shown = shortened(repr(text))
+            raise UserError(f"{origin}: {name} is {shown}; it must be {setting.expected}{hint}") from error
         except UserError as error:
             raise UserError(f"{origin}: {error}") from error
     return values
 
 
-def _read_value(name: str, text: str, origin: str) -> Any:
-    """Returns a value in a mapping as YAML reads it: megatron-core's own check knows its type."""
+def _field_value(name: str, text: str, origin: str) -> Any:
+    """Returns the value of a megatron-core field as YAML reads it. Raises UserError if it is refused."""
+    # Imported late: it loads torch and megatron-core, which know the field's type.
+    from megatron_bicc.model.megatron_settings import check_field
+
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{origin}: {name} is {text!r}; it must be a YAML value") from error
+        _check_cycles(yaml.compose(text, Loader=yaml.SafeLoader))
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2025-13-45
+        shown = shortened(repr(text))
+        raise UserError(f"{origin}: {shortened(name)} is {shown}; it must be a YAML value") from error
+    try:
+        check_field(name, value)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
+    return value
 
 
 def _read_arguments(argv: list[str]) -> tuple[list[str], list[Assignment]]:
@@ -146,7 +158,8 @@ def _read_arguments(argv: list[str]) -> tuple[list[str], list[Assignment]]:
         if not equals and name != "dry_run":
             text = tokens.pop() if token.startswith("--") and tokens else "--"
             if text.startswith("--"):
-                raise UserError(f"{COMMAND_LINE}: {name} has no value; write {name}=value")
+                shown = shortened(name)
+                raise UserError(f"{COMMAND_LINE}: {shown} has no value; write {shown}=value")
         given.append(Assignment(name, text, COMMAND_LINE))
     return flags, given
 
@@ -156,6 +169,7 @@ def _read_yaml(path: str) -> list[Assignment]:
     try:
         with open(path, encoding="utf-8") as stream:
             root = yaml.compose(stream, Loader=yaml.SafeLoader)
+            _check_cycles(root)
     except OSError as error:
         raise UserError(f"--config {path}: cannot read it: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -173,12 +187,35 @@ def _read_yaml(path: str) -> list[Assignment]:
     return list(_leaves(root, "", path))
 
 
+def _check_cycles(root: yaml.Node | None) -> None:
+    """Raises yaml.MarkedYAMLError if a node of YAML contains itself, by an alias."""
+    above: set[yaml.Node] = set()
+    finished: set[yaml.Node] = set()
+
+    def visit(node: yaml.Node) -> None:
+        if node in above:
+            raise yaml.MarkedYAMLError(problem="a value contains itself", problem_mark=node.start_mark)
+        if isinstance(node, yaml.CollectionNode) and node not in finished:
+            above.add(node)
+            for item in node.value:
+                for inner in item if isinstance(item, tuple) else (item,):
+                    visit(inner)
+            above.remove(node)
+            finished.add(node)
+
+    if root is not None:
+        visit(root)
+
+
 def _leaves(mapping: yaml.MappingNode, prefix: str, path: str) -> Iterator[Assignment]:
     seen: set[str] = set()
     for key, node in mapping.value:
-        name, origin = f"{prefix}{key.value}", f"{path} line {key.start_mark.line + 1}"
+        origin = f"{path} line {key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise UserError(f"{origin}: a list or a mapping is no name of a setting")
+        name = f"{prefix}{key.value}"
         if name in seen:
-            raise UserError(f"{origin}: {name} is given twice; remove one")
+            raise UserError(f"{origin}: {shortened(name)} is given twice; remove one")
         seen.add(name)
         is_null = node.tag == "tag:yaml.org,2002:null"
         if isinstance(node, yaml.MappingNode) and not _is_setting(name):
@@ -186,7 +223,8 @@ def _leaves(mapping: yaml.MappingNode, prefix: str, path: str) -> Iterator[Assig
         elif not (is_null and _is_section(name)):
             _check_name(name, origin)
             if name not in settings():
-                yield Assignment(name, yaml.serialize(node), origin)
+                # the document's end, which follows a plain scalar, is no part of the value
+                yield Assignment(name, yaml.serialize(node).removesuffix("\n...\n"), origin)
                 continue
             expected = settings()[name].expected
             if not isinstance(node, yaml.ScalarNode):
@@ -218,9 +256,12 @@ def _check_name(name: str, origin: str) -> None:
     last = name.split(".")[-1]
     if last in TRUNCATED_SAMPLING:
         raise UserError(
-            f"{origin}: there is no setting {name}: log-probs are of the whole distribution, and the "
-            "policy gradient needs samples of the same; only rollout.temperature changes both"
+            f"{origin}: there is no setting {shortened(name)}: log-probs are of the whole distribution, and "
+            "the policy gradient needs samples of the same; only rollout.temperature changes both"
         )
     in_other_sections = [known for known in settings() if known.split(".")[-1] == last]
-    hint = did_you_mean(name, in_other_sections or settings(), cutoff=0.0)
-    raise UserError(f"{origin}: unknown setting {name}{hint}")
+    mappings = [known for known, setting in settings().items() if setting.is_mapping]
+    mapping = get_close_matches(name.rpartition(".")[0], mappings, n=1, cutoff=0.85)
+    in_mappings = [f"{known}.{shortened(last)}" for known in mapping]
+    hint = did_you_mean(name, in_other_sections or in_mappings or settings(), cutoff=0.0)
+    raise UserError(f"{origin}: unknown setting {shortened(name)}{hint}")

@@ -22,7 +22,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args, get_origin
 
-from megatron_bicc.errors import UserError
+from megatron_bicc.errors import UserError, shortened
 from megatron_bicc.plugins import is_import_path
 
 AnswerStyle: TypeAlias = Literal["auto", "boxed", "answer_line", "hash", "last_number"]
@@ -579,7 +579,7 @@ class Setting:
             accepted = self.rule.form is None or self.rule.form(text)
         if not accepted:
             hint = did_you_mean(text, self.rule.named or self.choices)
-            raise UserError(f"{self.name} is {text!r}; it must be {self.expected}{hint}")
+            raise UserError(f"{self.name} is {shortened(repr(text))}; it must be {self.expected}{hint}")
 
     @property
     def _free_types(self) -> list[type]:

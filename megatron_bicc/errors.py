@@ -36,6 +36,12 @@ class NotFiniteError(UserError):
     """A NaN or an infinity among a run's numbers. One line: which number, and what to look at."""
 
 
+def shortened(text: str) -> str:
+    """Returns at most 100 characters of a text for an error line, quoted if it is empty or not printable."""
+    shown = text if text and text.isprintable() else repr(text)
+    return shown if len(shown) <= 100 else f"{shown[:100]}..."
+
+
 def first_line(error: BaseException) -> str:
     """Returns the first line of the message, at most 300 characters; the error's type if it has none."""
     lines = (line.strip() for line in str(error).splitlines())

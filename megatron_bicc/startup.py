@@ -293,7 +293,14 @@ def check_policy(config: Config) -> tuple[PretrainedConfig, HfTensors | None]:
     path = Path(config.model.path)
     hf_config, tensors = supported_config(path), None
     # megatron-core checks its configurations when they are made: now, not after processes have connected
-    transformer_config(hf_config, config)
+    megatron_config = transformer_config(hf_config, config)
+    layers = hf_config.num_hidden_layers // (config.parallel.pipeline * config.parallel.virtual_pipeline)
+    unit = megatron_config.recompute_num_layers
+    if megatron_config.recompute_method == "uniform" and layers % unit:
+        raise UserError(
+            f"megatron.transformer.recompute_num_layers is {unit}; with recompute_method=uniform it must "
+            f"divide the {layers} layers of a pipeline stage"
+        )
     optimizer_config(config)
     ddp_config(config)
     if has_safetensors(path) or not config.dry_run:

@@ -4,9 +4,11 @@
 A field that this package sets, or that it could not honour, is refused with the reason.
 """
 
+import math
+import reprlib
 import types
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from enum import EnumType
 from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -18,8 +20,8 @@ from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_bicc.config import Config, did_you_mean
-from megatron_bicc.errors import UserError, first_line
+from megatron_bicc.config import Config, Rule, did_you_mean, flatten
+from megatron_bicc.errors import UserError, first_line, shortened
 
 MegatronCoreConfig = TypeVar(
     "MegatronCoreConfig", TransformerConfig, DistributedDataParallelConfig, OptimizerConfig
@@ -300,10 +302,74 @@ NEEDS_TE = (
     "apply_rope_fusion",
     "moe_permute_fusion",
     "moe_router_fusion",
+    "use_precision_aware_optimizer",
 )
-"""Fields of TransformerConfig that need Transformer Engine"""
+"""Fields that need Transformer Engine"""
 TE_MODULES = ("layernorm", "moe_act")
 """Likewise, entries of recompute_modules"""
+
+NUMBER = Rule(at_least=0, below=2**63)
+"""Range of every number that RANGES does not name"""
+RANGES: dict[str, Rule] = {
+    "bucket_size": Rule(at_least=1, below=2**63),
+    "fp8_amax_history_len": Rule(at_least=1, below=2**63),
+    "fp8_interval": Rule(at_least=1, below=2**63),
+    "microbatch_group_size_per_vp_stage": Rule(at_least=1, below=2**63),
+    "moe_deepep_num_sms": Rule(at_least=1, below=2**63),
+    "moe_hybridep_num_sms": Rule(at_least=1, below=2**63),
+    "optimizer_offload_fraction": Rule(at_least=0, at_most=1),
+    # of 0 layers, megatron-core's loop over the units of uniform recomputation would not end
+    "recompute_num_layers": Rule(at_least=1, below=2**63),
+}
+"""Ranges by the name of the field"""
+
+NEEDED: dict[str, tuple[str, ...]] = {
+    "model.recompute=selective": ("megatron.transformer.recompute_modules",),
+    "model.recompute=full": (
+        "megatron.transformer.recompute_method",
+        "megatron.transformer.recompute_num_layers",
+        "megatron.transformer.distribute_saved_activations",
+    ),
+    "megatron.transformer.cpu_offloading=true": (
+        "megatron.transformer.cpu_offloading_num_layers",
+        "megatron.transformer.cpu_offloading_activations",
+        "megatron.transformer.cpu_offloading_weights",
+        "megatron.transformer.cpu_offloading_double_buffering",
+    ),
+    "megatron.transformer.fine_grained_activation_offloading=true": (
+        "megatron.transformer.offload_modules",
+        "megatron.transformer.min_offloaded_tensor_size",
+    ),
+    "megatron.optimizer.optimizer_cpu_offload=true": (
+        "megatron.optimizer.optimizer_offload_fraction",
+        "megatron.optimizer.use_torch_optimizer_for_cpu_offload",
+        "megatron.optimizer.overlap_cpu_optimizer_d2h_h2d",
+        "megatron.optimizer.pin_cpu_grads",
+        "megatron.optimizer.pin_cpu_params",
+    ),
+}
+"""Fields that have no effect without another setting, by that setting"""
+
+
+class _YamlRepr(reprlib.Repr):
+    """Shows a value in an error line, in the spelling of YAML and short."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = 100
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return "true" if value else "false"
+
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return "null"
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to print more than 4300 digits in base 10
+        return shortened(str(value) if value.bit_length() < 4300 else hex(value))
+
+
+_shown = _YamlRepr().repr
 
 
 def megatron_core_config(cls: type[MegatronCoreConfig], config: Config, **own: Any) -> MegatronCoreConfig:
@@ -337,44 +403,75 @@ def row_alignment(config: Config) -> int:
 
 
 def check_megatron_settings(config: Config) -> None:
-    """Raises UserError for the first field that the run sets and `check_fields` refuses."""
+    """Raises UserError for the first field that the run sets and that is refused, by itself or with others.
+
+    By itself: see `check_field`. With others: a field that has no effect without another setting.
+    """
     for cls in NAMES:
         check_fields(cls, config)
+    values = flatten(asdict(config))
+    for needed, names in NEEDED.items():
+        setting, _, expected = needed.partition("=")
+        for name in names:
+            if values.get(name) and str(values.get(setting)).lower() != expected:
+                raise UserError(
+                    f"{name} is {_shown(values[name])}; it has no effect without {needed}: "
+                    "set that, or remove it"
+                )
 
 
 def check_fields(cls: type[MegatronCoreConfig], config: Config) -> dict[str, Any]:
-    """Returns the fields of `cls` that the run sets, in their types.
-
-    Raises UserError, one line, for a name that the class does not have, a value of another type, and a field
-    that this package sets itself or cannot honour.
-    """
+    """Returns the fields of `cls` that the run sets, in their types. Raises UserError: see `check_field`."""
     section = NAMES[cls]
     given: dict[str, Any] = getattr(config.megatron, section.rpartition(".")[2])
-    types_of, found = get_type_hints(cls), {}
+    return {name: check_field(f"{section}.{name}", value) for name, value in given.items()}
+
+
+def check_field(setting: str, value: Any) -> Any:
+    """Returns the value of a field, such as megatron.ddp.bucket_size, in the field's type.
+
+    Raises UserError, one line, for a name that the class does not have, a value of another type or out of
+    range, and a field that this package sets itself or cannot honour.
+    """
+    section, _, name = setting.rpartition(".")
+    shown = f"{section}.{shortened(name)}"
+    cls = next(cls for cls, its_section in NAMES.items() if its_section == section)
     reasons = {name: reason for reason, names in REFUSED[cls].items() for name in names}
     known = {field.name for field in fields(cls)}
-    for name, value in given.items():
-        if name in reasons:
-            raise UserError(f"{section}.{name} cannot be set: {reasons[name]}")
-        if name not in known:
-            hint = did_you_mean(str(name), sorted(known - reasons.keys()))
-            raise UserError(
-                f"{section}.{name} is unknown: the installed megatron-core's {cls.__name__} has no field "
-                f"{name}{hint}"
-            )
-        expected = _in_words(types_of[name])
-        if expected in ("", "null"):
-            raise UserError(f"{section}.{name} cannot be set: it takes an object of Python")
-        read = next(_readings(value, types_of[name]), None)
-        if read is None:
-            raise UserError(f"{section}.{name} is {value!r}; it must be {expected}")
-        if cls is TransformerConfig and not HAVE_TE and _needs_te(name, value):
-            raise UserError(
-                f"{section}.{name} is {value!r}; it needs Transformer Engine, which is not installed "
-                "(docs/policy.md)"
-            )
-        found[name] = read[0]
+    if name in reasons:
+        raise UserError(f"{shown} cannot be set: {reasons[name]}")
+    if name not in known:
+        hint = did_you_mean(name, sorted(known - reasons.keys()))
+        raise UserError(
+            f"{shown} is unknown: the installed megatron-core's {cls.__name__} has no field "
+            f"{shortened(name)}{hint}"
+        )
+    kind = get_type_hints(cls)[name]
+    expected = _in_words(kind)
+    if expected in ("", "null"):
+        raise UserError(f"{shown} cannot be set: it takes an object of Python")
+    read = next(_readings(value, kind), None)
+    if read is None:
+        raise UserError(f"{shown} is {_shown(value)}; it must be {expected}{_whole(value, expected)}")
+    (found,) = read
+    if isinstance(found, int | float) and not isinstance(found, bool):
+        rule = RANGES.get(name, NUMBER)
+        if not rule.admits(found):
+            raise UserError(f"{shown} is {_shown(value)}; it must be {rule.remedy}")
+    if not HAVE_TE and _needs_te(name, value):
+        raise UserError(
+            f"{shown} is {_shown(value)}; it needs Transformer Engine, which is not installed "
+            "(docs/policy.md)"
+        )
     return found
+
+
+def _whole(value: Any, expected: str) -> str:
+    """Returns how to write a whole number that is given as 1e7, which YAML reads as text; otherwise ""."""
+    number = next(_readings(value, float), (math.nan,))[0]
+    if expected.startswith("a whole number") and number.is_integer() and abs(number) < 2**63:
+        return f"; write {number:.0f}"
+    return ""
 
 
 def _needs_te(name: str, value: Any) -> bool:
@@ -398,12 +495,10 @@ def _readings(value: Any, kind: Any) -> Iterator[tuple[Any]]:
             yield (origin(item for (item,) in items),)
     elif kind is float:
         # YAML reads 1e-3, without a dot, as text
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            yield (float(value),)
-        elif isinstance(value, str):
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
             try:
                 yield (float(value),)
-            except ValueError:
+            except (OverflowError, ValueError):
                 return
     elif kind in (bool, int, str):
         if type(value) is kind:

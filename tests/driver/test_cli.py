@@ -93,6 +93,10 @@ def test_text_settings_take_any_text(text: str):
         (["rollout.sglang.top_k=5"], ["no setting rollout.sglang.top_k", "rollout.temperature"]),
         (["min_p=0"], ["no setting min_p"]),
         (["parallel.silence_seconds=9"], ["is now called parallel.heartbeat_timeout_s"]),
+        (["megatron.dpp.bucket_size=3"], ["megatron.dpp.bucket_size", "mean megatron.ddp.bucket_size?"]),
+        (["megatron.dpp=3"], ["unknown setting megatron.dpp", "did you mean megatron.ddp?"]),
+        (["=3"], ["command line: unknown setting ''"]),
+        (["rollout.a\nb=3"], ["command line: unknown setting 'rollout.a\\nb'"]),
         (["lr=3"], ["unknown setting lr", "did you mean optimizer.lr"]),
         (["rollout.group_size=x"], ["rollout.group_size is 'x'", "a whole number"]),
         (["rollout.group_size=4.5"], ["rollout.group_size is '4.5'", "a whole number"]),
@@ -147,6 +151,19 @@ def test_mistakes_in_yaml_name_file_and_line(capsys, yaml_file, text: str, parts
     line = error_line(capsys, "--config", path)
     assert path in line
     assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "seed=" + "9" * 5000,
+        "loss.clip_low=" + "[" * 1000,
+        "model.dtype=" + "x" * 100_000,
+        "x" * 100_000 + "=1",
+    ],
+)
+def test_a_long_name_or_value_is_shortened(capsys, argument: str):
+    assert len(error_line(capsys, argument)) < 300
 
 
 def test_binary_file_is_refused(capsys, tmp_path: Path):

@@ -23,6 +23,7 @@ from megatron_bicc.cli import parse_config
 from megatron_bicc.config import Config, Setting, settings
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.optimizer import make_scheduler
+from megatron_bicc.model.policy import ddp_config
 from megatron_bicc.planning.synthetic import UnknownTokenizer, draw_rollouts
 from megatron_bicc.rewards.registry import BUILT_INS
 from megatron_bicc.rollout.engines import ENGINES
@@ -76,6 +77,11 @@ def questions(config: Config, directory: Path) -> Any:
     except UserError as refusal:
         return str(refusal)
     return [prompt.token_ids.tolist() for prompt in prompts]
+
+
+def gradient_buckets(config: Config, directory: Path) -> Any:
+    """megatron-core's configuration of the gradients' reduction."""
+    return ddp_config(config)
 
 
 def refusal(config: Config, directory: Path) -> Any:
@@ -137,9 +143,9 @@ CHANGES: dict[str, Change] = {
     "evaluation.prompts": (questions, ["data.control_tokens=text"], "2"),
     "evaluation.instruction": (questions, ["data.control_tokens=text"], "1+"),
     "model.path": (refusal, RUN, "/nowhere"),
-    "megatron.transformer": (refusal, RUN, "fp16: true"),
-    "megatron.ddp": (refusal, RUN, "bucket_size: small"),
-    "megatron.optimizer": (refusal, RUN, "lr: 1"),
+    "megatron.transformer": (refusal, RUN, "recompute_method: block"),
+    "megatron.ddp": (gradient_buckets, [], "bucket_size: 7"),
+    "megatron.optimizer": (refusal, RUN, "overlap_cpu_optimizer_d2h_h2d: true"),
     "data.train": (refusal, RUN, "/nowhere"),
     "dry_run": (refusal, RUN[:1], "true"),
     "evaluation.data": (refusal, RUN, "/nowhere"),

@@ -36,6 +36,7 @@ LATE = {
     ("train.py", "run", "planning"): "a run without --dry-run does not need it",
     ("metrics.py", "finish", "report"): "it loads a drawing library, and steps must not wait for that",
     ("device.py", "megatron", "device_cpu"): "it loads megatron-core, which an evaluation does not need",
+    ("cli.py", "_field_value", "model"): "it loads torch and megatron-core, which --help does not need",
     ("rewards/worker.py", "_serve", "rewards"): "until it serves, it imports the standard library only",
 }
 """The only imports of the package inside functions of ORDER, by file, function and what is imported: why"""

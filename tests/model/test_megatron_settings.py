@@ -1,6 +1,8 @@
 """Tests fields of megatron-core's configurations as settings: names, types, refusals, and the same steps."""
 
+import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,20 @@ from megatron_bicc.errors import UserError
 from megatron_bicc.metrics import Stopwatch
 from megatron_bicc.model import megatron_settings
 from megatron_bicc.model import policy as policy_module
-from megatron_bicc.model.megatron_settings import NAMES, REFUSED, check_megatron_settings, row_alignment
+from megatron_bicc.model.megatron_settings import (
+    NAMES,
+    NEEDED,
+    RANGES,
+    REFUSED,
+    check_megatron_settings,
+    row_alignment,
+)
 from megatron_bicc.startup import check_policy, check_settings
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.weights.hf_weights import load_policy
 
 POLICY = Path(__file__).parents[2] / "examples/tiny_policy"
+OFFLOAD = "megatron.optimizer.optimizer_cpu_offload=true"
 
 
 def checked(*settings: str) -> Config:
@@ -37,16 +47,33 @@ def checked(*settings: str) -> Config:
     return config
 
 
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture, tmp_path: Path) -> Callable[..., str]:
+    """Returns the line that refuses settings, of a command line or of a file."""
+
+    def line(*settings: str, file: str = "") -> str:
+        if file:
+            (tmp_path / "run.yaml").write_text(file)
+            settings = ("--config", str(tmp_path / "run.yaml"))
+        with pytest.raises(SystemExit):
+            parse_config(list(settings))
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and len(error) < 600
+        found = error.removeprefix("python -m megatron_bicc.train: error: ").strip()
+        return found.replace(f"{tmp_path}/", "")
+
+    return line
+
+
 @pytest.mark.parametrize(
     "setting",
     [
-        "megatron.transformer.recompute_modules=[core_attn, mlp]",
+        "megatron.transformer.moe_permute_fusion=false",
         "megatron.transformer.deterministic_mode=true",
         "megatron.transformer.recompute_num_layers=null",
         "megatron.transformer.moe_router_dtype=fp64",
         "megatron.ddp.bucket_size=40000000",
-        "megatron.optimizer.optimizer_offload_fraction=1",
-        "megatron.optimizer.optimizer_offload_fraction=5e-1",
+        "megatron.optimizer.optimizer_offload_fraction=0",
         "megatron.optimizer.exp_avg_dtype=bfloat16",
     ],
 )
@@ -55,13 +82,77 @@ def test_a_value_of_the_fields_type_is_accepted(setting: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("setting", "needed"),
+    [
+        ("megatron.transformer.recompute_modules=[core_attn, mlp]", "model.recompute=selective"),
+        ("megatron.transformer.recompute_method=block", "model.recompute=full"),
+        ("megatron.transformer.recompute_num_layers=1", "model.recompute=full"),
+        ("megatron.optimizer.optimizer_offload_fraction=1", OFFLOAD),
+        ("megatron.optimizer.optimizer_offload_fraction=5e-1", OFFLOAD),
+        ("megatron.optimizer.overlap_cpu_optimizer_d2h_h2d=true", OFFLOAD),
+        ("megatron.transformer.cpu_offloading_num_layers=1", "megatron.transformer.cpu_offloading=true"),
+    ],
+)
+def test_a_field_that_has_no_effect_without_another_setting_is_refused(
+    setting: str, needed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(megatron_settings, "HAVE_TE", True)
+    name = setting.partition("=")[0]
+    off = f"{needed.partition('=')[0]}={'none' if needed.startswith('model') else 'false'}"
+    for settings in ([setting], [setting, off]):
+        with pytest.raises(UserError, match=rf"^{name} is .*; it has no effect without {needed}: set that"):
+            checked(*settings)
+    checked(setting, needed)
+
+
+def test_every_name_of_the_tables_is_a_field_that_can_be_set() -> None:
+    known = {
+        f"{section}.{field.name}": field
+        for cls, section in NAMES.items()
+        for field in fields(cls)
+        if not any(field.name in names for names in REFUSED[cls].values())
+    }
+    assert RANGES.keys() <= {field.name for field in known.values()}
+    for needed, names in NEEDED.items():
+        assert {*names, needed.partition("=")[0]} - known.keys() <= {"model.recompute"}
+    numbers = [field.default for field in known.values() if type(field.default) in (int, float)]
+    assert numbers and min(numbers) >= 0  # a number below 0 is refused, whatever its field
+
+
+@pytest.mark.parametrize(
     ("setting", "line"),
     [
         ("transformer.recompute_module=[mlp]", "is unknown: .* no field .*; did you mean recompute_modules?"),
         ("transformer.recompute_modules=mlp", "is 'mlp'; it must be a list, each text or null"),
         ("transformer.recompute_modules=[1]", r"is \[1\]; it must be a list, each text or null"),
+        ("transformer.recompute_modules=[true, null]", r"is \[true, null\]; it must be a list"),
+        ("transformer.recompute_num_layers=0", "is 0; it must be at least 1"),
+        ("transformer.num_layers_at_end_in_bf16=-1", "is -1; it must be at least 0"),
+        ("ddp.bucket_size=0", "is 0; it must be at least 1"),
+        (f"ddp.bucket_size=0x{'f' * 5000}", r"is 0xf+\.\.\.; it must be at least 1 and less than"),
+        ("ddp.bucket_size=1e7", "is '1e7'; it must be a whole number or null; write 10000000$"),
+        ("ddp.bucket_size=1.5e7", "is '1.5e7'; it must be a whole number or null; write 15000000$"),
+        ("ddp.bucket_size=2.5", "is 2.5; it must be a whole number or null$"),
+        ("ddp.overlap_grad_reduce=null", "is null; it must be true or false$"),
+        ("ddp.bucket_size=2025-13-45", "is '2025-13-45'; it must be a YAML value"),
+        ("ddp.bucket_size=0b_", "is '0b_'; it must be a YAML value"),
+        ("ddp.bucket_size=!!int abc", "is '!!int abc'; it must be a YAML value"),
+        (f"ddp.bucket_size={'9' * 5000}", r"is '9+\.\.\.; it must be a YAML value"),
+        (f"ddp.bucket_size={'[' * 1000}", r"is '\[+\.\.\.; it must be a YAML value"),
+        (f"ddp.bucket_size={'[' * 300}{']' * 300}", r"is \[+\.\.\.\]+; it must be a whole number"),
+        ("ddp.bucket_size=&a [*a]", r"is '&a \[\*a\]'; it must be a YAML value"),
+        (f"ddp.bucket_size={'x' * 100_000}", r"is 'x+\.\.\.x+'; it must be a whole number"),
+        ("optimizer.optimizer_offload_fraction=.nan", "is nan; it must be within 0 and 1"),
+        ("optimizer.optimizer_offload_fraction=inf", "is 'inf'; it must be within 0 and 1"),
+        ("optimizer.optimizer_offload_fraction=-1", "is -1; it must be within 0 and 1"),
+        ("optimizer.optimizer_offload_fraction=5", "is 5; it must be within 0 and 1"),
+        (f"optimizer.optimizer_offload_fraction=1{'0' * 400}", r"is 10+\.\.\.; it must be a number"),
+        (
+            "optimizer.use_precision_aware_optimizer=true",
+            "is true; it needs Transformer Engine, which is not",
+        ),
         ("transformer.deterministic_mode=1", "is 1; it must be true or false"),
-        ("transformer.recompute_num_layers=true", "is True; it must be a whole number or null"),
+        ("transformer.recompute_num_layers=true", "is true; it must be a whole number or null"),
         ("transformer.moe_router_dtype=fp8", "is 'fp8'; it must be fp32 or fp64 or null"),
         ("ddp.bucket_size=small", "is 'small'; it must be a whole number or null"),
         ("optimizer.optimizer_offload_fraction=half", "is 'half'; it must be a number"),
@@ -79,18 +170,60 @@ def test_a_value_of_the_fields_type_is_accepted(setting: str) -> None:
         ("transformer.recompute_modules=[layernorm]", r"is \['layernorm'\]; it needs Transformer Engine"),
     ],
 )
-def test_a_mistake_is_one_line_with_name_and_remedy(setting: str, line: str) -> None:
-    with pytest.raises(UserError, match=rf"^megatron\.{setting.partition('=')[0]} {line}") as refusal:
-        checked(f"megatron.{setting}")
-    assert "\n" not in str(refusal.value)
+def test_a_mistake_is_one_line_with_name_and_remedy(
+    setting: str, line: str, refused: Callable[..., str]
+) -> None:
+    name = setting.partition("=")[0]
+    assert re.match(rf"command line: megatron\.{name} {line}", found := refused(f"megatron.{setting}")), found
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "x" * 100_000])
+def test_a_name_that_is_empty_long_or_of_two_lines_is_shown_as_such(
+    name: str, refused: Callable[..., str]
+) -> None:
+    shown = "x" * 100 + "..." if name[:1] == "x" else repr(name)
+    assert f"command line: megatron.ddp.{shown} is unknown" in refused(f"megatron.ddp.{name}=1")
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("megatron:\n  ddp: {bucket_size: 0}", "run.yaml line 2: megatron.ddp.bucket_size is 0; it must"),
+        (
+            "megatron:\n  ddp:\n    bucket_size: 2025-13-45",
+            "line 3: megatron.ddp.bucket_size is '2025-13-45'; it",
+        ),
+        ("megatron:\n  ddp: {bucket_size: &a [*a]}", "run.yaml line 2: not YAML: a value contains itself"),
+        ("megatron: &a {ddp: *a}", "run.yaml line 1: not YAML: a value contains itself"),
+        ("seed: 1\na: &a {b: *a}", "run.yaml line 2: not YAML: a value contains itself"),
+        ("seed: 1\n? [a]\n: 1", "run.yaml line 2: a list or a mapping is no name of a setting"),
+    ],
+)
+def test_a_mistake_in_a_file_names_its_line(file: str, line: str, refused: Callable[..., str]) -> None:
+    assert line in refused(file=file)
+
+
+def test_an_alias_stands_for_a_value(tmp_path: Path) -> None:
+    aliases = "megatron:\n  transformer: {recompute_modules: &a [mlp], offload_modules: *a}\n"
+    (tmp_path / "run.yaml").write_text(aliases)
+    found = parse_config(["--config", str(tmp_path / "run.yaml")]).megatron.transformer
+    assert found == {"recompute_modules": ["mlp"], "offload_modules": ["mlp"]}
+
+
+@pytest.mark.parametrize(("unit", "divides"), [(1, True), (2, True), (3, False), (8, False)])
+def test_units_of_uniform_recomputation_divide_the_layers_of_a_stage(unit: int, divides: bool) -> None:
+    """megatron-core's loop would ask for a layer that the stage does not have."""
+    name = "megatron.transformer.recompute_num_layers"
+    config = parse_config([f"model.path={POLICY}", "model.recompute=full", f"{name}={unit}"])
+    with nullcontext() if divides else pytest.raises(UserError, match=f"^{name} is {unit}; .* the 4 layers"):
+        check_policy(config)
 
 
 def test_what_megatron_core_refuses_together_is_refused_before_processes_connect() -> None:
-    config = parse_config([f"model.path={POLICY}", "megatron.transformer.recompute_method=block"])
-    config.model.recompute = "selective"
-    config.megatron.transformer["recompute_num_layers"] = 2
+    config = parse_config([f"model.path={POLICY}", "model.recompute=selective"])
+    config.megatron.transformer |= {"recompute_modules": ["mlp", "attn"], "deterministic_mode": False}
     with pytest.raises(
-        UserError, match=r"^megatron.transformer.recompute_method, .*refuses them .*must be None"
+        UserError, match=r"^megatron.transformer.recompute_modules, .*refuses them .*Invalid choices"
     ):
         check_policy(config)
 
