@@ -418,6 +418,13 @@ def check_megatron_settings(config: Config) -> None:
                     f"{name} is {_shown(values[name])}; it has no effect without {needed}: "
                     "set that, or remove it"
                 )
+    if values.get("megatron.optimizer.optimizer_cpu_offload") and not values.get(
+        "megatron.optimizer.optimizer_offload_fraction"
+    ):
+        raise UserError(
+            "megatron.optimizer.optimizer_cpu_offload is true, but megatron-core moves only the share "
+            "megatron.optimizer.optimizer_offload_fraction to the host, which is 0: set it, 1.0 for all"
+        )
 
 
 def check_fields(cls: type[MegatronCoreConfig], config: Config) -> dict[str, Any]:

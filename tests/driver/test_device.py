@@ -24,6 +24,10 @@ from megatron_bicc.sglang.process import _environment
 from megatron_bicc.train import main
 
 TINY = ["--config", "examples/configs/tiny.yaml", "parallel.tensor=1", "train.steps=1", "evaluation.data="]
+OFFLOAD = [
+    "megatron.optimizer.optimizer_cpu_offload=true",
+    "megatron.optimizer.optimizer_offload_fraction=1.0",
+]
 
 
 @pytest.mark.parametrize("seam", cpu._seams(), ids=lambda seam: f"{seam[0].__name__}.{seam[1]}")
@@ -144,7 +148,7 @@ UNREADABLE = ["--model", "examples/tiny_policy", "--benchmark", "missing.jsonl"]
     "program, arguments",
     [
         (main, [*TINY, "model.attention=fa3"]),
-        (main, [*TINY, "megatron.optimizer.optimizer_cpu_offload=true"]),
+        (main, [*TINY, *OFFLOAD]),
         (main, [*TINY, "data.train=missing.jsonl"]),
         (evaluate.main, UNREADABLE),
     ],

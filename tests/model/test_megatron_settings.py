@@ -39,6 +39,7 @@ from megatron_bicc.weights.hf_weights import load_policy
 
 POLICY = Path(__file__).parents[2] / "examples/tiny_policy"
 OFFLOAD = "megatron.optimizer.optimizer_cpu_offload=true"
+FRACTION = "megatron.optimizer.optimizer_offload_fraction=1.0"
 
 
 def checked(*settings: str) -> Config:
@@ -102,7 +103,15 @@ def test_a_field_that_has_no_effect_without_another_setting_is_refused(
     for settings in ([setting], [setting, off]):
         with pytest.raises(UserError, match=rf"^{name} is .*; it has no effect without {needed}: set that"):
             checked(*settings)
-    checked(setting, needed)
+    is_other = needed == OFFLOAD and "fraction" not in setting
+    checked(setting, needed, *([FRACTION] if is_other else []))
+
+
+def test_an_offload_of_nothing_is_refused() -> None:
+    for settings in ([OFFLOAD], [OFFLOAD, "megatron.optimizer.optimizer_offload_fraction=0.0"]):
+        with pytest.raises(UserError, match=r"optimizer_offload_fraction to the host, which is 0: set it"):
+            checked(*settings)
+    checked(OFFLOAD, FRACTION)
 
 
 def test_every_name_of_the_tables_is_a_field_that_can_be_set() -> None:
@@ -230,7 +239,7 @@ def test_what_megatron_core_refuses_together_is_refused_before_processes_connect
 
 def test_an_optimizer_on_the_host_is_refused_where_there_is_no_gpu(tmp_path: Path) -> None:
     settings = [f"model.path={POLICY}", f"data.train={POLICY}/config.json", f"output_dir={tmp_path}"]
-    settings += ["megatron.optimizer.optimizer_cpu_offload=true"]
+    settings += [OFFLOAD, FRACTION]
     with pytest.raises(UserError, match="optimizer_cpu_offload is true; this run is on the CPU already"):
         check_settings(parse_config(settings))
     check_settings(parse_config([*settings, "dry_run=true"]))

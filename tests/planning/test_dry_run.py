@@ -21,7 +21,8 @@ TINY_RUN = [
     f"evaluation.data={REPOSITORY}/examples/data/heldout.parquet",
 ]
 EXPERTS = ["parallel.expert=2", "parallel.sequence=true", "model.dtype=bfloat16", "data.train="]
-EXPERTS += ["megatron.optimizer.optimizer_cpu_offload=true"]
+OFFLOAD = "megatron.optimizer.optimizer_cpu_offload", "megatron.optimizer.optimizer_offload_fraction"
+EXPERTS += [f"{OFFLOAD[0]}=true", f"{OFFLOAD[1]}=1.0"]
 
 
 def damaged_models(root: Path) -> dict[str, Path]:
@@ -95,7 +96,7 @@ def test_of_a_torchrun_only_the_first_process_speaks(results: dict[str, dict]) -
     ("case", "unchecked"),
     [
         ("no data", ["prompts: data.train"]),
-        ("experts", ["the tokenizer", "prompts", "prompts", "megatron.optimizer.optimizer_cpu_offload"]),
+        ("experts", ["the tokenizer", "prompts", "prompts", *OFFLOAD]),
         ("bare", ["the tokenizer", "prompts", "weights"]),
     ],
 )
