@@ -19,8 +19,10 @@ def events(tmp_path: Path, request: pytest.FixtureRequest) -> list[str]:
 def test_the_gpus_change_hands_when_every_process_has_freed_its_memory(events: list[str]) -> None:
     assert set(events[:2]) == {"0 free", "1 free"}
     assert events[2] == "0 release"
-    assert set(events[3:5]) == {"0 train with 60 bytes", "1 train with 60 bytes"}
-    assert set(events[5:7]) == {"0 free", "1 free"}
+    # the processes train, and free their memory, each at its own pace
+    for rank in "01":
+        own = [event for event in events[3:7] if event.startswith(rank)]
+        assert own == [f"{rank} train with 60 bytes", f"{rank} free"]
     assert events[7:] == ["0 take weights"]
 
 
