@@ -231,7 +231,7 @@ def take_peak_bytes() -> int:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Returns the name by which csrc's kernels know a type, such as "bfloat16"."""
+    """Returns the name by which csrc's kernels and SGLang know a type, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -60,7 +60,7 @@ def policy_loss_kernel(
     # held until the launch: a copy that is not kept would be freed and its memory used again before it
     read = {name: None if tensor is None else tensor.contiguous() for name, tensor in inputs.items()}
     response = response.contiguous()
-    launch = getattr(device.kernels(), f"policy_loss_{str(logp.dtype).removeprefix('torch.')}")
+    launch = getattr(device.kernels(), f"policy_loss_{device.dtype_name(logp.dtype)}")
     launch(
         objective=objective,
         low=low,

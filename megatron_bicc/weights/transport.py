@@ -491,7 +491,7 @@ class BroadcastGroup:
         """Sends every tensor to all servers. Returns each server's failure."""
         body = {
             "names": [name for name, _ in bucket.tensors],
-            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket.tensors],
+            "dtypes": [device.dtype_name(tensor.dtype) for _, tensor in bucket.tensors],
             "shapes": [list(tensor.shape) for _, tensor in bucket.tensors],
             "group_name": self.name,
             "flush_cache": False,

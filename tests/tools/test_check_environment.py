@@ -13,6 +13,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from megatron_bicc import device
+
 TOOL = Path(__file__).parents[2] / "tools/check_environment.py"
 FOUR_GPUS = "echo 580.95.05; echo 580.95.05; echo 580.95.05; echo 580.95.05"
 
@@ -191,3 +193,8 @@ def test_each_failure_has_its_own_line(run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     lines = run(None, "--shared", str(tmp_path / "file"), "--master-addr", "no-such-host.invalid")
     assert [part in line for line, part in zip(lines, ("nvidia-smi", "MASTER_ADDR", "file"), strict=True)]
+
+
+def test_the_oldest_driver_is_that_of_a_run(tool: ModuleType) -> None:
+    """The script must run before the package is installed, so it cannot read the package's."""
+    assert tool.OLDEST_DRIVER == device.OLDEST_DRIVER

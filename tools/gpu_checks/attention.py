@@ -46,7 +46,7 @@ def _errors(
     ours, theirs, exact = run_in(dtype, shared), run_in(dtype, row_by_row), run_in(torch.float64, row_by_row)
     for quantity, a, b, truth in zip(NAMES, ours, theirs, exact, strict=True):
         bound = max(FP32_BOUND if dtype == torch.float32 else 0.0, ALLOWANCE * _relative(b, truth))
-        kind = str(dtype).removeprefix("torch.")
+        kind = device.dtype_name(dtype)
         yield at_most(f"{name}, {kind}, {channels} channels: {quantity}", _relative(a, truth), bound)
 
 
