@@ -73,6 +73,20 @@ class PackingSettings:
 
 
 @dataclass(frozen=True)
+class Chunks:
+    """The rows of a micro-batch that one context rank holds: chunks of segments, by segment, then by start."""
+
+    num_rows: int
+    """Padding included"""
+    segment_W: np.ndarray
+    """int32: number of the segment in the micro-batch: prefixes of all sides, then responses"""
+    start_W: np.ndarray
+    """int32: first row of the chunk within its segment"""
+    length_W: np.ndarray
+    """int32, > 0"""
+
+
+@dataclass(frozen=True)
 class MicroBatchLayout:
     """Boundaries and segments of a micro-batch; every rank has those of all ranks.
 
@@ -100,6 +114,8 @@ class MicroBatchLayout:
     """int32 [S]: index in the batch of its group"""
     scale_S: np.ndarray
     """float32 [S]: 1 / number of segments in the whole step that train this rollout (pair source)"""
+    chunks: tuple[Chunks, ...]
+    """The rows of every context rank"""
 
 
 @dataclass(frozen=True)
@@ -118,6 +134,7 @@ class MicroBatch(MicroBatchLayout):
     """int32 [N]: the next token of the row's own segment; 0 on padding"""
     gather_A: np.ndarray
     """int64 [A]: index into RolloutBatch.tokens of each response row's label"""
+    context_rank: int
 
 
 @dataclass(frozen=True)
