@@ -250,7 +250,7 @@ def gather_tokens(
 
 
 def sum_scalar(value: float) -> float:
-    """Sums a number over data-parallel ranks; all but the last pipeline stage pass 0. Collective."""
+    """Sums a number over all ranks but tensor-parallel ones; earlier pipeline stages pass 0. Collective."""
     return float(_sum_over_ranks(torch.tensor(value, dtype=torch.float64, device=device.device())))
 
 
@@ -262,6 +262,6 @@ def sum_over_all(values: Tensor) -> Tensor:
 
 def _sum_over_ranks(values: Tensor) -> Tensor:
     # not over tensor-parallel ranks: they hold the same values
-    dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(values, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
     return values
