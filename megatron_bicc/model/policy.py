@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 def start_model_parallel(config: Config, gloo_groups: bool = True) -> None:
     """Creates megatron-core's process groups and random states; once per process.
 
-    gloo_groups: create the data-parallel gloo groups over which checkpoints are gathered.
+    gloo_groups: create the gloo groups, of ranks that hold copies, over which checkpoints are gathered.
     """
     parallel = config.parallel
     with device.megatron():
