@@ -52,8 +52,8 @@ PROGRESS, LATEST, PARTIAL = "progress.json", "latest", ".partial"
 _SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
     # The optimizer's state is gathered over gloo, in host memory, by one rank of each data- and context-
-    # parallel group. By default NCCL gathers it on every GPU, where colocated rollout servers leave no room for it, and every
-    # rank keeps all of it on its host until it is written.
+    # parallel group. By default NCCL gathers it on every GPU, where colocated rollout servers leave no room
+    # for it, and every rank keeps all of it on its host until it is written.
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
