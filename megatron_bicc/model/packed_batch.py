@@ -73,8 +73,8 @@ class PackedBatch(PackedSeqParams):
         cls,
         layouts: list[MicroBatchLayout],
         rows: list[DeviceRows],
+        context_rank: int,
         to: torch.device,
-        context_rank: int = 0,
     ) -> list["PackedBatch"]:
         """Returns micro-batches whose rows are on a device; what else they need goes there in one copy.
 

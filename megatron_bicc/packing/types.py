@@ -85,6 +85,12 @@ class Chunks:
     length_W: np.ndarray
     """int32, > 0"""
 
+    @classmethod
+    def of_whole(cls, lengths: list[int], num_rows: int) -> "Chunks":
+        """Returns the rows of the only context rank: segments of these lengths, whole; an empty one has none."""
+        segment_W = np.flatnonzero(lengths).astype(np.int32)
+        return cls(num_rows, segment_W, np.zeros_like(segment_W), np.array(lengths, np.int32)[segment_W])
+
 
 @dataclass(frozen=True)
 class MicroBatchLayout:

@@ -62,7 +62,7 @@ def lay_out(sides: Sides, chunks: tuple[Chunks, ...] | None = None) -> MicroBatc
     """Returns the layout of sides of one group each; by default one context rank holds all rows."""
     lengths, responses = segment_lengths(sides), [n for _, lengths in sides for n in lengths]
     prefix_rows = sum(prefix for prefix, _ in sides)
-    chunks = chunks or divide(lengths, [0] * len(lengths), 1)
+    chunks = chunks or (Chunks.of_whole(lengths, sum(lengths)),)
     rows = sum(own.num_rows for own in chunks)
     padding = [rows - sum(lengths)] if rows > sum(lengths) else []
     return MicroBatchLayout(
