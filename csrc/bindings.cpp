@@ -157,15 +157,26 @@ class PlanHandle {
     return out;
   }
 
-  // int64 [micro-batches * context ranks, 4]: rows, prefix rows, response rows, chunks.
+  // int64 [micro-batches * context ranks, 2]: rows, chunks.
   py::array_t<int64_t> shares() const {
-    py::array_t<int64_t> out({static_cast<py::ssize_t>(plan_.shares.size()), py::ssize_t{4}});
+    py::array_t<int64_t> out({static_cast<py::ssize_t>(plan_.shares.size()), py::ssize_t{2}});
     int64_t* to = out.mutable_data();
     for (const ContextShare& share : plan_.shares) {
-      for (const int64_t value :
-           {share.rows, share.prefix_rows, share.response_rows, static_cast<int64_t>(share.chunks.size())}) {
-        *to++ = value;
-      }
+      *to++ = share.rows;
+      *to++ = static_cast<int64_t>(share.chunks.size());
+    }
+    return out;
+  }
+
+  // int64 [micro-batches of one rank, 2]: rows, response rows of one of its context ranks.
+  py::array_t<int64_t> rows(const py::object& rank, const py::object& context_rank) const {
+    const RankRange range = range_of(rank, context_rank);
+    py::array_t<int64_t> out({static_cast<py::ssize_t>(range.last - range.first), py::ssize_t{2}});
+    int64_t* to = out.mutable_data();
+    for (int64_t i = range.first; i < range.last; ++i) {
+      const ContextShare& share = plan_.share(i, range.context_rank);
+      *to++ = share.rows;
+      *to++ = share.response_rows;
     }
     return out;
   }
@@ -306,6 +317,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("dp_size"))
       .def_property_readonly("sizes", &bicc::PlanHandle::sizes)
       .def_property_readonly("shares", &bicc::PlanHandle::shares)
+      .def("rows", &bicc::PlanHandle::rows, py::arg("rank"), py::arg("context_rank"))
       .def_property_readonly("side_table", &bicc::PlanHandle::side_table)
       .def_property_readonly("counts", &bicc::PlanHandle::counts)
       .def("copies", &bicc::PlanHandle::copies, py::arg("rank"), py::arg("context_rank"))

@@ -51,17 +51,18 @@ class Copier {
     for (const int64_t p : plan.micro_batches[index]) {
       const Piece& piece = plan.pieces.pieces[p];
       const Side& side = plan.sides.sides[piece.side];
-      sides_.push_back(&side);
+      prefixes_.push_back(runs_of(plan, side));
+      const int32_t first_input = last_token(plan, prefixes_.back().back());
       for (int64_t r = piece.first_response; r < piece.last_response; ++r) {
-        responses_.push_back({&side, plan.pieces.responses[r]});
+        responses_.push_back({plan.pieces.responses[r], side.prefix_tokens, first_input});
       }
     }
   }
 
   void add(const ContextShare& share) {
-    const int64_t end = row_ + share.rows, sides = static_cast<int64_t>(sides_.size());
+    const int64_t end = row_ + share.rows, sides = static_cast<int64_t>(prefixes_.size());
     for (const Chunk& chunk : share.chunks) {
-      chunk.segment < sides ? add_prefix(*sides_[chunk.segment], chunk) : add_response(chunk.segment - sides, chunk);
+      chunk.segment < sides ? add_prefix(prefixes_[chunk.segment], chunk) : add_response(chunk.segment - sides, chunk);
       row_ += chunk.length;
     }
     const int64_t rows = end - row_;
@@ -70,16 +71,17 @@ class Copier {
 
  private:
   struct Response {
-    const Side* side;
     int64_t rollout;
+    int64_t position;     // of the first token
+    int32_t first_input;  // the last token of the prefix
   };
 
   // Token t of a prefix is the input of row t and the label of row t - 1, where these are in the chunk. So the last
   // token of a prefix is no input of its rows: it is the first input of every response.
-  void add_prefix(const Side& side, const Chunk& chunk) {
+  void add_prefix(const std::vector<Run>& prefix, const Chunk& chunk) {
     const int64_t last = chunk.start + chunk.length;  // the last token that is needed, as a label
     int64_t done = 0;
-    for (const Run& run : runs_of(plan_, side)) {
+    for (const Run& run : prefix) {
       const int64_t from = std::max(done, chunk.start), to = std::min(done + run.length, last + 1);
       if (from < to) {
         const int64_t skip = from == chunk.start, row = row_ + from - chunk.start;
@@ -92,19 +94,18 @@ class Copier {
 
   // The first input is the token before the chunk, one row before the copied inputs.
   void add_response(int64_t segment, const Chunk& chunk) {
-    const auto [side, rollout] = responses_[segment];
-    const int64_t first = plan_.batch.offsets[rollout] + chunk.start;
-    const int32_t input =
-        chunk.start > 0 ? plan_.batch.tokens[first - 1] : last_token(plan_, runs_of(plan_, *side).back());
+    const Response& response = responses_[segment];
+    const int64_t first = plan_.batch.offsets[response.rollout] + chunk.start;
+    const int32_t input = chunk.start > 0 ? plan_.batch.tokens[first - 1] : response.first_input;
     copies_.push_back({kFromResponses, first, chunk.length, chunk.length - 1, row_ + 1,
-                       side->prefix_tokens + chunk.start, row_, 0, input, gathered_, segment, rollout,
-                       plan_.segments_of[rollout]});
+                       response.position + chunk.start, row_, 0, input, gathered_, segment, response.rollout,
+                       plan_.segments_of[response.rollout]});
     gathered_ += chunk.length;
   }
 
   const Plan& plan_;
   std::vector<Copy>& copies_;
-  std::vector<const Side*> sides_;
+  std::vector<std::vector<Run>> prefixes_;  // of the sides
   std::vector<Response> responses_;
   int64_t row_;       // first row of the next chunk
   int64_t gathered_;  // place of the next response row in the gather index

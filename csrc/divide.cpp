@@ -56,9 +56,8 @@ class Divider {
   void cut(int64_t segment) {
     const std::vector<int64_t> rows = even_rows(segments_[segment].rows);
     int64_t start = 0;
-    for (int64_t rank = 0; rank + 1 < ranks(); ++rank) start = add(rank, {segment, start, (rows[rank] + 1) / 2});
-    start = add(ranks() - 1, {segment, start, rows.back()});  // its two chunks are adjacent
-    for (int64_t rank = ranks() - 2; rank >= 0; --rank) start = add(rank, {segment, start, rows[rank] / 2});
+    for (int64_t rank = 0; rank < ranks(); ++rank) start = add(rank, {segment, start, (rows[rank] + 1) / 2});
+    for (int64_t rank = ranks() - 1; rank >= 0; --rank) start = add(rank, {segment, start, rows[rank] / 2});
   }
 
   // Splits `length` rows over the ranks as evenly as their room allows.
@@ -74,14 +73,24 @@ class Divider {
     return rows;
   }
 
-  // Returns the end of the chunk.
+  // Returns the end of the chunk. One that continues the rank's last is joined to it: the two in the middle of a
+  // segment, for one.
   int64_t add(int64_t rank, const Chunk& chunk) {
-    if (chunk.length > 0) {
-      shares_[rank].chunks.push_back(chunk);
-      shares_[rank].rows += chunk.length;
-      shares_[rank].cost += cost_of(segments_[chunk.segment], chunk.start, chunk.length, token_cost_);
+    const int64_t end = chunk.start + chunk.length;
+    if (chunk.length == 0) return end;
+    Share& share = shares_[rank];
+    if (!share.chunks.empty() && continues(share.chunks.back(), chunk)) {
+      share.chunks.back().length += chunk.length;
+    } else {
+      share.chunks.push_back(chunk);
     }
-    return chunk.start + chunk.length;
+    share.rows += chunk.length;
+    share.cost += cost_of(segments_[chunk.segment], chunk.start, chunk.length, token_cost_);
+    return end;
+  }
+
+  static bool continues(const Chunk& last, const Chunk& next) {
+    return last.segment == next.segment && last.start + last.length == next.start;
   }
 
   const std::vector<Segment>& segments_;
