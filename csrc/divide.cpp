@@ -30,7 +30,11 @@ class Divider {
     const int64_t largest_whole = total / (ranks() * kWhole);
     for (const int64_t segment : order) {
       const int64_t rank = costs[segment] > largest_whole ? ranks() : cheapest_with_room(segments_[segment].rows);
-      rank < ranks() ? add(rank, {segment, 0, segments_[segment].rows}) : cut(segment);
+      if (rank < ranks()) {
+        add(rank, {segment, 0, segments_[segment].rows});
+      } else {
+        cut(segment);
+      }
     }
     for (Share& share : shares_) {
       std::sort(share.chunks.begin(), share.chunks.end(), [](const Chunk& a, const Chunk& b) {
