@@ -61,7 +61,6 @@ DENSE = {
         "tp2_sp_vpp2": SP2 | VPP2,
         "cp4": CP4,
         "cp2_dp2": CP2,
-        "tp2_cp2": TP2 | CP2,
         "tp2_sp_cp2": SP2 | CP2,
         "pp2_cp2": PP2 | CP2,
         "vpp2_cp2": VPP2 | CP2,
@@ -69,7 +68,9 @@ DENSE = {
 }
 MODELS = {"dense": "qwen3_tied", "moe": "qwen3_moe"}
 SECTIONS = ("tensor", "sequence", "pipeline", "virtual_pipeline", "expert", "context")
-RESHARDED = ("tp2_sp", "ep2", "tp2_sp_pp2_ep2", "ep2_cp2", "tp2_sp_ep2_cp2")
+WITH_CONTEXT = {1: (), 2: ("ep2_cp2",), 4: ("ep4_cp2", "tp2_sp_ep2_cp2", "pp2_ep2_cp2")}
+"""Layouts with experts and context parallel, by the number of processes"""
+RESHARDED = ("tp2_sp", "ep2", "tp2_sp_pp2_ep2", "ep2_cp2")
 """Layouts with experts between which and one process a checkpoint is handed"""
 RECOMPUTE = ("none", "selective", "full")
 CASE = CASES["bicc_rcc_mixed_conditioned"]
@@ -95,8 +96,8 @@ def layouts(processes: int) -> dict[str, tuple[str, dict]]:
 
 
 def expert_layouts(processes: int) -> dict[str, dict]:
-    """Every layout of the model with experts that a run's start-up accepts, by name; under context parallel
-    only those of expert parallel, as the dense model has the others."""
+    """Every layout of the model with experts that a run's start-up accepts, by name; of those with context
+    parallel WITH_CONTEXT."""
     hf_config = make_model(MODELS["moe"], layers=4).config
     hf_config.architectures = ["Qwen3MoeForCausalLM"]  # as in its directory's config.json
     found = {}
@@ -107,13 +108,12 @@ def expert_layouts(processes: int) -> dict[str, dict]:
             check_layout(hf_config, parallel)
         except UserError:
             continue
-        if parallel.context > 1 and parallel.expert == 1:
-            continue
         settings = {f"parallel.{section}": size for section, size in zip(SECTIONS, sizes, strict=True)}
         tensor, _, pipeline, chunks, expert, context = sizes
         parts = {"tp{}_sp": tensor, "pp{}": pipeline, "vpp{}": chunks, "ep{}": expert, "cp{}": context}
         name = "_".join(part.format(size) for part, size in parts.items() if size > 1)
-        found[name or "moe"] = settings
+        if parallel.context == 1 or name in WITH_CONTEXT[processes]:
+            found[name or "moe"] = settings
     return found
 
 
