@@ -46,6 +46,9 @@ class PackedBatch(PackedSeqParams):
     """Every segment attends to itself, causally"""
     cross: Segments
     """Every response attends to its side's prefix"""
+    experts: Tensor | None = None
+    """uint8 or int16 [rows of this tensor-parallel rank, layers of this stage, experts per token]: the experts
+    to replay (model.routing); None: every router chooses"""
 
     @classmethod
     def make(cls, batch: MicroBatch, device: torch.device) -> "PackedBatch":
