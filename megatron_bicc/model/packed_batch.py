@@ -47,8 +47,8 @@ class PackedBatch(PackedSeqParams):
     cross: Segments
     """Every response attends to its side's prefix"""
     experts: Tensor | None = None
-    """uint8 or int16 [rows of this tensor-parallel rank, layers of this stage, experts per token]: the experts
-    to replay (model.routing); None: every router chooses"""
+    """uint8 or int16 [rows of this tensor-parallel rank, layers of this stage, experts per token]: what is
+    replayed (model.routing); None: every router decides"""
 
     @classmethod
     def make(cls, batch: MicroBatch, device: torch.device) -> "PackedBatch":

@@ -1,8 +1,6 @@
 """Tests routing replay: the experts of a step against Hugging Face models whose routers are told theirs."""
 
 import copy
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.hf_reference import Example, context_of, reference_loss
+from support.routing import Experts, drawn, sequences, with_experts
 from support.steps import (
     CASES,
     TOKENIZER,
@@ -25,15 +24,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_bicc.config import Config
 from megatron_bicc.metrics import Stopwatch
-from megatron_bicc.packing.types import StepPlan
-from megatron_bicc.rollout.types import Group
 from megatron_bicc.training.batch import Packer, collate
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.training.routing import FREE, TokenRows
 from megatron_bicc.weights.hf_weights import load_policy
-
-Experts = dict[tuple[int, ...], np.ndarray]
-"""By a sequence's tokens, of each of its positions: [length, layers, experts per token]; -1: free"""
 
 
 class Routed:
@@ -70,11 +64,6 @@ def route(
     return logits, weights, torch.from_numpy(chosen.copy())
 
 
-def sequences(example: Example) -> list[tuple[int, ...]]:
-    """Each response after its prompt."""
-    return [(*example.prompt, *response) for response in example.responses]
-
-
 def told_plain(example: Example, found: Experts) -> Experts:
     """What a step replays of a group's sequences; the prompt's experts are those of the first one."""
     last = len(example.prompt) - 1
@@ -107,34 +96,6 @@ def told_everywhere(examples: list[Example], found: Experts) -> Experts:
     for example in examples:
         both |= told_bilateral(example, plain)
     return both
-
-
-def with_experts(groups: list[Group], examples: list[Example], found: Experts) -> list[Group]:
-    """The groups as an engine returns them that has chosen these experts."""
-    routed = []
-    for group, example in zip(groups, examples, strict=True):
-        last, samples = len(example.prompt) - 1, []
-        for i, (sample, sequence) in enumerate(zip(group.samples, sequences(example), strict=True)):
-            experts = found[sequence].astype(np.uint8)
-            prompt = None if i else experts[:last]
-            samples.append(replace(sample, experts=experts[last:-1], prompt_experts=prompt))
-        routed.append(replace(group, samples=samples))
-    return routed
-
-
-def drawn(examples: list[Example], model: PreTrainedModel) -> Experts:
-    """Random experts, distinct at each position, of each response's sequence."""
-    rng, c = np.random.default_rng(8), model.config
-    return {
-        sequence: np.array(
-            [
-                [rng.permutation(c.num_experts)[: c.num_experts_per_tok] for _ in range(c.num_hidden_layers)]
-                for _ in sequence
-            ]
-        )
-        for example in examples
-        for sequence in sequences(example)
-    }
 
 
 def configured(model: Path, case: str, replay: str, recompute: str = "none") -> Config:
@@ -179,7 +140,7 @@ def test_the_engines_experts_are_those_of_every_pass(
     reference = AutoModelForCausalLM.from_pretrained(model_dirs[family], dtype=torch.float32).eval()
     old = perturb(reference)
     examples = make_examples(reference, config.rollout.temperature)
-    found = drawn(examples, reference)
+    found = drawn(examples, reference.config)
     groups = with_experts(to_groups(examples), examples, found)
     policy = load_policy(config)
     learner = Learner(config, policy, TOKENIZER)
