@@ -1,12 +1,14 @@
 """Tests routing replay: the experts of a step against Hugging Face models whose routers are told theirs."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from megatron.core import parallel_state
 from support.hf_reference import Example, context_of, reference_loss
 from support.routing import Experts, drawn, sequences, with_experts
 from support.steps import (
@@ -23,7 +25,13 @@ from training.test_step_matches_hf import named_gradients, set_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_bicc.config import Config
+from megatron_bicc.errors import UserError
 from megatron_bicc.metrics import Stopwatch
+from megatron_bicc.model.build import transformer_config
+from megatron_bicc.model.families import supported_config
+from megatron_bicc.packing.pack import make_plan
+from megatron_bicc.packing.types import packed_sides
+from megatron_bicc.training import routing
 from megatron_bicc.training.batch import Packer, collate
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.training.routing import FREE, TokenRows
@@ -126,7 +134,7 @@ def assert_equal(
         ("qwen3_moe_raw_gates", "rcc_first_order", True, "selective"),
     ],
 )
-def test_the_engines_experts_are_those_of_every_pass(
+def test_experts_of_the_engine(
     family: str,
     case: str,
     moves: bool,
@@ -135,7 +143,7 @@ def test_the_engines_experts_are_those_of_every_pass(
     single_process: None,
     tmp_path: Path,
 ) -> None:
-    """Drawn at random, so that no router would choose them."""
+    """Every pass has them; drawn at random, they are not what a router would choose."""
     config = configured(model_dirs[family], case, "engine", recompute)
     reference = AutoModelForCausalLM.from_pretrained(model_dirs[family], dtype=torch.float32).eval()
     old = perturb(reference)
@@ -157,10 +165,10 @@ def test_the_engines_experts_are_those_of_every_pass(
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("case", ["bicc_rcc_mixed", "bicc_rcc_mixed_conditioned"])
-def test_the_old_policys_experts_are_those_of_training(
+def test_experts_of_the_old_policy(
     case: str, recompute: str, model_dirs: dict[str, Path], single_process: None, tmp_path: Path
 ) -> None:
-    """In the second update, whose policy has moved: its routers would choose others for some tokens."""
+    """Training has them; in the second update the policy's routers would choose others for some tokens."""
     path = model_dirs["qwen3_moe"]
     config = configured(path, case, "old", recompute)
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -229,3 +237,37 @@ def test_replaying_a_policys_own_experts_changes_no_bit(
         assert loss == steps[0][0]
         np.testing.assert_array_equal(old_T, steps[0][1])
         assert all(torch.equal(gradients[name], gradient) for name, gradient in steps[0][2].items())
+
+
+def test_every_token_is_recorded_once_over_all_ranks(
+    model_dirs: dict[str, Path], single_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also a prompt's whose responses are divided between ranks: the sum over ranks would be of two rows."""
+    learner, examples, found = chosen_by_hugging_face(model_dirs["qwen3_moe"], "old")
+    batch = collate(with_experts(to_groups(examples), examples, found))
+    _, plan = make_plan(batch.rollouts, replace(learner.plain, max_tokens_per_microbatch=40), 2)
+    sides = [side.group for rank in plan.ranks for layout in rank for side in packed_sides(layout)]
+    assert len(sides) > len(set(sides)) == len(examples)
+    recorded = []
+    for rank in range(2):
+        monkeypatch.setattr(parallel_state, "get_data_parallel_rank", lambda rank=rank: rank)
+        recorded += routing._sources(plan)
+    rows = np.concatenate(recorded)
+    np.testing.assert_array_equal(np.sort(rows[rows != FREE]), np.arange(TokenRows(batch.rollouts).count - 1))
+
+
+@pytest.mark.parametrize(
+    ("model", "fused", "message"),
+    [
+        ("qwen3_tied", False, "model.routing_replay is old; the model has no experts: set it to none"),
+        ("qwen3_moe", True, "moe_router_fusion is true; .* remove moe_router_fusion"),
+    ],
+)
+def test_a_policy_that_cannot_replay_is_refused(
+    model: str, fused: bool, message: str, model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_bicc.model.megatron_settings.HAVE_TE", True)  # or it is refused for that
+    config = configured(model_dirs[model], "grpo", "old")
+    config.megatron.transformer = {"moe_router_fusion": True} if fused else {}
+    with pytest.raises(UserError, match=message):
+        transformer_config(supported_config(model_dirs[model]), config)
