@@ -84,7 +84,8 @@ class SglangServer:
         tokenizer: bool = False,
         routing: bool = False,
     ) -> None:
-        """tokenizer: whether it reads the model's, to be asked in text, too. routing: whether it returns it."""
+        """tokenizer: whether it reads the model's, to be asked in text, too. routing: whether it returns its
+        routing."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
