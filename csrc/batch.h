@@ -54,9 +54,12 @@ struct Settings {
   Overlong overlong;
   int64_t alignment;
   int64_t token_cost;
+  int64_t context_ranks;
 
-  // Most rows of a micro-batch whose padded length is within the limit.
-  int64_t capacity() const { return max_tokens_per_microbatch / alignment * alignment; }
+  // Most rows of a micro-batch on one context rank whose padded length is within the limit.
+  int64_t rank_capacity() const { return max_tokens_per_microbatch / alignment * alignment; }
+  // Most rows of a micro-batch.
+  int64_t capacity() const { return context_ranks * rank_capacity(); }
 };
 
 }  // namespace bicc

@@ -122,6 +122,7 @@ Settings read_settings(const py::object& object) {
   s.overlong = from.choice<Overlong>("overlong", {{"error", Overlong::kError}, {"drop", Overlong::kDrop}});
   s.alignment = from.get<int64_t>("alignment");
   s.token_cost = from.get<int64_t>("token_cost");
+  s.context_ranks = from.get<int64_t>("context_ranks");
   return s;
 }
 
@@ -142,7 +143,6 @@ class PlanHandle {
     b.rewards = copy_of<float>(batch, "rewards_R");
     py::gil_scoped_release release;
     plan_ = make_plan(std::move(b), std::move(s), ranks);
-    extent_ = starts_of(plan_, everything()).back();
   }
 
   // int64 [micro-batches, 5]: rows, prefix rows, response rows, sides, segments.
@@ -153,6 +153,30 @@ class PlanHandle {
       for (const int64_t value : {size.rows, size.prefix_rows, size.response_rows, size.sides, size.segments}) {
         *to++ = value;
       }
+    }
+    return out;
+  }
+
+  // int64 [micro-batches * context ranks, 2]: rows, chunks.
+  py::array_t<int64_t> shares() const {
+    py::array_t<int64_t> out({static_cast<py::ssize_t>(plan_.shares.size()), py::ssize_t{2}});
+    int64_t* to = out.mutable_data();
+    for (const ContextShare& share : plan_.shares) {
+      *to++ = share.rows;
+      *to++ = static_cast<int64_t>(share.chunks.size());
+    }
+    return out;
+  }
+
+  // int64 [micro-batches of one rank, 2]: rows, response rows of one of its context ranks.
+  py::array_t<int64_t> rows(const py::object& rank, const py::object& context_rank) const {
+    const RankRange range = range_of(rank, context_rank);
+    py::array_t<int64_t> out({static_cast<py::ssize_t>(range.last - range.first), py::ssize_t{2}});
+    int64_t* to = out.mutable_data();
+    for (int64_t i = range.first; i < range.last; ++i) {
+      const ContextShare& share = plan_.share(i, range.context_rank);
+      *to++ = share.rows;
+      *to++ = share.response_rows;
     }
     return out;
   }
@@ -197,12 +221,14 @@ class PlanHandle {
                     py::arg("microbatches") = plan_.filled_bins, py::arg("rank_costs") = plan_.rank_costs);
   }
 
-  // int64 [copies, 13]: the fields of Copy (csrc/copy.h) of one rank's micro-batches, for the fill on a GPU.
-  py::array_t<int64_t> copies(const py::object& rank) const {
+  // int64 [copies, 13]: the fields of Copy (csrc/copy.h) of one rank's rows, for the fill on a GPU.
+  py::array_t<int64_t> copies(const py::object& rank, const py::object& context_rank) const {
     std::vector<Copy> copies;
-    const Range range = range_of(rank);
-    const std::vector<Extent> starts = starts_of(plan_, range);
-    for (int64_t i = range.first; i < range.last; ++i) append_copies(plan_, i, starts[i - range.first], copies);
+    const RankRange range = range_of(rank, context_rank);
+    const std::vector<RowExtent> starts = starts_of(plan_, range);
+    for (int64_t i = range.first; i < range.last; ++i) {
+      append_copies(plan_, i, range.context_rank, starts[i - range.first], copies);
+    }
     constexpr py::ssize_t kFields = sizeof(Copy) / sizeof(int64_t);
     const py::ssize_t count = static_cast<py::ssize_t>(copies.size());
     return py::array_t<int64_t>({count, kFields}, reinterpret_cast<const int64_t*>(copies.data()));
@@ -215,7 +241,7 @@ class PlanHandle {
 
   // Boundaries and segments of every rank's micro-batches.
   void fill_segments(const py::dict& given) const {
-    const Extent& n = extent_;
+    const SegmentExtent n = extent_of_segments(plan_);
     SegmentBuffers out;
     out.cu_seqlens = buffer<int32_t>(given, "cu_seqlens", n.seqlens);
     out.cu_prefix = buffer<int32_t>(given, "cu_prefix", n.sides + n.micro_batches);
@@ -224,13 +250,17 @@ class PlanHandle {
     out.rollout = buffer<int32_t>(given, "rollout_S", n.segments);
     out.group = buffer<int32_t>(given, "group_S", n.segments);
     out.scale = buffer<float>(given, "scale_S", n.segments);
+    out.chunk_segment = buffer<int32_t>(given, "segment_W", n.chunks);
+    out.chunk_start = buffer<int32_t>(given, "start_W", n.chunks);
+    out.chunk_length = buffer<int32_t>(given, "length_W", n.chunks);
     bicc::fill_segments(plan_, out);
   }
 
   // Rows of one rank's micro-batches.
-  void fill_rows(const py::object& rank, const py::dict& given, const py::object& thread_count) const {
-    const Range range = range_of(rank);
-    const Extent n = starts_of(plan_, range).back();
+  void fill_rows(const py::object& rank, const py::object& context_rank, const py::dict& given,
+                 const py::object& thread_count) const {
+    const RankRange range = range_of(rank, context_rank);
+    const RowExtent n = starts_of(plan_, range).back();
     int64_t threads = read<int64_t>(thread_count, "threads");
     if (threads < 0 || threads > 1024) fail("threads is ", threads, "; it must be in [0, 1024], 0 to choose");
     if (threads == 0) threads = default_threads(n.rows);
@@ -244,13 +274,17 @@ class PlanHandle {
   }
 
  private:
-  Range everything() const { return {0, static_cast<int64_t>(plan_.sizes.size())}; }
+  RankRange range_of(const py::object& rank_number, const py::object& context_rank_number) const {
+    const int64_t rank = read_rank(rank_number, "rank", plan_.ranks());
+    const int64_t context_rank = read_rank(context_rank_number, "context_rank", plan_.settings.context_ranks);
+    const int64_t slots = static_cast<int64_t>(plan_.sizes.size()) / plan_.ranks();
+    return {rank * slots, (rank + 1) * slots, context_rank};
+  }
 
-  Range range_of(const py::object& rank_number) const {
-    const int64_t rank = read<int64_t>(rank_number, "rank"), ranks = plan_.ranks();
-    if (rank < 0 || rank >= ranks) fail("rank is ", rank, "; it must be in [0, ", ranks - 1, "]");
-    const int64_t slots = static_cast<int64_t>(plan_.sizes.size()) / ranks;
-    return {rank * slots, (rank + 1) * slots};
+  static int64_t read_rank(const py::object& number, const char* name, int64_t ranks) {
+    const int64_t rank = read<int64_t>(number, name);
+    if (rank < 0 || rank >= ranks) fail(name, " is ", rank, "; it must be in [0, ", ranks - 1, "]");
+    return rank;
   }
 
   // One thread per million rows, at most one per core: for fewer rows, starting a thread costs more than it saves.
@@ -271,7 +305,6 @@ class PlanHandle {
   py::array prompt_tokens_;
   py::array tokens_;
   Plan plan_;
-  Extent extent_;
 };
 
 }  // namespace
@@ -283,10 +316,13 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const py::object&, const py::object&, const py::object&>(), py::arg("batch"), py::arg("settings"),
            py::arg("dp_size"))
       .def_property_readonly("sizes", &bicc::PlanHandle::sizes)
+      .def_property_readonly("shares", &bicc::PlanHandle::shares)
+      .def("rows", &bicc::PlanHandle::rows, py::arg("rank"), py::arg("context_rank"))
       .def_property_readonly("side_table", &bicc::PlanHandle::side_table)
       .def_property_readonly("counts", &bicc::PlanHandle::counts)
-      .def("copies", &bicc::PlanHandle::copies, py::arg("rank"))
+      .def("copies", &bicc::PlanHandle::copies, py::arg("rank"), py::arg("context_rank"))
       .def_property_readonly("headers", &bicc::PlanHandle::headers)
       .def("fill_segments", &bicc::PlanHandle::fill_segments, py::arg("buffers"))
-      .def("fill_rows", &bicc::PlanHandle::fill_rows, py::arg("rank"), py::arg("buffers"), py::arg("threads"));
+      .def("fill_rows", &bicc::PlanHandle::fill_rows, py::arg("rank"), py::arg("context_rank"), py::arg("buffers"),
+           py::arg("threads"));
 }

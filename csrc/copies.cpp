@@ -1,118 +1,130 @@
 #include "copies.h"
 
+#include <algorithm>
+
 namespace bicc {
 namespace {
 
+// Tokens that lie one after another in their source.
+struct Run {
+  CopySource source;
+  int64_t offset;
+  int64_t length;
+};
+
 int64_t size_of(const std::vector<int64_t>& header) { return static_cast<int64_t>(header.size()); }
 
-int32_t token_at(const Plan& plan, const Copy& copy, int64_t index) {
-  const int64_t place = copy.offset + index;
-  if (copy.source == kFromPrompts) return plan.batch.prompt_tokens[place];
-  if (copy.source == kFromResponses) return plan.batch.tokens[place];
+// The tokens of a side's prefix; no run is empty.
+std::vector<Run> runs_of(const Plan& plan, const Side& side) {
+  const Settings& settings = plan.settings;
+  std::vector<Run> runs;
+  const auto add = [&](CopySource source, int64_t offset, int64_t length) {
+    if (length > 0) runs.push_back({source, offset, length});
+  };
+  add(kFromPrompts, plan.batch.prompt_offsets[side.group], plan.batch.prompt_length(side.group));
+  if (side.context_tokens == 0) return runs;
+  const bool wrong = side.shown == Shown::kWrong;
+  const int64_t header = size_of(wrong ? settings.wrong_header : settings.right_header);
+  for (int64_t p = side.first_part; p < side.last_part; ++p) {
+    const Part& part = plan.sides.parts[p];
+    const int64_t first = plan.batch.offsets[part.rollout];
+    add(kFromHeaders, wrong ? 0 : size_of(settings.wrong_header), header);
+    add(kFromResponses, first, part.head);
+    add(kFromResponses, first + part.length - part.tail, part.tail);
+  }
+  add(kFromHeaders, size_of(settings.wrong_header) + size_of(settings.right_header), size_of(settings.answer_header));
+  return runs;
+}
+
+int32_t last_token(const Plan& plan, const Run& run) {
+  const int64_t place = run.offset + run.length - 1;
+  if (run.source == kFromPrompts) return plan.batch.prompt_tokens[place];
+  if (run.source == kFromResponses) return plan.batch.tokens[place];
   return plan.headers[place];
 }
 
-// Appends the copies of one micro-batch, in the order of its rows.
+// Appends the copies of a context rank's rows of one micro-batch, in the order of the rows.
 class Copier {
  public:
-  Copier(const Plan& plan, const Extent& start, const MicroBatchSize& size, std::vector<Copy>& copies)
-      : plan_(plan),
-        start_(start),
-        size_(size),
-        copies_(copies),
-        row_(start.rows),
-        response_row_(start.rows + size.prefix_rows) {}
-
-  void add_piece(const Piece& piece) {
-    const Side& side = plan_.sides.sides[piece.side];
-    add_prefix(side);
-    const Copy& last = copies_.back();
-    const int32_t first_input = token_at(plan_, last, last.length - 1);
-    for (int64_t i = piece.first_response; i < piece.last_response; ++i) {
-      add_response(plan_.pieces.responses[i], side.prefix_tokens, first_input);
+  Copier(const Plan& plan, int64_t index, const RowExtent& start, std::vector<Copy>& copies)
+      : plan_(plan), copies_(copies), row_(start.rows), gathered_(start.response_rows) {
+    for (const int64_t p : plan.micro_batches[index]) {
+      const Piece& piece = plan.pieces.pieces[p];
+      const Side& side = plan.sides.sides[piece.side];
+      prefixes_.push_back(runs_of(plan, side));
+      const int32_t first_input = last_token(plan, prefixes_.back().back());
+      for (int64_t r = piece.first_response; r < piece.last_response; ++r) {
+        responses_.push_back({plan.pieces.responses[r], side.prefix_tokens, first_input});
+      }
     }
   }
 
-  void add_padding() {
-    const int64_t rows = start_.rows + size_.rows - response_row_;
-    if (rows > 0) copies_.push_back({kPadding, 0, rows, rows, response_row_, 0, response_row_, 0, -1, -1, -1, -1, 0});
+  void add(const ContextShare& share) {
+    const int64_t end = row_ + share.rows, sides = static_cast<int64_t>(prefixes_.size());
+    for (const Chunk& chunk : share.chunks) {
+      chunk.segment < sides ? add_prefix(prefixes_[chunk.segment], chunk) : add_response(chunk.segment - sides, chunk);
+      row_ += chunk.length;
+    }
+    const int64_t rows = end - row_;
+    if (rows > 0) copies_.push_back({kPadding, 0, rows, rows, row_, 0, row_, 0, -1, -1, -1, -1, 0});
   }
 
  private:
-  void add_prefix(const Side& side) {
-    const Settings& settings = plan_.settings;
-    done_ = 0;
-    add_run(side, kFromPrompts, plan_.batch.prompt_offsets[side.group], plan_.batch.prompt_length(side.group));
-    if (side.context_tokens > 0) {
-      const bool wrong = side.shown == Shown::kWrong;
-      const int64_t header = size_of(wrong ? settings.wrong_header : settings.right_header);
-      for (int64_t p = side.first_part; p < side.last_part; ++p) {
-        const Part& part = plan_.sides.parts[p];
-        const int64_t first = plan_.batch.offsets[part.rollout];
-        add_run(side, kFromHeaders, wrong ? 0 : size_of(settings.wrong_header), header);
-        add_run(side, kFromResponses, first, part.head);
-        add_run(side, kFromResponses, first + part.length - part.tail, part.tail);
+  struct Response {
+    int64_t rollout;
+    int64_t position;     // of the first token
+    int32_t first_input;  // the last token of the prefix
+  };
+
+  // Token t of a prefix is the input of row t and the label of row t - 1, where these are in the chunk. So the last
+  // token of a prefix is no input of its rows: it is the first input of every response.
+  void add_prefix(const std::vector<Run>& prefix, const Chunk& chunk) {
+    const int64_t last = chunk.start + chunk.length;  // the last token that is needed, as a label
+    int64_t done = 0;
+    for (const Run& run : prefix) {
+      const int64_t from = std::max(done, chunk.start), to = std::min(done + run.length, last + 1);
+      if (from < to) {
+        const int64_t skip = from == chunk.start, row = row_ + from - chunk.start;
+        copies_.push_back({run.source, run.offset + from - done, to - from, std::min(to, last) - from, row, from,
+                           row - 1 + skip, skip, -1, -1, -1, -1, 0});
       }
-      const int64_t answer = size_of(settings.wrong_header) + size_of(settings.right_header);
-      add_run(side, kFromHeaders, answer, size_of(settings.answer_header));
+      done += run.length;
     }
-    row_ += side.prefix_tokens - 1;
   }
 
-  // Adds the next `length` tokens of a prefix that starts at row_ and of which done_ tokens are placed. The first
-// token of a prefix is no label, and its last token is no input: it is the first input of every response.
-  void add_run(const Side& side, CopySource source, int64_t offset, int64_t length) {
-    if (length == 0) return;
-    const int64_t skip = done_ == 0;
-    const bool last = done_ + length == side.prefix_tokens;
-    copies_.push_back({source, offset, length, length - last, row_ + done_, done_, row_ + done_ - 1 + skip, skip, -1, -1,
-                       -1, -1, 0});
-    done_ += length;
-  }
-
-  // The first input is the last token of the prefix, one row before the copied inputs.
-  void add_response(int64_t rollout, int64_t position, int32_t first_input) {
-    const int64_t length = plan_.batch.length(rollout);
-    copies_.push_back({kFromResponses, plan_.batch.offsets[rollout], length, length - 1, response_row_ + 1, position,
-                       response_row_, 0, first_input, start_.response_rows + gathered_, segments_++, rollout,
-                       plan_.segments_of[rollout]});
-    response_row_ += length;
-    gathered_ += length;
+  // The first input is the token before the chunk, one row before the copied inputs.
+  void add_response(int64_t segment, const Chunk& chunk) {
+    const Response& response = responses_[segment];
+    const int64_t first = plan_.batch.offsets[response.rollout] + chunk.start;
+    const int32_t input = chunk.start > 0 ? plan_.batch.tokens[first - 1] : response.first_input;
+    copies_.push_back({kFromResponses, first, chunk.length, chunk.length - 1, row_ + 1,
+                       response.position + chunk.start, row_, 0, input, gathered_, segment, response.rollout,
+                       plan_.segments_of[response.rollout]});
+    gathered_ += chunk.length;
   }
 
   const Plan& plan_;
-  const Extent& start_;
-  const MicroBatchSize& size_;
   std::vector<Copy>& copies_;
-  int64_t row_;           // first row of the next prefix
-  int64_t response_row_;  // first row of the next response
-  int64_t gathered_ = 0;  // response rows so far
-  int64_t segments_ = 0;  // responses so far
-  int64_t done_ = 0;      // tokens of the prefix so far
+  std::vector<std::vector<Run>> prefixes_;  // of the sides
+  std::vector<Response> responses_;
+  int64_t row_;       // first row of the next chunk
+  int64_t gathered_;  // place of the next response row in the gather index
 };
 
 }  // namespace
 
-std::vector<Extent> starts_of(const Plan& plan, Range range) {
-  std::vector<Extent> starts{Extent{}};
+std::vector<RowExtent> starts_of(const Plan& plan, const RankRange& range) {
+  std::vector<RowExtent> starts{RowExtent{}};
   for (int64_t i = range.first; i < range.last; ++i) {
-    const MicroBatchSize& size = plan.sizes[i];
-    Extent next = starts.back();
-    next.rows += size.rows;
-    next.response_rows += size.response_rows;
-    next.segments += size.segments;
-    next.sides += size.sides;
-    next.seqlens += size.sides + size.segments + size.padded() + 1;
-    next.micro_batches += 1;
-    starts.push_back(next);
+    const ContextShare& share = plan.share(i, range.context_rank);
+    starts.push_back({starts.back().rows + share.rows, starts.back().response_rows + share.response_rows});
   }
   return starts;
 }
 
-void append_copies(const Plan& plan, int64_t index, const Extent& start, std::vector<Copy>& copies) {
-  Copier copier(plan, start, plan.sizes[index], copies);
-  for (const int64_t piece : plan.micro_batches[index]) copier.add_piece(plan.pieces.pieces[piece]);
-  copier.add_padding();
+void append_copies(const Plan& plan, int64_t index, int64_t context_rank, const RowExtent& start,
+                   std::vector<Copy>& copies) {
+  Copier(plan, index, start, copies).add(plan.share(index, context_rank));
 }
 
 }  // namespace bicc

@@ -102,17 +102,37 @@ class SegmentWriter {
 
 }  // namespace
 
+SegmentExtent extent_of_segments(const Plan& plan) {
+  SegmentExtent extent;
+  for (const MicroBatchSize& size : plan.sizes) {
+    extent.segments += size.segments;
+    extent.sides += size.sides;
+    extent.seqlens += size.sides + size.segments + size.padded() + 1;
+    extent.micro_batches += 1;
+  }
+  for (const ContextShare& share : plan.shares) extent.chunks += static_cast<int64_t>(share.chunks.size());
+  return extent;
+}
+
 void fill_segments(const Plan& plan, const SegmentBuffers& buffers) {
   SegmentWriter writer(plan, buffers);
   for (size_t i = 0; i < plan.micro_batches.size(); ++i) writer.write(plan.micro_batches[i], plan.sizes[i]);
+  int64_t i = 0;
+  for (const ContextShare& share : plan.shares) {
+    for (const Chunk& chunk : share.chunks) {
+      buffers.chunk_segment[i] = static_cast<int32_t>(chunk.segment);
+      buffers.chunk_start[i] = static_cast<int32_t>(chunk.start);
+      buffers.chunk_length[i++] = static_cast<int32_t>(chunk.length);
+    }
+  }
 }
 
-void fill_rows(const Plan& plan, Range range, int64_t threads, const RowBuffers& buffers) {
+void fill_rows(const Plan& plan, const RankRange& range, int64_t threads, const RowBuffers& buffers) {
   const RowWriter writer(plan, buffers);
-  const std::vector<Extent> starts = starts_of(plan, range);
+  const std::vector<RowExtent> starts = starts_of(plan, range);
   parallel_for(range.last - range.first, threads, [&](int64_t i) {
     std::vector<Copy> copies;
-    append_copies(plan, range.first + i, starts[i], copies);
+    append_copies(plan, range.first + i, range.context_rank, starts[i], copies);
     for (const Copy& copy : copies) copy.source == kPadding ? writer.write_padding(copy) : writer.write(copy);
   });
 }

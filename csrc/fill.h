@@ -15,7 +15,20 @@ struct SegmentBuffers {
   int32_t* rollout;           // [segments]
   int32_t* group;             // [segments]
   float* scale;               // [segments]
+  int32_t* chunk_segment;     // [chunks of all context ranks], as are both below
+  int32_t* chunk_start;
+  int32_t* chunk_length;
 };
+
+// Items of the buffers above.
+struct SegmentExtent {
+  int64_t segments = 0;
+  int64_t sides = 0;
+  int64_t seqlens = 0;
+  int64_t chunks = 0;
+  int64_t micro_batches = 0;
+};
+SegmentExtent extent_of_segments(const Plan& plan);
 
 struct RowBuffers {
   int32_t* tokens;     // [rows]
@@ -24,11 +37,12 @@ struct RowBuffers {
   int64_t* gather;     // [response rows]
 };
 
-// Writes the layout of all ranks' micro-batches: cumulative lengths; rollout, group and scale of every segment.
+// Writes the layout of all ranks' micro-batches: cumulative lengths; rollout, group and scale of every segment; the
+// chunks of every context rank.
 void fill_segments(const Plan& plan, const SegmentBuffers& buffers);
 
 // Writes the rows of the range's micro-batches: tokens, positions, labels and gather. The result does not depend on
 // `threads`.
-void fill_rows(const Plan& plan, Range range, int64_t threads, const RowBuffers& buffers);
+void fill_rows(const Plan& plan, const RankRange& range, int64_t threads, const RowBuffers& buffers);
 
 }  // namespace bicc

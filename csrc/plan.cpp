@@ -53,31 +53,59 @@ void assign_to_ranks(Plan& plan, std::vector<Bin> bins, int64_t dp_size) {
   using CostAndRank = std::pair<int64_t, int64_t>;
   std::priority_queue<CostAndRank, std::vector<CostAndRank>, std::greater<>> open;
   for (int64_t rank = 0; slots > 0 && rank < dp_size; ++rank) open.push({0, rank});
-  std::vector<int64_t> used(dp_size, 0);
-  plan.rank_costs.assign(dp_size, 0);
+  std::vector<int64_t> used(dp_size, 0), rank_costs(dp_size, 0);
   plan.micro_batches.resize(bins.size());
   for (const int64_t bin : order) {
     const int64_t rank = open.top().second;
     open.pop();
-    plan.rank_costs[rank] += costs[bin];
+    rank_costs[rank] += costs[bin];
     plan.micro_batches[rank * slots + used[rank]++] = std::move(bins[bin]);
-    if (used[rank] < slots) open.push({plan.rank_costs[rank], rank});
+    if (used[rank] < slots) open.push({rank_costs[rank], rank});
   }
 }
 
-MicroBatchSize size_of(const Plan& plan, const Bin& bin) {
-  MicroBatchSize size;
-  size.sides = static_cast<int64_t>(bin.size());
+// The prefixes of all sides, then the responses.
+std::vector<Segment> segments_of(const Plan& plan, const Bin& bin) {
+  std::vector<Segment> segments;
+  const auto prefix_rows = [&](const Piece& piece) { return plan.sides.sides[piece.side].prefix_tokens - 1; };
+  for (const int64_t p : bin) segments.push_back({prefix_rows(plan.pieces.pieces[p]), 0});
   for (const int64_t p : bin) {
     const Piece& piece = plan.pieces.pieces[p];
-    const int64_t prefix = plan.sides.sides[piece.side].prefix_tokens - 1;
-    size.prefix_rows += prefix;
-    size.response_rows += piece.rows - prefix;
-    size.segments += piece.last_response - piece.first_response;
+    for (int64_t r = piece.first_response; r < piece.last_response; ++r) {
+      segments.push_back({plan.batch.length(plan.pieces.responses[r]), prefix_rows(piece)});
+    }
   }
-  const int64_t rows = size.prefix_rows + size.response_rows;
-  size.rows = round_up(std::max<int64_t>(rows, 1), plan.settings.alignment);
-  return size;
+  return segments;
+}
+
+ContextShare context_share(Share share, int64_t sides, int64_t alignment) {
+  ContextShare out;
+  for (const Chunk& chunk : share.chunks) (chunk.segment < sides ? out.prefix_rows : out.response_rows) += chunk.length;
+  out.rows = round_up(std::max<int64_t>(share.rows, 1), alignment);
+  out.chunks = std::move(share.chunks);
+  return out;
+}
+
+// Divides every micro-batch over the context ranks; sets sizes, shares and rank_costs.
+void divide_micro_batches(Plan& plan, int64_t dp_size) {
+  const Settings& settings = plan.settings;
+  const int64_t ranks = settings.context_ranks, slots = static_cast<int64_t>(plan.micro_batches.size()) / dp_size;
+  plan.rank_costs.assign(dp_size * ranks, 0);
+  for (size_t m = 0; m < plan.micro_batches.size(); ++m) {
+    const std::vector<Segment> segments = segments_of(plan, plan.micro_batches[m]);
+    MicroBatchSize size;
+    size.sides = static_cast<int64_t>(plan.micro_batches[m].size());
+    size.segments = static_cast<int64_t>(segments.size()) - size.sides;
+    std::vector<Share> shares = divide(segments, ranks, settings.rank_capacity(), settings.token_cost);
+    for (int64_t rank = 0; rank < ranks; ++rank) {
+      plan.rank_costs[static_cast<int64_t>(m) / slots * ranks + rank] += shares[rank].cost;
+      plan.shares.push_back(context_share(std::move(shares[rank]), size.sides, settings.alignment));
+      size.rows += plan.shares.back().rows;
+      size.prefix_rows += plan.shares.back().prefix_rows;
+      size.response_rows += plan.shares.back().response_rows;
+    }
+    plan.sizes.push_back(size);
+  }
 }
 
 }  // namespace
@@ -96,10 +124,8 @@ Plan make_plan(Batch batch, Settings settings, int64_t dp_size) {
   assign_to_ranks(plan, make_bins(plan.pieces, plan.settings.capacity(), dp_size), dp_size);
   plan.segments_of.assign(plan.batch.rollouts(), 0);
   for (const int64_t rollout : plan.pieces.responses) ++plan.segments_of[rollout];
-  for (const Bin& bin : plan.micro_batches) {
-    plan.sizes.push_back(size_of(plan, bin));
-    plan.filled_bins += !bin.empty();
-  }
+  for (const Bin& bin : plan.micro_batches) plan.filled_bins += !bin.empty();
+  divide_micro_batches(plan, dp_size);
   return plan;
 }
 

@@ -83,9 +83,11 @@ class SideMaker {
 
   [[noreturn]] void fail_overlong(int64_t rollout, int64_t prompt) const {
     const bool sequence = prompt + batch_.length(rollout) > settings_.max_sequence_tokens;
+    const std::string ranks =
+        settings_.context_ranks > 1 ? " on each of " + std::to_string(settings_.context_ranks) + " context ranks" : "";
     fail(rollout_name(batch_, rollout), ": a prompt of ", prompt, " and a response of ", batch_.length(rollout),
          " tokens exceed ", sequence ? "max_sequence_tokens " : "max_tokens_per_microbatch ",
-         sequence ? settings_.max_sequence_tokens : settings_.max_tokens_per_microbatch,
+         sequence ? settings_.max_sequence_tokens : settings_.max_tokens_per_microbatch, sequence ? "" : ranks,
          "; raise it, or set overlong to drop");
   }
 

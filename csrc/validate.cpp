@@ -109,6 +109,9 @@ void validate(const Settings& settings, int64_t dp_size) {
   check_range("PackingSettings.alignment", settings.alignment, 1,
               std::min<int64_t>(settings.max_tokens_per_microbatch, 1 << 16));
   check_range("PackingSettings.token_cost", settings.token_cost, 0, 1 << 24);
+  // the boundaries of a micro-batch are int32; the data-parallel ranks' limit holds for all ranks together
+  check_range("PackingSettings.context_ranks", settings.context_ranks, 1,
+              std::min<int64_t>(kInt32Max / settings.max_tokens_per_microbatch, (1 << 16) / dp_size));
   if (!(settings.context_ratio >= 0 && settings.context_ratio <= 1)) {
     fail("PackingSettings.context_ratio is ", settings.context_ratio, "; it must be in [0, 1]");
   }

@@ -1,11 +1,13 @@
-"""Collective operations: gather small objects, raise one rank's error on all ranks, write one directory."""
+"""Collective operations: gather objects, sum tensors, raise one rank's error on all, write one directory."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_bicc.errors import UserError
 from megatron_bicc.files import atomic_directory, os_error_named, partial_name
@@ -21,6 +23,29 @@ def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     values = [value] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+class SumOverRanks(torch.autograd.Function):
+    """(values, group) -> their sum over the ranks of the group. Collective, forward and backward.
+
+    For a loss that is the sum of all ranks' losses: each of them depends on the sum, so a rank's values get
+    the gradients of all ranks, added up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _summed(values, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _summed(grad, ctx.group), None
+
+
+def _summed(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
 
 
 @contextmanager

@@ -247,7 +247,7 @@ class DataConfig:
 
 @dataclass
 class ParallelConfig:
-    """Layout of the policy over the processes; data-parallel size = world size / (tensor x pipeline)."""
+    """Layout of the policy; data-parallel size = number of processes / (tensor x context x pipeline)."""
 
     tensor: int = setting(1, at_least=1)
     """Tensor-parallel size."""
@@ -260,7 +260,7 @@ class ParallelConfig:
     expert: int = setting(1, at_least=1)
     """Expert-parallel size."""
     context: int = setting(1, at_least=1)
-    """Context-parallel size; only 1 is supported."""
+    """Context-parallel size: ranks that share the rows of a micro-batch; for long sequences."""
     heartbeat_timeout_s: float = setting(
         30.0, at_least=5, zero_is_off=True, reason="hosts send a heartbeat every 2 seconds"
     )
@@ -290,7 +290,7 @@ class TrainConfig:
     max_sequence_tokens: int = setting(4096, at_least=1, below=2**31, changes_experiment=True)
     """Longest training sequence in tokens: prompt, context and response together."""
     max_tokens_per_microbatch: int = setting(16384, at_least=1, below=2**31)
-    """Largest packed micro-batch in tokens."""
+    """Largest packed micro-batch in tokens, on each context-parallel rank."""
 
 
 @dataclass
@@ -683,10 +683,6 @@ def check_values(config: Config) -> None:
 
 def check_processes(layout: ParallelConfig, world_size: int) -> None:
     """Raises UserError for a layout that the given number of processes cannot have."""
-    if layout.context != 1:
-        raise UserError(
-            f"parallel.context is {layout.context}; context parallel is not supported, set it to 1"
-        )
     if layout.sequence and layout.tensor == 1:
         raise UserError("parallel.sequence is true; it needs parallel.tensor of at least 2, which is 1")
     if layout.virtual_pipeline > 1 and layout.pipeline == 1:
@@ -694,11 +690,15 @@ def check_processes(layout: ParallelConfig, world_size: int) -> None:
             f"parallel.virtual_pipeline is {layout.virtual_pipeline}; "
             "it needs parallel.pipeline of at least 2, which is 1"
         )
-    for first, size in (("tensor", layout.tensor), ("expert", layout.expert)):
-        if world_size % (size * layout.pipeline):
+    # experts are spread over tensor-, context- and data-parallel ranks alike
+    for names in (("tensor", "context", "pipeline"), ("expert", "pipeline")):
+        sizes = {name: getattr(layout, name) for name in names}
+        product = math.prod(sizes.values())
+        if world_size % product:
+            *most, last = (f"parallel.{name} is {size}" for name, size in sizes.items())
             raise UserError(
-                f"parallel.{first} is {size} and parallel.pipeline is {layout.pipeline}; their product "
-                f"{size * layout.pipeline} must divide the number of processes, {world_size}"
+                f"{', '.join(most)} and {last}; their product {product} must divide the number of "
+                f"processes, {world_size}"
             )
 
 
@@ -723,17 +723,11 @@ def _check_batches(config: Config) -> None:
 
 def _check_tokens(config: Config) -> None:
     prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
-    sequence, microbatch = config.train.max_sequence_tokens, config.train.max_tokens_per_microbatch
+    sequence = config.train.max_sequence_tokens
     if sequence < prompt + response:
         raise UserError(
             f"train.max_sequence_tokens is {sequence}; it must be at least data.max_prompt_tokens + "
             f"rollout.max_new_tokens = {prompt} + {response} = {prompt + response}"
-        )
-    if microbatch < sequence:
-        raise UserError(
-            f"train.max_tokens_per_microbatch is {microbatch}; it must hold the longest sequence, "
-            f"train.max_sequence_tokens = {sequence} (of which data.max_prompt_tokens = {prompt} and "
-            f"rollout.max_new_tokens = {response})"
         )
 
 

@@ -15,11 +15,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, is_dataclass, replace
 from datetime import timedelta
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -141,6 +142,8 @@ LOST_PEER = (
 )
 """Messages of gloo, NCCL (ncclRemoteError) and the store for a lost connection"""
 
+Structure = TypeVar("Structure")
+
 _heartbeat: Heartbeat | None = None
 _store: dist.Store | None = None
 _kernels: ModuleType | None = None
@@ -249,6 +252,25 @@ def upload(arrays: Sequence[np.ndarray], to: torch.device) -> list[torch.Tensor]
         dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
         found.append(part[: array.nbytes].view(dtype).view(array.shape))
     return found
+
+
+def upload_tensors(structure: Structure, to: torch.device) -> Structure:
+    """Returns dataclasses, lists and tuples with their tensors, made on the CPU, on a device, as `upload`."""
+    found: list[torch.Tensor] = []
+    _with_tensors(structure, found.append)
+    uploaded = iter(upload([tensor.numpy() for tensor in found], to))
+    return _with_tensors(structure, lambda _: next(uploaded))
+
+
+def _with_tensors(value: Any, of: Callable[[torch.Tensor], Any]) -> Any:
+    """Returns a structure with of(tensor) in the place of every tensor."""
+    if isinstance(value, torch.Tensor):
+        return of(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_with_tensors(item, of) for item in value)
+    if is_dataclass(value):
+        return replace(value, **{f.name: _with_tensors(getattr(value, f.name), of) for f in fields(value)})
+    return value
 
 
 def local_rank() -> int:

@@ -35,7 +35,7 @@ from megatron_bicc.errors import UserError, first_line
 from megatron_bicc.metrics import import_wandb, phase
 from megatron_bicc.model.build import backend, transformer_config
 from megatron_bicc.model.families import family_of, positions, supported_config
-from megatron_bicc.model.megatron_settings import check_megatron_settings
+from megatron_bicc.model.megatron_settings import check_megatron_settings, row_alignment
 from megatron_bicc.model.optimizer import optimizer_config
 from megatron_bicc.model.policy import ddp_config, start_model_parallel
 from megatron_bicc.rewards.registry import Verifier, check_reward, check_truths, get_verifier
@@ -59,8 +59,29 @@ def validate(config: Config, world_size: int) -> None:
     check_servers(config.rollout)
     _check_gpus(config.rollout)
     check_megatron_settings(config)
+    _check_microbatch(config)
     if config.monitoring.wandb_project:
         import_wandb(config.monitoring.wandb_project)
+
+
+def _check_microbatch(config: Config) -> None:
+    """Raises UserError if the longest sequence would not fit a micro-batch, as the packer requires."""
+    budget, ranks, alignment = (
+        config.train.max_tokens_per_microbatch,
+        config.parallel.context,
+        row_alignment(config),
+    )
+    capacity, sequence = ranks * (budget // alignment * alignment), config.train.max_sequence_tokens
+    if capacity >= sequence:
+        return
+    rounded = f", in multiples of {alignment} rows" if alignment > 1 else ""
+    times = f"parallel.context = {ranks} times that{rounded} is {capacity}; "
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    raise UserError(
+        f"train.max_tokens_per_microbatch is {budget}; {times if capacity != budget else ''}it must hold the "
+        f"longest sequence, train.max_sequence_tokens = {sequence} (of which data.max_prompt_tokens = "
+        f"{prompt} and rollout.max_new_tokens = {response})"
+    )
 
 
 def _check_gpus(rollout: RolloutConfig) -> None:

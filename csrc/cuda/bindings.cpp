@@ -91,8 +91,8 @@ template <class T>
 void policy_loss(const std::string& objective, double low, double high, double dual, double tis_cap,
                  double kl_coefficient, const std::string& kl_estimator, double entropy_coefficient, int64_t rows,
                  uintptr_t logp, uintptr_t old_logp, uintptr_t advantage, uintptr_t weight, uintptr_t engine_log_ratio,
-                 uintptr_t regularisation, uintptr_t ref_logp, uintptr_t entropy, uintptr_t response, uintptr_t share,
-                 uintptr_t gradient, uintptr_t masks, uintptr_t partials, uintptr_t stream) {
+                 uintptr_t regularisation, uintptr_t ref_logp, uintptr_t entropy, uintptr_t mean, uintptr_t response,
+                 uintptr_t share, uintptr_t gradient, uintptr_t mean_gradient, uintptr_t masks, uintptr_t partials, uintptr_t stream) {
   const LossSettings<T> settings{
       choice<Objective>(objective, "objective",
                         {{"token", Objective::kToken},
@@ -116,9 +116,11 @@ void policy_loss(const std::string& objective, double low, double high, double d
                              pointer<const T>(regularisation),
                              pointer<const T>(ref_logp),
                              pointer<const T>(entropy),
+                             pointer<const T>(mean),
                              pointer<const int64_t>(response),
                              pointer<T>(share),
                              pointer<T>(gradient),
+                             pointer<T>(mean_gradient),
                              pointer<bool>(masks),
                              pointer<double>(partials)};
   launch_policy_loss(settings, arrays, rows, stream_of(stream));
@@ -129,8 +131,8 @@ void define_policy_loss(py::module_& m, const char* name) {
   using namespace pybind11::literals;
   m.def(name, &policy_loss<T>, py::kw_only(), "objective"_a, "low"_a, "high"_a, "dual"_a, "tis_cap"_a,
         "kl_coefficient"_a, "kl_estimator"_a, "entropy_coefficient"_a, "rows"_a, "logp"_a, "old_logp"_a, "advantage"_a,
-        "weight"_a, "engine_log_ratio"_a, "regularisation"_a, "ref_logp"_a, "entropy"_a, "response"_a, "share"_a,
-        "gradient"_a, "masks"_a, "partials"_a, "stream"_a);
+        "weight"_a, "engine_log_ratio"_a, "regularisation"_a, "ref_logp"_a, "entropy"_a, "mean"_a, "response"_a,
+        "share"_a, "gradient"_a, "mean_gradient"_a, "masks"_a, "partials"_a, "stream"_a);
 }
 
 }  // namespace

@@ -55,23 +55,25 @@ __device__ double response_loss(const LossSettings<T>& settings, const LossArray
                                 int64_t end) {
   const int64_t first = begin + threadIdx.x;
   const double length = static_cast<double>(end - begin);
+  const bool averages = uses_mean(settings) && !a.mean;
   T mean = 0;
-  if (uses_mean(settings)) {
+  if (averages) {
     double sum = 0.0;
     for (int64_t i = first; i < end; i += kThreads) sum += mean_term(settings, read_row(a, i));
     mean = static_cast<T>(block_sum(sum) / length);
   }
   double loss_sum = 0.0, shared_gradient = 0.0;
   for (int64_t i = first; i < end; i += kThreads) {
-    const RowLoss<T> loss = row_loss(settings, read_row(a, i), mean);
+    const RowLoss<T> loss = row_loss(settings, read_row(a, i), a.mean ? a.mean[i] : mean);
     loss_sum += loss.loss;
     shared_gradient += loss.shared_gradient;
     a.gradient[i] = loss.gradient;
+    if (a.mean) a.mean_gradient[i] = loss.shared_gradient;
     a.masks[i] = loss.low;
     a.masks[rows + i] = loss.high;
     a.masks[2 * rows + i] = loss.dual;
   }
-  if (uses_mean(settings)) {
+  if (averages) {
     const T each = static_cast<T>(block_sum(shared_gradient) / length);
     for (int64_t i = first; i < end; i += kThreads) a.gradient[i] += each * mean_term_slope(settings, read_row(a, i));
   }
@@ -107,7 +109,7 @@ __global__ void add_partials_kernel(const double* partials, int64_t count, T* sh
 template <class T>
 void launch_policy_loss(const LossSettings<T>& settings, const LossArrays<T>& arrays, int64_t rows,
                         cudaStream_t stream) {
-  // There are at most as many responses as rows; how many, only the device knows.
+  // How many responses have rows, only the device knows; at most as many as there are rows.
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(rows, kLossBlocks));
   if (blocks > 0) {
     policy_loss_kernel<<<blocks, kThreads, 0, stream>>>(settings, arrays, rows);

@@ -20,9 +20,11 @@ struct LossArrays {
   const T* regularisation;    // may be null where both coefficients are 0
   const T* ref_logp;          // may be null where kl_coefficient is 0
   const T* entropy;           // may be null where entropy_coefficient is 0
-  const int64_t* response;    // index of the row's response; rises from 0 in steps of 1
+  const T* mean;              // of the objective's averaged term over the row's response; null: computed here
+  const int64_t* response;    // index of the row's response; rises, in steps of 1 where mean is null
   T* share;                   // out: [1]
   T* gradient;                // out: d share / d logp
+  T* mean_gradient;           // out: d share / d mean; null where mean is
   bool* masks;                // out: [3, rows], clipped at the lower edge, the upper edge, by the dual clip
   double* partials;           // workspace [kLossBlocks]
 };

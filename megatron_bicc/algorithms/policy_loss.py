@@ -22,17 +22,20 @@ Shape suffixes: A response rows of the micro-batch, R rollouts, T response token
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bicc import device, plugins
 from megatron_bicc.algorithms.flat_arrays import segment_sums
 from megatron_bicc.algorithms.policy_loss_cuda import policy_loss_kernel
+from megatron_bicc.collective import SumOverRanks
 from megatron_bicc.config import KlEstimator, LossConfig
 from megatron_bicc.errors import UserError
 
@@ -92,11 +95,20 @@ def kl_in_reward(
 
 
 @dataclass(frozen=True)
+class SplitResponses:
+    """The ranks over which context parallel divides the rows of a micro-batch's responses."""
+
+    group: dist.ProcessGroup
+    count: int
+    """Responses of the micro-batch, on all ranks together"""
+
+
+@dataclass(frozen=True)
 class LossRows:
     """Inputs of the loss per response row, besides the policy's outputs; [A] each, on one device.
 
-    Floating tensors are float32 or float64 without gradient. All rows of a response are present: a response
-    is never split between micro-batches.
+    Floating tensors are float32 or float64 without gradient. All rows of a response are in one micro-batch;
+    under context parallel, `split`, each rank has some of them.
     """
 
     advantage: Tensor
@@ -104,8 +116,8 @@ class LossRows:
     weight: Tensor
     """Weight of the row in the whole step's loss (advantages.token_weights, times mixing and pair scale)"""
     response: Tensor
-    """int64: index of the row's response segment in this micro-batch. It rises from 0 without gaps, so the
-    rows of a response are adjacent."""
+    """int64: index of the row's response segment in this micro-batch. It rises, so the rows of a response are
+    adjacent; without gaps unless `split`"""
     old_logp: Tensor | None = None
     """Log-prob of the row's token in the ratio's denominator; None: the current policy is the old policy, so
     the ratio is 1"""
@@ -117,11 +129,13 @@ class LossRows:
     engine_log_ratio: Tensor | None = None
     """log pi_old - log mu, with mu the rollout engine's probability, both given the prompt alone; needed for
     loss.tis_cap"""
+    split: SplitResponses | None = None
+    """None: all rows of every response are here"""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             tensor = getattr(self, field.name)
-            if tensor is not None and tensor.shape != self.advantage.shape:
+            if isinstance(tensor, Tensor) and tensor.shape != self.advantage.shape:
                 raise ValueError(
                     f"LossRows.{field.name} has shape {tuple(tensor.shape)}, "
                     f"but advantage has {tuple(self.advantage.shape)}"
@@ -161,7 +175,8 @@ class Objective(Protocol):
             loss: the resolved settings; clip_bounds(loss) gives the edges in the log ratio.
 
         The rows of a micro-batch depend on packing and layout, so a loss that is not a function of the row's
-        own response would make the gradient depend on them, too.
+        own response would make the gradient depend on them, too. A response's rows may lie on several
+        ranks: `response_mean` averages over all of them.
         """
 
 
@@ -222,7 +237,11 @@ def _by_kernel(
     bounds = clip_bounds(loss)
     regularised = rows.regularisation is not None
     has_kl = regularised and loss.kl_in == "loss" and loss.kl_coefficient > 0
-    share, _, masks = policy_loss_kernel(
+    mean = None
+    if rows.split is not None and loss.objective in AVERAGED:
+        # the kernel averages over rows of this rank only
+        mean = response_mean(AVERAGED[loss.objective](logp - old_logp, rows.advantage, bounds), rows)
+    share, _, _, masks = policy_loss_kernel(
         logp,
         entropy,
         rows.old_logp,
@@ -232,6 +251,7 @@ def _by_kernel(
         rows.regularisation,
         rows.ref_logp,
         rows.engine_log_ratio,
+        mean,
         objective=loss.objective,
         low=bounds.low,
         high=bounds.high,
@@ -328,12 +348,18 @@ def _dual_clipped(log_ratio: Tensor, advantage: Tensor, bounds: ClipBounds) -> T
     return (log_ratio > bounds.dual) & (advantage < 0)
 
 
-def _response_mean(values: Tensor, response: Tensor) -> Tensor:
-    """Returns at each row the mean over its response: [A]."""
+def response_mean(values: Tensor, rows: LossRows) -> Tensor:
+    """Returns at each row the mean of `values`, [A], over its response: [A], differentiable.
+
+    Collective over the context-parallel ranks if they split responses, and so is its backward pass.
+    """
     # One slot per row, although there are fewer responses: counting them would synchronise with the device.
-    sums = torch.zeros_like(values).index_add(0, response, values)
-    counts = torch.zeros_like(values).index_add(0, response, torch.ones_like(values))
-    return sums[response] / counts[response]
+    zeros = values.new_zeros(len(values) if rows.split is None else rows.split.count)
+    sums = zeros.index_add(0, rows.response, values)
+    counts = zeros.index_add(0, rows.response, torch.ones_like(values))
+    if rows.split is not None:
+        sums, counts = SumOverRanks.apply(torch.stack([sums, counts]), rows.split.group)
+    return sums[rows.response] / counts[rows.response]
 
 
 def _ppo(log_ratio: Tensor, advantage: Tensor, bounds: ClipBounds) -> TokenLoss:
@@ -348,12 +374,14 @@ def _token(logp: Tensor, old_logp: Tensor, rows: LossRows, loss: LossConfig) -> 
 
 
 def _sequence(logp: Tensor, old_logp: Tensor, rows: LossRows, loss: LossConfig) -> TokenLoss:
-    return _ppo(_response_mean(logp - old_logp, rows.response), rows.advantage, clip_bounds(loss))
+    bounds = clip_bounds(loss)
+    mean = response_mean(AVERAGED["sequence"](logp - old_logp, rows.advantage, bounds), rows)
+    return _ppo(mean, rows.advantage, bounds)
 
 
 def _geometric(logp: Tensor, old_logp: Tensor, rows: LossRows, loss: LossConfig) -> TokenLoss:
     log_ratio, advantage, bounds = logp - old_logp, rows.advantage, clip_bounds(loss)
-    mean = _response_mean(_clip(log_ratio, advantage, bounds), rows.response)
+    mean = response_mean(AVERAGED["geometric"](log_ratio, advantage, bounds), rows)
     low, high = _clipped(log_ratio, advantage, bounds)
     token_loss = -advantage * _dual_clip(mean, advantage, bounds).exp()
     return TokenLoss(token_loss, low, high, _dual_clipped(mean, advantage, bounds))
@@ -387,6 +415,10 @@ def _cispo(logp: Tensor, old_logp: Tensor, rows: LossRows, loss: LossConfig) -> 
     return TokenLoss(token_loss, log_ratio < bounds.low, log_ratio > bounds.high, dual)
 
 
+AVERAGED: MappingProxyType[str, Callable[[Tensor, Tensor, ClipBounds], Tensor]] = MappingProxyType(
+    {"sequence": lambda log_ratio, advantage, bounds: log_ratio, "geometric": _clip}
+)
+"""What the objectives of whole responses average, by the log ratio, the advantage and the edges"""
 OBJECTIVES: MappingProxyType[str, Objective] = MappingProxyType(
     {"token": _token, "sequence": _sequence, "geometric": _geometric, "aspo": _aspo, "cispo": _cispo}
 )

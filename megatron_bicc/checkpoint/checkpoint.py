@@ -51,9 +51,9 @@ from megatron_bicc.weights.hf_weights import save_hf
 PROGRESS, LATEST, PARTIAL = "progress.json", "latest", ".partial"
 _SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
-    # The optimizer's state is gathered over gloo, in host memory, by one rank of each data-parallel group. By
-    # default NCCL gathers it on every GPU, where colocated rollout servers leave no room for it, and every
-    # rank keeps all of it on its host until it is written.
+    # The optimizer's state is gathered over gloo, in host memory, by one rank of each data- and context-
+    # parallel group. By default NCCL gathers it on every GPU, where colocated rollout servers leave no room
+    # for it, and every rank keeps all of it on its host until it is written.
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
@@ -160,8 +160,8 @@ def _check_tensors(state: dict[str, Any], path: Path) -> None:
 def host_state(policy: Policy) -> dict[str, Any]:
     """Returns the policy's part of a checkpoint, in host memory that training does not change. Collective.
 
-    The first rank of each data-parallel group has the optimizer's part, 12 bytes a parameter of its shard;
-    the others have none of it.
+    The first rank of each data- and context-parallel group has the optimizer's part, 12 bytes a parameter of
+    its shard; the others have none of it.
     """
     model = {f"model{i}": chunk.module.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
     # megatron-core gathers the optimizer's part into new host memory; only the weights are still live tensors

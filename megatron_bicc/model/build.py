@@ -139,6 +139,7 @@ def _parallel(config: Config) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": parallel.tensor,
         "sequence_parallel": parallel.sequence,
+        "context_parallel_size": parallel.context,
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
         # one direction per call: with two stages, each is both the other's previous and its next stage

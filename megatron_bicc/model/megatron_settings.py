@@ -38,6 +38,7 @@ NAMES: dict[type, str] = {
 
 _FROM_MODEL = "it is part of the model, which config.json in model.path describes"
 _ATTENTION = "attention is this package's own; choose its kernels with model.attention"
+_CONTEXT = "rows are divided by the packer, and keys and values gathered over all parallel.context ranks"
 _LOG_PROBS = "the output layer is this package's own, in chunks that never hold all logits"
 _PIPELINE = "parallel.pipeline and parallel.virtual_pipeline decide it"
 _WHOLE_LOSS = "losses are normalised over the whole step, so gradients are only summed"
@@ -62,8 +63,8 @@ REFUSED: dict[type, Refusals] = {
         "set parallel.virtual_pipeline": ("virtual_pipeline_model_parallel_size",),
         "set parallel.expert": ("expert_model_parallel_size",),
         "tensor parallel does not cut an expert": ("expert_tensor_parallel_size", "moe_extended_tp"),
-        "context parallel is not supported": (
-            "context_parallel_size",
+        "set parallel.context": ("context_parallel_size",),
+        _CONTEXT: (
             "hierarchical_context_parallel_sizes",
             "max_seqlen_per_dp_cp_rank",
             "hybrid_context_parallel",
@@ -389,7 +390,7 @@ def megatron_core_config(cls: type[MegatronCoreConfig], config: Config, **own: A
 
 
 def row_alignment(config: Config) -> int:
-    """Returns what every micro-batch's number of rows must be a multiple of.
+    """Returns what a rank's number of rows in every micro-batch must be a multiple of.
 
     Sequence parallel splits rows evenly over the tensor-parallel ranks; products in 8 or 4 bits take whole
     blocks of rows on each.

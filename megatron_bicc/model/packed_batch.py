@@ -1,7 +1,7 @@
 """A packed micro-batch on the device: the policy's input, and the rollout and token of each response row.
 
-Shape suffixes: N rows of the micro-batch, A response rows, S responses, T response tokens of the step, R its
-rollouts.
+Shape suffixes: N rows of the micro-batch that this context rank holds, A response rows among them, W chunks;
+S responses of the whole micro-batch; T response tokens of the step, R its rollouts.
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +11,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_bicc.model.segments import Segments, upload_segments
+from megatron_bicc import device
+from megatron_bicc.model.attention_calls import AttentionCalls
 from megatron_bicc.packing.pack_cuda import DeviceRows
 from megatron_bicc.packing.types import MicroBatch, MicroBatchLayout
 
@@ -31,76 +32,85 @@ class PackedBatch(PackedSeqParams):
     labels_A: Tensor
     """int64 [A]: the token that each response row predicts"""
     response_A: Tensor
-    """int64 [A]: response segment (0..S-1) of each response row"""
+    """int64 [A]: response segment (0..S-1) of each response row; the same number on all context ranks"""
     token_A: Tensor
     """int64 [A]: index of the label among the T response tokens"""
     rollout_A: Tensor
     """int64 [A]: index of the rollout among the R"""
     scale_A: Tensor
     """float32 [A]: 1 / number of segments in the whole step that train this rollout"""
+    num_responses: int
+    """S"""
     response_rows: slice
     """The response rows among the N rows"""
     group_rows: list[tuple[int, slice]]
     """(group, its rows among the A response rows); a group may occur several times"""
-    causal: Segments
-    """Every segment attends to itself, causally"""
-    cross: Segments
-    """Every response attends to its side's prefix"""
+    attention: AttentionCalls
     experts: Tensor | None = None
     """uint8 or int16 [rows of this tensor-parallel rank, layers of this stage, experts per token]: what is
     replayed (model.routing); None: every router decides"""
 
     @classmethod
-    def make(cls, batch: MicroBatch, device: torch.device) -> "PackedBatch":
-        """Copies a micro-batch to `device`."""
+    def make(cls, batch: MicroBatch, to: torch.device) -> "PackedBatch":
+        """Copies a micro-batch to a device, in one copy."""
+        first, rows, response_W, length_W = _responses(batch, batch.context_rank)
+        response_A = np.repeat(response_W, length_W)
 
-        def to_device(array: np.ndarray, dtype: type = np.int64) -> Tensor:
-            return torch.from_numpy(array.astype(dtype)).to(device)
+        def tensor(array: np.ndarray, dtype: type = np.int64) -> Tensor:
+            return torch.from_numpy(array.astype(dtype))
 
-        first, rows = batch.num_prefix_rows, batch.num_response_rows
-        lengths_S = np.diff(batch.cu_response)
-        on_device = DeviceRows(
-            tokens_N=to_device(batch.tokens_N),
-            positions_N=to_device(batch.positions_N),
-            labels_A=to_device(batch.labels_N[first : first + rows]),
-            token_A=to_device(batch.gather_A),
-            response_A=to_device(np.repeat(np.arange(len(lengths_S)), lengths_S)),
-            rollout_A=to_device(np.repeat(batch.rollout_S, lengths_S)),
-            scale_A=to_device(np.repeat(batch.scale_S, lengths_S), np.float32),
+        on_host = DeviceRows(
+            tokens_N=tensor(batch.tokens_N),
+            positions_N=tensor(batch.positions_N),
+            labels_A=tensor(batch.labels_N[first : first + rows]),
+            token_A=tensor(batch.gather_A),
+            response_A=tensor(response_A),
+            rollout_A=tensor(batch.rollout_S[response_A]),
+            scale_A=tensor(batch.scale_S[response_A], np.float32),
         )
-        return cls._of_rows(batch, on_device, *_segments(batch, device))
+        calls = AttentionCalls.of(batch, batch.context_rank)
+        return cls._of_rows(batch, batch.context_rank, *device.upload_tensors((on_host, calls), to))
 
     @classmethod
     def make_all(
-        cls, layouts: list[MicroBatchLayout], rows: list[DeviceRows], device: torch.device
+        cls,
+        layouts: list[MicroBatchLayout],
+        rows: list[DeviceRows],
+        context_rank: int,
+        to: torch.device,
     ) -> list["PackedBatch"]:
-        """Returns micro-batches whose rows are on `device`; their segments go there in one copy."""
-        segments = [part for layout in layouts for part in _segments(layout, torch.device("cpu"))]
-        uploaded = iter(upload_segments(segments, device))
+        """Returns micro-batches whose rows are on a device; what else they need goes there in one copy.
+
+        rows: those of the context rank.
+        """
+        calls = device.upload_tensors([AttentionCalls.of(layout, context_rank) for layout in layouts], to)
         return [
-            cls._of_rows(layout, own, next(uploaded), next(uploaded))
-            for layout, own in zip(layouts, rows, strict=True)
+            cls._of_rows(layout, context_rank, *own)
+            for layout, *own in zip(layouts, rows, calls, strict=True)
         ]
 
     @classmethod
     def _of_rows(
-        cls, layout: MicroBatchLayout, rows: DeviceRows, causal: Segments, cross: Segments
+        cls, layout: MicroBatchLayout, context_rank: int, rows: DeviceRows, calls: AttentionCalls
     ) -> "PackedBatch":
-        first = layout.num_prefix_rows
+        first, count, response_W, length_W = _responses(layout, context_rank)
         return cls(
             qkv_format="sbhd",
             **vars(rows),
-            response_rows=slice(first, first + layout.num_response_rows),
-            group_rows=_group_rows(layout),
-            causal=causal,
-            cross=cross,
+            num_responses=len(layout.rollout_S),
+            response_rows=slice(first, first + count),
+            group_rows=_group_rows(layout.group_S[response_W], length_W),
+            attention=calls,
         )
 
     @classmethod
     def one_sequence(cls, tokens_N: Tensor) -> "PackedBatch":
-        """Returns one causal sequence of tokens int64 [N], all of whose rows are prefix."""
+        """Returns one causal sequence of tokens int64 [N], all of whose rows are prefix.
+
+        With context parallel every context rank computes all of it.
+        """
         rows, where = len(tokens_N), tokens_N.device
-        none_A, prefix = tokens_N[:0], np.array([0, rows], np.int32)
+        none_A = tokens_N[:0]
         return cls(
             qkv_format="sbhd",
             tokens_N=tokens_N,
@@ -110,35 +120,32 @@ class PackedBatch(PackedSeqParams):
             token_A=none_A,
             rollout_A=none_A,
             scale_A=none_A.float(),
+            num_responses=0,
             response_rows=slice(rows, rows),
             group_rows=[],
-            causal=Segments.of_themselves(prefix, where),
-            cross=Segments.across(np.zeros(2, np.int32), prefix, where),
+            attention=device.upload_tensors(AttentionCalls.of_one_segment(rows), where),
         )
 
     @classmethod
-    def padding(cls, rows: int, device: torch.device) -> "PackedBatch":
+    def padding(cls, rows: int, to: torch.device) -> "PackedBatch":
         """Returns a micro-batch of padding only."""
-        zeros_N, nothing = torch.zeros(rows, dtype=torch.long, device=device), np.array([0])
-        return replace(
-            cls.one_sequence(zeros_N),
-            positions_N=zeros_N,
-            response_rows=slice(0, 0),
-            cross=Segments.across(nothing, nothing, device),
-        )
+        zeros_N = torch.zeros(rows, dtype=torch.long, device=to)
+        return replace(cls.one_sequence(zeros_N), positions_N=zeros_N, response_rows=slice(0, 0))
 
 
-def _segments(layout: MicroBatchLayout, device: torch.device) -> tuple[Segments, Segments]:
-    """Returns the causal and the cross segments of a micro-batch."""
-    return (
-        Segments.of_themselves(layout.cu_seqlens, device),
-        Segments.across(layout.cu_response_side, layout.cu_prefix, device),
-    )
+def _responses(layout: MicroBatchLayout, context_rank: int) -> tuple[int, int, np.ndarray, np.ndarray]:
+    """Returns (first response row, response rows A, response of each chunk of one, its rows) of a rank."""
+    own, sides = layout.chunks[context_rank], len(layout.cu_prefix) - 1
+    is_response_W = own.segment_W >= sides
+    length_W = own.length_W[is_response_W]
+    first = int(own.length_W[~is_response_W].sum())
+    return first, int(length_W.sum()), own.segment_W[is_response_W] - sides, length_W
 
 
-def _group_rows(batch: MicroBatchLayout) -> list[tuple[int, slice]]:
-    """Returns PackedBatch.group_rows; adjacent responses of a group become one entry."""
-    changes = np.flatnonzero(np.diff(batch.group_S)) + 1
-    firsts = np.concatenate([np.zeros(min(1, len(batch.group_S)), int), changes])
-    bounds = batch.cu_response[[*firsts, len(batch.group_S)]].tolist()
-    return [(int(batch.group_S[s]), slice(*bounds[i : i + 2])) for i, s in enumerate(firsts)]
+def _group_rows(group_W: np.ndarray, length_W: np.ndarray) -> list[tuple[int, slice]]:
+    """Returns PackedBatch.group_rows; adjacent chunks of a group become one entry."""
+    changes = np.flatnonzero(np.diff(group_W)) + 1
+    firsts = np.concatenate([np.zeros(min(1, len(group_W)), int), changes])
+    offsets = np.concatenate([[0], np.cumsum(length_W)])
+    bounds = offsets[[*firsts, len(group_W)]].tolist()
+    return [(int(group_W[w]), slice(*bounds[i : i + 2])) for i, w in enumerate(firsts)]

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 def start_model_parallel(config: Config, gloo_groups: bool = True) -> None:
     """Creates megatron-core's process groups and random states; once per process.
 
-    gloo_groups: create the data-parallel gloo groups over which checkpoints are gathered.
+    gloo_groups: create the gloo groups, of ranks that hold copies, over which checkpoints are gathered.
     """
     parallel = config.parallel
     with device.megatron():
@@ -52,6 +52,7 @@ def start_model_parallel(config: Config, gloo_groups: bool = True) -> None:
             virtual_pipeline_model_parallel_size=(
                 parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
             ),
+            context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=1,
             create_gloo_process_groups=gloo_groups,
@@ -69,10 +70,10 @@ def ddp_config(config: Config) -> DistributedDataParallelConfig:
 def data_parallel(
     config: Config, megatron_config: TransformerConfig, module: PolicyModel
 ) -> DistributedDataParallel:
-    """Wraps a chunk: parameters and fp32 gradients get buffers that are sharded over data-parallel ranks.
+    """Wraps a chunk: parameters and fp32 gradients get buffers that are sharded over the ranks with copies.
 
-    The gradient of a weight is summed over all ranks that hold a copy of it: a dense weight's over the
-    data-parallel group, an expert's over megatron-core's expert-data-parallel group.
+    The gradient of a weight is summed over all ranks that hold a copy of it: a dense weight's over the data-
+    and context-parallel ranks, an expert's over megatron-core's expert-data-parallel group.
     """
     for name, parameter in module.named_parameters():
         if ".mlp.experts." in name:
@@ -160,8 +161,8 @@ class Policy:
         """Runs forward and backward over all micro-batches.
 
         `loss(index, log_probs_A, entropy_A)` returns a micro-batch's share of the step's loss: shares and
-        their gradients are summed over micro-batches and data-parallel ranks, nothing is averaged. Returns
-        this rank's sum on the last pipeline stage, 0 on the others.
+        their gradients are summed over micro-batches, data- and context-parallel ranks, nothing is averaged.
+        Returns this rank's sum on the last pipeline stage, 0 on the others.
         """
         losses: dict[int, Tensor] = {}
 

@@ -9,21 +9,20 @@ S segments of a tile, L rows of each segment of a tile.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_bicc import device
-
 
 @dataclass(frozen=True)
 class Segments:
     """Query rows bounds_q[i]:bounds_q[i + 1] attend to keys bounds_k[i]:bounds_k[i + 1] only.
 
-    The boundaries are on the host for CPU kernels and, as cumulative lengths, on the device for CUDA's.
+    The boundaries are on the host for CPU kernels and, as cumulative lengths, on the device for CUDA's. Made
+    with tensors on the CPU; a micro-batch uploads them with its other tensors.
     """
 
     bounds_q: list[int]
@@ -40,20 +39,20 @@ class Segments:
     """bool [Q]: rows whose segment has no keys; None if every segment has some"""
 
     @classmethod
-    def of_themselves(cls, cu: np.ndarray, device: torch.device) -> "Segments":
-        """Returns causal attention of each segment to itself; int32 cumulative lengths [segments + 1]."""
+    def of_themselves(cls, cu: np.ndarray) -> "Segments":
+        """Returns causal attention of each segment to itself; cumulative lengths [segments + 1]."""
         lengths = np.diff(cu)
         # a segment without rows has no keys either: dropping it saves kernel work and changes nothing
         cu = np.concatenate([[0], lengths[lengths > 0].cumsum()])
-        return cls._make(cu, cu, True, device)
+        return cls._make(cu, cu, True)
 
     @classmethod
-    def across(cls, cu_q: np.ndarray, cu_k: np.ndarray, device: torch.device) -> "Segments":
-        """Returns attention of each segment's queries to all its keys; int32 cumulative lengths of both."""
-        return cls._make(cu_q, cu_k, False, device)
+    def across(cls, cu_q: np.ndarray, cu_k: np.ndarray) -> "Segments":
+        """Returns attention of each segment's queries to all its keys; cumulative lengths of both."""
+        return cls._make(cu_q, cu_k, False)
 
     @classmethod
-    def _make(cls, cu_q: np.ndarray, cu_k: np.ndarray, causal: bool, device: torch.device) -> "Segments":
+    def _make(cls, cu_q: np.ndarray, cu_k: np.ndarray, causal: bool) -> "Segments":
         q_lens, k_lens = np.diff(cu_q), np.diff(cu_k)
         # CUDA's kernel leaves rows without keys unwritten; the caller fills them in
         keyless = np.repeat(k_lens == 0, q_lens)
@@ -61,11 +60,11 @@ class Segments:
             bounds_q=cu_q.tolist(),
             bounds_k=cu_k.tolist(),
             causal=causal,
-            cu_q=torch.from_numpy(cu_q.astype(np.int32)).to(device),
-            cu_k=torch.from_numpy(cu_k.astype(np.int32)).to(device),
+            cu_q=torch.from_numpy(cu_q.astype(np.int32)),
+            cu_k=torch.from_numpy(cu_k.astype(np.int32)),
             max_q=int(q_lens.max(initial=0)),
             max_k=int(k_lens.max(initial=0)),
-            keyless_rows=torch.from_numpy(keyless).to(device) if keyless.any() else None,
+            keyless_rows=torch.from_numpy(keyless) if keyless.any() else None,
         )
 
     def ranges(self) -> list[tuple[slice, slice]]:
@@ -78,22 +77,6 @@ class Segments:
     def tiles(self) -> list["Tile"]:
         """The segments as tiles for the CPU kernel; computed once for all layers and passes."""
         return make_tiles(self.ranges(), self.causal)
-
-
-def upload_segments(segments: list[Segments], to: torch.device) -> list[Segments]:
-    """Returns segments, given with tensors on the CPU, with tensors on another device, after one copy."""
-    tensors = [(s.cu_q, s.cu_k, s.keyless_rows) for s in segments]
-    arrays = [tensor.numpy() for three in tensors for tensor in three if tensor is not None]
-    found = iter(device.upload(arrays, to))
-    return [
-        replace(
-            s,
-            cu_q=next(found),
-            cu_k=next(found),
-            keyless_rows=None if s.keyless_rows is None else next(found),
-        )
-        for s in segments
-    ]
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,17 @@
 """The packer: plans a step and fills its micro-batches in C++ (csrc), on NumPy arrays.
 
-Shape suffixes: A response rows, N rows, M micro-batches, S segments.
+Shape suffixes: A response rows, N rows, M micro-batches, S segments, W chunks of a context rank.
 """
 
 from dataclasses import dataclass, fields
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
 
 from megatron_bicc import _C
 from megatron_bicc.packing.types import (
+    Chunks,
     MicroBatch,
     MicroBatchLayout,
     PackingSettings,
@@ -25,12 +26,12 @@ _CACHE_LINE = 64
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed step, as held by one data-parallel rank."""
+    """A packed step, as held by one context rank of a data-parallel rank."""
 
     plan: StepPlan
     """The whole step: the micro-batches of all ranks, without their rows"""
     micro_batches: list[MicroBatch]
-    """This rank's, in the order of plan.ranks[rank]"""
+    """The rank's, in the order of plan.ranks[rank], with the context rank's rows"""
 
 
 def pack(
@@ -39,8 +40,9 @@ def pack(
     dp_size: int,
     rank: int,
     threads: int = 0,
+    context_rank: int = 0,
 ) -> Packed:
-    """Plans the step for all data-parallel ranks and fills the micro-batches of one.
+    """Plans the step for all data-parallel ranks and fills one's micro-batches with a context rank's rows.
 
     The plan is the same on every rank. The result does not depend on `threads`. Arrays are read in place;
     anything that supports DLPack is accepted.
@@ -51,15 +53,14 @@ def pack(
         dp_size: number of data-parallel ranks.
         rank: the data-parallel rank whose micro-batches are filled.
         threads: threads that copy tokens; 0: one per million rows, at most one per core.
+        context_rank: the context rank whose rows are filled, of settings.context_ranks.
 
     Raises:
         ValueError: an array, a setting or a response cannot be used; the message names it, with group and
             rollout.
     """
     native, plan = make_plan(batch, settings, dp_size)
-    # fill_rows raises for a wrong rank; no buffer may be allocated by it before
-    layouts = plan.ranks[rank] if isinstance(rank, int) and 0 <= rank < dp_size else []
-    return Packed(plan, _fill_rows(native, rank, layouts, threads))
+    return Packed(plan, _fill_rows(native, plan, rank, context_rank, threads))
 
 
 def plan_step(batch: RolloutBatch, settings: PackingSettings, dp_size: int) -> StepPlan:
@@ -101,10 +102,18 @@ def _step_plan(native: _C.Plan, batch: RolloutBatch, settings: PackingSettings, 
         "group_S": (np.int32, segments_M),
         "scale_S": (np.float32, segments_M),
     }
-    buffers = _allocate(lengths)
+    share_rows, share_chunks = native.shares.T  # of every context rank of every micro-batch
+    chunk_lengths = dict.fromkeys(("segment_W", "start_W", "length_W"), (np.int32, share_chunks))
+    buffers = _allocate({**lengths, **chunk_lengths})
     native.fill_segments(buffers)
+    chunks = (
+        Chunks(rows, **views)
+        for rows, views in zip(share_rows.tolist(), _cut(buffers, chunk_lengths), strict=True)
+    )
     layouts = [
-        MicroBatchLayout(rows, prefix_rows, response_rows, **views)
+        MicroBatchLayout(
+            rows, prefix_rows, response_rows, **views, chunks=tuple(islice(chunks, settings.context_ranks))
+        )
         for (rows, prefix_rows, response_rows, _, _), views in zip(
             sizes_M5.tolist(), _cut(buffers, lengths), strict=True
         )
@@ -117,13 +126,9 @@ def _step_plan(native: _C.Plan, batch: RolloutBatch, settings: PackingSettings, 
 
 
 def _fill_rows(
-    native: _C.Plan,
-    rank: int,
-    layouts: list[MicroBatchLayout],
-    threads: int,
+    native: _C.Plan, plan: StepPlan, rank: int, context_rank: int, threads: int
 ) -> list[MicroBatch]:
-    rows_M = np.array([layout.num_rows for layout in layouts], np.int64)
-    response_M = np.array([layout.num_response_rows for layout in layouts], np.int64)
+    rows_M, response_M = native.rows(rank, context_rank).T
     lengths = {
         "tokens_N": (np.int32, rows_M),
         "positions_N": (np.int32, rows_M),
@@ -131,9 +136,11 @@ def _fill_rows(
         "gather_A": (np.int64, response_M),
     }
     buffers = _allocate(lengths)
-    native.fill_rows(rank, buffers, threads)
-    views = _cut(buffers, lengths)
-    return [MicroBatch(**vars(layout), **rows) for layout, rows in zip(layouts, views, strict=True)]
+    native.fill_rows(rank, context_rank, buffers, threads)
+    return [
+        MicroBatch(**vars(layout), **rows, context_rank=context_rank)
+        for layout, rows in zip(plan.ranks[rank], _cut(buffers, lengths), strict=True)
+    ]
 
 
 Lengths = dict[str, tuple[type, np.ndarray]]

@@ -49,9 +49,14 @@ class DeviceRows:
 
 
 def pack_on_device(
-    batch: RolloutBatch, rollouts: DeviceRollouts, settings: PackingSettings, dp_size: int, rank: int
+    batch: RolloutBatch,
+    rollouts: DeviceRollouts,
+    settings: PackingSettings,
+    dp_size: int,
+    rank: int,
+    context_rank: int = 0,
 ) -> tuple[StepPlan, list[DeviceRows]]:
-    """Plans a step as `pack` does and fills the rows of one rank on the device.
+    """Plans a step as `pack` does and fills the rows of one context rank on the device.
 
     The plan's copies go there in one transfer, one kernel fills the rows of all micro-batches; the result
     holds views of its arrays. The host does not wait for either.
@@ -59,15 +64,16 @@ def pack_on_device(
     Args:
         batch: the scored groups, on the host.
         rollouts: the tokens of `batch`, on the device of the result.
-        settings, dp_size, rank: as for `pack`.
+        settings, dp_size, rank, context_rank: as for `pack`.
 
     Raises:
         ValueError: as `pack` does.
     """
     native, plan = make_plan(batch, settings, dp_size)
-    copies, headers = device.upload([native.copies(rank), native.headers], rollouts.tokens.device)
-    rows_M = [layout.num_rows for layout in plan.ranks[rank]]
-    response_M = [layout.num_response_rows for layout in plan.ranks[rank]]
+    copies, headers = device.upload(
+        [native.copies(rank, context_rank), native.headers], rollouts.tokens.device
+    )
+    rows_M, response_M = native.rows(rank, context_rank).T.tolist()
     filled = fill_rows(copies, headers, rollouts.prompt_tokens, rollouts.tokens, sum(rows_M), sum(response_M))
     # the first two arrays are of all rows, the others of response rows
     views = [array.split(rows_M if i < 2 else response_M) for i, array in enumerate(filled)]
@@ -80,8 +86,8 @@ def fill_rows(
 ) -> list[Tensor]:
     """Returns the fields of DeviceRows, each of all micro-batches of a rank, one after another.
 
-    copies: int64 [copies, 13], _C.Plan.copies of the rank. headers: int32, _C.Plan.headers. prompt_tokens,
-    tokens: int32, DeviceRollouts. rows, response_rows: of all micro-batches.
+    copies: int64 [copies, 13], _C.Plan.copies of the context rank. headers: int32, _C.Plan.headers.
+    prompt_tokens, tokens: int32, DeviceRollouts. rows, response_rows: of all micro-batches.
     """
     found = _empty_rows(tokens.device, rows, response_rows)
     names = ("tokens", "positions", "labels", "gather", "segments", "rollouts", "scales")

@@ -1,7 +1,7 @@
 """What goes into the packer and what comes out: rollouts, settings, micro-batches, and the plan of a step.
 
 Shape suffixes: B groups, R rollouts, T response tokens of the batch, D sides; N rows, A response rows and S
-response segments of a micro-batch. All arrays are C-contiguous NumPy arrays.
+response segments of a micro-batch; W chunks of a context rank. All arrays are C-contiguous NumPy arrays.
 """
 
 from dataclasses import dataclass
@@ -46,6 +46,7 @@ class PackingSettings:
     layout: Layout
     max_sequence_tokens: int
     max_tokens_per_microbatch: int
+    """Most rows of a micro-batch on one context rank, padding included"""
     vocab_size: int
     """Token ids must be in [0, vocab_size)."""
     reward_threshold: float
@@ -69,7 +70,29 @@ class PackingSettings:
     overlong: OverlongAction = "error"
     """Action for a response that, after its prompt, exceeds max_sequence_tokens or a micro-batch"""
     alignment: int = 1
-    """Every micro-batch's rows are padded to a multiple of this."""
+    """Every context rank's rows of a micro-batch are padded to a multiple of this."""
+    context_ranks: int = 1
+    """Ranks that share the rows of each micro-batch, which holds so many times max_tokens_per_microbatch."""
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The rows of a micro-batch on one context rank: chunks of segments, by segment, then by start."""
+
+    num_rows: int
+    """Padding included"""
+    segment_W: np.ndarray
+    """int32: number of the segment in the micro-batch: prefixes of all sides, then responses"""
+    start_W: np.ndarray
+    """int32: first row of the chunk within its segment"""
+    length_W: np.ndarray
+    """int32, > 0"""
+
+    @classmethod
+    def of_whole(cls, lengths: list[int], num_rows: int) -> "Chunks":
+        """Returns the only context rank's rows: whole segments of these lengths; empty ones have no chunk."""
+        segment_W = np.flatnonzero(lengths).astype(np.int32)
+        return cls(num_rows, segment_W, np.zeros_like(segment_W), np.array(lengths, np.int32)[segment_W])
 
 
 @dataclass(frozen=True)
@@ -77,14 +100,14 @@ class MicroBatchLayout:
     """Boundaries and segments of a micro-batch; every rank has those of all ranks.
 
     Rows are prefix-major: all prefix rows, all response rows, padding. A micro-batch of padding only
-    gives all ranks the same number of micro-batches.
+    gives all ranks the same number of micro-batches. `chunks` divides the rows over the context ranks; all
+    other fields are of the whole micro-batch.
     """
 
     num_rows: int
-    """N, padding included"""
+    """Of all context ranks together, padding included"""
     num_prefix_rows: int
     num_response_rows: int
-    """A"""
     cu_seqlens: np.ndarray
     """int32 [sides + S + (1 if padded) + 1]: prefixes, then responses, then the padding segment.
     A one-token prefix makes an empty segment."""
@@ -100,11 +123,15 @@ class MicroBatchLayout:
     """int32 [S]: index in the batch of its group"""
     scale_S: np.ndarray
     """float32 [S]: 1 / number of segments in the whole step that train this rollout (pair source)"""
+    chunks: tuple[Chunks, ...]
+    """The rows of each context rank; every row but padding belongs to one of them"""
 
 
 @dataclass(frozen=True)
 class MicroBatch(MicroBatchLayout):
-    """A micro-batch with its rows.
+    """A micro-batch with the rows that one context rank holds: N, of which A of responses.
+
+    Rows of prefix chunks come first, then those of response chunks, then padding.
 
     A side with prefix P and response o gives prefix rows P[:-1] at positions 0.. and response rows
     [P[-1], o[0], .., o[-2]] at positions |P| - 1 .., whose labels are o[0], .., o[-1].
@@ -118,6 +145,7 @@ class MicroBatch(MicroBatchLayout):
     """int32 [N]: the next token of the row's own segment; 0 on padding"""
     gather_A: np.ndarray
     """int64 [A]: index into RolloutBatch.tokens of each response row's label"""
+    context_rank: int
 
 
 @dataclass(frozen=True)
@@ -226,14 +254,14 @@ def step_stats(counts: dict[str, int], rank_costs: list[int], settings: PackingS
             of the same training at one row per response: sum of |prefix| + |response|),
             tokens_context (context tokens, each side once), overlong_dropped (response segments),
             groups_skipped (without contrast), microbatches (without those of padding only).
-        rank_costs: cost of each rank's micro-batches, in query-key pairs.
+        rank_costs: cost of each context rank of each data-parallel rank, in query-key pairs.
         settings: gives the token budget of a micro-batch.
 
     Returns:
         counts, fill (rows over the budget of these micro-batches) and imbalance (largest over mean cost of a
-        rank); both ratios are 1 if nothing is trained.
+        rank, data-parallel and context ranks alike); both ratios are 1 if nothing is trained.
     """
-    budget = counts["microbatches"] * settings.max_tokens_per_microbatch
+    budget = counts["microbatches"] * settings.context_ranks * settings.max_tokens_per_microbatch
     total = sum(rank_costs)
     return {
         **counts,

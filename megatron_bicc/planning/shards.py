@@ -41,8 +41,8 @@ def fake_rank(rank: int, world_size: int) -> Iterator[None]:
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Returns the number of data-parallel ranks: what tensor and pipeline parallel leave of all ranks."""
-    return world_size // (parallel.tensor * parallel.pipeline)
+    """Returns the number of data-parallel ranks: what the other axes leave of all ranks."""
+    return world_size // (parallel.tensor * parallel.context * parallel.pipeline)
 
 
 ADAM_BYTES = 8

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from megatron_bicc import device
 from megatron_bicc.algorithms.advantages import Advantages, TokenLogProbs
 from megatron_bicc.algorithms.flat_arrays import check_log_probs, check_offsets, check_rewards
-from megatron_bicc.algorithms.policy_loss import LossRows
+from megatron_bicc.algorithms.policy_loss import LossRows, SplitResponses
 from megatron_bicc.config import Config
 from megatron_bicc.data.encoding import end_token_ids
 from megatron_bicc.model.megatron_settings import row_alignment
@@ -131,13 +131,14 @@ def packing_settings(
         answer_header=encode(config.bicc.answer_header),
         end_token_ids=end_token_ids(hf_config, tokenizer, config.model.path),
         alignment=row_alignment(config),
+        context_ranks=config.parallel.context,
         token_cost=6 * hf_config.hidden_size,
     )
     return plain, replace(plain, layout="bilateral")
 
 
 class Packer:
-    """Packs the rollouts of an optimizer step in one layout after another, for this data-parallel rank.
+    """Packs the rollouts of an optimizer step in one layout after another: this rank's rows of them.
 
     csrc's kernel fills the rows where it is built; else csrc fills them on the host and they are copied.
     """
@@ -148,17 +149,18 @@ class Packer:
         self._on_device = DeviceRollouts.upload(rollouts, device.device()) if device.kernels() else None
 
     def pack(self, settings: PackingSettings) -> tuple[StepPlan, list[PackedBatch]]:
-        """Returns the plan of all data-parallel ranks and this rank's micro-batches, on the device.
+        """Returns the plan of all ranks and this rank's rows of its micro-batches, on the device.
 
         Raises ValueError as packing.pack.pack does.
         """
         size = parallel_state.get_data_parallel_world_size()
         rank, where = parallel_state.get_data_parallel_rank(), device.device()
+        context_rank = parallel_state.get_context_parallel_rank()
         if self._on_device is None:
-            packed = pack(self._rollouts, settings, size, rank)
+            packed = pack(self._rollouts, settings, size, rank, context_rank=context_rank)
             return packed.plan, [PackedBatch.make(m, where) for m in packed.micro_batches]
-        plan, rows = pack_on_device(self._rollouts, self._on_device, settings, size, rank)
-        return plan, PackedBatch.make_all(plan.ranks[rank], rows, where)
+        plan, rows = pack_on_device(self._rollouts, self._on_device, settings, size, rank, context_rank)
+        return plan, PackedBatch.make_all(plan.ranks[rank], rows, context_rank, where)
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ class StepValues:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """A micro-batch of this rank with the inputs of its loss, on the device."""
+    """This rank's rows of a micro-batch with the inputs of their loss, on the device."""
 
     packed: PackedBatch
     layout: Layout
@@ -217,6 +219,7 @@ class TrainBatch:
 
         old_logp_A: log-probs in the ratio's denominator; None: the ratio is 1.
         """
+        context = parallel_state.get_context_parallel_group()
         # scale: a rollout trained by several segments (context_source=pair) counts once in total
         weight_A = values.token_weight_R[packed.rollout_A] * packed.scale_A.double()
         rows = LossRows(
@@ -229,6 +232,7 @@ class TrainBatch:
             regularisation=weight_A.float() if layout == "plain" else None,
             ref_logp=None if values.ref_T is None else values.ref_T[packed.token_A],
             engine_log_ratio=values.engine_log_ratio_T[packed.token_A],
+            split=SplitResponses(context, packed.num_responses) if context.size() > 1 else None,
         )
         return cls(packed, layout, share, rows)
 
@@ -238,9 +242,9 @@ def gather_tokens(
 ) -> np.ndarray:
     """Returns each token's values on every rank: float32 [kinds, T]. Collective.
 
-    found: this rank's micro-batches with their values, float or bool [kinds, A]; None except on the last
-    pipeline stage. A token that several segments train gets the mean of its values, one that no micro-batch
-    has gets NaN.
+    found: this rank's rows of its micro-batches with their values, float or bool [kinds, A]; None except on
+    the last pipeline stage. A token that several segments train gets the mean of its values, one that no
+    micro-batch has gets NaN.
     """
     # double precision: the order in which ranks and segments are added must not change the float32 result
     sums = torch.zeros(kinds + 1, num_tokens, dtype=torch.float64, device=device.device())
@@ -254,7 +258,7 @@ def gather_tokens(
 
 
 def sum_scalar(value: float) -> float:
-    """Sums a number over data-parallel ranks; all but the last pipeline stage pass 0. Collective."""
+    """Sums a number over all ranks but tensor-parallel ones; earlier pipeline stages pass 0. Collective."""
     return float(_sum_over_ranks(torch.tensor(value, dtype=torch.float64, device=device.device())))
 
 
@@ -266,6 +270,6 @@ def sum_over_all(values: Tensor) -> Tensor:
 
 def _sum_over_ranks(values: Tensor) -> Tensor:
     # not over tensor-parallel ranks: they hold the same values
-    dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(values, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
     return values

@@ -51,18 +51,20 @@ class TokenRows:
         """Returns the rows of a response: int64 [its tokens]."""
         return np.arange(*self.rollouts.offsets_R[rollout : rollout + 2])
 
-    def of(self, layout: MicroBatchLayout) -> np.ndarray:
-        """Returns the table's row of each row of a micro-batch: int64 [N].
+    def of(self, layout: MicroBatchLayout, context_rank: int) -> np.ndarray:
+        """Returns the table's row of each row of a micro-batch that a context rank holds: int64 [N]."""
+        return _held(self.segments(layout), layout, context_rank)
+
+    def segments(self, layout: MicroBatchLayout) -> list[np.ndarray]:
+        """Returns the table's rows of each segment of a micro-batch, prefixes before responses.
 
         A context is FREE, and so is the first row of a response after one, which reads its last token: no
         engine has read them. The response's other tokens have theirs, although the engine read them without
         the context: numerator and denominator of the ratio then pass the same experts.
         """
         sides = packed_sides(layout)
-        prefixes = [self._prefix(side) for side in sides]
         responses = [rows for side in sides for rows in self._responses(side)]
-        known = np.concatenate([*prefixes, *responses, np.zeros(0, np.int64)])
-        return np.concatenate([known, np.full(layout.num_rows - len(known), FREE)])
+        return [*map(self._prefix, sides), *responses]
 
     def _prefix(self, side: PackedSide) -> np.ndarray:
         """Returns the rows of a prefix but its last token."""
@@ -120,7 +122,7 @@ def with_engine_experts(
     table: engine_table of the plan's batch. layers: numbers of this pipeline stage's layers.
     """
     rows = TokenRows(plan.batch)
-    experts = [table[_own(rows.of(layout))][:, layers] for layout in _own_layouts(plan)]
+    experts = [table[_routed(rows.segments(layout), layout)][:, layers] for layout in _own_layouts(plan)]
     uploaded = device.upload(experts, device.device())
     return [replace(packed, experts=own) for packed, own in zip(batches, uploaded, strict=True)]
 
@@ -135,7 +137,7 @@ def with_recorded_experts(
     """
     rows = TokenRows(plan.batch)
     sources = _sources(earlier)
-    targets = [_own(rows.of(layout)) for layout in _own_layouts(plan)]
+    targets = [_routed(rows.segments(layout), layout) for layout in _own_layouts(plan)]
     indices = device.upload([*sources, *targets], device.device())
     table = recorded[0].new_zeros(rows.count, *recorded[0].shape[1:])
     for index, experts in zip(indices[: len(sources)], recorded, strict=True):
@@ -157,14 +159,13 @@ def _sources(plan: StepPlan) -> list[np.ndarray]:
     rows, seen, found = TokenRows(plan.batch), set[int](), []
     for rank, layouts in enumerate(plan.ranks):
         for layout in layouts:
-            index, place = rows.of(layout), 0
-            for side in packed_sides(layout):
+            segments = rows.segments(layout)
+            for prefix, side in zip(segments, packed_sides(layout), strict=False):
                 if side.group in seen:
-                    index[place : place + side.prefix_rows] = FREE
+                    prefix[:] = FREE
                 seen.add(side.group)
-                place += side.prefix_rows
             if rank == parallel_state.get_data_parallel_rank():
-                found.append(_own(index))
+                found.append(_routed(segments, layout))
     return found
 
 
@@ -172,7 +173,17 @@ def _own_layouts(plan: StepPlan) -> list[MicroBatchLayout]:
     return plan.ranks[parallel_state.get_data_parallel_rank()]
 
 
-def _own(index_N: np.ndarray) -> np.ndarray:
-    """Returns the rows that this tensor-parallel rank routes, by sequence parallel."""
+def _routed(segments: list[np.ndarray], layout: MicroBatchLayout) -> np.ndarray:
+    """Returns the part of `_held` that this rank routes: sequence parallel divides it."""
+    held_N = _held(segments, layout, parallel_state.get_context_parallel_rank())
     size = parallel_state.get_tensor_model_parallel_world_size()
-    return np.split(index_N, size)[parallel_state.get_tensor_model_parallel_rank()]
+    return np.split(held_N, size)[parallel_state.get_tensor_model_parallel_rank()]
+
+
+def _held(segments: list[np.ndarray], layout: MicroBatchLayout, context_rank: int) -> np.ndarray:
+    """Returns what segments say of the rows that a context rank holds, FREE for padding: int64 [N]."""
+    own = layout.chunks[context_rank]
+    chunks = zip(own.segment_W, own.start_W, own.length_W, strict=True)
+    parts = [segments[segment][start : start + length] for segment, start, length in chunks]
+    held = np.concatenate([*parts, np.zeros(0, np.int64)])
+    return np.concatenate([held, np.full(own.num_rows - len(held), FREE)])

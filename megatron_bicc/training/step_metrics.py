@@ -282,7 +282,8 @@ def report_layout(result: StepResult, config: Config) -> LayoutRecord:
         }
         for trained in result.trained
     ]
-    return {"budget": config.train.max_tokens_per_microbatch, "plans": plans}
+    budget = config.train.max_tokens_per_microbatch * config.parallel.context
+    return {"budget": budget, "plans": plans}
 
 
 def _describe_layout(micro_batch: MicroBatchLayout, correct_R: np.ndarray) -> MicroBatchRecord:

@@ -171,8 +171,9 @@ def test_the_operator_is_registered_for_tracing_and_autograd(kernel_device) -> N
     logp, entropy, rows = make_rows(torch.float64, kernel_device, 0)
     tensors = [logp, entropy, *(getattr(rows, name) for name in ORDER)]
     settings = ["geometric", -0.2, 0.2, 1.0, 1.2, 0.1, "k2", 0.3]
-    checked = torch.library.opcheck(policy_loss_kernel, (*tensors, *settings))
-    assert set(checked.values()) == {"SUCCESS"}
+    for mean in (None, torch.zeros_like(logp, requires_grad=True)):
+        checked = torch.library.opcheck(policy_loss_kernel, (*tensors, mean, *settings))
+        assert set(checked.values()) == {"SUCCESS"}
 
 
 ORDER = (
@@ -195,7 +196,9 @@ def test_a_compiled_loss_is_one_graph(kernel_device, monkeypatch) -> None:
     logp = logp.detach().requires_grad_()
     fields_ = [getattr(rows, name) for name in ORDER]
     low, high, dual = math.log1p(-0.2), math.log1p(0.28), math.log(1.1)
-    share, _, masks = compiled(logp, entropy, *fields_, "token", low, high, dual, 0.0, 0.0, "k1", 0.0)
+    share, _, _, masks = compiled(
+        logp, entropy, *fields_, None, "token", low, high, dual, 0.0, 0.0, "k1", 0.0
+    )
     (3 * share).backward()
     assert torch.equal(share, expected.share) and torch.equal(logp.grad, gradient)
     assert torch.equal(masks[1], expected.high)

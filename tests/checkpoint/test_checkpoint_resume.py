@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from support import warm
 from support.finished_runs import assert_equal, metrics, one_line, progress, state
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
@@ -107,16 +108,24 @@ def test_forced_settings_and_harmless_ones_are_logged(found: dict) -> None:
 
 
 def test_another_layout(found: dict) -> None:
-    """Two steps at TP=2, the third at TP=2 or at DP=2."""
-    for name in ("tp2", "dp2"):
-        assert found[name]["status"] == 0, found[name]["err"]
-    assert "changed since step 2: parallel.tensor: was 2, is 1" in found["dp2"]["err"]
-    tp2, dp2 = (metrics(found["out"] / name) for name in ("tp2", "dp2"))
-    assert dp2[:3] == tp2[:3]
-    assert dp2[3]["train/loss"] == pytest.approx(tp2[3]["train/loss"], abs=1e-5)
-    assert dp2[3]["train/grad_norm"] == pytest.approx(tp2[3]["train/grad_norm"], rel=1e-4)
-    ours, theirs = (load_file(found["out"] / name / "hf/model.safetensors") for name in ("dp2", "tp2"))
-    assert all((ours[name] - theirs[name]).abs().max() < 1e-4 for name in theirs)
+    """Two steps at TP=2, the third at TP=2, DP=2 or CP=2."""
+    assert found["tp2"]["status"] == 0, found["tp2"]["err"]
+    assert "changed since step 2: parallel.context: was 1, is 2" in found["cp2"]["err"]
+    tp2, expected = (read(found["out"] / "tp2") for read in (metrics, exported))
+    for layout in ("dp2", "cp2"):
+        assert found[layout]["status"] == 0, found[layout]["err"]
+        assert "changed since step 2: parallel.tensor: was 2, is 1" in found[layout]["err"]
+        own = metrics(found["out"] / layout)
+        assert own[:3] == tp2[:3]
+        assert own[3]["train/loss"] == pytest.approx(tp2[3]["train/loss"], abs=1e-5)
+        assert own[3]["train/grad_norm"] == pytest.approx(tp2[3]["train/grad_norm"], rel=1e-4)
+        weights = exported(found["out"] / layout)
+        assert all((weights[name] - expected[name]).abs().max() < 1e-4 for name in expected)
+
+
+def exported(run: Path) -> dict[str, Tensor]:
+    """The weights that a run ended with."""
+    return load_file(run / "hf/model.safetensors")
 
 
 def test_full_disk(found: dict) -> None:

@@ -27,7 +27,7 @@ SETTINGS = {
     "train.max_tokens_per_microbatch=100": "train.max_tokens_per_microbatch is 100; it must hold",
     "train.max_sequence_tokens=50": "train.max_sequence_tokens is 50; it must be at least",
     "parallel.tensor=2": "must divide the number of processes, 1",
-    "parallel.context=2": "parallel.context is 2; context parallel is not supported",
+    "parallel.context=2": "their product 2 must divide the number of processes, 1",
     "bicc.weight=1.5": "bicc.weight is 1.5; it must be within 0 and 1",
     "reward.threshold=-0.1": "reward.threshold is -0.1; reward.verifier=math gives 0 to an empty response",
     "reward.verifier=maths": "it must be math or an import path, module:name; did you mean math?",

@@ -46,6 +46,8 @@ def message(capsys: pytest.CaptureFixture) -> Callable[[list[str]], str]:
         ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
         ["parallel.tensor=2", "parallel.expert=4", "parallel.pipeline=2"],
         ["train.max_sequence_tokens=3072", "train.max_tokens_per_microbatch=3072"],
+        ["parallel.context=4", "parallel.tensor=2", "train.max_tokens_per_microbatch=1024"],
+        ["parallel.context=2", "parallel.expert=8", "train.max_tokens_per_microbatch=2049"],
         ["rollout.prompts_per_step=30", "train.updates_per_step=15"],
         ["loss.objective=geometric", "loss.clip_low=1.5", "parallel.heartbeat_timeout_s=0"],
         ["algorithm=grpo", "loss.baseline=mine:baseline", "loss.kl_estimator=k1"],
@@ -84,7 +86,10 @@ def test_sound_settings_pass(good: list[str], overrides: list[str]):
         (["parallel.tensor=3"], ["parallel.tensor is 3", "number of processes, 8"]),
         (["parallel.tensor=4", "parallel.pipeline=4"], ["parallel.pipeline is 4", "16", "processes, 8"]),
         (["parallel.expert=3"], ["parallel.expert is 3", "number of processes, 8"]),
-        (["parallel.context=2"], ["parallel.context is 2", "not supported"]),
+        (
+            ["parallel.tensor=2", "parallel.context=3"],
+            ["parallel.tensor is 2, parallel.context is 3 and parallel.pipeline is 1", "6", "processes, 8"],
+        ),
         (["parallel.sequence=true"], ["parallel.sequence is true", "parallel.tensor"]),
         (["parallel.virtual_pipeline=2"], ["parallel.virtual_pipeline is 2", "parallel.pipeline"]),
         (
@@ -93,7 +98,18 @@ def test_sound_settings_pass(good: list[str], overrides: list[str]):
         ),
         (
             ["train.max_tokens_per_microbatch=4095"],
-            ["train.max_tokens_per_microbatch is 4095", "train.max_sequence_tokens = 4096"],
+            ["train.max_tokens_per_microbatch is 4095; it must hold", "train.max_sequence_tokens = 4096"],
+        ),
+        (
+            ["train.max_tokens_per_microbatch=2049", "parallel.context=2", "train.max_sequence_tokens=4099"],
+            [
+                "is 2049; parallel.context = 2 times that is 4098; it must hold",
+                "4099",
+            ],
+        ),
+        (
+            ["train.max_tokens_per_microbatch=4099", "parallel.tensor=4", "train.max_sequence_tokens=4099"],
+            ["is 4099; parallel.context = 1 times that, in multiples of 4 rows is 4096; it must hold"],
         ),
         (["algorithm=bic"], ["algorithm is 'bic'", "did you mean bicc?"]),
         (

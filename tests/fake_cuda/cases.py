@@ -13,6 +13,7 @@ class Case:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     tensor: int = 1
     sequence: bool = False
+    context: int = 1
     stage: int | None = None
     """Of two pipeline stages; None: no pipeline"""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -20,7 +21,7 @@ class Case:
     """csrc's CUDA kernels in place of plain torch; only the shapes of what they return are computed"""
     layers: int = 1
     """Of this stage"""
-    algorithm: Literal["bicc", "grpo"] = "grpo"
+    algorithm: Literal["bicc", "grpo", "gspo+bicc"] = "grpo"
     """bicc: both packings, the reference policy, and a pass for the conditioned denominator"""
     replay: Literal["none", "old", "engine"] = "none"
     """model.routing_replay; old: with bicc's plain denominator, whose pass is of other micro-batches"""
@@ -28,12 +29,12 @@ class Case:
     @property
     def processes(self) -> int:
         """Number of processes of the layout."""
-        return self.tensor * (1 if self.stage is None else 2)
+        return self.tensor * self.context * (1 if self.stage is None else 2)
 
     @property
     def rank(self) -> int:
-        """The rank that is played: tensor-parallel rank 0 of the stage."""
-        return self.tensor * (self.stage or 0)
+        """The rank that is played: tensor- and context-parallel rank 0 of the stage."""
+        return self.tensor * self.context * (self.stage or 0)
 
 
 TE = "Transformer Engine"
@@ -50,6 +51,10 @@ CASES = {
     "fp32 selective": Case(dtype="float32", recompute="selective"),
     "tp2 selective": Case(tensor=2, recompute="selective", algorithm="bicc"),
     "tp2 sp full": Case(tensor=2, sequence=True, recompute="full"),
+    "cp2": Case(context=2),
+    "cp2, 2 layers": Case(context=2, layers=2),
+    "cp2 bicc full": Case(context=2, recompute="full", algorithm="bicc"),
+    "kernels cp2 tp2 sp": Case(kernels=True, context=2, tensor=2, sequence=True, algorithm="gspo+bicc"),
     "pp2 first": Case(stage=0, algorithm="bicc"),
     "pp2 tp2 sp last": Case(stage=1, tensor=2, sequence=True, algorithm="bicc"),
     "moe": Case(model="qwen3_moe"),

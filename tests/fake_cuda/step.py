@@ -63,8 +63,9 @@ def configuration(case: Case, models: Path) -> Config:
     config.model.dtype, config.model.recompute = case.dtype, case.recompute
     config.model.routing_replay = case.replay
     config.parallel.tensor, config.parallel.sequence = case.tensor, case.sequence
+    config.parallel.context = case.context
     config.parallel.pipeline = 1 if case.stage is None else 2
-    config.train.max_tokens_per_microbatch = 1024
+    config.train.max_tokens_per_microbatch = 1024 // case.context
     config.optimizer.clip_grad = 1.0
     return config
 

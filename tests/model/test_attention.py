@@ -1,22 +1,29 @@
 """Tests shared-prefix attention against one causal row per response, values and gradients."""
 
+from collections import Counter
 from functools import partial
+from itertools import product
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from model.context_attention_worker import CASES, CHANNELS, RANKS, SCALE, Found
 from support import attention_reference as reference
-from support.attention_reference import cumulative, differentiate
+from support.attention_reference import differentiate, lay_out
+from support.torchrun import torchrun
+from torch import Tensor
 
+from megatron_bicc import device
 from megatron_bicc.model import attention as shared_prefix_attention
 from megatron_bicc.model import attention_cpu, attention_cuda, attention_math
 from megatron_bicc.model import segments as segments_module
 from megatron_bicc.model.attention import SharedPrefixAttention
-from megatron_bicc.model.segments import Segments
+from megatron_bicc.model.attention_calls import AttentionCalls
 
 SIDES = [(21, [4, 7, 3]), (15, [6]), (0, [5, 2]), (9, [1, 1, 12])]
 """(prefix rows, rows of each response); a prompt of one token leaves no prefix rows"""
-SCALE = 0.3
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 3e-3}
 shared, row_by_row = (
     partial(attention, sides=SIDES, scale=SCALE) for attention in (reference.shared, reference.row_by_row)
 )
@@ -64,13 +71,61 @@ def test_cuda_kernels_take_what_they_are_given(monkeypatch: pytest.MonkeyPatch) 
     """By shapes and types alone, on meta tensors: no GPU is needed, and no value is computed."""
     monkeypatch.setattr(shared_prefix_attention, "_kernels", lambda q: attention_cuda)
     meta = torch.device("meta")
-    causal = Segments.of_themselves(cumulative([21, 15, 4, 7, 6]), meta)
-    cross = Segments.across(cumulative([11, 6]), cumulative([21, 15]), meta)
+    calls = device.upload_tensors(AttentionCalls.of(lay_out([(21, [4, 7]), (15, [6])]), 0), meta)
     leaves = [
         torch.empty(53, h, 64, dtype=torch.bfloat16, device=meta, requires_grad=True) for h in (4, 2, 2)
     ]
-    out = SharedPrefixAttention.apply(*leaves, 36, causal, cross, 0.3)
+    out = SharedPrefixAttention.apply(*leaves, calls, None, 0.3)
     out.backward(torch.empty_like(out))
     assert [(x.shape, x.dtype) for x in (out, *(x.grad for x in leaves))] == [
         (x.shape, torch.bfloat16) for x in (leaves[0], *leaves)
     ]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, int], Found]]:
+    """Returns what every process of the worker found, by case and number of context ranks."""
+    directory = tmp_path_factory.mktemp("context_attention")
+    torchrun(RANKS[-1], Path(__file__).with_name("context_attention_worker.py"), directory)
+    return [
+        {key: Found(**found) for key, found in torch.load(directory / str(process)).items()}
+        for process in range(RANKS[-1])
+    ]
+
+
+def joined(founds: list[Found]) -> list[Tensor]:
+    """Returns output, dq, dk and dv of all rows from those of every context rank."""
+    order = torch.cat([found.rows for found in founds]).argsort()
+    return [torch.cat(parts)[order] for parts in zip(*(found.values for found in founds), strict=True)]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("name", CASES)
+def test_context_ranks_together_equal_a_dense_mask(
+    name: str, ranks: int, reports: list[dict[tuple[str, int], Found]]
+) -> None:
+    case = CASES[name]
+    *qkv, grad = (x.double() for x in case.inputs())
+    dense = partial(reference.dense, sides=case.sides, scale=SCALE)
+    expected = differentiate(dense, qkv, grad)
+    for first in range(0, len(reports), ranks):
+        founds = [report[name, ranks] for report in reports[first : first + ranks]]
+        assert all(found.repeats for found in founds)
+        for ours, truth in zip(joined(founds), expected, strict=True):
+            assert ours.shape == truth.shape
+            assert (ours.double() - truth).norm() <= TOLERANCE[case.dtype] * truth.norm()
+
+
+def test_bytes_received_in_a_layer(reports: list[dict[tuple[str, int], Found]]) -> None:
+    """By the formula of megatron_bicc.model.attention."""
+    for (name, case), ranks in product(CASES.items(), RANKS):
+        layout, sides = case.layout(ranks), len(case.sides)
+        pieces = Counter(s for own in layout.chunks for s in own.segment_W.tolist())
+        chunks = [zip(own.segment_W.tolist(), own.length_W.tolist(), strict=True) for own in layout.chunks]
+        most = max(sum(n for s, n in own if s < sides or pieces[s] > 1) for own in chunks)
+        once = 2 * (ranks - 1) * most * case.groups * CHANNELS * case.dtype.itemsize
+        expected = {"all_gather_into_tensor": 2 * once, "all_to_all_single": once} if once else {}
+        for report in reports:
+            assert report[name, ranks].received == expected, (name, ranks)
+    assert reports[0]["mixed", 4].received
+    assert not reports[0]["nothing shared", 4].received

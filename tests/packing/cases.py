@@ -1,5 +1,6 @@
 """Random batches and settings for the packer's tests, and properties that all packings share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 
@@ -7,7 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from megatron_bicc.packing.pack import pack
-from megatron_bicc.packing.types import MicroBatch, PackingSettings, RolloutBatch, StepPlan
+from megatron_bicc.packing.types import Chunks, MicroBatch, PackingSettings, RolloutBatch, StepPlan
 
 ENDS = (0, 9)
 HEADERS = {"wrong_header": (1, 2), "right_header": (3,), "answer_header": (4, 5, 6)}
@@ -96,6 +97,7 @@ settings_dicts = st.fixed_dictionaries(
         "overlong": st.sampled_from(["drop", "drop", "error"]),
         "alignment": st.sampled_from([1, 1, 2, 16]),
         "token_cost": st.sampled_from([0, 7]),
+        "context_ranks": st.sampled_from([1, 1, 2, 3, 4]),
     }
 )
 
@@ -106,20 +108,55 @@ def pack_every_rank(
     dp_size: int,
     threads: int = 0,
 ) -> StepPlan:
-    """Packs on every rank, as the processes of a run do; returns the plan with each rank's rows filled in.
+    """Packs on every rank, as the processes of a run do; returns the plan with all rows filled in.
 
-    Asserts that all ranks plan the same step and that a rank's micro-batches are those of the plan.
+    A data-parallel rank's micro-batches have the rows of its context ranks together. Asserts that all ranks
+    plan the same step and that a rank's micro-batches are those of the plan.
     """
-    packed = [pack(batch, settings, dp_size, 0, threads)]
-    packed += [pack(batch, settings, dp_size, rank, threads) for rank in range(1, dp_size)]
-    for rank, own in enumerate(packed):
-        assert_same_plan(own.plan, packed[0].plan)
-        for planned, filled in zip(own.plan.ranks[rank], own.micro_batches, strict=True):
-            assert_same_fields(planned, filled)
-            rows = [filled.tokens_N, filled.positions_N, filled.labels_N]
-            assert {len(array) for array in rows} == {planned.num_rows}
-            assert len(filled.gather_A) == planned.num_response_rows
-    return replace(packed[0].plan, ranks=[own.micro_batches for own in packed])
+    plan = pack(batch, settings, dp_size, 0, threads).plan
+    ranks = []
+    for rank in range(dp_size):
+        parts = []
+        for context_rank in range(settings.context_ranks):
+            own = pack(batch, settings, dp_size, rank, threads, context_rank)
+            assert_same_plan(own.plan, plan)
+            for planned, filled in zip(plan.ranks[rank], own.micro_batches, strict=True):
+                assert_same_fields(planned, filled)
+                assert filled.context_rank == context_rank
+            parts.append(own.micro_batches)
+        ranks.append([joined(parts_of_one) for parts_of_one in zip(*parts, strict=True)])
+    return replace(plan, ranks=ranks)
+
+
+def joined(parts: Sequence[MicroBatch]) -> MicroBatch:
+    """Returns a micro-batch with the rows of all its context ranks, of which `parts` has one's each.
+
+    Asserts that every row is on one of them and that they are padded with zeros.
+    """
+    whole = parts[0]
+    starts = np.concatenate([whole.cu_prefix[:-1], whole.num_prefix_rows + whole.cu_response[:-1]])
+    names = ("tokens_N", "positions_N", "labels_N")
+    rows = {name: np.zeros(whole.num_rows, np.int32) for name in names}
+    gather_A = np.zeros(whole.num_response_rows, np.int64)
+    held = np.zeros(whole.num_prefix_rows + whole.num_response_rows, int)
+    for part in parts:
+        own = part.chunks[part.context_rank]
+        places = [np.arange(n) + starts[s] + a for s, a, n in zip(*chunk_arrays(own), strict=True)]
+        at = np.concatenate([np.zeros(0, int), *places])
+        np.add.at(held, at, 1)
+        for name in names:
+            local = getattr(part, name)
+            assert len(local) == own.num_rows
+            assert not local[len(at) :].any()
+            rows[name][at] = local[: len(at)]
+        gather_A[at[at >= whole.num_prefix_rows] - whole.num_prefix_rows] = part.gather_A
+    assert (held == 1).all()
+    return replace(whole, **rows, gather_A=gather_A)
+
+
+def chunk_arrays(chunks: Chunks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns segment, first row in it and length of every chunk."""
+    return chunks.segment_W, chunks.start_W, chunks.length_W
 
 
 def micro_batches(plan: StepPlan) -> list[MicroBatch]:
@@ -146,7 +183,11 @@ def assert_same_fields(ours: object, theirs: object) -> None:
     for field in fields(ours):
         mine, other = getattr(ours, field.name), getattr(theirs, field.name)
         assert type(mine) is type(other), field.name
-        if isinstance(mine, np.ndarray):
+        if field.name == "chunks":
+            assert len(mine) == len(other)
+            for own, their in zip(mine, other, strict=True):
+                assert_same_fields(own, their)
+        elif isinstance(mine, np.ndarray):
             assert (mine.dtype, mine.shape) == (other.dtype, other.shape), field.name
             assert mine.tobytes() == other.tobytes(), (field.name, mine, other)
         else:

@@ -94,7 +94,7 @@ def try_one(random: np.random.Generator) -> str:
         elif kind == 1:
             batch = spoil_field(random, batch, spoilt_form)
         elif kind == 2:
-            settings = spoil_field(random, settings, lambda random, _: spoilt_setting(random))
+            settings = spoil_field(random, settings, spoilt_setting)
         else:
             spoil_call(random, call)
     try:
@@ -122,18 +122,22 @@ def valid_input(random: np.random.Generator) -> tuple[Any, Any, dict[str, Any]]:
         groups.append(Group(int(random.integers(1, 6)), rollouts))
     batch = make_batch(groups)
     settings = make_settings(
-        max_sequence_tokens=60, max_tokens_per_microbatch=80, overlong="drop", alignment=4
+        max_sequence_tokens=60,
+        max_tokens_per_microbatch=pick(random, [20, 40, 80]),
+        overlong="drop",
+        alignment=4,
+        context_ranks=int(random.integers(1, 5)),
     )
     return batch, settings, {"dp_size": int(random.integers(1, 4)), "threads": 1}
 
 
 def spoil_field(random: np.random.Generator, record: Any, spoilt: Any) -> Any:
-    """Returns `record` with one field replaced by spoilt(random, its value)."""
+    """Returns `record` with one field replaced by spoilt(random, its value, its name)."""
     name = pick(random, fields(record)).name
-    return replace(record, **{name: spoilt(random, getattr(record, name))})
+    return replace(record, **{name: spoilt(random, getattr(record, name), name)})
 
 
-def spoilt_values(random: np.random.Generator, array: Any) -> Any:
+def spoilt_values(random: np.random.Generator, array: Any, _: str) -> Any:
     """Returns a copy of `array` with up to three values overwritten."""
     if (
         not isinstance(array, np.ndarray)
@@ -155,7 +159,7 @@ def spoilt_values(random: np.random.Generator, array: Any) -> Any:
     return array
 
 
-def spoilt_form(random: np.random.Generator, array: Any) -> Any:
+def spoilt_form(random: np.random.Generator, array: Any, _: str) -> Any:
     """Returns `array` in a form that the packer may not expect."""
     if not isinstance(array, np.ndarray):
         return pick(random, ODD_VALUES)
@@ -178,8 +182,10 @@ def spoilt_form(random: np.random.Generator, array: Any) -> Any:
     return pick(random, forms)() if array.size and array.ndim == 1 else pick(random, ODD_VALUES)
 
 
-def spoilt_setting(random: np.random.Generator) -> Any:
-    """Returns a value that some setting may not expect."""
+def spoilt_setting(random: np.random.Generator, _: Any, name: str) -> Any:
+    """Returns a value that the setting may not expect."""
+    if name == "context_ranks":
+        return pick(random, [*RANKS, *ODD_VALUES])
     return pick(random, pick(random, [INTEGERS, ODD_VALUES, CHOICES]))
 
 

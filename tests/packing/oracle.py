@@ -4,11 +4,13 @@ It takes the same arguments as `pack` and checks nothing but overlong responses.
 one token at a time and builds micro-batches from Python lists.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 
 from megatron_bicc.packing.types import (
+    Chunks,
     ContextPart,
     MicroBatch,
     PackingSettings,
@@ -23,6 +25,8 @@ from megatron_bicc.packing.types import (
 
 PAIR_CANDIDATES = 32
 """First partners tried for a pair, as in csrc/binpack.cpp."""
+WHOLE = 8
+"""A segment of more than this part of a context rank's mean cost is cut, as in csrc/divide.cpp."""
 
 
 def make_bins(rows: list[int], budget: int, dp_size: int) -> list[list[int]]:
@@ -81,6 +85,85 @@ def assign_to_ranks(costs: list[int], dp_size: int) -> list[list[int]]:
     return ranks
 
 
+def divide(lengths: list[int], prefix_rows: list[int], settings: PackingSettings) -> list[list[int]]:
+    """Returns the context rank of every row of every segment of a micro-batch.
+
+    lengths: of the segments. prefix_rows: those that the segment's rows see besides their own segment.
+    """
+    ranks, capacity = range(settings.context_ranks), rank_capacity(settings)
+    costs = [
+        [settings.token_cost + prefix + row + 1 for row in range(length)]
+        for length, prefix in zip(lengths, prefix_rows, strict=True)
+    ]
+    largest_whole = sum(map(sum, costs)) // (WHOLE * len(ranks))
+    owners: list[list[int]] = [[] for _ in lengths]
+    used, spent = [0 for _ in ranks], [0 for _ in ranks]
+    for segment in sorted(range(len(lengths)), key=lambda s: (-sum(costs[s]), s)):
+        length = lengths[segment]
+        fitting = [rank for rank in ranks if used[rank] + length <= capacity]
+        if sum(costs[segment]) <= largest_whole and fitting:
+            owners[segment] = [min(fitting, key=lambda rank: spent[rank])] * length
+        else:
+            owners[segment] = cut(length, used, capacity)
+        for rank, cost in zip(owners[segment], costs[segment], strict=True):
+            used[rank] += 1
+            spent[rank] += cost
+    return owners
+
+
+def cut(length: int, used: list[int], capacity: int) -> list[int]:
+    """Returns the rank of every row of a segment: two chunks a rank, the first from either end, and so on.
+
+    Row by row, the rank that has fewest of the segment gets one more, if it has room; then the emptier one.
+    """
+    ranks = range(len(used))
+    shares = [0 for _ in ranks]
+    for _ in range(length):
+        open_ranks = [rank for rank in ranks if used[rank] + shares[rank] < capacity]
+        shares[min(open_ranks, key=lambda rank: (shares[rank], used[rank], -rank))] += 1
+    early = [rank for rank in ranks for _ in range((shares[rank] + 1) // 2)]
+    return early + [rank for rank in reversed(ranks) for _ in range(shares[rank] // 2)]
+
+
+def rank_capacity(settings: PackingSettings) -> int:
+    """Returns the most rows of a micro-batch that one context rank may hold."""
+    return settings.max_tokens_per_microbatch // settings.alignment * settings.alignment
+
+
+def chunks_of_rank(owners: list[list[int]], rank: int, alignment: int) -> Chunks:
+    """Returns the rows of one context rank, given that of every row of every segment."""
+    found = []
+    for segment, owner_of_row in enumerate(owners):
+        start = 0
+        for owner, rows in groupby(owner_of_row):
+            length = len(list(rows))
+            if owner == rank:
+                found.append((segment, start, length))
+            start += length
+    segment_W, start_W, length_W = np.array(found, np.int32).reshape(-1, 3).T
+    rows = max(1, int(length_W.sum()))
+    return Chunks(-(-rows // alignment) * alignment, segment_W, start_W, length_W)
+
+
+def rows_of_rank(whole: MicroBatch, context_rank: int) -> MicroBatch:
+    """Returns the micro-batch with the rows of one context rank, picked from those of all."""
+    own = whole.chunks[context_rank]
+    starts = np.concatenate([whole.cu_prefix[:-1], whole.num_prefix_rows + whole.cu_response[:-1]])
+    rows: list[int] = []
+    for segment, start, length in zip(own.segment_W, own.start_W, own.length_W, strict=True):
+        rows += range(starts[segment] + start, starts[segment] + start + length)
+    padding = [0] * (own.num_rows - len(rows))
+    response_rows = [row - whole.num_prefix_rows for row in rows if row >= whole.num_prefix_rows]
+    return replace(
+        whole,
+        context_rank=context_rank,
+        tokens_N=np.array([*whole.tokens_N[rows], *padding], np.int32),
+        positions_N=np.array([*whole.positions_N[rows], *padding], np.int32),
+        labels_N=np.array([*whole.labels_N[rows], *padding], np.int32),
+        gather_A=whole.gather_A[response_rows],
+    )
+
+
 @dataclass
 class Side:
     """A prefix and the rollouts trained under it; `parts` are (rollout, head, tail) as in SideTable."""
@@ -94,7 +177,7 @@ class Side:
 def pack_reference(batch: RolloutBatch, settings: PackingSettings, dp_size: int) -> StepPlan:
     """Does what megatron_bicc.packing.pack does on every rank, with the same result to the bit.
 
-    plan.ranks holds MicroBatches, rows included.
+    plan.ranks holds MicroBatches with the rows of all context ranks; rows_of_rank picks those of one.
 
     Args:
         batch: the scored groups.
@@ -111,7 +194,7 @@ class _Packer:
     def __init__(self, batch: RolloutBatch, settings: PackingSettings):
         self.batch = batch
         self.settings = settings
-        self.budget = settings.max_tokens_per_microbatch // settings.alignment * settings.alignment
+        self.budget = settings.context_ranks * rank_capacity(settings)
         self.dropped = 0
         self.skipped = 0
 
@@ -128,7 +211,11 @@ class _Packer:
             [self.micro_batch([pieces[p] for p in sorted(bins[b])], segments) for b in rank]
             for rank in rank_bins
         ]
-        rank_costs = [sum(costs[b] for b in rank) for rank in rank_bins]
+        rank_costs = [
+            sum(self.cost_of_rank(micro_batch, context_rank) for micro_batch in rank)
+            for rank in ranks
+            for context_rank in range(self.settings.context_ranks)
+        ]
         stats = step_stats(self.counts(sides, pieces, ranks), rank_costs, self.settings)
         return StepPlan(ranks, stats, side_table(sides), self.batch, self.settings)
 
@@ -173,9 +260,12 @@ class _Packer:
         if overlong and self.settings.overlong == "error":
             r, setting = next(iter(overlong.items()))
             group = int(np.searchsorted(self.batch.group_offsets_B, r, side="right")) - 1
+            limit = f"{setting} {getattr(self.settings, setting)}"
+            if setting == "max_tokens_per_microbatch" and self.settings.context_ranks > 1:
+                limit += f" on each of {self.settings.context_ranks} context ranks"
             raise ValueError(
                 f"group {group}, rollout {r}: a prompt of {prompt} and a response of {self.length(r)} tokens "
-                f"exceed {setting} {getattr(self.settings, setting)}; raise it, or set overlong to drop"
+                f"exceed {limit}; raise it, or set overlong to drop"
             )
         self.dropped += len(overlong)
         return [r for r in rollouts if r not in overlong]
@@ -271,7 +361,8 @@ class _Packer:
                 rollouts.append(r)
                 groups.append(side.group)
             cu_side.append(len(gather))
-        padding = -len(tokens) % self.settings.alignment if tokens else self.settings.alignment
+        chunks = self.chunks(sides)
+        padding = sum(rank.num_rows for rank in chunks) - len(tokens)
         if padding:
             cu_seqlens.append(len(tokens) + padding)
         return MicroBatch(
@@ -289,7 +380,24 @@ class _Packer:
             group_S=np.array(groups, np.int32),
             scale_S=np.float32(1) / segments[rollouts].astype(np.float32),
             gather_A=np.array(gather, np.int64),
+            chunks=chunks,
+            context_rank=0,
         )
+
+    def chunks(self, sides: list[Side]) -> tuple[Chunks, ...]:
+        prefixes = [len(side.prefix) - 1 for side in sides]
+        responses = [(self.length(r), len(side.prefix) - 1) for side in sides for r in side.rollouts]
+        lengths = prefixes + [length for length, _ in responses]
+        owners = divide(lengths, [0 for _ in sides] + [prefix for _, prefix in responses], self.settings)
+        ranks = range(self.settings.context_ranks)
+        return tuple(chunks_of_rank(owners, rank, self.settings.alignment) for rank in ranks)
+
+    def cost_of_rank(self, micro_batch: MicroBatch, context_rank: int) -> int:
+        rows = rows_of_rank(micro_batch, context_rank)
+        own = rows.chunks[context_rank]
+        # a row sees as many rows as its position says, and itself
+        seen = rows.positions_N[: own.length_W.sum()].astype(np.int64) + 1
+        return int((self.settings.token_cost + seen).sum())
 
     def counts(self, sides: list[Side], pieces: list[Side], ranks: list[list[MicroBatch]]) -> dict[str, int]:
         responses = [(side, r) for side in sides for r in side.rollouts]

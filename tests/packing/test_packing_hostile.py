@@ -119,6 +119,13 @@ BAD_SETTINGS = [
     ({"wrong_header": iter([7])}, "wrong_header is <.*iterator.*, which is of the wrong type"),
     ({"wrong_header": {7, 8}}, "wrong_header is {8, 7}|{7, 8}, which is of the wrong type"),
     ({"token_cost": -1}, "token_cost is -1; it must be in"),
+    ({"context_ranks": 0}, r"context_ranks is 0; it must be in \[1, 65536\]"),
+    ({"context_ranks": 2**16 + 1}, r"context_ranks is 65537; it must be in \[1, 65536\]"),
+    (
+        {"context_ranks": 3, "max_tokens_per_microbatch": 2**30 - 1},
+        r"context_ranks is 3; it must be in \[1, 2\]",
+    ),
+    ({"context_ranks": 2.0}, "context_ranks is 2.0, which is of the wrong type"),
     ({"context_ratio": float("nan")}, "context_ratio is nan; it must be in"),
     ({"context_ratio": 1.01}, "context_ratio is 1.01; it must be in"),
     ({"reward_threshold": float("inf")}, "reward_threshold must be finite"),
@@ -180,6 +187,17 @@ def test_a_bad_rank_is_named(rank):
         pack(valid_batch(), make_settings(), 2, rank)
 
 
+@pytest.mark.parametrize("context_rank", [-1, 3, 2**40, None, 0.0, "0"])
+def test_a_bad_context_rank_is_named(context_rank):
+    with pytest.raises(ValueError, match=f"context_rank is '?{context_rank}'?"):
+        pack(valid_batch(), make_settings(context_ranks=3), 2, 0, context_rank=context_rank)
+
+
+def test_all_ranks_together_are_limited():
+    with pytest.raises(ValueError, match=r"context_ranks is 3; it must be in \[1, 2\]"):
+        pack(valid_batch(), make_settings(context_ranks=3), 2**15, 0)
+
+
 @pytest.mark.parametrize("threads", [-1, 2000])
 def test_a_bad_number_of_threads_is_named(threads):
     with pytest.raises(ValueError, match=f"threads is {threads}; it must be in"):
@@ -196,13 +214,13 @@ def test_read_only_input_is_read_and_a_read_only_buffer_refused():
     rows = np.zeros(plan.sizes[:, 0].sum(), np.int32)
     rows.flags.writeable = False
     with pytest.raises(ValueError, match="buffer tokens_N is read-only"):
-        plan.fill_rows(0, {"tokens_N": rows}, 1)
+        plan.fill_rows(0, 0, {"tokens_N": rows}, 1)
 
 
 def test_a_buffer_of_another_size_is_refused():
     plan = _C.Plan(valid_batch(), make_settings(), 1)
     with pytest.raises(ValueError, match="buffer tokens_N holds 3 items; the plan needs"):
-        plan.fill_rows(0, {"tokens_N": np.zeros(3, np.int32)}, 1)
+        plan.fill_rows(0, 0, {"tokens_N": np.zeros(3, np.int32)}, 1)
     with pytest.raises(ValueError, match="buffer cu_seqlens holds 3 items; the plan needs"):
         plan.fill_segments({"cu_seqlens": np.zeros(3, np.int32)})
 

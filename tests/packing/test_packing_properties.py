@@ -1,6 +1,8 @@
 """Tests properties of every batch: the C++ packer against its oracle and the definition of the layout."""
 
 from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal as assert_equal
 from packing.cases import (
+    assert_same_fields,
     assert_same_plan,
+    chunk_arrays,
     group_lists,
     make_batch,
     make_settings,
@@ -21,7 +25,7 @@ from packing.cases import (
 from packing.oracle import pack_reference
 
 from megatron_bicc.packing.pack import pack, plan_step
-from megatron_bicc.packing.types import MicroBatch, PackingSettings, RolloutBatch, StepPlan
+from megatron_bicc.packing.types import Chunks, MicroBatch, PackingSettings, RolloutBatch, StepPlan
 
 many = settings(max_examples=2000, deadline=None, derandomize=True)
 some = settings(max_examples=250, deadline=None, derandomize=True)
@@ -149,7 +153,8 @@ def test_segments_cover_the_rows(groups, changes, dp_size):
         assert micro_batch.cu_response[-1] == micro_batch.cu_response_side[-1] == len(micro_batch.gather_A)
         for array in (micro_batch.tokens_N, micro_batch.positions_N, micro_batch.labels_N):
             assert not array[used:].any()
-        assert len(micro_batch.tokens_N) - max(used, 1) < config.alignment
+        for rank in micro_batch.chunks:
+            assert 0 <= rank.num_rows - max(rank.length_W.sum(), 1) < config.alignment
 
 
 @some
@@ -157,8 +162,10 @@ def test_segments_cover_the_rows(groups, changes, dp_size):
 def test_budgets_hold(groups, changes, dp_size):
     batch, config, plan = packed(groups, changes, dp_size)
     for micro_batch in micro_batches(plan):
-        assert len(micro_batch.tokens_N) <= config.max_tokens_per_microbatch
-        assert len(micro_batch.tokens_N) % config.alignment == 0
+        assert len(micro_batch.chunks) == config.context_ranks
+        for rank in micro_batch.chunks:
+            assert rank.num_rows <= config.max_tokens_per_microbatch
+            assert rank.num_rows % config.alignment == 0
     for rollout in range(len(batch.rewards_R)):
         for context in plan.contexts(rollout):
             prompt = batch.prompt_offsets_B[context.group + 1] - batch.prompt_offsets_B[context.group]
@@ -179,7 +186,61 @@ def test_ranks_get_equal_counts_and_one_rank_no_needless_bin(groups, changes, dp
         assert len(filled) == len(plan.ranks[0])
         used = sorted(m.num_prefix_rows + m.num_response_rows for m in filled)
         capacity = config.max_tokens_per_microbatch // config.alignment * config.alignment
-        assert len(used) < 2 or used[0] + used[1] > capacity
+        assert len(used) < 2 or used[0] + used[1] > capacity * config.context_ranks
+
+
+def ranks_in_order(micro_batch: MicroBatch) -> list[list[tuple[int, int]]]:
+    """Returns (context rank, rows) of the chunks of every segment, in the order of their rows."""
+    sides = len(micro_batch.cu_prefix) - 1
+    found = [[] for _ in range(sides + len(micro_batch.rollout_S))]
+    for rank, chunks in enumerate(micro_batch.chunks):
+        for segment, start, length in zip(*chunk_arrays(chunks), strict=True):
+            found[segment].append((int(start), rank, int(length)))
+    return [[(rank, length) for _, rank, length in sorted(chunks)] for chunks in found]
+
+
+@some
+@given(group_lists, settings_dicts, ranks)
+def test_segments_lie_whole_or_in_zigzag_on_the_context_ranks(groups, changes, dp_size):
+    _, config, plan = packed(groups, changes, dp_size)
+    last = config.context_ranks - 1
+    for micro_batch in micro_batches(plan):
+        for chunks in micro_batch.chunks:
+            order = list(zip(chunks.segment_W.tolist(), chunks.start_W.tolist(), strict=True))
+            assert order == sorted(set(order))
+            assert (chunks.length_W > 0).all()
+        for segment in ranks_in_order(micro_batch):
+            # 0, 1, .., last, .., 1, 0: a rank's two chunks are as long, to one row
+            places = [rank for rank, _ in segment]
+            peak = places.index(max(places)) if places else 0
+            assert all(a < b for a, b in pairwise(places[: peak + 1]))
+            assert all(a > b for a, b in pairwise(places[peak:]))
+            assert len(places) <= 2 * last + 1
+            rows = Counter()
+            for rank, length in segment:
+                rows[rank] += length
+            for rank, length in segment[:peak]:
+                assert length == (rows[rank] + 1) // 2
+
+
+@some
+@given(group_lists, settings_dicts, ranks)
+def test_context_ranks_together_pack_as_one_that_holds_as_much(groups, changes, dp_size):
+    batch, config, plan = packed(groups, changes, dp_size)
+    capacity = config.max_tokens_per_microbatch // config.alignment * config.alignment
+    one = replace(
+        config, context_ranks=1, alignment=1, max_tokens_per_microbatch=capacity * config.context_ranks
+    )
+    expected = pack_every_rank(batch, one, dp_size)
+    assert_same_fields(plan.sides, expected.sides)
+    for whole, other in zip(micro_batches(plan), micro_batches(expected), strict=True):
+        used = whole.num_prefix_rows + whole.num_response_rows
+        for name in ("tokens_N", "positions_N", "labels_N"):
+            assert_equal(getattr(whole, name)[:used], getattr(other, name)[:used])
+        for name in ("cu_prefix", "cu_response_side", "cu_response", "rollout_S", "scale_S", "gather_A"):
+            assert_equal(getattr(whole, name), getattr(other, name))
+        lengths = [*np.diff(other.cu_prefix).tolist(), *np.diff(other.cu_response).tolist()]
+        assert_same_fields(other.chunks[0], Chunks.of_whole(lengths, other.num_rows))
 
 
 def reordered(batch: RolloutBatch, order: list[int]) -> RolloutBatch:

@@ -89,8 +89,9 @@ class Stepper:
         rollouts = collate(self.groups[:-1]).rollouts
         found: dict[int, int] = {}
         for budget in count(LONGEST_ROW, 2):
-            plan = plan_step(rollouts, replace(settings, max_tokens_per_microbatch=budget), self.dp_size)
-            found.setdefault(len(plan.ranks[0]), budget)
+            each = budget // config.parallel.context  # of the ranks that share a micro-batch
+            plan = plan_step(rollouts, replace(settings, max_tokens_per_microbatch=each), self.dp_size)
+            found.setdefault(len(plan.ranks[0]), each)
             if 1 in found:
                 return found
 

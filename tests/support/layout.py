@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from megatron_bicc.model.packed_batch import PackedBatch
-from megatron_bicc.packing.types import MicroBatch
+from megatron_bicc.packing.types import Chunks, MicroBatch
 
 
 def causal_batch(tokens: torch.Tensor) -> PackedBatch:
@@ -38,4 +38,6 @@ def _one_sequence(tokens_N: np.ndarray, labels_N: np.ndarray, prefix: int) -> Mi
         group_S=np.zeros(len(segments), np.int32),
         scale_S=np.ones(len(segments), np.float32),
         gather_A=np.arange(response),
+        chunks=(Chunks.of_whole([prefix, *segments], length),),
+        context_rank=0,
     )

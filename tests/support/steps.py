@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -157,11 +156,14 @@ def hf_gradients(policy: Policy) -> dict[str, torch.Tensor]:
 
     Overwrites the policy's weights with them.
     """
-    group = parallel_state.get_data_parallel_group()
-    for bucket in (b for chunk in policy.chunks for some in chunk.bucket_groups for b in some.buckets):
-        # each data-parallel rank has the sum in its own share of the buffer
-        own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-        dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+    for some in (
+        s for chunk in policy.chunks for s in chunk.bucket_groups + chunk.expert_parallel_bucket_groups
+    ):
+        # each rank of the group, whose ranks hold copies, has the sum in its own share of the buffer
+        group = some.intra_distributed_optimizer_instance_group
+        for bucket in some.buckets:
+            own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
     policy.set_weights(
         [parameter.main_grad for module in policy.modules for parameter in module.parameters()]
     )

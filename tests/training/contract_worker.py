@@ -1,4 +1,4 @@
-"""Run by torchrun on two processes: one optimizer step of every preset under data, tensor, pipeline parallel.
+"""Run by torchrun on two processes: one optimizer step of every preset under every kind of parallelism.
 
 torchrun --nproc-per-node 2 contract_worker.py INPUTS OUT
 
@@ -15,13 +15,16 @@ from megatron.core import parallel_state
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from support import emulated_kernels
 from support.contract import ALGORITHMS, Stepper
 
 from megatron_bicc import device
 from megatron_bicc.config import Config, ParallelConfig
 from megatron_bicc.model.policy import start_model_parallel
 
-LAYOUTS = {"dp2": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}
+LAYOUTS = {"dp2": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}, "cp2": {"context": 2}}
+KERNELS = ("gspo+bicc+rcc", "gmpo+bicc+rcc", "grpo+bicc+rcc")
+"""Taken once more under cp2 through csrc's kernels, compiled for the host: "kernels" """
 MICRO_BATCHES = 3
 
 
@@ -33,6 +36,9 @@ def main(inputs: Path, out: str) -> None:
         start_model_parallel(Config(parallel=ParallelConfig(**parallel)))
         stepper = Stepper(inputs, **parallel)
         found |= {(name, algorithm): stepper.step(algorithm, MICRO_BATCHES) for algorithm in ALGORITHMS}
+        if name == "cp2":
+            device._kernels = emulated_kernels.build()
+            found |= {("kernels", algorithm): stepper.step(algorithm, MICRO_BATCHES) for algorithm in KERNELS}
         parallel_state.destroy_model_parallel()
     if dist.get_rank() == 0:
         torch.save(found, out)

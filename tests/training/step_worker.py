@@ -2,10 +2,10 @@
 
 torchrun --nproc-per-node 2 step_worker.py INPUTS OUT
 
-INPUTS holds, for each model of LAYOUTS, the directories MODEL (the reference policy) and MODEL_moved (the
-policy in training) and the file MODEL.pt (the groups); INPUTS/saved/one is a run's directory, with a
-checkpoint of one process after a step of the model with experts. Rank 0 writes {layout: result of run_steps}
-to OUT.
+INPUTS holds, for each of MODELS, the directories MODEL (the reference policy) and MODEL_moved (the policy in
+training) and the file MODEL.pt (the groups); for each of EDGES a file of groups; INPUTS/saved/one is a run's
+directory, with a checkpoint of one process after a step of the model with experts. Rank 0 writes {layout:
+result of run_steps} and {edge: its step} to OUT.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support.models import make_model
 from support.routing import drawn, with_experts
-from support.steps import CASES, TOKENIZER, make_config, to_groups
+from support.steps import CASES, ENTROPY, KL, TOKENIZER, hf_gradients, make_config, to_groups
 
 from megatron_bicc import device
 from megatron_bicc.checkpoint.checkpoint import (
@@ -39,15 +39,17 @@ from megatron_bicc.metrics import Stopwatch
 from megatron_bicc.model.families import check_layout
 from megatron_bicc.model.policy import Policy, start_model_parallel
 from megatron_bicc.training.learner import Learner
+from megatron_bicc.training.step_metrics import update_metrics
 from megatron_bicc.weights.hf_files import SafetensorsDirectory
 from megatron_bicc.weights.hf_mapping import rule_for
 from megatron_bicc.weights.hf_weights import HfWeights, hf_tensors, load_policy
 
 TP2, SP2 = {"parallel.tensor": 2}, {"parallel.tensor": 2, "parallel.sequence": True}
 PP2, VPP2 = {"parallel.pipeline": 2}, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}
+CP2, CP4 = {"parallel.context": 2}, {"parallel.context": 4}
 DENSE = {
     1: {"one": {}},
-    2: {"dp2": {}, "tp2": TP2, "tp2_sp": SP2, "pp2": PP2, "vpp2": VPP2},
+    2: {"dp2": {}, "tp2": TP2, "tp2_sp": SP2, "pp2": PP2, "vpp2": VPP2, "cp2": CP2},
     4: {
         "dp4": {},
         "tp2_dp2": TP2,
@@ -58,22 +60,33 @@ DENSE = {
         "tp2_sp_pp2": SP2 | PP2,
         "tp2_vpp2": TP2 | VPP2,
         "tp2_sp_vpp2": SP2 | VPP2,
+        "cp4": CP4,
+        "cp2_dp2": CP2,
+        "tp2_sp_cp2": SP2 | CP2,
+        "pp2_cp2": PP2 | CP2,
+        "vpp2_cp2": VPP2 | CP2,
     },
 }
 MODELS = {"dense": "qwen3_tied", "moe": "qwen3_moe", "replay": "qwen3_moe"}
-SECTIONS = ("tensor", "sequence", "pipeline", "virtual_pipeline", "expert")
-RESHARDED = ("tp2_sp", "ep2", "tp2_sp_pp2_ep2")
+SECTIONS = ("tensor", "sequence", "pipeline", "virtual_pipeline", "expert", "context")
+WITH_CONTEXT = {1: (), 2: ("ep2_cp2",), 4: ("ep4_cp2", "tp2_sp_ep2_cp2", "pp2_ep2_cp2")}
+"""Layouts with experts and context parallel, by the number of processes"""
+RESHARDED = ("tp2_sp", "ep2", "tp2_sp_pp2_ep2", "ep2_cp2")
 """Layouts with experts between which and one process a checkpoint is handed"""
 RECOMPUTE = ("none", "selective", "full")
 FULL, MOE = {"model.recompute": "full"}, {"megatron.transformer": {"recompute_modules": ["moe"]}}
 REPLAYED = {
     1: {},
-    2: {"tp2_sp": FULL, "ep2": {}, "pp2": {"model.recompute": "selective"} | MOE, "pp2_vpp2": FULL},
-    4: {"moe": {}, "tp2_sp_pp2_vpp2_ep2": FULL},
+    2: {"tp2_sp": FULL, "ep2_cp2": {}, "pp2": {"model.recompute": "selective"} | MOE, "pp2_vpp2": FULL},
+    4: {"moe": {}, "tp2_sp_ep2_cp2": FULL, "tp2_sp_pp2_vpp2_ep2": FULL},
 }
 """Layouts with experts that are taken with routing replay, too, and what they recompute"""
-CASE = "bicc_rcc_mixed_conditioned"
+CASE = CASES["bicc_rcc_mixed_conditioned"]
 """Both packings, the reference policy, and a pass for the conditioned denominator"""
+EDGES = ("long_response", "long_prefix", "few_rows", "one_token")
+"""Steps on four context-parallel ranks that hold EDGE_ROWS rows each"""
+EDGE_ROWS = 24
+EDGE_CASE = ("gspo+bicc", KL | ENTROPY | {"bicc__weight": 0.5, "loss__tis_cap": 1.2})
 
 
 def layouts(processes: int) -> dict[str, tuple[str, dict]]:
@@ -93,11 +106,12 @@ def layouts(processes: int) -> dict[str, tuple[str, dict]]:
 
 
 def expert_layouts(processes: int) -> dict[str, dict]:
-    """Every layout of the model with experts that a run's start-up accepts, by name."""
+    """Every layout of the model with experts that a run's start-up accepts, by name; of those with context
+    parallel WITH_CONTEXT."""
     hf_config = make_model(MODELS["moe"], layers=4).config
     hf_config.architectures = ["Qwen3MoeForCausalLM"]  # as in its directory's config.json
     found = {}
-    for sizes in product((1, 2, 4), (False, True), (1, 2, 4), (1, 2), (1, 2, 4)):
+    for sizes in product((1, 2, 4), (False, True), (1, 2, 4), (1, 2), (1, 2, 4), (1, 2, 4)):
         parallel = ParallelConfig(**dict(zip(SECTIONS, sizes, strict=True)))
         try:
             check_processes(parallel, processes)
@@ -105,56 +119,74 @@ def expert_layouts(processes: int) -> dict[str, dict]:
         except UserError:
             continue
         settings = {f"parallel.{section}": size for section, size in zip(SECTIONS, sizes, strict=True)}
-        tensor, _, pipeline, chunks, expert = sizes
-        parts = {"tp{}_sp": tensor, "pp{}": pipeline, "vpp{}": chunks, "ep{}": expert}
+        tensor, _, pipeline, chunks, expert, context = sizes
+        parts = {"tp{}_sp": tensor, "pp{}": pipeline, "vpp{}": chunks, "ep{}": expert, "cp{}": context}
         name = "_".join(part.format(size) for part, size in parts.items() if size > 1)
-        found[name or "moe"] = settings
+        if parallel.context == 1 or name in WITH_CONTEXT[processes]:
+            found[name or "moe"] = settings
     return found
 
 
-def configure(path: Path, settings: dict) -> Config:
-    """The case's configuration under a layout; micro-batches are small, so that there are several, or two."""
-    algorithm, choices = CASES[CASE]
+def configure(path: Path, settings: dict, case: tuple[str, dict] = CASE, rows: int | None = None) -> Config:
+    """The case's configuration under a layout, with micro-batches of so many rows.
+
+    rows: None for few, so that there are several micro-batches, or two.
+    """
+    algorithm, choices = case
     config = make_config(path, algorithm, **choices)
     # a large eps: else Adam's first update is the sign of the gradient, and rounding flips that of a tiny one
     config.optimizer.lr, config.optimizer.eps, config.optimizer.clip_grad = 1e-2, 1e-2, 1.0
-    config.train.max_tokens_per_microbatch = 100 if path.name == "dense" else 200
-    config.model.routing_replay = "engine" if path.name == "replay" else "none"
     for name, value in settings.items():
         section, field = name.split(".")
         setattr(getattr(config, section), field, value)
+    rows = rows or (100 if path.name == "dense" else 200)
+    config.model.routing_replay = "engine" if path.name == "replay" else "none"
+    config.train.max_tokens_per_microbatch = rows // config.parallel.context
     return config
 
 
 class Training:
     """A policy in training, of one of the models under a layout."""
 
-    def __init__(self, inputs: Path, model: str, settings: dict) -> None:
-        config = configure(inputs / model, settings)
+    def __init__(self, inputs: Path, model: str, settings: dict, edge: str | None = None) -> None:
+        """edge: of EDGES; None: the usual groups."""
+        if edge is None:
+            config = configure(inputs / model, settings)
+        else:
+            config = configure(inputs / model, settings, EDGE_CASE, 4 * EDGE_ROWS)
         self.policy = load_policy(config)
         self.learner = Learner(config, self.policy, TOKENIZER)
         moved = SafetensorsDirectory(inputs / f"{model}_moved")
         HfWeights(self.policy.hf_config, moved).load(self.policy.modules)
         self.policy.optimizer.reload_model_params()
-        examples = torch.load(inputs / f"{model}.pt", weights_only=False)
+        examples = torch.load(inputs / f"{edge or model}.pt", weights_only=False)
         self.groups = to_groups(examples)
         if model == "replay":
             self.groups = with_experts(self.groups, examples, drawn(examples, self.policy.hf_config))
 
     def step(self) -> dict:
-        """Loss, gradient norm, updated weights, which of their copies differ between processes, and the
-        response rows of each rank's micro-batches. Collective."""
+        """Metrics, log-probs, gradients, updated weights, which of their copies differ between processes, and
+        of each rank's micro-batches the response rows and the chunks of the context ranks. Collective."""
         result = self.learner.step(self.groups, Stopwatch())[-1]
-        weights = hf_tensors(self.policy.modules, self.policy.hf_config)
-        ranks = [rank for trained in result.trained for rank in trained.plan.ranks]
-        return {
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "gradient": result.gradient,
-            "weights": {name: tensor.clone() for name, tensor in weights},
+        found = {
+            "metrics": update_metrics(result, self.learner.config),
+            "log_probs": [torch.from_numpy(x) for x in vars(result.log_probs).values() if x is not None],
+            "weights": self.weights(),
             "unequal": unequal_copies(self.policy),
-            "response_rows": [[batch.num_response_rows for batch in rank] for rank in ranks],
+            "response_rows": [
+                [batch.num_response_rows for batch in rank] for t in result.trained for rank in t.plan.ranks
+            ],
+            "chunks": [
+                [each.length_W.tolist() for each in batch.chunks]
+                for trained in result.trained
+                for rank in trained.plan.ranks
+                for batch in rank
+            ],
         }
+        updated = self.policy.host_copy()
+        found["gradients"] = hf_gradients(self.policy)
+        self.policy.set_weights(updated)
+        return found
 
     def replay_old(self) -> None:
         """From now on a step takes two updates: the second replays the experts of the policy before both."""
@@ -162,6 +194,11 @@ class Training:
         config.model.routing_replay, config.train.updates_per_step = "old", 2
         config.bicc.denominator = "plain"  # its micro-batches are not those that have recorded
         self.groups = self.groups * 2
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All weights, whole, by their Hugging Face names. Collective."""
+        weights = hf_tensors(self.policy.modules, self.policy.hf_config)
+        return {name: tensor.clone() for name, tensor in weights}
 
     def save(self, run: Path) -> None:
         """A checkpoint of the policy in the run's directory. Collective."""
@@ -214,7 +251,8 @@ def run_steps(inputs: Path, name: str, model: str, settings: dict) -> list[dict]
     if name in RESHARDED:
         training = Training(inputs, model, settings)
         training.load(inputs / "saved/one")
-        steps.append(training.step())
+        loaded = training.weights()
+        steps.append(training.step() | {"loaded": loaded})
     steps[0]["refusals"] = gathered(refusal(training.policy))
     return steps
 
@@ -252,6 +290,8 @@ def main(inputs: Path, out: str) -> None:
             start_model_parallel(configure(inputs / model, settings))
             groups_of = parallel
         found[name] = run_steps(inputs, name, model, settings)
+        if settings.get("parallel.context") == len(EDGES) and model == "dense":
+            found |= {edge: [Training(inputs, model, settings, edge).step()] for edge in EDGES}
     if dist.get_rank() == 0:
         torch.save(found, out)
     dist.barrier()

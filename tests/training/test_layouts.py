@@ -5,11 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.hf_reference import Example, response_logp
 from support.models import make_model
 from support.steps import make_examples, perturb
 from support.torchrun import torchrun
 from training import step_worker
-from training.step_worker import MODELS, RESHARDED, Training, expert_layouts, layouts, run_steps
+from training.step_worker import (
+    EDGE_ROWS,
+    EDGES,
+    MODELS,
+    RESHARDED,
+    Training,
+    expert_layouts,
+    layouts,
+    run_steps,
+)
+from transformers import PreTrainedModel
 
 # the first test starts every process; a busy machine needs minutes for that
 pytestmark = pytest.mark.timeout(900)
@@ -25,7 +36,27 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(root / name)
         perturb(model).save_pretrained(root / f"{name}_moved")
         torch.save(make_examples(model, 0.8), root / f"{name}.pt")
+        if name == "dense":
+            for edge in EDGES:
+                torch.save([edge_example(model, edge)], root / f"{edge}.pt")
     return root
+
+
+def edge_example(model: PreTrainedModel, edge: str) -> Example:
+    """A right and a wrong response to a prompt."""
+    tokens, *lengths = {
+        "long_response": (3, 60, 5),
+        "long_prefix": (70, 3, 7),
+        "few_rows": (2, 2, 1),
+        "one_token": (1, 1, 1),
+    }[edge]
+    generator = torch.Generator().manual_seed(len(edge))
+    draw = lambda count: torch.randint(2, 90, (count,), generator=generator).tolist()  # noqa: E731
+    prompt, responses = draw(tokens), [draw(length) for length in lengths]
+    with torch.no_grad():
+        logp = [response_logp(model, prompt, o, 0.8) for o in responses]
+    noise = [0.1 * torch.randn(len(x), generator=generator) for x in logp]
+    return Example(prompt, responses, [1.0, 0.0], [x + y for x, y in zip(logp, noise, strict=True)])
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +96,20 @@ def test_layout_equals_one_process(
 
 def assert_equal(step: dict, one: dict) -> None:
     """A layout's step is that of one process, and processes that hold a weight hold the same one."""
+    own, expected = step["metrics"], one["metrics"]
     # terms of size |A| cancel in the loss
-    assert step["loss"] == pytest.approx(one["loss"], rel=1e-5, abs=1e-6)
-    assert step["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
-    assert step["gradient"] == pytest.approx(one["gradient"], rel=1e-4)
+    assert own["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5, abs=1e-6)
+    assert own["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-5)
+    # token counts depend on the packing
+    assert of_rollouts(own) == pytest.approx(of_rollouts(expected), rel=1e-4, abs=1e-6)
+    for log_probs, truth in zip(step["log_probs"], one["log_probs"], strict=True):
+        torch.testing.assert_close(log_probs, truth, rtol=1e-5, atol=1e-5)
+    assert step["gradients"].keys() == one["gradients"].keys()
+    for name, gradient in one["gradients"].items():
+        difference = (step["gradients"][name] - gradient).norm()
+        assert difference <= 1e-5 * gradient.norm(), (
+            f"{name}: error {difference:.1e} of {gradient.norm():.1e}"
+        )
     assert step["weights"].keys() == one["weights"].keys()
     assert experts(step["weights"]) == experts(one["weights"])
     for name, weight in one["weights"].items():
@@ -89,6 +130,11 @@ def test_a_nan_on_one_rank_is_refused_on_all(
     )
 
 
+def of_rollouts(metrics: dict[str, float]) -> dict[str, float]:
+    """Those that do not depend on the packing."""
+    return {name: value for name, value in metrics.items() if not name.startswith("tokens/")}
+
+
 def experts(weights: dict) -> list[str]:
     """Their names layer by layer, in the order in which they came."""
     return sorted((n for n in weights if ".experts." in n), key=lambda name: name.partition(".mlp.")[0])
@@ -101,12 +147,30 @@ def test_one_process_takes_the_step_after_a_layouts_checkpoint(
     """The other way round is among the layouts' own steps."""
     training = Training(inputs, "moe", {})
     training.load(inputs / "saved" / layout)
+    assert_same_bits(training.weights(), newest(found, layout)[0]["weights"])
     assert_equal(training.step(), one_process["moe"][1])
+
+
+@pytest.mark.parametrize("layout", RESHARDED)
+def test_a_layout_loads_the_weights_that_one_process_saved(
+    layout: str, found: dict[tuple[int, str], list[dict]], one_process: dict[str, list[dict]]
+) -> None:
+    assert_same_bits(newest(found, layout)[-1]["loaded"], one_process["moe"][0]["weights"])
+
+
+def newest(found: dict[tuple[int, str], list[dict]], layout: str) -> list[dict]:
+    """The steps of a layout on the most processes, which have saved the last checkpoint under its name."""
+    return found[max((processes, name) for processes, name in found if name == layout)]
+
+
+def assert_same_bits(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
+    assert weights.keys() == others.keys()
+    assert not [name for name, weight in weights.items() if not torch.equal(weight, others[name])]
 
 
 def test_layouts_with_experts_are_all_that_start_up_accepts() -> None:
     """Some of them, written out."""
-    assert set(expert_layouts(2)) == {"moe", "ep2", "pp2", "pp2_vpp2", "tp2_sp", "tp2_sp_ep2"}
+    assert set(expert_layouts(2)) == {"moe", "ep2", "ep2_cp2", "pp2", "pp2_vpp2", "tp2_sp", "tp2_sp_ep2"}
     assert {"ep4", "pp4", "tp2_sp_ep4", "tp2_sp_pp2", "tp2_sp_pp2_vpp2_ep2"} < set(expert_layouts(4))
 
 
@@ -116,3 +180,22 @@ def test_micro_batches_are_unequal_and_some_are_empty(found: dict[tuple[int, str
     # the virtual pipeline has to round this number up
     assert [len(rank) for rank in found[2, "vpp2-none"][0]["response_rows"]] == [3, 2]
     assert [0] in found[4, "dp4-none"][0]["response_rows"]
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_four_context_ranks_equal_one_process(
+    edge: str, found: dict[tuple[int, str], list[dict]], inputs: Path, single_process: None
+) -> None:
+    """A sequence-level objective with every other term of the loss, in both packings."""
+    (step,) = found[4, edge]
+    assert_equal(step, Training(inputs, "dense", {}, edge).step())
+
+
+def test_the_edges_of_the_division_occur(found: dict[tuple[int, str], list[dict]]) -> None:
+    long_response, long_prefix, few_rows, one_token = (found[4, edge][0]["chunks"] for edge in EDGES)
+    for chunks in (*long_response, *long_prefix):
+        assert sum(map(sum, chunks)) > 2 * EDGE_ROWS and all(chunks)
+    # the chunks of a segment that is cut differ by at most one row; 60 and 69 rows are not 8 equal chunks
+    assert any(len(set(own)) > 1 for chunks in long_response + long_prefix for own in chunks)
+    assert any([] in chunks for chunks in few_rows)
+    assert [[1], [1], [], []] in one_token

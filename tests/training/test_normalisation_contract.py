@@ -73,3 +73,10 @@ def test_any_layout(
     step = parallel[layout, algorithm]
     assert step.micro_batches == [contract_worker.MICRO_BATCHES] * (2 if layout == "dp2" else 1)
     assert_equal(step, whole[algorithm])
+
+
+@pytest.mark.parametrize("algorithm", contract_worker.KERNELS)
+def test_the_kernels_under_context_parallel(
+    algorithm: str, parallel: dict[tuple[str, str], Step], whole: dict[str, Step]
+) -> None:
+    assert_equal(parallel["kernels", algorithm], whole[algorithm])

@@ -202,7 +202,7 @@ def test_recorded_experts_are_those_of_hugging_face(
         learner.policy.log_probs(batches)
     compared = 0
     for layout, experts in zip(plan.ranks[0], recorded, strict=True):
-        known = TokenRows(batch.rollouts).of(layout)
+        known = TokenRows(batch.rollouts).of(layout, 0)
         is_token = known != FREE
         assert is_token.sum() == layout.num_prefix_rows + layout.num_response_rows
         expected = np.sort(batch.experts[known[is_token]])

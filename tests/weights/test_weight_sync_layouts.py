@@ -61,7 +61,7 @@ def test_layouts_and_a_trainer_killed_in_mid_sync(
     """
     done = run_job(2, WORKER, path, tmp_path, server.url)
     assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
-    assert (tmp_path / "finished").read_text() == "dp2, pp2, ep2, tp2, tp2 ep2"
+    assert (tmp_path / "finished").read_text() == "dp2, pp2, ep2, tp2, cp2 ep2, tp2 ep2"
 
     config = make_config(path, "grpo")
     config.output_dir = str(tmp_path)

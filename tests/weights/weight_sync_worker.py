@@ -35,6 +35,7 @@ LAYOUTS = {
     "pp2": ("distributed", {"pipeline": 2}),
     "ep2": ("distributed", {"expert": 2}),
     "tp2": ("tensor", {"tensor": 2, "sequence": True}),
+    "cp2 ep2": ("tensor", {"context": 2, "expert": 2}),
     "tp2 ep2": ("tensor", {"tensor": 2, "sequence": True, "expert": 2}),
 }
 """Name: (weight_sync.method, settings of parallel)"""

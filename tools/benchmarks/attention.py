@@ -20,7 +20,7 @@ from megatron_bicc import device
 from megatron_bicc.config import Config
 from megatron_bicc.model.build import PolicyModel, transformer_config
 from megatron_bicc.model.packed_batch import PackedBatch
-from megatron_bicc.packing.types import MicroBatch
+from megatron_bicc.packing.types import Chunks, MicroBatch
 
 PROMPT, CONTEXT = 50, 1600
 LOG_STD = 0.8
@@ -211,6 +211,8 @@ def lay_out(segments: list[Segment]) -> MicroBatch:
         group_S=np.zeros(len(responses), np.int32),
         scale_S=np.ones(len(responses), np.float32),
         gather_A=np.arange(rows),
+        chunks=(Chunks.of_whole(prefixes + responses, len(positions_N)),),
+        context_rank=0,
     )
 
 

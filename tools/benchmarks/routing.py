@@ -134,7 +134,7 @@ def _rerouted(learner: Learner, batch: StepBatch) -> float:
 
 def _differences(layouts: list[Any], recorded: list[torch.Tensor], batch: StepBatch) -> Iterator[np.ndarray]:
     for layout, experts in zip(layouts, recorded, strict=True):
-        rows = TokenRows(batch.rollouts).of(layout)
+        rows = TokenRows(batch.rollouts).of(layout, 0)
         theirs = np.sort(batch.experts[rows[rows != FREE]])
         ours = np.sort(experts.cpu().numpy()[rows != FREE])
         yield (theirs != ours).any(-1)

@@ -1,4 +1,4 @@
-"""tensor, sequence, pipeline, data and expert parallel over the GPUs that there are, against one process"""
+"""every kind of parallelism over the GPUs that there are, against one process"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,16 +7,19 @@ from typing import Any
 from gpu_checks._check import Check, at_most, gpu_count, skipped
 from gpu_checks._steps import gradient_error, loss_error, save_models, step
 
-TP, PP = {"parallel.tensor": 2}, {"parallel.pipeline": 2}
+TP, PP, CP = {"parallel.tensor": 2}, {"parallel.pipeline": 2}, {"parallel.context": 2}
 SP = TP | {"parallel.sequence": True}
 LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "DP 2": (2, "dense", {}),
     "TP 2": (2, "dense", TP),
     "TP 2 + SP": (2, "dense", SP),
     "PP 2": (2, "dense", PP),
+    "CP 2": (2, "dense", CP),
     "EP 2": (2, "moe", {"parallel.expert": 2}),
+    "CP 2, EP 2": (2, "moe", CP | {"parallel.expert": 2}),
     "TP 2 + SP, PP 2": (4, "dense", SP | PP),
     "TP 2 + SP, PP 2, virtual PP 2": (4, "dense", SP | PP | {"parallel.virtual_pipeline": 2}),
+    "TP 2 + SP, CP 2": (4, "dense", SP | CP),
     "TP 2 + SP, EP 2, DP 2": (4, "moe", SP | {"parallel.expert": 2}),
     "TP 2 + SP, PP 2, DP 2": (8, "dense", SP | PP),
 }
