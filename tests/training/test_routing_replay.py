@@ -29,10 +29,10 @@ from megatron_bicc.errors import UserError
 from megatron_bicc.metrics import Stopwatch
 from megatron_bicc.model.build import transformer_config
 from megatron_bicc.model.families import supported_config
-from megatron_bicc.packing.pack import make_plan
+from megatron_bicc.packing.pack import make_plan, pack
 from megatron_bicc.packing.types import packed_sides
 from megatron_bicc.training import routing
-from megatron_bicc.training.batch import Packer, collate
+from megatron_bicc.training.batch import Packer, collate, packing_settings
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.training.routing import FREE, TokenRows
 from megatron_bicc.weights.hf_weights import load_policy
@@ -254,6 +254,37 @@ def test_every_token_is_recorded_once_over_all_ranks(
         recorded += routing._sources(plan)
     rows = np.concatenate(recorded)
     np.testing.assert_array_equal(np.sort(rows[rows != FREE]), np.arange(TokenRows(batch.rollouts).count - 1))
+
+
+@pytest.mark.parametrize("layout", ["plain", "bilateral"])
+@pytest.mark.parametrize("context_ranks", [1, 2, 4])
+def test_rows_replay_the_experts_of_the_token_that_they_read(
+    layout: str, context_ranks: int, model_dirs: dict[str, Path]
+) -> None:
+    path = model_dirs["qwen3_moe"]
+    settings = packing_settings(configured(path, "grpo", "old"), supported_config(path), TOKENIZER)
+    rows_of_a_rank = 160 // context_ranks
+    chosen = replace(
+        settings[layout == "bilateral"],
+        context_ranks=context_ranks,
+        max_tokens_per_microbatch=rows_of_a_rank,
+    )
+    examples = make_examples(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), 0.8)
+    rollouts = collate(to_groups(examples)).rollouts
+    read = [[e.prompt[-1], *response[:-1]] for e in examples for response in e.responses]
+    token_of = np.concatenate([*read, *(e.prompt[:-1] for e in examples), [-1]])
+    known = packed = 0
+    for rank in range(context_ranks):
+        for batch in pack(rollouts, chosen, 1, 0, context_rank=rank).micro_batches:
+            rows = TokenRows(rollouts).of(batch, rank)
+            assert len(rows) == len(batch.tokens_N)
+            np.testing.assert_array_equal(token_of[rows[rows != FREE]], batch.tokens_N[rows != FREE])
+            known += (rows != FREE).sum()
+            packed += batch.chunks[rank].length_W.sum()
+    if layout == "plain":
+        assert known == packed
+    else:  # of prompts and responses all but the first row after a context, and nothing of the contexts
+        assert 0 < known < packed
 
 
 @pytest.mark.parametrize(
