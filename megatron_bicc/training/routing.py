@@ -122,7 +122,7 @@ def with_engine_experts(
     table: engine_table of the plan's batch. layers: numbers of this pipeline stage's layers.
     """
     rows = TokenRows(plan.batch)
-    experts = [table[_routed(rows.segments(layout), layout)][:, layers] for layout in _own_layouts(plan)]
+    experts = [table[_routed(rows.of(layout, _context_rank()))][:, layers] for layout in _own_layouts(plan)]
     uploaded = device.upload(experts, device.device())
     return [replace(packed, experts=own) for packed, own in zip(batches, uploaded, strict=True)]
 
@@ -137,7 +137,7 @@ def with_recorded_experts(
     """
     rows = TokenRows(plan.batch)
     sources = _sources(earlier)
-    targets = [_routed(rows.segments(layout), layout) for layout in _own_layouts(plan)]
+    targets = [_routed(rows.of(layout, _context_rank())) for layout in _own_layouts(plan)]
     indices = device.upload([*sources, *targets], device.device())
     table = recorded[0].new_zeros(rows.count, *recorded[0].shape[1:])
     for index, experts in zip(indices[: len(sources)], recorded, strict=True):
@@ -165,7 +165,7 @@ def _sources(plan: StepPlan) -> list[np.ndarray]:
                     prefix[:] = FREE
                 seen.add(side.group)
             if rank == parallel_state.get_data_parallel_rank():
-                found.append(_routed(segments, layout))
+                found.append(_routed(_held(segments, layout, _context_rank())))
     return found
 
 
@@ -173,9 +173,12 @@ def _own_layouts(plan: StepPlan) -> list[MicroBatchLayout]:
     return plan.ranks[parallel_state.get_data_parallel_rank()]
 
 
-def _routed(segments: list[np.ndarray], layout: MicroBatchLayout) -> np.ndarray:
-    """Returns the part of `_held` that this rank routes: sequence parallel divides it."""
-    held_N = _held(segments, layout, parallel_state.get_context_parallel_rank())
+def _context_rank() -> int:
+    return parallel_state.get_context_parallel_rank()
+
+
+def _routed(held_N: np.ndarray) -> np.ndarray:
+    """Returns the part of its context rank's rows that this rank routes: sequence parallel divides them."""
     size = parallel_state.get_tensor_model_parallel_world_size()
     return np.split(held_N, size)[parallel_state.get_tensor_model_parallel_rank()]
 
