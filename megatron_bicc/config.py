@@ -219,6 +219,8 @@ class ModelConfig:
     """csrc's CUDA kernels where they are built and a GPU trains, or plain torch everywhere."""
     attention: Literal["auto", "fa2", "fa3", "fa4"] = "auto"
     """CUDA, 16 bits: flash attention of torch (fa2) or an installed package; auto: the newest that fits."""
+    routing_replay: Literal["none", "old", "engine"] = setting("none", changes_experiment=True)
+    """Experts: replay the routing of the old policy's pass in training (R2), or the engine's in all (R3)."""
     reference: Literal["auto", "host", "device"] = "auto"
     """Memory of the reference policy's weights; auto: the GPU's if they take a quarter of what is free."""
 
@@ -661,6 +663,11 @@ def check(config: Config, world_size: int) -> None:
         raise UserError(
             "weight_sync.method is 'distributed' and rollout.colocate is true; a broadcast has one process "
             "on a GPU, and there the policy and a server share it: set weight_sync.method=tensor"
+        )
+    if config.model.routing_replay == "engine" and config.rollout.engine == "local":
+        raise UserError(
+            "model.routing_replay is engine and rollout.engine is local, which does not return its routing; "
+            "set rollout.engine=sglang, or model.routing_replay=old"
         )
 
 

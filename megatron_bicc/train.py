@@ -207,7 +207,8 @@ class Trainer:
     def roll_out(self) -> Collected:
         """Samples and scores the step's groups."""
         c = self.config.rollout
-        return self.collector.step(self.step, self._sampler(c.temperature, c.group_size))
+        routing = self.config.model.routing_replay == "engine"
+        return self.collector.step(self.step, self._sampler(c.temperature, c.group_size, routing))
 
     def learn(self, rollouts: Collected, clock: Stopwatch) -> list[StepResult]:
         """Takes the step's optimizer steps, each on a share of groups; a share without a loss is skipped.
@@ -245,8 +246,8 @@ class Trainer:
         self.weight_sync.close()
         self.engine.close()
 
-    def _sampler(self, temperature: float, group_size: int) -> GroupSampler:
-        sampling = Sampling(temperature, self.config.rollout.max_new_tokens)
+    def _sampler(self, temperature: float, group_size: int, routing: bool = False) -> GroupSampler:
+        sampling = Sampling(temperature, self.config.rollout.max_new_tokens, routing)
         return GroupSampler(self.engine, self.inputs.verifier, self.inputs.tokenizer, sampling, group_size)
 
     def _is_due(self, every: int) -> bool:

@@ -86,8 +86,8 @@ install_sglang() {
     "${pip_install_many[@]}" --no-deps -r $locked
     local packages
     packages=$("$venv_python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    cp -R tools/sglang_cpu/sgl_kernel tools/sglang_cpu/torchvision_operators.py "$packages/"
-    echo "import torchvision_operators" >"$packages/torchvision_operators.pth"
+    cp -R tools/sglang_cpu/sgl_kernel tools/sglang_cpu/*.py "$packages/"
+    printf 'import %s\n' torchvision_operators pageable_host_memory >"$packages/sglang_cpu.pth"
     # imports once what a server imports: checks that it works, and compiles it
     env -u PYTHONDONTWRITEBYTECODE SGLANG_USE_CPU_ENGINE=1 "$venv_python" -W ignore -c \
         'import sglang.srt.entrypoints.http_server, sglang.srt.managers.scheduler'

@@ -24,9 +24,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_bicc.config import Config
+from megatron_bicc.errors import UserError
 from megatron_bicc.model.attention import SharedPrefixCoreAttention
 from megatron_bicc.model.families import (
     check_layout,
+    experts_type,
     family_of,
     head_dim,
     padded_vocab_size,
@@ -36,6 +38,7 @@ from megatron_bicc.model.gradient_sketch import GradientSketch
 from megatron_bicc.model.log_probs import VocabParallelLogProbs, VocabShard
 from megatron_bicc.model.megatron_settings import megatron_core_config
 from megatron_bicc.model.packed_batch import PackedBatch
+from megatron_bicc.model.routing import RowReplay
 
 Backend = Literal["Transformer Engine", "apex", "local"]
 
@@ -116,8 +119,9 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
         masked_softmax_fusion=False,
         **_parallel(config),
         **_recompute(config),
-        **(_experts(hf_config) if family.experts else {}),
+        **(_experts(hf_config, config) if family.experts else {}),
     )
+    _check_replay(config, found)
     if family.experts:
         # Set after construction: megatron-core refuses top-1 gates that sum to 1, since their router has no
         # gradient. transformers computes the same, so the policy has to.
@@ -148,7 +152,7 @@ def _parallel(config: Config) -> dict[str, Any]:
     }
 
 
-def _experts(hf_config: PretrainedConfig) -> dict[str, Any]:
+def _experts(hf_config: PretrainedConfig, config: Config) -> dict[str, Any]:
     return {
         "num_moe_experts": hf_config.num_experts,
         "moe_router_topk": hf_config.num_experts_per_tok,
@@ -158,7 +162,20 @@ def _experts(hf_config: PretrainedConfig) -> dict[str, Any]:
         # no auxiliary loss: the policy gradient is the only one
         "moe_router_load_balancing_type": "none",
         "moe_grouped_gemm": backend() == "Transformer Engine",
+        "moe_enable_routing_replay": config.model.routing_replay != "none",
     }
+
+
+def _check_replay(config: Config, found: TransformerConfig) -> None:
+    """Raises UserError for a routing replay that the policy's routers cannot do."""
+    replay = config.model.routing_replay
+    if replay != "none" and not found.num_moe_experts:
+        raise UserError(f"model.routing_replay is {replay}; the model has no experts: set it to none")
+    if replay != "none" and found.moe_router_fusion:
+        raise UserError(
+            f"model.routing_replay is {replay} and megatron.transformer.moe_router_fusion is true; the fused "
+            "router cannot be told its experts: remove moe_router_fusion"
+        )
 
 
 def _recompute(config: Config) -> dict[str, Any]:
@@ -272,9 +289,21 @@ class PolicyModel(GPTModel):
         self.true_vocab_size = hf_config.vocab_size
         self.sketch: GradientSketch | None = None
         """Set while a backward pass's gradients of the output layer are to be sketched; last stage only"""
+        self.records_experts = False
+        """Whether forward passes keep their experts, for `experts`"""
+        self._replays: list[RowReplay] = []
+        if megatron_config.moe_enable_routing_replay:
+            self._replays = [RowReplay() for _ in self.decoder.layers]
+            for layer, replay in zip(self.decoder.layers, self._replays, strict=True):
+                layer.mlp.router.router_replay = replay
+        # the chunks of a rank have equal numbers of layers (families.check_layout)
+        self._first_replay = (vp_stage or 0) * len(self._replays)
 
     def run(self, packed: PackedBatch) -> Tensor:
         """Runs the forward pass of a packed micro-batch."""
+        for layer, replay in enumerate(self._replays, self._first_replay):
+            experts = None if packed.experts is None else packed.experts[:, layer]
+            replay.start(experts, self.records_experts)
         return self(
             input_ids=packed.tokens_N[None],
             position_ids=packed.positions_N[None],
@@ -282,6 +311,16 @@ class PolicyModel(GPTModel):
             labels=packed.labels_A,
             packed_seq_params=packed,
         )
+
+    def experts(self) -> Tensor:
+        """Returns the experts of the last forward pass: [this rank's rows, layers, experts per token]."""
+        found = torch.stack([replay.get_recorded_indices() for replay in self._replays], dim=1)
+        return found.to(getattr(torch, experts_type(self.config.num_moe_experts)))
+
+    def forget_experts(self) -> None:
+        """Drops what was replayed and recorded, at the end of a pass over micro-batches."""
+        for replay in self._replays:
+            replay.clear_indices()
 
     def output_weight(self) -> Tensor:
         """Returns this rank's rows of the output layer, [padded vocabulary / TP, hidden]; last stage only."""

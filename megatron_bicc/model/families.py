@@ -6,7 +6,7 @@ conversion, rollout engines) uses `supported_config`, so that all of them accept
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -252,6 +252,16 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
 def _check_divides(setting: str, size: int, name: str, dimension: int) -> None:
     if dimension % size:
         raise UserError(f"parallel.{setting}={size} does not divide the model's {name}={dimension}")
+
+
+def experts_type(num_experts: int) -> Literal["uint8", "int16"]:
+    """Returns the smallest type for numbers of experts and for `free_mark`."""
+    return "uint8" if num_experts <= torch.iinfo(torch.uint8).max else "int16"
+
+
+def free_mark(dtype: torch.dtype) -> int:
+    """Returns what stands in place of every expert of a token whose experts its router chooses."""
+    return torch.iinfo(dtype).max
 
 
 def padded_vocab_size(hf_config: PretrainedConfig, tensor: int) -> int:

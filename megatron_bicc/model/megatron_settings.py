@@ -73,6 +73,7 @@ REFUSED: dict[type, Refusals] = {
         "set model.dtype": ("params_dtype", "bf16", "fp16", "pipeline_dtype"),
         "activations are of model.dtype": ("enable_autocast", "autocast_dtype", "fp32_residual_connection"),
         "set model.recompute": ("recompute_granularity",),
+        "set model.routing_replay": ("moe_enable_routing_replay",),
         "the policy has no dropout": ("hidden_dropout", "attention_dropout", "bias_dropout_fusion"),
         "it is used where Transformer Engine is installed": ("transformer_impl", "moe_grouped_gemm"),
         _PIPELINE: (

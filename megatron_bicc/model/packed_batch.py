@@ -46,6 +46,9 @@ class PackedBatch(PackedSeqParams):
     group_rows: list[tuple[int, slice]]
     """(group, its rows among the A response rows); a group may occur several times"""
     attention: AttentionCalls
+    experts: Tensor | None = None
+    """uint8 or int16 [rows of this tensor-parallel rank, layers of this stage, experts per token]: what is
+    replayed (model.routing); None: every router decides"""
 
     @classmethod
     def make(cls, batch: MicroBatch, to: torch.device) -> "PackedBatch":

@@ -111,6 +111,8 @@ class Policy:
         self._row_alignment = row_alignment(config)
         self._parked: list[Tensor] | None = None
         """The policy's own weights on the host, while `weights` has others from there on the device"""
+        self._recorded: list[Tensor] | None = None
+        """Set while passes keep their experts (recorded_experts)"""
         self.megatron_config = transformer_config(hf_config, config)
         self.megatron_config.finalize_model_grads_func = _sum_gradients
         if dist.get_rank() == 0:
@@ -174,6 +176,27 @@ class Policy:
         # read together, at the end: reading one makes the host wait for all that it has launched before
         shares = [losses[i] for i in range(len(losses))]
         return sum(torch.stack(shares).tolist()) if shares else 0.0
+
+    @property
+    def layers(self) -> list[int]:
+        """Numbers, from 0, of the layers of this pipeline stage, chunk after chunk."""
+        return [layer.layer_number - 1 for module in self.modules for layer in module.decoder.layers]
+
+    @contextmanager
+    def recorded_experts(self) -> Iterator[list[Tensor]]:
+        """Yields a list to which every `log_probs` in the block adds the experts of each micro-batch.
+
+        They are PackedBatch.experts of the micro-batch without any row left to its router.
+        """
+        self._recorded = []
+        for module in self.modules:
+            module.records_experts = True
+        try:
+            yield self._recorded
+        finally:
+            self._recorded = None
+            for module in self.modules:
+                module.records_experts = False
 
     @contextmanager
     def gradient_sketch(self, num_groups: int) -> Iterator[GradientSketch]:
@@ -306,11 +329,16 @@ class Policy:
     ) -> None:
         """Runs megatron-core's schedule over the micro-batches; the last stage calls `on_output`."""
         padding = self._schedule_padding(len(batches))
+        # of each micro-batch, the experts of each chunk's layers
+        experts: list[list[Tensor]] = [[] for _ in batches + padding]
 
         def forward_step(numbered: Iterator[tuple[int, PackedBatch]], chunk: torch.nn.Module) -> Any:
             index, packed = next(numbered)
             handle = _ignore if index >= len(batches) else partial(on_output, index)
-            return chunk.module.run(packed), handle
+            output = chunk.module.run(packed)
+            if self._recorded is not None:
+                experts[index].append(chunk.module.experts())
+            return output, handle
 
         iterators = [iter(list(enumerate(batches + padding))) for _ in self.chunks]
         with device.megatron():
@@ -323,6 +351,10 @@ class Policy:
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
+        if self._recorded is not None:
+            self._recorded += [torch.cat(parts, dim=1) for parts in experts[: len(batches)]]
+        for module in self.modules:
+            module.forget_experts()
 
     def _schedule_padding(self, count: int) -> list[PackedBatch]:
         """Returns empty micro-batches: the interleaved schedule requires a multiple of the stages."""

@@ -65,6 +65,10 @@ class GroupSampler:
         if not prompts:  # transformers would decode an empty list as one sample without tokens
             return []
         _check_protocol(samples, len(prompts) * self.group_size)
+        if self.sampling.routing:
+            for place, sample in enumerate(samples):
+                of_prompt = len(prompts[place // self.group_size].token_ids) - 1
+                _check_routing(sample, place, None if place % self.group_size else of_prompt)
         texts = self.tokenizer.batch_decode([_without_end(s) for s in samples], skip_special_tokens=True)
         groups = []
         for i, prompt in enumerate(prompts):
@@ -106,6 +110,25 @@ def _check_protocol(samples: list[Sample], requested: int) -> None:
                 f"rollout.engine: sample {place} has {len(sample.token_ids)} tokens and "
                 f"{len(sample.log_probs)} log-probs; it needs one log-prob per token, and at least one token"
             )
+
+
+def _check_routing(sample: Sample, place: int, of_prompt: int | None) -> None:
+    """Raises UserError if a sample lacks the routing of a token that was read to sample it.
+
+    of_prompt: tokens whose routing the first sample of a group must have; None: it is another one.
+    """
+    rows = 0 if sample.experts is None else len(sample.experts)
+    if rows != len(sample.token_ids):
+        raise UserError(
+            f"rollout.engine: sample {place} has {len(sample.token_ids)} tokens and experts of {rows}; "
+            "model.routing_replay=engine needs those of every token"
+        )
+    prompt_rows = 0 if sample.prompt_experts is None else len(sample.prompt_experts)
+    if of_prompt is not None and prompt_rows != of_prompt:
+        raise UserError(
+            f"rollout.engine: sample {place} has prompt_experts of {prompt_rows} tokens; "
+            f"model.routing_replay=engine needs those of the prompt's {of_prompt} before the last"
+        )
 
 
 def _check(sample: Sample, reward: float, where: str) -> None:

@@ -5,6 +5,7 @@ are generated (rollout/streaming_sampler.py). Any other engine works in rounds; 
 on the rounds before it, so they are the same on every process and in a resumed run.
 """
 
+import base64
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +135,8 @@ def _to_json(group: Group, prompt: int) -> dict[str, Any]:
             "log_probs": s.log_probs.tolist(),
             "finish_reason": s.finish_reason,
             "weight_version": s.weight_version,
+            "experts": _array_to_json(s.experts),
+            "prompt_experts": _array_to_json(s.prompt_experts),
         }
         for s in group.samples
     ]
@@ -147,8 +150,25 @@ def _from_json(state: dict[str, Any], prompts: list[Prompt]) -> Group:
             np.array(s["log_probs"], np.float32),
             s["finish_reason"],
             s["weight_version"],
+            _array_from_json(s.get("experts")),
+            _array_from_json(s.get("prompt_experts")),
         )
         for s in state["samples"]
     ]
     rewards = np.array(state["rewards"], np.float32)
     return Group(prompts[state["prompt"]], samples, state["texts"], rewards)
+
+
+def _array_to_json(array: np.ndarray | None) -> dict[str, Any] | None:
+    """Returns an array as type, shape and base64: hundreds of numbers a token would be long as text."""
+    if array is None:
+        return None
+    data = base64.b64encode(array.tobytes()).decode()
+    return {"dtype": str(array.dtype), "shape": array.shape, "data": data}
+
+
+def _array_from_json(state: dict[str, Any] | None) -> np.ndarray | None:
+    if state is None:
+        return None
+    flat = np.frombuffer(base64.b64decode(state["data"]), state["dtype"])
+    return flat.reshape(state["shape"])

@@ -1,8 +1,10 @@
 """The engine that samples on SGLang servers: requests, answers, and groups in flight."""
 
+import base64
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +24,7 @@ from megatron_bicc.collective import gathered, raised_on_all_ranks
 from megatron_bicc.config import Config
 from megatron_bicc.data.encoding import end_token_ids
 from megatron_bicc.errors import UserError
-from megatron_bicc.model.families import supported_config
+from megatron_bicc.model.families import experts_type, supported_config
 from megatron_bicc.rollout.types import Request, RolloutError, Sample, Sampling, Stream
 from megatron_bicc.sglang.client import ServerError
 from megatron_bicc.sglang.pool import BadAnswer, RequestFailed, ServerPool, StaleWeights, start_servers
@@ -59,7 +61,7 @@ class SglangEngine:
         self._server_bytes = server_bytes
         self._colocate = config.rollout.colocate
         hf_config = supported_config(config.model.path)
-        self._vocab_size = hf_config.vocab_size
+        self._hf_config = hf_config
         self._ends = end_token_ids(hf_config, tokenizer, config.model.path)
         self._per_process = max(1, config.rollout.sglang.max_concurrency // dist.get_world_size())
 
@@ -147,9 +149,10 @@ class SglangEngine:
 
     async def _group(self, group: list[Request], sampling: Sampling) -> list[Sample]:
         prompt = group[0].token_ids
-        if prompt.min() < 0 or prompt.max() >= self._vocab_size:
+        vocab_size = self._hf_config.vocab_size
+        if prompt.min() < 0 or prompt.max() >= vocab_size:
             raise UserError(
-                f"a prompt has token {prompt.max()}; the policy's vocabulary has {self._vocab_size} tokens, "
+                f"a prompt has token {prompt.max()}; the policy's vocabulary has {vocab_size} tokens, "
                 "and the rollout server would crash on it"
             )
         # the version at the time of the request: a weight sync meanwhile makes the answer stale
@@ -157,8 +160,9 @@ class SglangEngine:
             read_samples,
             count=len(group),
             version=self.pool.version,
-            vocab_size=self._vocab_size,
+            vocab_size=vocab_size,
             ends=self._ends,
+            routing=Routing.of(self._hf_config, len(prompt)) if sampling.routing else None,
         )
         try:
             return await self.pool.ask(generate_body(group, sampling, self._ends), read)
@@ -276,14 +280,59 @@ def generate_body(requests: list[Request], sampling: Sampling, ends: tuple[int, 
         "sampling_params": [settings | {"sampling_seed": request.seed} for request in requests],
         "return_logprob": True,
         "logprob_start_len": -1,
+        **({"return_routed_experts": True} if sampling.routing else {}),
     }
 
 
+@dataclass(frozen=True)
+class Routing:
+    """The routing that a server returns with every sample of a group."""
+
+    prompt_tokens: int
+    layers: int
+    experts: int
+    """Number of experts of a layer"""
+    per_token: int
+    """Number of experts that a token has"""
+
+    @classmethod
+    def of(cls, hf_config: PretrainedConfig, prompt_tokens: int) -> "Routing":
+        """Returns the routing of a model with experts for a prompt of so many tokens."""
+        c = hf_config
+        return cls(prompt_tokens, c.num_hidden_layers, c.num_experts, c.num_experts_per_tok)
+
+    def read(self, text: str, response_tokens: int) -> np.ndarray:
+        """Returns what base64 of int32 encodes: [P + T - 1, layers, per_token], a row for each token read.
+
+        Raises BadAnswer for another number of rows, and for a row that is not of distinct experts, such as
+        the zeros of a token of which the server has no record.
+        """
+        try:
+            found = np.frombuffer(base64.b64decode(text, validate=True), np.int32)
+            rows = self.prompt_tokens + response_tokens - 1
+            found = found.reshape(rows, self.layers, self.per_token)
+        except ValueError as error:  # binascii.Error is one
+            raise BadAnswer(f"routed_experts cannot be read: {error}") from error
+        if found.size and not (found.min() >= 0 and found.max() < self.experts):
+            raise BadAnswer(f"routed_experts are not all of {self.experts} experts")
+        found = found.astype(experts_type(self.experts))
+        ordered = np.sort(found, axis=-1)
+        if (ordered[..., 1:] == ordered[..., :-1]).any():
+            raise BadAnswer("routed_experts name an expert twice for a token")
+        return found
+
+
 def read_samples(
-    answer: Any, count: int, version: str, vocab_size: int, ends: tuple[int, ...]
+    answer: Any,
+    count: int,
+    version: str,
+    vocab_size: int,
+    ends: tuple[int, ...],
+    routing: Routing | None = None,
 ) -> list[Sample]:
     """Returns the samples in an answer to the `generate_body` of `count` requests.
 
+    routing: read it, too; the prompt's is that of the first sample, since a group shares the prompt's rows.
     Raises StaleWeights if any token of a sample was generated by another weight version than `version`, and
     BadAnswer if the answer is incomplete, a token is not in the policy's vocabulary, or a sample stopped at
     a token that is not one of `ends`.
@@ -291,7 +340,15 @@ def read_samples(
     if not isinstance(answer, list) or len(answer) != count:
         raise BadAnswer(f"{count} samples were requested; the answer is {str(answer)[:100]}")
     try:
-        return [_sample(item["output_ids"], item["meta_info"], version, vocab_size, ends) for item in answer]
+        samples = [
+            _sample(item["output_ids"], item["meta_info"], version, vocab_size, ends) for item in answer
+        ]
+        if routing is None:
+            return samples
+        return [
+            _routed(sample, routing, item["meta_info"]["routed_experts"], keep_prompt=place == 0)
+            for place, (sample, item) in enumerate(zip(samples, answer, strict=True))
+        ]
     except (KeyError, IndexError) as error:
         raise BadAnswer(f"an answer without {error}") from error
     except (TypeError, AttributeError) as error:
@@ -323,6 +380,13 @@ def _sample(
     # by the last token, as in the local engine: an end token may be the max_new_tokens-th
     reason = "stop" if ended else "length"
     return Sample(np.array(output_ids, np.int32), np.array(log_probs, np.float32), reason, number)
+
+
+def _routed(sample: Sample, routing: Routing, text: str, keep_prompt: bool) -> Sample:
+    """Returns the sample with its experts, and with those of the prompt if they are to be kept."""
+    prompt, own = np.split(routing.read(text, len(sample.token_ids)), [routing.prompt_tokens - 1])
+    # copies: a view would keep the rows of both in memory
+    return replace(sample, experts=own.copy(), prompt_experts=prompt.copy() if keep_prompt else None)
 
 
 def _check_tokens(output_ids: Any, vocab_size: int) -> None:

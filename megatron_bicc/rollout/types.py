@@ -34,6 +34,8 @@ class Sampling:
 
     temperature: float
     max_new_tokens: int
+    routing: bool = False
+    """Return Sample.experts (model.routing_replay=engine)"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Sample:
     """stop: the last token is an end token; length: cut off at max_new_tokens"""
     weight_version: int
     """Version of the weights that sampled it"""
+    experts: np.ndarray | None = None
+    """model.families.experts_type [T, layers, experts per token], with Sampling.routing: the experts of the
+    tokens that were read to sample each token: of the prompt's last, then of the response but its last"""
+    prompt_experts: np.ndarray | None = None
+    """The same [P - 1, ...] of the prompt's other tokens; a group's first sample has them"""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from megatron_bicc.sglang.client import (
     ServerRefusal,
     ServerUnavailable,
 )
-from megatron_bicc.sglang.process import SpawnedServer
+from megatron_bicc.sglang.process import ROUTING_ARGUMENT, SpawnedServer
 from megatron_bicc.sglang.settings import context_length, server_urls
 
 logger = logging.getLogger(__name__)
@@ -106,16 +106,30 @@ async def check_model(client: ServerClient, hf_config: PretrainedConfig) -> None
 
 async def check_memory_saver(client: ServerClient) -> None:
     """Raises UserError, one line, for a server on a GPU that cannot release its memory, or one that fails."""
-    try:
-        info = await client.server_info()
-    except ServerError as error:
-        raise UserError(str(error)) from error
+    info = await _arguments(client)
     if info.get("device") != "cpu" and not info.get("enable_memory_saver"):
         raise UserError(
             f"rollout.colocate is true, but rollout server {client.url} was started without "
             "--enable-memory-saver and would keep its memory while the policy trains; start it with that "
             "argument"
         )
+
+
+async def check_routing(client: ServerClient) -> None:
+    """Raises UserError, one line, for a server that does not return its routing, or one that fails."""
+    if not (await _arguments(client)).get("enable_return_routed_experts"):
+        raise UserError(
+            f"model.routing_replay is engine, but rollout server {client.url} was started without "
+            f"{ROUTING_ARGUMENT} and returns no routing; start it with that argument"
+        )
+
+
+async def _arguments(client: ServerClient) -> dict[str, Any]:
+    """Returns a server's arguments. Raises UserError for one that fails."""
+    try:
+        return await client.server_info()
+    except ServerError as error:
+        raise UserError(str(error)) from error
 
 
 async def _make_idle(client: ServerClient) -> None:
@@ -273,17 +287,19 @@ class ServerPool:
         self._paused = True
         self._checks = self.portal.start_task_soon(self._check_health)
 
-    def start(self, hf_config: PretrainedConfig, colocate: bool) -> None:
+    def start(self, hf_config: PretrainedConfig, colocate: bool, routing: bool = False) -> None:
         """Waits until this process's own servers are ready and checks that they serve this model.
 
-        colocate: they must be able to release their memory. Raises UserError, one line, for a server that
-        does not start, serves another model or cannot do that.
+        colocate: they must be able to release their memory. routing: they must return their routing. Raises
+        UserError, one line, for a server that does not start, serves another model or cannot do that.
         """
         for client in self.own:
             self.portal.call(wait_until_ready, client, self._settings.start_timeout_s, self._check_spawned)
             self.portal.call(check_model, client, hf_config)
             if colocate:
                 self.portal.call(check_memory_saver, client)
+            if routing:
+                self.portal.call(check_routing, client)
         for server in self._spawned:
             server.ready()
 
@@ -465,7 +481,7 @@ def start_servers(config: Config, hf_config: PretrainedConfig) -> ServerPool:
     pool = ServerPool(urls, own, rollout.sglang, dist.get_rank() % len(urls), spawned)
     try:
         with raised_on_all_ranks(UserError):
-            pool.start(hf_config, rollout.colocate)
+            pool.start(hf_config, rollout.colocate, config.model.routing_replay == "engine")
     except BaseException:
         pool.close()
         raise

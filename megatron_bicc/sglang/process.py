@@ -16,6 +16,7 @@ CPU_ARGUMENTS = (
     "--device cpu --attention-backend torch_native --sampling-backend pytorch --grammar-backend none "
     "--disable-overlap-schedule --sleep-on-idle"
 )
+ROUTING_ARGUMENT = "--enable-return-routed-experts"
 CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
 COLOCATED_FRACTION = 0.8
 """Share of the memory that is free when a colocated server starts that its weights and its cache take.
@@ -72,6 +73,8 @@ def _command(config: Config, url: str, seed: int) -> list[str]:
     host, _, port = url.removeprefix("http://").rpartition(":")
     given = ["--model-path", config.model.path, "--dtype", config.model.dtype, "--host", host, "--port", port]
     given += ["--random-seed", str(seed), "--log-level-http", "warning"]
+    if config.model.routing_replay == "engine":
+        given.append(ROUTING_ARGUMENT)
     if config.rollout.colocate and device.has_cuda():
         given += ["--enable-memory-saver", "--mem-fraction-static", str(COLOCATED_FRACTION)]
     if not device.has_cuda():

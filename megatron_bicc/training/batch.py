@@ -26,6 +26,7 @@ from megatron_bicc.packing.pack import pack
 from megatron_bicc.packing.pack_cuda import DeviceRollouts, pack_on_device
 from megatron_bicc.packing.types import Layout, PackingSettings, RolloutBatch, StepPlan
 from megatron_bicc.rollout.types import Group
+from megatron_bicc.training.routing import engine_table, select_experts
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class StepBatch:
     rollouts: RolloutBatch
     rollout_logp_T: np.ndarray
     """float32 [T]: log-probs computed by the rollout engine"""
+    experts: np.ndarray | None = None
+    """Experts that the rollout engine chose: [training.routing.TokenRows, layers, experts per token]"""
 
     @property
     def num_groups(self) -> int:
@@ -58,7 +61,8 @@ class StepBatch:
         chosen = RolloutBatch(
             prompt_tokens, prompt_offsets_B, tokens, offsets_R, group_offsets_B, r.rewards_R[members]
         )
-        return StepBatch(chosen, logp_T)
+        experts = None if self.experts is None else select_experts(self.experts, r, groups)
+        return StepBatch(chosen, logp_T, experts)
 
 
 def _select(
@@ -72,8 +76,8 @@ def _select(
 def collate(groups: list[Group]) -> StepBatch:
     """Concatenates groups, in their order, to flat arrays; the only place where rollouts are checked.
 
-    Raises ValueError for a group, prompt or response without items and for log-probs that do not match the
-    tokens; NotFiniteError for a reward or a log-prob of the engine that is not finite.
+    Raises ValueError for a group, prompt or response without items and for log-probs or experts that do not
+    match the tokens; NotFiniteError for a reward or a log-prob of the engine that is not finite.
     """
     samples = [sample for group in groups for sample in group.samples]
     prompts = [group.prompt.token_ids for group in groups]
@@ -85,15 +89,15 @@ def collate(groups: list[Group]) -> StepBatch:
         group_offsets_B=_offsets([len(group.samples) for group in groups]),
         rewards_R=_concatenate([group.rewards for group in groups], np.float32),
     )
-    batch = StepBatch(rollouts, _concatenate([s.log_probs for s in samples], np.float32))
+    log_probs = _concatenate([s.log_probs for s in samples], np.float32)
     check_offsets(
         rollouts.prompt_offsets_B, len(rollouts.prompt_tokens), "prompt_offsets_B", "prompt of group"
     )
     check_offsets(rollouts.group_offsets_B, len(rollouts.rewards_R), "group_offsets_B", "group")
-    check_offsets(rollouts.offsets_R, len(batch.rollout_logp_T), "offsets_R", "rollout")
+    check_offsets(rollouts.offsets_R, len(log_probs), "offsets_R", "rollout")
     check_rewards(rollouts.rewards_R)
-    check_log_probs(batch.rollout_logp_T, rollouts.offsets_R, "log-prob of the rollout engine")
-    return batch
+    check_log_probs(log_probs, rollouts.offsets_R, "log-prob of the rollout engine")
+    return StepBatch(rollouts, log_probs, engine_table(groups, rollouts))
 
 
 def _offsets(lengths: list[int]) -> np.ndarray:

@@ -10,7 +10,8 @@ the gradient sketch.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ from megatron_bicc.training.batch import (
     sum_over_all,
     sum_scalar,
 )
+from megatron_bicc.training.routing import with_engine_experts, with_recorded_experts
 
 
 @dataclass(frozen=True)
@@ -165,10 +167,10 @@ class Learner:
 
             with clock("pack"):
                 packer = Packer(batch.rollouts)
-                plain = self._pack(packer, self.plain)
-                trained = self._trained(packer, plain)
+                plain = self._pack(packer, self.plain, batch.experts)
+                trained = self._trained(packer, plain, batch.experts)
             with clock("logprob"):
-                log_probs = self._log_probs(batch, plain)  # float32 [T]
+                log_probs, recorded = self._log_probs(batch, plain)  # float32 [T]
             adv = advantages(batch.rollouts, log_probs, self.config)  # float64 [R]
             values = StepValues.upload(log_probs, adv, weight_R)
             with clock("logprob"):
@@ -177,7 +179,7 @@ class Learner:
                 batches = [
                     TrainBatch.make(packed, each.layout, self._share(each.layout), old_A, values)
                     for each in trained
-                    for packed, old_A in self._with_old(each, values, moved=first > 0)
+                    for packed, old_A in self._with_old(each, values, plain, recorded, moved=first > 0)
                 ]
             given = groups[first : first + size]
             passes = [plain.plan] * (1 if self.reference is None else 2)
@@ -191,16 +193,21 @@ class Learner:
     def log_probs(self, groups: list[Group]) -> np.ndarray:
         """Returns the policy's log-prob of every response token: float32 [T]. Collective."""
         batch = collate(groups)
-        return self._policy_log_probs(batch, self._pack(Packer(batch.rollouts), self.plain).batches)[0]
+        plain = self._pack(Packer(batch.rollouts), self.plain, batch.experts)
+        return self._policy_log_probs(batch, plain.batches)[0]
 
     def _share(self, layout: Layout) -> float:
         """Returns the layout's weight in the policy loss: w or 1 - w of J = w J_bicc + (1 - w) J_grpo."""
         return self.bicc_weight if layout == "bilateral" else 1.0 - self.bicc_weight
 
-    def _pack(self, packer: Packer, settings: PackingSettings) -> PackedLayout:
-        return PackedLayout(settings.layout, *packer.pack(settings))
+    def _pack(self, packer: Packer, settings: PackingSettings, experts: np.ndarray | None) -> PackedLayout:
+        """Packs a layout. experts: of StepBatch; its passes replay them if model.routing_replay=engine."""
+        plan, batches = packer.pack(settings)
+        if self.config.model.routing_replay == "engine" and experts is not None:
+            batches = with_engine_experts(plan, batches, experts, self.policy.layers)
+        return PackedLayout(settings.layout, plan, batches)
 
-    def _trained(self, packer: Packer, plain: PackedLayout) -> list[PackedLayout]:
+    def _trained(self, packer: Packer, plain: PackedLayout, experts: np.ndarray | None) -> list[PackedLayout]:
         """Returns the layouts to train on, bilateral first.
 
         Both if bicc.weight mixes them, or if KL or entropy, whose terms the plain layout carries, is in the
@@ -208,23 +215,31 @@ class Learner:
         """
         trained = []
         if self.bicc_weight > 0:
-            bilateral = self._pack(packer, self.bilateral)
+            bilateral = self._pack(packer, self.bilateral, experts)
             if bilateral.plan.ranks[0]:  # empty if no group has contrast
                 trained.append(bilateral)
         if self.bicc_weight < 1 or self.regularises:
             trained.append(plain)
         return trained
 
-    def _log_probs(self, batch: StepBatch, plain: PackedLayout) -> TokenLogProbs:
-        """Computes and checks the log-probs of the old and the reference policy, plain layout. Collective."""
-        old_T, entropy_T = self._policy_log_probs(batch, plain.batches)
+    def _log_probs(self, batch: StepBatch, plain: PackedLayout) -> tuple[TokenLogProbs, list[Tensor] | None]:
+        """Computes and checks the log-probs of the old and the reference policy, plain layout. Collective.
+
+        Returns them with the experts that the old policy's pass has recorded.
+        """
+        with self._recording() as recorded:
+            old_T, entropy_T = self._policy_log_probs(batch, plain.batches)
         ref_T = None
         if self.reference is not None:
             with self.policy.weights(self.reference):
                 ref_T = self._policy_log_probs(batch, plain.batches)[0]
         log_probs = TokenLogProbs(old_T, ref_T, batch.rollout_logp_T, entropy_T)
         log_probs.check(batch.rollouts.offsets_R)
-        return log_probs
+        return log_probs, recorded
+
+    def _recording(self) -> AbstractContextManager[list[Tensor] | None]:
+        """Returns a context whose pass records its experts, if model.routing_replay=old."""
+        return self.policy.recorded_experts() if self.config.model.routing_replay == "old" else nullcontext()
 
     def _policy_log_probs(self, batch: StepBatch, batches: list[PackedBatch]) -> np.ndarray:
         """Returns log-probs and entropies under the policy's current weights: float32 [2, T]. Collective."""
@@ -236,18 +251,27 @@ class Learner:
         return self.policy.log_probs(batches) or [None] * len(batches)
 
     def _with_old(
-        self, trained: PackedLayout, values: StepValues, moved: bool
+        self,
+        trained: PackedLayout,
+        values: StepValues,
+        plain: PackedLayout,
+        recorded: list[Tensor] | None,
+        moved: bool,
     ) -> list[tuple[PackedBatch, Tensor | None]]:
         """Returns a layout's micro-batches with the log-probs in their ratios' denominators, float32 [A].
 
-        None: the ratio is 1, or this is not the last pipeline stage. moved: whether the policy will have been
-        updated before these micro-batches are trained.
+        None: the ratio is 1, or this is not the last pipeline stage. recorded: the experts that the old
+        policy's pass over `plain` has recorded; a micro-batch replays those of the pass that its denominator
+        is from. moved: whether the policy will have been updated before these micro-batches are trained.
         """
         if trained.layout == "plain" or self.config.bicc.denominator == "plain":
-            return [(packed, values.old_T[packed.token_A]) for packed in trained.batches]
+            batches = _replaying(trained, plain, recorded)
+            return [(packed, values.old_T[packed.token_A]) for packed in batches]
         if not self._needs_conditioned(trained, moved):
             return [(packed, None) for packed in trained.batches]
-        found = zip(trained.batches, self._passes(trained.batches), strict=True)
+        with self._recording() as recorded:
+            passes = self._passes(trained.batches)
+        found = zip(_replaying(trained, trained, recorded), passes, strict=True)
         return [(packed, None if found_2A is None else found_2A[0]) for packed, found_2A in found]
 
     def _needs_conditioned(self, trained: PackedLayout, moved: bool) -> bool:
@@ -310,3 +334,17 @@ class Learner:
                 np.where(contrast_T, logp_T, 0.0), rollouts.offsets_R, f"log-prob under the {policy}"
             )
         return ratio
+
+
+def _replaying(
+    trained: PackedLayout, passed: PackedLayout, recorded: list[Tensor] | None
+) -> list[PackedBatch]:
+    """Returns a layout's micro-batches with the experts of the pass over `passed`. Collective."""
+    if recorded is None:
+        return trained.batches
+    if trained is passed:
+        return [
+            replace(packed, experts=experts)
+            for packed, experts in zip(trained.batches, recorded, strict=True)
+        ]
+    return with_recorded_experts(trained.plan, trained.batches, passed.plan, recorded)

@@ -128,6 +128,10 @@ def test_sound_settings_pass(good: list[str], overrides: list[str]):
             ["rollout.engine=sglang", "rollout.colocate=true", "weight_sync.method=distributed"],
             ["weight_sync.method is 'distributed' and rollout.colocate is true", "weight_sync.method=tensor"],
         ),
+        (
+            ["model.routing_replay=engine"],
+            ["model.routing_replay is engine and rollout.engine is local", "set rollout.engine=sglang"],
+        ),
         (["model.path="], ["model.path is not set"]),
         (["data.train="], ["data.train is not set"]),
         (["model.path=/nowhere"], ["model.path is /nowhere", "config.json"]),

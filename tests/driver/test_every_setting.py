@@ -188,6 +188,7 @@ TESTS: dict[str, str] = {
     "model.recompute": "planning/test_planning_activations.py::test_saved_bytes_equal_a_forward_pass",
     "model.attention": "model/test_gpu_choices.py::test_kernels_of_an_installed_package_are_chosen",
     "model.reference": "model/test_gpu_choices.py::test_where_the_reference_lies",
+    "model.routing_replay": "training/test_routing_replay.py::test_experts_of_the_engine",
     "data.filter": "data/test_data_prompts.py::test_a_filter_sees_the_columns_and_says_what_it_dropped",
     "data.instruction": INSTRUCTION,
     "data.date": "data/test_data_today.py::test_a_date_that_is_set_is_the_date",

@@ -23,6 +23,8 @@ class Case:
     """Of this stage"""
     algorithm: Literal["bicc", "grpo", "gspo+bicc"] = "grpo"
     """bicc: both packings, the reference policy, and a pass for the conditioned denominator"""
+    replay: Literal["none", "old", "engine"] = "none"
+    """model.routing_replay; old: with bicc's plain denominator, whose pass is of other micro-batches"""
 
     @property
     def processes(self) -> int:
@@ -56,8 +58,8 @@ CASES = {
     "pp2 first": Case(stage=0, algorithm="bicc"),
     "pp2 tp2 sp last": Case(stage=1, tensor=2, sequence=True, algorithm="bicc"),
     "moe": Case(model="qwen3_moe"),
-    "moe tp2 sp full": Case(model="qwen3_moe", tensor=2, sequence=True, recompute="full"),
-    "moe fp32 pp2 last": Case(model="qwen3_moe", dtype="float32", stage=1, algorithm="bicc"),
+    "moe tp2 sp full": Case(model="qwen3_moe", tensor=2, sequence=True, recompute="full", replay="engine"),
+    "moe fp32 pp2 last": Case(model="qwen3_moe", dtype="float32", stage=1, algorithm="bicc", replay="old"),
     "te": Case(backend=TE),
     "te, 2 layers": Case(backend=TE, layers=2),
     "te bicc": Case(backend=TE, algorithm="bicc"),

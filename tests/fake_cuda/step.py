@@ -57,9 +57,11 @@ PHASES = (
 def configuration(case: Case, models: Path) -> Config:
     """Returns the configuration of a case."""
     layers = case.layers * (1 if case.stage is None else 2)
-    mixed = {"bicc__weight": 0.5, "bicc__denominator": "conditioned"} if case.algorithm == "bicc" else {}
+    denominator = "plain" if case.replay == "old" else "conditioned"
+    mixed = {"bicc__weight": 0.5, "bicc__denominator": denominator} if case.algorithm == "bicc" else {}
     config = make_config(models / f"{case.model}_{layers}", case.algorithm, **mixed)
     config.model.dtype, config.model.recompute = case.dtype, case.recompute
+    config.model.routing_replay = case.replay
     config.parallel.tensor, config.parallel.sequence = case.tensor, case.sequence
     config.parallel.context = case.context
     config.parallel.pipeline = 1 if case.stage is None else 2
@@ -72,16 +74,20 @@ def groups() -> list[Group]:
     """Returns rollouts of random tokens."""
     random = np.random.default_rng(3)
     tokens = lambda most: random.integers(2, 90, random.integers(1, most), dtype=np.int32)  # noqa: E731
-    sample = lambda ids: Sample(ids, np.zeros(len(ids), np.float32), "stop", 0)  # noqa: E731
+    # one token: it has no rows before its responses, so these have no keys there
+    prompts = [tokens(40) if i else tokens(2) for i, _ in enumerate(REWARDS)]
+    experts = lambda rows: np.zeros((rows, 2, 2), np.uint8)  # noqa: E731 of at most two layers
+    sample = lambda prompt, ids: Sample(  # noqa: E731
+        ids, np.zeros(len(ids), np.float32), "stop", 0, experts(len(ids)), experts(len(prompt) - 1)
+    )
     return [
         Group(
-            # one token: it has no rows before its responses, so these have no keys there
-            Prompt(i, [], tokens(40) if i else tokens(2), "", "", {}),
-            [sample(tokens(60)) for _ in rewards],
+            Prompt(i, [], prompt, "", "", {}),
+            [sample(prompt, tokens(60)) for _ in rewards],
             [""] * len(rewards),
             np.array(rewards, np.float32),
         )
-        for i, rewards in enumerate(REWARDS)
+        for i, (prompt, rewards) in enumerate(zip(prompts, REWARDS, strict=True))
     ]
 
 

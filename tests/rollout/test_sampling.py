@@ -51,8 +51,10 @@ class Answers:
                 random.normal(size=n).astype(np.float32),
                 "stop" if n < 4 else "length",
                 self.version,
+                random.integers(0, 9, (n, 2, 3)).astype(np.uint8),
+                None if i else random.integers(0, 9, (4, 2, 3)).astype(np.uint8),
             )
-            for n in lengths
+            for i, n in enumerate(lengths)
         ]
         rewards = (random.random(GROUP_SIZE) < self.share(prompt.index)).astype(np.float32)
         return Group(prompt, samples, [f"\\boxed{{{n}}}" for n in lengths], rewards)
@@ -64,8 +66,14 @@ def mixed(row: int) -> float:
 
 
 def as_data(group: Group) -> tuple:
+    listed = lambda array: array if array is None else (array.dtype, array.tolist())  # noqa: E731
     samples = [
-        (s.token_ids.tolist(), s.log_probs.tolist(), s.finish_reason, s.weight_version) for s in group.samples
+        (
+            *map(listed, (s.token_ids, s.log_probs, s.experts, s.prompt_experts)),
+            s.finish_reason,
+            s.weight_version,
+        )
+        for s in group.samples
     ]
     return group.prompt.index, samples, group.texts, group.rewards.tolist()
 

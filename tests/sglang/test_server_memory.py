@@ -19,7 +19,7 @@ from megatron_bicc.errors import UserError
 from megatron_bicc.rollout.sglang_engine import SglangEngine
 from megatron_bicc.rollout.types import RolloutError
 from megatron_bicc.sglang.client import ServerClient, ServerUnavailable
-from megatron_bicc.sglang.pool import ServerPool, check_memory_saver
+from megatron_bicc.sglang.pool import ServerPool, check_memory_saver, check_routing
 
 ALL = {"weights", "kv_cache", "cuda_graph"}
 
@@ -158,6 +158,16 @@ def test_an_attached_server_that_would_keep_its_memory_is_refused(info: dict, re
                 anyio.run(check_memory_saver, ServerClient(server.url))
         else:
             anyio.run(check_memory_saver, ServerClient(server.url))
+
+
+def test_an_attached_server_that_returns_no_routing_is_refused() -> None:
+    with served(enable_return_routed_experts=True) as (server, _):
+        anyio.run(check_routing, ServerClient(server.url))
+    with (
+        served(enable_return_routed_experts=False) as (server, _),
+        pytest.raises(UserError, match="was started without --enable-return-routed-experts"),
+    ):
+        anyio.run(check_routing, ServerClient(server.url))
 
 
 @pytest.mark.parametrize("colocate", [False, True])

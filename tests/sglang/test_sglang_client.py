@@ -1,5 +1,6 @@
 """Tests the SGLang engine without SGLang: HTTP, answers, settings, the pool, the guard of a process."""
 
+import base64
 import json
 import os
 import shlex
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -24,7 +26,7 @@ from transformers import PretrainedConfig
 
 from megatron_bicc.config import Config, ModelConfig, RolloutConfig, SglangConfig
 from megatron_bicc.errors import UserError
-from megatron_bicc.rollout.sglang_engine import SglangEngine, generate_body, read_samples
+from megatron_bicc.rollout.sglang_engine import Routing, SglangEngine, generate_body, read_samples
 from megatron_bicc.rollout.types import Request, Sampling
 from megatron_bicc.sglang.client import ServerClient, ServerError, ServerRefusal, ServerUnavailable
 from megatron_bicc.sglang.guard import finish, start
@@ -279,6 +281,44 @@ def test_spoiled_answers(spoiled: Any, error: type, message: str) -> None:
         read_samples(spoiled, 1, "3", 10, ENDS)
 
 
+ROUTING = Routing(prompt_tokens=3, layers=2, experts=300, per_token=2)
+EXPERTS = np.array([[[0, 299], [1, 2]], [[3, 4], [5, 6]], [[7, 8], [9, 10]], [[11, 12], [13, 14]]], np.int32)
+"""Of a prompt of three tokens and a response of two, whose last is not read"""
+
+
+def with_routing(experts: np.ndarray) -> list[dict[str, Any]]:
+    return answer(routed_experts=base64.b64encode(experts.tobytes()).decode())
+
+
+def test_routing_is_read_and_the_prompts_is_the_first_samples() -> None:
+    first, second = read_samples(with_routing(EXPERTS) * 2, 2, "3", 10, ENDS, ROUTING)
+    np.testing.assert_array_equal(first.prompt_experts, EXPERTS[:2])
+    for sample in (first, second):
+        np.testing.assert_array_equal(sample.experts, EXPERTS[2:])
+        assert sample.experts.dtype == np.int16
+    assert second.prompt_experts is None
+    few = read_samples(with_routing(EXPERTS % 16), 1, "3", 10, ENDS, replace(ROUTING, experts=255))
+    assert few[0].experts.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "message"),
+    [
+        (answer(), "without 'routed_experts'"),
+        (answer(routed_experts=None), "another shape"),
+        (answer(routed_experts="@"), "routed_experts cannot be read"),
+        (with_routing(EXPERTS[1:]), "routed_experts cannot be read: cannot reshape array of size 12"),
+        (with_routing(EXPERTS + 1), "routed_experts are not all of 300 experts"),
+        (with_routing(EXPERTS - 1), "routed_experts are not all of 300 experts"),
+        (with_routing(EXPERTS * np.int32([[[1]], [[1]], [[0]], [[1]]])), "name an expert twice"),
+    ],
+)
+def test_spoiled_routing(spoiled: Any, message: str) -> None:
+    """The last is what a server without a record of a token answers."""
+    with pytest.raises(BadAnswer, match=message):
+        read_samples(spoiled, 1, "3", 10, ENDS, ROUTING)
+
+
 def test_a_token_beyond_the_vocabulary_is_refused() -> None:
     with pytest.raises(BadAnswer, match="token 7 was sampled, but the policy has 7 tokens"):
         read_samples(answer(), 1, "3", 7, ENDS)
@@ -296,6 +336,8 @@ def test_nothing_is_cut_off_the_distribution() -> None:
     )
     assert settings["sampling_seed"] == 11 and settings["max_new_tokens"] == 9
     assert settings["stop_token_ids"] == [1, 5]
+    assert "return_routed_experts" not in body
+    assert generate_body([request], Sampling(0.7, 9, routing=True), (1,))["return_routed_experts"] is True
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,10 @@ class SglangServer:
         dtype: str = "float32",
         tensor_parallel: int = 1,
         tokenizer: bool = False,
+        routing: bool = False,
     ) -> None:
-        """tokenizer: whether it reads the model's, to be asked in text, too."""
+        """tokenizer: whether it reads the model's, to be asked in text, too. routing: whether it returns its
+        routing."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -92,6 +94,7 @@ class SglangServer:
         model_arguments = ["--model-path", str(model), "--dtype", dtype, "--port", str(port)]
         self._arguments = [*ARGUMENTS.split(), *model_arguments, "--tp-size", str(tensor_parallel)]
         self._arguments += [] if tokenizer else ["--skip-tokenizer-init"]
+        self._arguments += ["--enable-return-routed-experts"] if routing else []
         # without it SGLang wants a NUMA node for each rank
         cores = "|".join(map(str, range(tensor_parallel)))
         self._env = {"SGLANG_CPU_OMP_THREADS_BIND": cores} if tensor_parallel > 1 else {}

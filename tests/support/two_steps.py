@@ -73,10 +73,10 @@ def train_two_steps(model: Path, root: Path, *settings: str) -> list[dict]:
     return metrics(root / "run")
 
 
-def train_on(server: str, model: Path, root: Path) -> list[dict]:
+def train_on(server: str, model: Path, root: Path, *settings: str) -> list[dict]:
     """Calls `train_two_steps` with rollouts of the SGLang server at this URL."""
     engine = ("rollout.engine=sglang", "rollout.launch=attach", f"rollout.sglang.servers={server}")
-    return train_two_steps(model, root, *engine)
+    return train_two_steps(model, root, *engine, *settings)
 
 
 def assert_engine_followed(records: list[dict]) -> None:

@@ -21,6 +21,7 @@ from megatron.core import parallel_state
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support.models import make_model
+from support.routing import drawn, with_experts
 from support.steps import CASES, ENTROPY, KL, TOKENIZER, hf_gradients, make_config, to_groups
 
 from megatron_bicc import device
@@ -66,13 +67,20 @@ DENSE = {
         "vpp2_cp2": VPP2 | CP2,
     },
 }
-MODELS = {"dense": "qwen3_tied", "moe": "qwen3_moe"}
+MODELS = {"dense": "qwen3_tied", "moe": "qwen3_moe", "replay": "qwen3_moe"}
 SECTIONS = ("tensor", "sequence", "pipeline", "virtual_pipeline", "expert", "context")
 WITH_CONTEXT = {1: (), 2: ("ep2_cp2",), 4: ("ep4_cp2", "tp2_sp_ep2_cp2", "pp2_ep2_cp2")}
 """Layouts with experts and context parallel, by the number of processes"""
 RESHARDED = ("tp2_sp", "ep2", "tp2_sp_pp2_ep2", "ep2_cp2")
 """Layouts with experts between which and one process a checkpoint is handed"""
 RECOMPUTE = ("none", "selective", "full")
+FULL, MOE = {"model.recompute": "full"}, {"megatron.transformer": {"recompute_modules": ["moe"]}}
+REPLAYED = {
+    1: {},
+    2: {"tp2_sp": FULL, "ep2_cp2": {}, "pp2": {"model.recompute": "selective"} | MOE, "pp2_vpp2": FULL},
+    4: {"moe": {}, "tp2_sp_ep2_cp2": FULL, "tp2_sp_pp2_vpp2_ep2": FULL},
+}
+"""Layouts with experts that are taken with routing replay, too, and what they recompute"""
 CASE = CASES["bicc_rcc_mixed_conditioned"]
 """Both packings, the reference policy, and a pass for the conditioned denominator"""
 EDGES = ("long_response", "long_prefix", "few_rows", "one_token")
@@ -92,6 +100,8 @@ def layouts(processes: int) -> dict[str, tuple[str, dict]]:
             found[f"{name}-{recompute}"] = ("dense", settings | {"model.recompute": recompute})
     for i, (name, settings) in enumerate(expert_layouts(processes).items()):
         found[name] = ("moe", settings | {"model.recompute": RECOMPUTE[i % 3]})
+        if name in REPLAYED[processes]:
+            found[f"{name}-replay"] = ("replay", settings | REPLAYED[processes][name])
     return found
 
 
@@ -129,7 +139,8 @@ def configure(path: Path, settings: dict, case: tuple[str, dict] = CASE, rows: i
     for name, value in settings.items():
         section, field = name.split(".")
         setattr(getattr(config, section), field, value)
-    rows = rows or (200 if path.name == "moe" else 100)
+    rows = rows or (100 if path.name == "dense" else 200)
+    config.model.routing_replay = "engine" if path.name == "replay" else "none"
     config.train.max_tokens_per_microbatch = rows // config.parallel.context
     return config
 
@@ -148,12 +159,15 @@ class Training:
         moved = SafetensorsDirectory(inputs / f"{model}_moved")
         HfWeights(self.policy.hf_config, moved).load(self.policy.modules)
         self.policy.optimizer.reload_model_params()
-        self.groups = to_groups(torch.load(inputs / f"{edge or model}.pt", weights_only=False))
+        examples = torch.load(inputs / f"{edge or model}.pt", weights_only=False)
+        self.groups = to_groups(examples)
+        if model == "replay":
+            self.groups = with_experts(self.groups, examples, drawn(examples, self.policy.hf_config))
 
     def step(self) -> dict:
         """Metrics, log-probs, gradients, updated weights, which of their copies differ between processes, and
         of each rank's micro-batches the response rows and the chunks of the context ranks. Collective."""
-        (result,) = self.learner.step(self.groups, Stopwatch())
+        result = self.learner.step(self.groups, Stopwatch())[-1]
         found = {
             "metrics": update_metrics(result, self.learner.config),
             "log_probs": [torch.from_numpy(x) for x in vars(result.log_probs).values() if x is not None],
@@ -173,6 +187,13 @@ class Training:
         found["gradients"] = hf_gradients(self.policy)
         self.policy.set_weights(updated)
         return found
+
+    def replay_old(self) -> None:
+        """From now on a step takes two updates: the second replays the experts of the policy before both."""
+        config = self.learner.config
+        config.model.routing_replay, config.train.updates_per_step = "old", 2
+        config.bicc.denominator = "plain"  # its micro-batches are not those that have recorded
+        self.groups = self.groups * 2
 
     def weights(self) -> dict[str, torch.Tensor]:
         """All weights, whole, by their Hugging Face names. Collective."""
@@ -215,10 +236,14 @@ def unequal_copies(policy: Policy) -> list[str]:
 
 
 def run_steps(inputs: Path, name: str, model: str, settings: dict) -> list[dict]:
-    """The layout's first step; with experts the second, too; of RESHARDED another second one, after a
-    checkpoint of one process. These leave a checkpoint of their own after the first step."""
+    """The layout's first step; with experts the second, too, with routing replay of the other kind; of
+    RESHARDED another second one, after a checkpoint of one process. These leave a checkpoint of their own
+    after the first step."""
     training = Training(inputs, model, settings)
     steps = [training.step()]
+    if model == "replay":
+        training.replay_old()
+        steps.append(training.step())
     if model == "moe":
         if name in ("one", *RESHARDED):
             training.save(inputs / "saved" / name)

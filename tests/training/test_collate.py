@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from support.models import make_model
+from support.routing import drawn, with_experts
 from support.steps import make_examples, to_groups
 
 from megatron_bicc.errors import UserError
@@ -26,6 +27,32 @@ def test_a_selection_is_what_its_groups_collate_to(chosen: list[int], groups: li
         assert (found.dtype, found.tolist()) == (array.dtype, array.tolist()), name
     np.testing.assert_array_equal(selected.rollout_logp_T, expected.rollout_logp_T)
     assert selected.num_groups == len(chosen)
+
+
+def test_experts_are_selected_with_their_tokens() -> None:
+    """Rows by token: of responses, of prompts without their last, and the free one."""
+    examples = make_examples(make_model("qwen3_moe"), 0.8)
+    plain = to_groups(examples)
+    groups = with_experts(plain, examples, drawn(examples, make_model("qwen3_moe").config))
+    whole, chosen = collate(groups), [3, 1]
+    selected = whole.select(np.array(chosen)).experts
+    np.testing.assert_array_equal(selected, collate([groups[i] for i in chosen]).experts)
+    first = groups[3].samples
+    own = len(first[0].token_ids)
+    np.testing.assert_array_equal(selected[:own], first[0].experts)
+    prompts = [groups[i].samples[0].prompt_experts for i in chosen]
+    np.testing.assert_array_equal(selected[-1 - sum(map(len, prompts)) : -1], np.concatenate(prompts))
+    assert (selected[-1] == 255).all()
+    assert collate(plain).experts is None
+    cut = changed(groups[1], experts=groups[1].samples[1].experts[1:])
+    without_first = replace(groups[0], samples=groups[0].samples[1:], rewards=groups[0].rewards[1:])
+    for broken, message in (
+        ([plain[0], groups[1]], "rollout 0 has .* with experts, not 0"),
+        ([groups[0], cut], "rollout 6 has"),
+        ([without_first], "prompt of group 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            collate(broken)
 
 
 def changed(group: Group, **fields: object) -> Group:

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import numpy as np
 import pytest
 import torch
@@ -13,9 +14,12 @@ from support.steps import TOKENIZER, make_config
 from support.torchrun import run_job
 from support.two_steps import assert_engine_followed, train_on
 from support.weight_sync import TOKENS, hf_log_probs, make_sync, served
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_bicc.config import SglangConfig
+from megatron_bicc.rollout.sglang_engine import Routing, generate_body, read_samples
+from megatron_bicc.rollout.types import Request, Sample, Sampling
+from megatron_bicc.sglang.client import ServerClient
 from megatron_bicc.sglang.pool import ServerPool
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.weights.hf_weights import load_policy
@@ -42,7 +46,7 @@ def path(model_dirs: dict[str, Path]) -> Path:
 @pytest.fixture(scope="module")
 def server(path: Path) -> Iterator[SglangServer]:
     """TP=2; it starts while the trainers do."""
-    server = SglangServer(path, path.parent / "server.log", tensor_parallel=2)
+    server = SglangServer(path, path.parent / "server.log", tensor_parallel=2, routing=True)
     server.start()
     yield server
     server.kill()
@@ -76,5 +80,37 @@ def test_layouts_and_a_trainer_killed_in_mid_sync(
 def test_two_steps_of_training(
     server: SglangServer, path: Path, single_process: None, tmp_path: Path
 ) -> None:
+    """With the server's routing in every pass; it is that of Hugging Face, of a cached prompt as well."""
     server.wait()
-    assert_engine_followed(train_on(server.url, path, tmp_path))
+    assert_engine_followed(train_on(server.url, path, tmp_path, "model.routing_replay=engine"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/hf", dtype=torch.float32)
+    prompt = np.arange(2, 22, dtype=np.int32)
+    for _ in range(2):
+        for sample in asked(server, [Request(prompt, seed) for seed in range(3)], model):
+            assert len(sample.experts) == len(sample.token_ids)
+            if sample.prompt_experts is not None:
+                found = np.concatenate([sample.prompt_experts, sample.experts])
+                tokens = [*prompt, *sample.token_ids[:-1]]
+                np.testing.assert_array_equal(np.sort(found), np.sort(chosen(model, tokens)))
+
+
+def asked(server: SglangServer, requests: list[Request], model: PreTrainedModel) -> list[Sample]:
+    """A group's samples with routing, of the weights after two steps."""
+    body = generate_body(requests, Sampling(1.0, 12, routing=True), (1,))
+    answer = anyio.run(ServerClient(server.url).generate, body)
+    routing = Routing.of(model.config, len(requests[0].token_ids))
+    return read_samples(answer, len(requests), "2", model.config.vocab_size, (1,), routing)
+
+
+def chosen(model: PreTrainedModel, tokens: list[int]) -> np.ndarray:
+    """The experts of each token, [tokens, layers, experts per token]."""
+    found: list[torch.Tensor] = []
+    hooks = [
+        block.mlp.gate.register_forward_hook(lambda *call: found.append(call[2][2]))
+        for block in model.model.layers
+    ]
+    with torch.no_grad():
+        model(torch.tensor([tokens]))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found, 1).numpy()

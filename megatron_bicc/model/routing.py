@@ -1,0 +1,58 @@
+"""Replays the experts that a router chose in an earlier pass (model.routing_replay), by megatron-core's seam.
+
+Shape suffixes: N rows of a micro-batch. L and K in text: layers of this rank; experts per token.
+"""
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+from torch import Tensor
+
+from megatron_bicc.model.families import free_mark
+
+TopK = Callable[..., tuple[Tensor, Tensor]]
+
+
+class RowReplay(RouterReplay):
+    """Replays a router's experts row by row: a row without any is routed by its own scores.
+
+    megatron-core's class replays all rows of a call, and is told by a global action whether a call is a
+    forward pass or a recomputation in a backward pass. Under pipeline parallel both are interleaved, so this
+    class finds out: activation checkpointing runs the forward pass without gradients and the recomputation
+    with them, and a chunk's micro-batches go backward in the order in which they went forward.
+    """
+
+    def start(self, experts: Tensor | None, record: bool) -> None:
+        """Sets what the next forward pass replays: [N, K], `free_mark` in rows that the router decides.
+
+        experts: None if it decides all. record: keep the experts of the pass in `recorded_topk_idx`.
+        """
+        self.target_topk_idx = experts
+        self.router_replay_action = RouterReplayAction.RECORD if record else None
+
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: TopK | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns scores [N, K] and numbers [N, K] of each row's experts; megatron-core's router calls it."""
+        given = self._given()
+        values, chosen = default_compute_topk(scores, topk, num_groups, group_topk)
+        if given is not None:
+            chosen = torch.where(given == free_mark(given.dtype), chosen, given.long())
+            values = scores.gather(1, chosen)
+        if self.router_replay_action is RouterReplayAction.RECORD:
+            self.record_indices(chosen)
+        return values, chosen
+
+    def _given(self) -> Tensor | None:
+        """Returns the experts of this call's micro-batch."""
+        if not torch.is_grad_enabled():
+            self.replay_backward_list.append(self.target_topk_idx)
+        elif self.replay_backward_list:
+            return self.replay_backward_list.pop(0)
+        return self.target_topk_idx
