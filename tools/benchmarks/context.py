@@ -57,9 +57,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     Returns:
         ranks: by their number, the largest value over its ranks: rows (padding included), saved_mb (what the
         forward pass keeps for the backward pass, weights left out), peak_mb (most memory of both passes
-        beyond that of the weights, temporary tensors included), seconds (both passes; on a CPU processor time),
-        received_mb and formula_mb (what a layer receives from other context ranks, counted, and by the
-        formula of megatron_bicc.model.attention); and saved_ratio, peak_ratio, seconds_ratio to one rank.
+        beyond weights and their gradients, temporary tensors included), seconds (of both passes; processor
+        time on a CPU), received_mb and formula_mb (what a layer receives from other context ranks, counted,
+        and by the formula of megatron_bicc.model.attention); saved_ratio, peak_ratio and seconds_ratio to
+        one rank.
         balance: by mean length of lognormal responses, largest over mean cost of 4 context ranks: imbalance
         (all micro-batches together, which wait for their slowest rank each) and worst (of a micro-batch).
     """
