@@ -40,8 +40,8 @@ FLOAT32_PRODUCTS = {
 }
 """Matrix products of a bf16 policy that are in float32, with the reason"""
 COPIES = {"PackedBatch.make": 1, "TrainBatch.make": 0}
-"""Copies to the device per micro-batch, at most: without csrc's kernels one of all its rows and segments; what
-the loss needs of each row is gathered on the device"""
+"""Copies to the device per micro-batch, at most: without csrc's kernels one of all its rows and segments;
+what the loss needs of each row is gathered on the device"""
 
 
 @pytest.fixture(scope="module")
