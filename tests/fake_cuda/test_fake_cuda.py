@@ -25,6 +25,7 @@ LAYER_LAUNCHES = {
     "full": (80, 283),
     "te": (80, 203),
     "kernels": (71, 189),
+    "cp2": (97, 244),
 }
 """Kernels of a dense layer in bf16, at most: (forward pass; forward and backward pass).
 
@@ -40,8 +41,8 @@ FLOAT32_PRODUCTS = {
 }
 """Matrix products of a bf16 policy that are in float32, with the reason"""
 COPIES = {"PackedBatch.make": 1, "TrainBatch.make": 0}
-"""Copies to the device per micro-batch, at most: its rows and segments go there together, without csrc's kernels;
-what the loss needs of each row is gathered on the device"""
+"""Copies to the device per micro-batch, at most: without csrc's kernels one of its rows and segments; what
+the loss needs of each row is gathered on the device"""
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +180,12 @@ def test_launches_of_a_layer(of: str, reports: dict[str, dict[str, Any]]) -> Non
     total = lambda name, part: sum(reports[name]["launches"][part].values())  # noqa: E731
     found = [total(f"{of}, 2 layers", part) - total(of, part) for part in PARTS]
     assert all(0 < count <= most for count, most in zip(found, LAYER_LAUNCHES[of], strict=True)), found
+
+
+def test_context_ranks_exchange_keys_and_values_once_in_each_pass_of_a_layer(
+    reports: dict[str, dict[str, Any]],
+) -> None:
+    counts = lambda name, part: Counter(reports[name]["collectives"][part])  # noqa: E731
+    forward, both = (counts("cp2, 2 layers", part) - counts("cp2", part) for part in PARTS)
+    assert forward == {"_allgather_base_": 1}
+    assert both == {"_allgather_base_": 2, "alltoall_base_": 1}

@@ -2,15 +2,17 @@
 
 torchrun --nproc-per-node 4 context_attention_worker.py REPORTS
 
-Process n writes REPORTS/n: for every case of CASES and number of context ranks a `Found`. Each process is the
-only context rank of one, each pair of processes are the two of two.
+Process n writes REPORTS/n: for every case of CASES and number of context ranks a `Found`, and for "benchmark"
+what `tools/benchmark.py context` measures. Each process is the only context rank of one, each pair of
+processes are the two of two.
 """
 
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from megatron.core import parallel_state
 from support.attention_reference import (
     Sides,
     differentiate,
@@ -30,6 +33,8 @@ from support.attention_reference import (
 )
 
 from megatron_bicc import device
+from megatron_bicc.config import Config
+from megatron_bicc.model.policy import start_model_parallel
 from megatron_bicc.packing.types import MicroBatchLayout
 
 SCALE, HEADS, CHANNELS = 0.3, 4, 16
@@ -93,8 +98,7 @@ CASES = {
 }
 
 
-@dataclass
-class Found:
+class Found(TypedDict):
     """What one process computed."""
 
     rows: Tensor
@@ -148,7 +152,21 @@ def compute(case: Case, group: dist.ProcessGroup, wire: Wire) -> Found:
     once = differentiate(attention, inputs[:3], inputs[3])
     received = dict(wire.received)
     again = differentiate(attention, inputs[:3], inputs[3])
-    return Found(rows, [x[: len(rows)] for x in once], all(map(torch.equal, once, again)), received)
+    repeats = all(map(torch.equal, once, again))
+    return Found(rows=rows, values=[x[: len(rows)] for x in once], repeats=repeats, received=received)
+
+
+def benchmark(ranks: int) -> dict[str, float]:
+    """Returns what `tools/benchmark.py context` measures on this process, at a small size."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+    from benchmarks import context
+
+    config = Config()
+    config.parallel.context = ranks
+    start_model_parallel(config)
+    figures = context.measure_rank(Namespace(tokens=601, layers=2, hidden=128))
+    parallel_state.destroy_model_parallel()
+    return figures
 
 
 def main(reports: str) -> None:
@@ -156,7 +174,8 @@ def main(reports: str) -> None:
     device.start_distributed()
     wire, found = Wire(), {}
     for ranks, group in groups():
-        found |= {(name, ranks): vars(compute(case, group, wire)) for name, case in CASES.items()}
+        found |= {(name, ranks): compute(case, group, wire) for name, case in CASES.items()}
+    found |= {("benchmark", ranks): benchmark(ranks) for ranks in RANKS}
     torch.save(found, Path(reports, str(dist.get_rank())))
     device.end_distributed()
 

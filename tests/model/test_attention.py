@@ -5,6 +5,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -83,26 +84,23 @@ def test_cuda_kernels_take_what_they_are_given(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, int], Found]]:
-    """Returns what every process of the worker found, by case and number of context ranks."""
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, int], Any]]:
+    """Returns the report of every process of the worker, by case and number of context ranks."""
     directory = tmp_path_factory.mktemp("context_attention")
     torchrun(RANKS[-1], Path(__file__).with_name("context_attention_worker.py"), directory)
-    return [
-        {key: Found(**found) for key, found in torch.load(directory / str(process)).items()}
-        for process in range(RANKS[-1])
-    ]
+    return [torch.load(directory / str(process)) for process in range(RANKS[-1])]
 
 
 def joined(founds: list[Found]) -> list[Tensor]:
     """Returns output, dq, dk and dv of all rows from those of every context rank."""
-    order = torch.cat([found.rows for found in founds]).argsort()
-    return [torch.cat(parts)[order] for parts in zip(*(found.values for found in founds), strict=True)]
+    order = torch.cat([found["rows"] for found in founds]).argsort()
+    return [torch.cat(parts)[order] for parts in zip(*(found["values"] for found in founds), strict=True)]
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("name", CASES)
 def test_context_ranks_together_equal_a_dense_mask(
-    name: str, ranks: int, reports: list[dict[tuple[str, int], Found]]
+    name: str, ranks: int, reports: list[dict[tuple[str, int], Any]]
 ) -> None:
     case = CASES[name]
     *qkv, grad = (x.double() for x in case.inputs())
@@ -110,13 +108,13 @@ def test_context_ranks_together_equal_a_dense_mask(
     expected = differentiate(dense, qkv, grad)
     for first in range(0, len(reports), ranks):
         founds = [report[name, ranks] for report in reports[first : first + ranks]]
-        assert all(found.repeats for found in founds)
+        assert all(found["repeats"] for found in founds)
         for ours, truth in zip(joined(founds), expected, strict=True):
             assert ours.shape == truth.shape
             assert (ours.double() - truth).norm() <= TOLERANCE[case.dtype] * truth.norm()
 
 
-def test_bytes_received_in_a_layer(reports: list[dict[tuple[str, int], Found]]) -> None:
+def test_bytes_received_in_a_layer(reports: list[dict[tuple[str, int], Any]]) -> None:
     """By the formula of megatron_bicc.model.attention."""
     for (name, case), ranks in product(CASES.items(), RANKS):
         layout, sides = case.layout(ranks), len(case.sides)
@@ -126,6 +124,17 @@ def test_bytes_received_in_a_layer(reports: list[dict[tuple[str, int], Found]]) 
         once = 2 * (ranks - 1) * most * case.groups * CHANNELS * case.dtype.itemsize
         expected = {"all_gather_into_tensor": 2 * once, "all_to_all_single": once} if once else {}
         for report in reports:
-            assert report[name, ranks].received == expected, (name, ranks)
-    assert reports[0]["mixed", 4].received
-    assert not reports[0]["nothing shared", 4].received
+            assert report[name, ranks]["received"] == expected, (name, ranks)
+    assert reports[0]["mixed", 4]["received"]
+    assert not reports[0]["nothing shared", 4]["received"]
+
+
+def test_the_benchmark_counts_what_the_formula_says(reports: list[dict[tuple[str, int], Any]]) -> None:
+    """And activations of four context ranks are about a quarter of those of one."""
+    for ranks in RANKS:
+        for report in reports:
+            figures = report["benchmark", ranks]
+            assert figures["received_mb"] == figures["formula_mb"]
+            assert (figures["formula_mb"] > 0) == (ranks > 1)
+    one, four = (max(report["benchmark", ranks]["saved_mb"] for report in reports) for ranks in (1, 4))
+    assert 0 < four <= 0.30 * one

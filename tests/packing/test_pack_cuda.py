@@ -1,5 +1,8 @@
 """Tests the rows that csrc's kernel fills against the packer's oracle, emulated and on a GPU."""
 
+from dataclasses import is_dataclass
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +17,7 @@ from packing.cases import (
     make_settings,
     settings_dicts,
 )
-from packing.oracle import pack_reference
+from packing.oracle import pack_reference, rows_of_rank
 
 from megatron_bicc.model.packed_batch import PackedBatch
 from megatron_bicc.packing.pack import make_plan
@@ -28,28 +31,26 @@ def assert_equals_the_oracle(
     """Compares every rank's micro-batches on the device with the oracle's, copied to it."""
     expected = pack_reference(batch, config, dp_size)
     rollouts = DeviceRollouts.upload(batch, where)
-    for rank in range(dp_size):
-        plan, rows = pack_on_device(batch, rollouts, config, dp_size, rank)
-        found = PackedBatch.make_all(plan.ranks[rank], rows, where)
+    for rank, context_rank in product(range(dp_size), range(config.context_ranks)):
+        plan, rows = pack_on_device(batch, rollouts, config, dp_size, rank, context_rank)
+        found = PackedBatch.make_all(plan.ranks[rank], rows, context_rank, where)
         for own, other in zip(found, expected.ranks[rank], strict=True):
-            assert_same_batch(own, PackedBatch.make(other, where))
-
-
-def assert_same_batch(own: PackedBatch, other: PackedBatch) -> None:
-    """Asserts equality to the bit: values, shapes, types and devices."""
-    assert vars(own).keys() == vars(other).keys()
-    for name, value in vars(own).items():
-        if name in ("causal", "cross"):
-            for field, part in vars(value).items():
-                assert_same(part, getattr(getattr(other, name), field), field)
-        else:
-            assert_same(value, getattr(other, name), name)
+            assert_same(own, PackedBatch.make(rows_of_rank(other, context_rank), where), "PackedBatch")
 
 
 def assert_same(own: object, other: object, name: str) -> None:
+    """Asserts equality to the bit: values, shapes, types and devices."""
+    assert type(own) is type(other), name
     if isinstance(own, torch.Tensor):
         assert own.device == other.device and own.dtype == other.dtype, name
         assert torch.equal(own, other), name
+    elif is_dataclass(own):
+        assert vars(own).keys() == vars(other).keys()
+        for field, value in vars(own).items():
+            assert_same(value, getattr(other, field), f"{name}.{field}")
+    elif isinstance(own, tuple):
+        for mine, theirs in zip(own, other, strict=True):
+            assert_same(mine, theirs, name)
     else:
         assert own == other, name
 
@@ -85,14 +86,14 @@ def test_a_bad_rank_is_named(rank) -> None:
     batch = make_batch([Group(2, [Rollout(3, True), Rollout(2, False)])])
     native, _ = make_plan(batch, make_settings(), 2)
     with pytest.raises(ValueError, match=f"rank is {rank}"):
-        native.copies(rank)
+        native.copies(rank, 0)
 
 
 def test_the_operator_is_registered_for_tracing(kernel_device) -> None:
     batch = make_batch([Group(2, [Rollout(3, True), Rollout(2, False)])])
     native, plan = make_plan(batch, make_settings(), 1)
     (layout,) = plan.ranks[0]
-    arrays = (native.copies(0), native.headers, batch.prompt_tokens, batch.tokens)
+    arrays = (native.copies(0, 0), native.headers, batch.prompt_tokens, batch.tokens)
     tensors = [torch.from_numpy(array).to(kernel_device) for array in arrays]
     sizes = layout.num_rows, layout.num_response_rows
     checked = torch.library.opcheck(fill_rows, (*tensors, *sizes))

@@ -39,6 +39,7 @@ def main(inputs: Path, out: str) -> None:
         if name == "cp2":
             device._kernels = emulated_kernels.build()
             found |= {("kernels", algorithm): stepper.step(algorithm, MICRO_BATCHES) for algorithm in KERNELS}
+            device._kernels = None
         parallel_state.destroy_model_parallel()
     if dist.get_rank() == 0:
         torch.save(found, out)

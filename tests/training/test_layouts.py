@@ -47,7 +47,7 @@ def edge_example(model: PreTrainedModel, edge: str) -> Example:
     tokens, *lengths = {
         "long_response": (3, 60, 5),
         "long_prefix": (70, 3, 7),
-        "few_rows": (2, 2, 1),
+        "few_rows": (2, 1, 1),
         "one_token": (1, 1, 1),
     }[edge]
     generator = torch.Generator().manual_seed(len(edge))
@@ -198,4 +198,4 @@ def test_the_edges_of_the_division_occur(found: dict[tuple[int, str], list[dict]
     # the chunks of a segment that is cut differ by at most one row; 60 and 69 rows are not 8 equal chunks
     assert any(len(set(own)) > 1 for chunks in long_response + long_prefix for own in chunks)
     assert any([] in chunks for chunks in few_rows)
-    assert [[1], [1], [], []] in one_token
+    assert [[], [], [1], [1]] in map(sorted, one_token)

@@ -38,10 +38,9 @@ RANKS = (1, 2, 4)
 PROMPT, OTHER = 200, 64
 """Tokens of the prompt, and of the group's other response"""
 VOCABULARY = 1024
-BALANCED_RANKS, ROWS = 4, 16_384
-"""Context ranks of the balance, and rows that each holds at most"""
+BALANCED_RANKS, ROWS, GROUPS = 4, 16_384, 64
+"""Of the balance: context ranks, rows that each holds at most, prompts with 8 responses each"""
 MEAN_LENGTHS = (800, 4_000, 16_000)
-GROUPS = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,17 +56,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     Returns:
         ranks: by their number, the largest value over its ranks: rows (padding included), saved_mb (what the
         forward pass keeps for the backward pass, weights left out), peak_mb (most memory of both passes
-        beyond that of the weights, temporary tensors included), seconds (both passes; on a CPU processor time),
-        received_mb and formula_mb (what a layer receives from other context ranks, counted, and by the
-        formula of megatron_bicc.model.attention); and saved_ratio, peak_ratio, seconds_ratio to one rank.
+        beyond weights and their gradients, temporary tensors included), seconds (of both passes; processor
+        time on a CPU), received_mb and formula_mb (what a layer receives from other context ranks, counted,
+        and by the formula of megatron_bicc.model.attention); saved_ratio, peak_ratio and seconds_ratio to
+        one rank.
         balance: by mean length of lognormal responses, largest over mean cost of 4 context ranks: imbalance
         (all micro-batches together, which wait for their slowest rank each) and worst (of a micro-batch).
     """
     found = {ranks: measure(ranks, arguments) for ranks in RANKS}
+    one = dict(found[RANKS[0]])
     for figures in found.values():
-        for name in ("saved", "peak", "seconds"):
-            key = name if name == "seconds" else f"{name}_mb"
-            figures[f"{name}_ratio"] = figures[key] / found[RANKS[0]][key]
+        figures["saved_ratio"] = figures["saved_mb"] / one["saved_mb"]
+        figures["peak_ratio"] = figures["peak_mb"] / one["peak_mb"]
+        figures["seconds_ratio"] = figures["seconds"] / one["seconds"]
     balances = {mean: balance(mean) for mean in MEAN_LENGTHS}
     for title, rows in (("context ranks", found), ("mean length", balances)):
         print(f"{title:16}" + "".join(f"{row:>12,}" for row in rows))
