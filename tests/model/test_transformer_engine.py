@@ -17,7 +17,7 @@ from support.torchrun import torchrun
 WORKER = Path(__file__).with_name("te_worker.py")
 # several processes; a busy machine needs minutes for that
 pytestmark = pytest.mark.timeout(900)
-MODELS = {"dense": "qwen3_tied", "biased": "qwen2", "moe": "qwen3_moe"}
+MODELS = {"dense": "qwen3_tied", "biased": "qwen2", "windows": "gemma3", "moe": "qwen3_moe"}
 
 
 @pytest.fixture(scope="module")
