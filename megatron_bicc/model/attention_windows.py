@@ -13,7 +13,7 @@ Memory and work grow linearly with the rows. The gradient of a row that was copi
 in a fixed order and in at least float32, rounded once.
 
 Shape suffixes: N rows of the micro-batch, K keys with their copies, S segments (prefixes, responses and
-padding), E rows that are copied, X places of a copied row among the keys, G key-value heads, C channels.
+padding), X rows that are copied, Y places of a copied row among the keys, G key-value heads, C channels.
 """
 
 from dataclasses import dataclass
@@ -37,11 +37,11 @@ class WindowCall:
     own_keys: Tensor
     """int64 [N]: the key of each row that is not a copy"""
     copied_rows: Tensor
-    """int64 [E]"""
+    """int64 [X]"""
     copies: Tensor
-    """int64 [E, X]: the keys of each copied row; filled up with key 0"""
+    """int64 [X, Y]: the keys of each copied row; filled up with key 0"""
     is_filling: Tensor
-    """bool [E, X, 1, 1]"""
+    """bool [X, Y, 1, 1]"""
 
     @classmethod
     def of(cls, calls: AttentionCalls, window: int) -> "WindowCall":
@@ -83,14 +83,14 @@ class WindowCall:
         grad_NGC = grad_KGC.index_select(0, self.own_keys)
         if len(self.copied_rows) == 0:
             return grad_NGC
-        grad_EXGC = grad_KGC.index_select(0, self.copies.flatten()).unflatten(0, self.copies.shape)
+        grad_XYGC = grad_KGC.index_select(0, self.copies.flatten()).unflatten(0, self.copies.shape)
         wide = torch.promote_types(grad_KGC.dtype, torch.float32)
-        sum_EGC = grad_EXGC.masked_fill_(self.is_filling, 0.0).sum(1, dtype=wide)
-        return grad_NGC.index_copy_(0, self.copied_rows, sum_EGC.to(grad_NGC.dtype))
+        sum_XGC = grad_XYGC.masked_fill_(self.is_filling, 0.0).sum(1, dtype=wide)
+        return grad_NGC.index_copy_(0, self.copied_rows, sum_XGC.to(grad_NGC.dtype))
 
 
 def _places(copy_rows: np.ndarray, copy_keys: np.ndarray, own_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (int64 [E]: the rows that are copied; int64 [E, X]: the keys of each, -1 to fill it up)."""
+    """Returns (int64 [X]: the rows that are copied; int64 [X, Y]: the keys of each, -1 to fill it up)."""
     order = np.argsort(copy_rows, kind="stable")
     copied, first, counts = np.unique(copy_rows[order], return_index=True, return_counts=True)
     places = np.full((len(copied), 1 + counts.max(initial=0)), -1)
