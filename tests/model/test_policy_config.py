@@ -197,7 +197,7 @@ def test_other_values_are_refused_or_change_nothing(
     # the others share the code that reads what is not in ACCEPTED
     keys = OTHER if family == "llama3" else ACCEPTED.keys() | {"use_sliding_window", "head_dim", *IGNORED}
     computed, refused = COMPUTED.get(family, set()), set()
-    keys = keys - computed
+    keys = set(keys) - computed
     for key, value in [(name, other) for name in OTHER if name in keys for other in OTHER[name]]:
         path = with_config(model_dirs[family], tmp_path / "model", {key: value})
         try:
