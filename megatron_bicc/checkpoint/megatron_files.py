@@ -101,14 +101,18 @@ def slots_of(hf_config: PretrainedConfig) -> tuple[list[Slot], list[ShardedObjec
             model = PolicyModel(transformer_config(hf_config, Config()), hf_config, temperature=1.0)
         state = model.sharded_state_dict()  # the objects of Transformer Engine's layers are tensors with data
     parameters = dict(model.named_parameters())
-    slots = [_slot(name, state[name], parameters[name].shape) for name in parameters if name in state]
+    slots = [
+        _slot(rule_for(name, 0, model.output_norms), state[name], parameters[name].shape)
+        for name in parameters
+        if name in state
+    ]
     return slots, [entry for entry in state.values() if isinstance(entry, ShardedObject)]
 
 
-def _slot(name: str, entry: ShardedTensor | ShardedTensorFactory, shape: torch.Size) -> Slot:
+def _slot(rule: TensorRule, entry: ShardedTensor | ShardedTensorFactory, shape: torch.Size) -> Slot:
     # a gated linear is two entries, gate and up; the parameter is both, one after the other
     first = entry.build()[0] if isinstance(entry, ShardedTensorFactory) else entry
-    return Slot(rule_for(name, 0), first.key, tuple(first.global_offset), tuple(first.global_shape), shape)
+    return Slot(rule, first.key, tuple(first.global_offset), tuple(first.global_shape), shape)
 
 
 FORMAT = CheckpointingConfig("torch_dist", 1)

@@ -24,6 +24,8 @@ ranks, the busiest of which sends E rows, b bytes an element, each rank receives
 
 With one context rank the shared keys are a slice of its own; nothing is sent or copied.
 
+**Sliding windows** (attention_windows) are one call of all rows, with copies of some keys.
+
 Each device's kernels are a module (attention_cpu, attention_cuda, attention_math) with two functions:
 
     forward(call) -> (output [Q, H, C], log-sum-exp [H, Q])
@@ -45,11 +47,13 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_bicc.model import attention_cpu, attention_cuda, attention_math
 from megatron_bicc.model.attention_calls import AttentionCalls, Exchange
 from megatron_bicc.model.attention_parts import add_gradients, merge
+from megatron_bicc.model.attention_windows import WindowCall
 from megatron_bicc.model.packed_batch import PackedBatch
 from megatron_bicc.model.segments import VarlenCall
 
@@ -157,12 +161,49 @@ def _give_back(
         total.index_copy_(0, rows, (total.index_select(0, rows) + own[:, i]).to(total.dtype))
 
 
+class WindowAttention(torch.autograd.Function):
+    """(q [N, H, C], k [N, G, C], v [N, G, C], call, scale) -> [N, H, C], on the only context rank.
+
+    The copies of keys and values are made again in the backward pass: the rows' own are kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: WindowCall, scale: float) -> Tensor:
+        out, lse = _kernels(q).forward(VarlenCall(q, call.keys(k), call.keys(v), call.segments, scale))
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.call, ctx.scale = call, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (q, k, v, out, lse), call = ctx.saved_tensors, ctx.call
+        part = VarlenCall(q, call.keys(k), call.keys(v), call.segments, ctx.scale)
+        dq, dk, dv = _kernels(q).backward(part, grad.contiguous(), out, lse)
+        dk, dv = call.gradient(dk), call.gradient(dv)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def window_of(config: TransformerConfig, layer_number: int) -> int | None:
+    """Returns how many keys a row of a layer sees, its own included; None: all. Layers count from 1."""
+    if not is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+        return None
+    return config.window_size[0] + 1  # megatron-core's window leaves out the row itself
+
+
 class SharedPrefixCoreAttention(torch.nn.Module):
     """The `core_attention` of megatron-core's layer spec; packed_seq_params holds the calls."""
 
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection, **_: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        **_: Any,
+    ) -> None:
         super().__init__()
         self.scale, self.context_group = config.softmax_scale, pg_collection.cp
+        self.window = window_of(config, layer_number)
 
     def forward(
         self,
@@ -176,6 +217,9 @@ class SharedPrefixCoreAttention(torch.nn.Module):
     ) -> Tensor:
         """Query [N, 1, H, C], key and value [N, 1, G, C] -> [N, 1, H * C]."""
         q, k, v = (x.squeeze(1) for x in (query, key, value))
-        calls = packed_seq_params.attention
-        out = SharedPrefixAttention.apply(q, k, v, calls, self.context_group, self.scale)
+        if self.window is None:
+            calls = packed_seq_params.attention
+            out = SharedPrefixAttention.apply(q, k, v, calls, self.context_group, self.scale)
+        else:
+            out = WindowAttention.apply(q, k, v, packed_seq_params.window_call(self.window), self.scale)
         return out.reshape(out.shape[0], 1, -1)

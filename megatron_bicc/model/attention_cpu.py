@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megatron_bicc.model.segments import VarlenCall
+from megatron_bicc.model.segments import Tile, VarlenCall
 
 _aten = torch.ops.aten
 DROPOUT = 0.0
@@ -22,7 +22,13 @@ def forward(call: VarlenCall) -> tuple[Tensor, Tensor]:
     out, lse_QH = torch.zeros_like(q), torch.full(q.shape[:2], float("-inf"), dtype=q.dtype)
     for tile in call.segments.tiles:
         tile_out, tile_lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-            tile.q.take(q), tile.k.take(k), tile.k.take(v), DROPOUT, call.segments.causal, scale=call.scale
+            tile.q.take(q),
+            tile.k.take(k),
+            tile.k.take(v),
+            DROPOUT,
+            call.segments.causal and tile.mask is None,
+            attn_mask=_mask(tile, q),
+            scale=call.scale,
         )
         tile.q.put(out, tile_out)
         tile.q.put(lse_QH, tile_lse)
@@ -44,13 +50,19 @@ def backward(
             tile.q.take(out),
             tile.q.take(lse_HQ.t()),
             DROPOUT,
-            call.segments.causal,
+            call.segments.causal and tile.mask is None,
+            attn_mask=_mask(tile, q),
             scale=call.scale,
         )
         tile.q.put(dq, tile_dq)
-        tile.k.put(dk, tile_dk)
-        tile.k.put(dv, tile_dv)
+        put = tile.k.put if tile.mask is None else tile.k.add
+        put(dk, tile_dk)
+        put(dv, tile_dv)
     return dq, dk, dv
+
+
+def _mask(tile: Tile, q: Tensor) -> Tensor | None:
+    return None if tile.mask is None else tile.mask.to(q.dtype)
 
 
 def _at_least_fp32(*tensors: Tensor) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import activate_flash_attention_impl
 
 from megatron_bicc.errors import UserError, first_line
-from megatron_bicc.model.segments import VarlenCall
+from megatron_bicc.model.segments import Segments, VarlenCall
 
 _aten = torch.ops.aten
 DROPOUT = 0.0
@@ -89,6 +89,7 @@ def forward(call: VarlenCall) -> tuple[Tensor, Tensor]:
         s.causal,
         False,
         scale=call.scale,
+        **_window(s),
     )
     if s.keyless_rows is not None:  # the kernel does not write them
         out[s.keyless_rows] = 0.0
@@ -119,7 +120,15 @@ def backward(
         no_dropout,
         unused,
         scale=call.scale,
+        **_window(s),
     )
     if s.keyless_rows is not None:  # as in forward
         dq[s.keyless_rows] = 0.0
     return dq, dk, dv
+
+
+def _window(segments: Segments) -> dict[str, int]:
+    """Returns the kernels' arguments for a window: they count the keys before a row's own, and after it."""
+    if segments.window is None:
+        return {}
+    return {"window_size_left": segments.window - 1, "window_size_right": 0}

@@ -6,7 +6,7 @@ Slow and exact: for small models, and tests on a GPU. Shape suffixes as in `atte
 import torch
 from torch import Tensor
 
-from megatron_bicc.model.segments import VarlenCall
+from megatron_bicc.model.segments import VarlenCall, window_mask
 
 
 def forward(call: VarlenCall) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,9 @@ def backward(
 
 def _scores(q: Tensor, k: Tensor, call: VarlenCall) -> Tensor:
     scores = torch.einsum("qhc,khc->hqk", q, _heads(k, q)) * call.scale
-    if call.segments.causal:
+    if call.segments.window is not None:
+        scores = scores + window_mask(*scores.shape[1:], call.segments.window, q.device)
+    elif call.segments.causal:
         later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(later, float("-inf"))
     return scores

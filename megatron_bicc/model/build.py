@@ -17,6 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,8 +26,11 @@ from transformers import PretrainedConfig
 
 from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
-from megatron_bicc.model.attention import SharedPrefixCoreAttention
+from megatron_bicc.model.attention import SharedPrefixCoreAttention, window_of
 from megatron_bicc.model.families import (
+    SLIDING,
+    Family,
+    attention_scale,
     check_layout,
     experts_type,
     family_of,
@@ -50,6 +54,11 @@ def backend() -> Backend:
     return "apex" if _has_apex() else "local"
 
 
+def _norms(family: Family) -> Backend:
+    """Returns the library of the norms: apex has none that adds 1 to its weight."""
+    return "local" if family.norms_add_one and backend() == "apex" else backend()
+
+
 def _has_apex() -> bool:
     """Returns whether NVIDIA's apex is installed; the project of that name on PyPI is another one."""
     apex = find_spec("apex")
@@ -65,7 +74,7 @@ def describe(hf_config: PretrainedConfig) -> str:
         "Transformer Engine": "Transformer Engine's linears and norms",
         "apex": "megatron-core's own linears and apex's norms",
         "local": "megatron-core's own linears and torch's norms",
-    }[backend()]
+    }[_norms(family_of(hf_config))]
     dropout = getattr(hf_config, "attention_dropout", 0.0)
     unused = f" (config.json's attention_dropout of {dropout} is not used)" if dropout else ""
     name = hf_config.architectures[0]
@@ -80,7 +89,6 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
     family = family_of(hf_config)
     check_layout(hf_config, config.parallel)
     dtype = getattr(torch, config.model.dtype)
-    _, rope_factor = rotary_frequencies(hf_config)
     found = megatron_core_config(
         TransformerConfig,
         config,
@@ -90,15 +98,15 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
         num_query_groups=hf_config.num_key_value_heads,
         kv_channels=head_dim(hf_config),
         ffn_hidden_size=hf_config.intermediate_size,
-        # yarn scales cos and sin, for queries and keys alike: their product gets the factor twice
-        softmax_scale=rope_factor**2 / head_dim(hf_config) ** 0.5,
+        softmax_scale=attention_scale(hf_config),
         normalization="RMSNorm",
         layernorm_epsilon=hf_config.rms_norm_eps,
+        layernorm_zero_centered_gamma=family.norms_add_one,
         qk_layernorm=family.qk_norm,
         add_bias_linear=False,
         add_qkv_bias=family.qkv_bias,
         gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
+        activation_func=gelu_tanh if family.gelu else torch.nn.functional.silu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -120,6 +128,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
         **_parallel(config),
         **_recompute(config),
         **(_experts(hf_config, config) if family.experts else {}),
+        **(_windows(hf_config) if family.windows else {}),
     )
     _check_replay(config, found)
     if family.experts:
@@ -178,6 +187,19 @@ def _check_replay(config: Config, found: TransformerConfig) -> None:
         )
 
 
+def _windows(hf_config: PretrainedConfig) -> dict[str, Any]:
+    # what megatron-core calls a window leaves out the token itself
+    return {
+        "window_size": (hf_config.sliding_window - 1, 0),
+        "window_attn_skip_freq": [int(kind == SLIDING) for kind in hf_config.layer_types],
+    }
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Returns gelu in its approximation by tanh."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
 def _recompute(config: Config) -> dict[str, Any]:
     if config.model.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -186,7 +208,9 @@ def _recompute(config: Config) -> dict[str, Any]:
     return {}
 
 
-def layer_specs(megatron_config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def layer_specs(
+    megatron_config: TransformerConfig, family: Family, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """Returns the specs of this stage's layers and of the final norm."""
     c = megatron_config
     if backend() == "Transformer Engine":
@@ -201,9 +225,15 @@ def layer_specs(megatron_config: TransformerConfig, vp_stage: int | None) -> Tra
             names = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
             layer.submodules.sharded_state_dict_keys_map = names
     else:
-        norm = rms_norm()
+        norm = rms_norm(family)
         layer = _local_layer(c, norm)
-    layer.submodules.self_attention.submodules.core_attention = SharedPrefixCoreAttention
+    attention = layer.submodules.self_attention
+    attention.submodules.core_attention = SharedPrefixCoreAttention
+    if family.windows:
+        attention.module = WindowedSelfAttention
+    if family.output_norms:
+        add = ModuleSpec(NormThenAdd, params={"config": c, "norm": norm})
+        layer.submodules.self_attn_bda = layer.submodules.mlp_bda = add
     layers = get_num_layers_to_build(c, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
@@ -219,9 +249,9 @@ def _local_layer(c: TransformerConfig, norm: type[torch.nn.Module]) -> ModuleSpe
     return layer
 
 
-def rms_norm() -> type[torch.nn.Module]:
+def rms_norm(family: Family) -> type[torch.nn.Module]:
     """Returns apex's or torch's RMSNorm as a class with the constructor that megatron-core calls."""
-    if backend() == "apex":
+    if _norms(family) == "apex":
         from apex.normalization import FusedRMSNorm as Norm
     else:
         from torch.nn import RMSNorm as Norm
@@ -234,14 +264,42 @@ def rms_norm() -> type[torch.nn.Module]:
             # gradients of marked parameters over the tensor-parallel group.
             self.weight.sequence_parallel = config.sequence_parallel
 
-    return MegatronRMSNorm
+    class AddOneRMSNorm(MegatronRMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            # in fp32, as transformers: 1 + weight would lose most of a small weight in bf16
+            weight = 1.0 + self.weight.float()
+            return torch.nn.functional.rms_norm(x.float(), weight.shape, weight, self.eps).type_as(x)
+
+    return AddOneRMSNorm if family.norms_add_one else MegatronRMSNorm
+
+
+class NormThenAdd(torch.nn.Module):
+    """megatron-core's bias-dropout-add, with a norm of what is added; there is no bias and no dropout."""
+
+    def __init__(self, config: TransformerConfig, norm: type[torch.nn.Module]) -> None:
+        """norm: a class with the constructor that megatron-core calls."""
+        super().__init__()
+        self.norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+    def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, None], Tensor, float], Tensor]:
+        """Returns (output and bias, residual, dropout) -> their sum, as megatron-core calls it."""
+        return lambda output_with_bias, residual, dropout: residual + self.norm(output_with_bias[0])
+
+
+class WindowedSelfAttention(SelfAttention):
+    """Self-attention of a model whose sliding layers have rotary angles of their own."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Tensor, **others: Any) -> Any:
+        """rotary_pos_emb: float32 [2, N, 1, 1, C], angles of layers without a window, then of others."""
+        own = rotary_pos_emb[int(window_of(self.config, self.layer_number) is not None)]
+        return super().forward(hidden_states, *args, rotary_pos_emb=own, **others)
 
 
 class PositionRotary(torch.nn.Module):
     """Rotary angles of given positions."""
 
     def __init__(self, inverse_frequencies: Tensor) -> None:
-        """inverse_frequencies: float32 [C / 2], as `rotary_frequencies` returns them."""
+        """inverse_frequencies: float32 [..., C / 2], as `rotary_frequencies` returns them."""
         super().__init__()
         self.inverse_frequencies = inverse_frequencies
 
@@ -251,9 +309,9 @@ class PositionRotary(torch.nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, positions_N: Tensor) -> Tensor:
-        """Returns angles float32 [N, 1, 1, C], megatron-core's layout, of position ids int64 [N]."""
-        angles = torch.outer(positions_N.float(), self.inverse_frequencies)
-        return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+        """Returns angles float32 [..., N, 1, 1, C], megatron-core's layout, of position ids int64 [N]."""
+        angles = positions_N.float()[:, None] * self.inverse_frequencies[..., None, :]
+        return torch.cat([angles, angles], dim=-1)[..., None, None, :]
 
 
 class PolicyModel(GPTModel):
@@ -272,9 +330,10 @@ class PolicyModel(GPTModel):
         entropy_in_loss: bool = False,
     ) -> None:
         """entropy_in_loss: the entropy has a gradient, too (loss.entropy_coefficient)."""
+        family = family_of(hf_config)
         super().__init__(
             config=megatron_config,
-            transformer_layer_spec=layer_specs(megatron_config, vp_stage),
+            transformer_layer_spec=layer_specs(megatron_config, family, vp_stage),
             vocab_size=padded_vocab_size(hf_config, megatron_config.tensor_model_parallel_size),
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -285,6 +344,12 @@ class PolicyModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.rotary = PositionRotary(rotary_frequencies(hf_config)[0])
+        self.output_norms = family.output_norms
+        self.embedding_scale: float | None = None
+        if family.scaled_embedding:
+            # rounded to the type of the weights, as transformers does
+            scale = torch.tensor(hf_config.hidden_size**0.5, device="cpu").to(megatron_config.params_dtype)
+            self.embedding_scale = scale.item()
         self.temperature, self.entropy_in_loss = temperature, entropy_in_loss
         self.true_vocab_size = hf_config.vocab_size
         self.sketch: GradientSketch | None = None
@@ -337,6 +402,8 @@ class PolicyModel(GPTModel):
     def _preprocess(self, *, packed_seq_params: PackedBatch, **inputs: Any) -> tuple[Any, ...]:
         """Adds the rotary angles of each row's position: a response's positions continue its prefix's."""
         decoder_input, _, *others = super()._preprocess(packed_seq_params=packed_seq_params, **inputs)
+        if self.embedding_scale is not None and self.pre_process:
+            decoder_input = decoder_input * self.embedding_scale
         return (decoder_input, self.rotary(packed_seq_params.positions_N), *others)
 
     def _postprocess(

@@ -28,6 +28,19 @@ class Family:
     """Biases of the query, key and value projections"""
     experts: bool = False
     """A router and experts in place of each MLP"""
+    windows: bool = False
+    """Layers that layer_types calls sliding_attention see the last `sliding_window` tokens only, themselves
+    included. Both kinds of layers have rotary frequencies of their own."""
+    output_norms: bool = False
+    """RMSNorm of the attention's and of the MLP's output, before it is added to the residual"""
+    norms_add_one: bool = False
+    """Every RMSNorm multiplies by 1 + its weight"""
+    scaled_embedding: bool = False
+    """Embeddings are multiplied by sqrt(hidden_size)"""
+    gelu: bool = False
+    """The MLP's activation is gelu in its approximation by tanh, not silu"""
+    query_scalar: bool = False
+    """Scores are divided by sqrt(query_pre_attn_scalar), not by sqrt(head_dim)"""
     reads: tuple[str, ...] = ()
     """Entries of ACCEPTED that its class in transformers reads, in addition to EVERYWHERE"""
 
@@ -39,10 +52,33 @@ FAMILIES = {
     "Qwen3MoeForCausalLM": Family(
         qk_norm=True, experts=True, reads=("attention_bias", "decoder_sparse_step", "mlp_only_layers")
     ),
+    # SGLang reads no output layer of its own for this class: tie_word_embeddings must be true
+    "Gemma3ForCausalLM": Family(
+        qk_norm=True,
+        windows=True,
+        output_norms=True,
+        norms_add_one=True,
+        scaled_embedding=True,
+        gelu=True,
+        query_scalar=True,
+        reads=(
+            "attention_bias",
+            "hidden_activation",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+            "use_bidirectional_attention",
+            "tie_word_embeddings",
+        ),
+    ),
 }
 
 ACCEPTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "use_bidirectional_attention": (False, None),
+    "tie_word_embeddings": (True,),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     # transformers' key-value cache keeps only the window, even for classes that ignore it
@@ -63,7 +99,8 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
 }
 """Entries of config.json that change what transformers computes, and the values that the policy supports.
 
-layer_types: the set of types that occur. Entries that transformers does not read may have any value.
+layer_types: the set of types that occur. Entries that transformers does not read may have any value. A family
+with windows has other values of sliding_window and layer_types, which `_check_windows` checks.
 """
 EVERYWHERE = tuple(name for name in ACCEPTED if not any(name in family.reads for family in FAMILIES.values()))
 """Entries of ACCEPTED that every class in transformers reads"""
@@ -126,7 +163,11 @@ def family_of(hf_config: PretrainedConfig) -> Family:
     if hf_config.is_heterogeneous:
         raise UserError("per_layer_config in config.json makes layers differ, which is not supported")
     _check_sizes(hf_config, family)
+    if family.windows:
+        _check_windows(hf_config)
     for key in (*EVERYWHERE, *family.reads):
+        if family.windows and key in ("sliding_window", "layer_types"):
+            continue
         # transformers deletes some entries that do not apply: absent is the same as an accepted value
         value = vars(hf_config).get(key, ACCEPTED[key][0])
         if key == "layer_types" and isinstance(value, list):
@@ -136,7 +177,7 @@ def family_of(hf_config: PretrainedConfig) -> Family:
                 f"{key} is {value!r} in config.json, which the policy does not compute; "
                 f"only {' or '.join(repr(x) for x in ACCEPTED[key])} is supported"
             )
-    check_rotary(hf_config)
+    check_rotary(hf_config, family)
     return family
 
 
@@ -179,48 +220,92 @@ def _check_sizes(hf_config: PretrainedConfig, family: Family) -> None:
         )
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def _check_windows(hf_config: PretrainedConfig) -> None:
+    window, types = hf_config.sliding_window, sorted(set(map(str, hf_config.layer_types)))
+    if not isinstance(window, int) or window < 1:
+        raise UserError(f"sliding_window is {window!r} in config.json; it must be a number of at least 1")
+    if not {FULL, SLIDING}.issuperset(types):
+        raise UserError(
+            f"layer_types is {types!r} in config.json; the policy computes {FULL} and {SLIDING} only"
+        )
+
+
+def attention_scale(hf_config: PretrainedConfig) -> float:
+    """Returns the factor on the product of a query and a key, the rotary embedding's own factor included."""
+    scalar = hf_config.query_pre_attn_scalar if family_of(hf_config).query_scalar else head_dim(hf_config)
+    # yarn scales cos and sin, for queries and keys alike: their product gets the factor twice
+    return rotary_frequencies(hf_config)[1] ** 2 / scalar**0.5
+
+
 def head_dim(hf_config: PretrainedConfig) -> int:
     """Returns C, the number of channels of an attention head."""
     return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
 
 
 def rotary_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
-    """Returns (inverse frequencies float32 [C / 2], factor on cos and sin), as transformers has them."""
-    parameters = hf_config.rope_parameters
+    """Returns (inverse frequencies float32, factor on cos and sin), as transformers has them.
+
+    The frequencies are [C / 2], or [2, C / 2] of a family with windows: those of layers that see all tokens,
+    then those of sliding layers.
+    """
+    if SLIDING not in hf_config.rope_parameters:
+        return _frequencies(hf_config, None)
+    both = [_frequencies(hf_config, layer_type) for layer_type in (FULL, SLIDING)]
+    return torch.stack([frequencies for frequencies, _ in both]), 1.0
+
+
+def _frequencies(hf_config: PretrainedConfig, layer_type: str | None) -> tuple[Tensor, float]:
+    """Returns (inverse frequencies float32 [C / 2], factor) of a type of layers; None: of all."""
+    parameters = hf_config.rope_parameters if layer_type is None else hf_config.rope_parameters[layer_type]
     kind = parameters.get("rope_type", "default")
     with torch.device("cpu"):  # arange takes the default device, which a dry run sets to meta
         if kind == "default":
             size = head_dim(hf_config)
             return 1.0 / parameters["rope_theta"] ** (torch.arange(0, size, 2).float() / size), 1.0
-        return ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
+        return ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"), layer_type=layer_type)
 
 
-def check_rotary(hf_config: PretrainedConfig) -> None:
+def check_rotary(hf_config: PretrainedConfig, family: Family) -> None:
     """Raises UserError for a scaling that is not supported, or parameters that give no finite frequencies."""
+    for layer_type in (FULL, SLIDING) if family.windows else (None,):
+        _check_rotary(hf_config, layer_type)
+
+
+def _check_rotary(hf_config: PretrainedConfig, layer_type: str | None) -> None:
     parameters = hf_config.rope_parameters or {}
+    where = "" if layer_type is None else f" of {layer_type}"
+    # one attention scale serves all layers, so yarn's factor has to be that of all
+    supported = ["default", "linear", "llama3"] + (["yarn"] if layer_type is None else [])
+    parameters = parameters if layer_type is None else parameters.get(layer_type) or {}
     kind = parameters.get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3", "yarn"):
+    if kind not in supported:
         # The frequencies of dynamic and longrope depend on the sequence's length; packed rows have several.
-        raise UserError(f"rope_type {kind!r} is not supported; use default, linear, llama3 or yarn")
+        raise UserError(
+            f"rope_type {kind!r}{where} is not supported; use {', '.join(supported[:-1])} or {supported[-1]}"
+        )
     if parameters.get("partial_rotary_factor") not in (None, 1.0):
         raise UserError(
-            f"partial_rotary_factor is {parameters['partial_rotary_factor']!r} in config.json, "
+            f"partial_rotary_factor{where} is {parameters['partial_rotary_factor']!r} in config.json, "
             "which the policy does not compute; only 1.0 is supported"
         )
     try:
-        frequencies, factor = rotary_frequencies(hf_config)
+        frequencies, factor = _frequencies(hf_config, layer_type)
         good = bool(frequencies.isfinite().all()) and 0 < factor < float("inf")
         good = good and frequencies.shape == (head_dim(hf_config) // 2,)
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError):  # transformers validates nothing
         good = False
     if not good:
-        raise UserError(f"the rotary embedding of config.json is damaged: {parameters}")
+        raise UserError(f"the rotary embedding{where} of config.json is damaged: {parameters}")
 
 
 def positions(hf_config: PretrainedConfig) -> int:
     """Returns the longest sequence, in tokens, that the model's rotary embedding is made for.
 
     That is max_position_embeddings, or the length that yarn or linear scaling stretches it to if longer.
+    Families with windows count the scaling in max_position_embeddings.
     """
     most, parameters = hf_config.max_position_embeddings, hf_config.rope_parameters
     if parameters.get("rope_type") in ("linear", "yarn"):
@@ -240,7 +325,13 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
     _check_divides(
         "pipeline * parallel.virtual_pipeline", stages, "num_hidden_layers", hf_config.num_hidden_layers
     )
-    if not family_of(hf_config).experts:
+    family = family_of(hf_config)
+    if family.windows and parallel.context > 1:
+        raise UserError(
+            f"parallel.context={parallel.context}: sliding windows are not computed under context parallel; "
+            "set it to 1"
+        )
+    if not family.experts:
         if parallel.expert > 1:
             raise UserError(f"parallel.expert={parallel.expert}: the model has no experts; set it to 1")
         return

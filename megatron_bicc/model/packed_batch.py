@@ -4,7 +4,7 @@ Shape suffixes: N rows of the micro-batch that this context rank holds, A respon
 S responses of the whole micro-batch; T response tokens of the step, R its rollouts.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_bicc import device
 from megatron_bicc.model.attention_calls import AttentionCalls
+from megatron_bicc.model.attention_windows import WindowCall
 from megatron_bicc.packing.pack_cuda import DeviceRows
 from megatron_bicc.packing.types import MicroBatch, MicroBatchLayout
 
@@ -49,6 +50,15 @@ class PackedBatch(PackedSeqParams):
     experts: Tensor | None = None
     """uint8 or int16 [rows of this tensor-parallel rank, layers of this stage, experts per token]: what is
     replayed (model.routing); None: every router decides"""
+    windows: dict[int, WindowCall] = field(default_factory=dict, init=False)
+    """Calls of sliding layers by their window, made when the first of them asks"""
+
+    def window_call(self, window: int) -> WindowCall:
+        """Returns the call of layers whose rows see `window` keys; the host does not wait for its copy."""
+        if window not in self.windows:
+            call = WindowCall.of(self.attention, window)
+            self.windows[window] = device.upload_tensors(call, self.tokens_N.device)
+        return self.windows[window]
 
     @classmethod
     def make(cls, batch: MicroBatch, to: torch.device) -> "PackedBatch":

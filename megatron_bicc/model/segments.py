@@ -9,7 +9,7 @@ S segments of a tile, L rows of each segment of a tile.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -37,6 +37,9 @@ class Segments:
     max_k: int
     keyless_rows: Tensor | None
     """bool [Q]: rows whose segment has no keys; None if every segment has some"""
+    window: int | None = None
+    """Causal: the last row of a segment attends to its last `window` keys, the row before to those up to one
+    key earlier, and so on"""
 
     @classmethod
     def of_themselves(cls, cu: np.ndarray) -> "Segments":
@@ -50,6 +53,14 @@ class Segments:
     def across(cls, cu_q: np.ndarray, cu_k: np.ndarray) -> "Segments":
         """Returns attention of each segment's queries to all its keys; cumulative lengths of both."""
         return cls._make(cu_q, cu_k, False)
+
+    @classmethod
+    def sliding(cls, cu_q: np.ndarray, cu_k: np.ndarray, window: int) -> "Segments":
+        """Returns attention of each segment's queries to its last keys, one key more for every row.
+
+        window: keys of a row, its own included. A segment has at least as many keys as queries.
+        """
+        return replace(cls._make(cu_q, cu_k, True), window=window)
 
     @classmethod
     def _make(cls, cu_q: np.ndarray, cu_k: np.ndarray, causal: bool) -> "Segments":
@@ -76,6 +87,8 @@ class Segments:
     @cached_property
     def tiles(self) -> list["Tile"]:
         """The segments as tiles for the CPU kernel; computed once for all layers and passes."""
+        if self.window is not None:
+            return make_window_tiles(self.ranges(), self.window)
         return make_tiles(self.ranges(), self.causal)
 
 
@@ -129,6 +142,13 @@ class TileRows:
         else:
             target_NH.index_copy_(0, self.index[self.real], x.index_select(0, self.real))
 
+    def add(self, target_NH: Tensor, x_SHL: Tensor) -> None:
+        """Adds [S, H, L, ...] to its rows, without the padding. There must be padding or an index of rows."""
+        rows = self.index[self.real]
+        x = x_SHL.transpose(1, 2).flatten(0, 1).index_select(0, self.real)
+        # a tile has no row twice
+        target_NH.index_copy_(0, rows, target_NH.index_select(0, rows) + x)
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -136,6 +156,8 @@ class Tile:
 
     q: TileRows
     k: TileRows
+    mask: Tensor | None = None
+    """float32 [L of q, L of k], added to the scores: a window. Tiles with one may share keys with others."""
 
 
 def make_tiles(segments: list[tuple[slice, slice]], causal: bool) -> list[Tile]:
@@ -154,6 +176,42 @@ def make_tiles(segments: list[tuple[slice, slice]], causal: bool) -> list[Tile]:
             tiles.append(Tile(TileRows(1, rows), TileRows(1, keys)))
     # a causal segment attends to itself: its queries and keys are the same rows
     return tiles + [Tile(rows, rows) for rows in map(_padded, short.values(), short)]
+
+
+def make_window_tiles(segments: list[tuple[slice, slice]], window: int) -> list[Tile]:
+    """Returns tiles of attention to a window's keys, so that work and memory grow linearly with the rows.
+
+    Segments are cut in blocks of about a window's rows. A block's keys are its rows' own and those of the
+    window before them, which are other blocks' rows; a tile takes every second block, so that no key is in it
+    twice. Padding rows and keys come last: the mask hides them from all real rows.
+    """
+    size, blocks = max(LONGEST, window), defaultdict(list)
+    for rows, keys in segments:
+        before = (keys.stop - keys.start) - (rows.stop - rows.start)
+        for i, start in enumerate(range(rows.start, rows.stop, size)):
+            block = slice(start, min(start + size, rows.stop))
+            own = keys.start + before + (start - rows.start)
+            first = max(keys.start, own - (window - 1))
+            length = block.stop - block.start
+            kind = (i % 2, own - first, _rounded_up(length))
+            blocks[kind].append((block, slice(first, own + length)))
+    tiles = []
+    for (_, before, length), pairs in blocks.items():
+        q = _padded([rows for rows, _ in pairs], length)
+        k = _padded([keys for _, keys in pairs], before + length)
+        tiles.append(Tile(q, k, window_mask(length, before + length, window, torch.device("cpu"))))
+    return tiles
+
+
+def window_mask(rows: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """Returns float32 [rows, keys], to be added to scores: 0, or -inf where a row does not see a key.
+
+    The last row's own key is the last one.
+    """
+    row, key = (torch.arange(n, device=device) for n in (rows, keys))
+    behind = row[:, None] + (keys - rows) - key
+    hidden = (behind < 0) | (behind >= window)
+    return torch.zeros(rows, keys, device=device).masked_fill_(hidden, float("-inf"))
 
 
 def _rounded_up(length: int) -> int:

@@ -340,6 +340,8 @@ def expected_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     layer["self_attn.o_proj.weight"] = (hidden, queries)
     if family.qkv_bias:
         layer |= {f"self_attn.{x}_proj.bias": (rows[x],) for x in rows}
+    if family.output_norms:
+        layer |= {f"{x}_feedforward_layernorm.weight": (hidden,) for x in ("pre", "post")}
     if family.qk_norm:
         layer |= {f"self_attn.{x}_norm.weight": (channels,) for x in "qk"}
     inner = c.moe_intermediate_size if family.experts else c.intermediate_size

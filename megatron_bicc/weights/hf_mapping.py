@@ -68,14 +68,6 @@ RULES = (
         _ATTENTION + "linear_qkv.layer_norm_weight", (_HF_LAYER + "input_layernorm.weight",), "replicated"
     ),
     TensorRule(
-        _LAYER + "pre_mlp_layernorm.weight", (_HF_LAYER + "post_attention_layernorm.weight",), "replicated"
-    ),
-    TensorRule(
-        _LAYER + "mlp.linear_fc1.layer_norm_weight",
-        (_HF_LAYER + "post_attention_layernorm.weight",),
-        "replicated",
-    ),
-    TensorRule(
         _LAYER + "mlp.linear_fc1.weight",
         (_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight"),
         "gate_up",
@@ -92,15 +84,35 @@ RULES = (
 )
 
 
-def rule_for(megatron_name: str, first_layer: int) -> TensorRule:
+def _norm(megatron: str, hf: str) -> TensorRule:
+    return TensorRule(_LAYER + megatron, (f"{_HF_LAYER}{hf}.weight",), "replicated")
+
+
+NORM_RULES = {
+    False: (
+        _norm("pre_mlp_layernorm.weight", "post_attention_layernorm"),
+        _norm("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm"),
+    ),
+    True: (
+        _norm("self_attn_bda.norm.weight", "post_attention_layernorm"),
+        _norm("pre_mlp_layernorm.weight", "pre_feedforward_layernorm"),
+        _norm("mlp.linear_fc1.layer_norm_weight", "pre_feedforward_layernorm"),
+        _norm("mlp_bda.norm.weight", "post_feedforward_layernorm"),
+    ),
+}
+"""By Family.output_norms, since families give the name post_attention_layernorm to different norms"""
+
+
+def rule_for(megatron_name: str, first_layer: int, output_norms: bool = False) -> TensorRule:
     """Returns the rule of a parameter, with its names filled in, on a stage that starts at `first_layer`.
 
-    Raises LookupError for a parameter without a rule: RULES has no entry for a family in FAMILIES.
+    output_norms: Family.output_norms. Raises LookupError for a parameter without a rule: RULES has no entry
+    for a family in FAMILIES.
     """
     layer = re.search(r"layers\.(\d+)\.", megatron_name)
     expert = re.search(r"(?:local_experts\.|experts\.linear_fc[12]\.weight)(\d+)", megatron_name)
     here = {"{i}": layer and layer[1], "{e}": expert and expert[1]}
-    for rule in RULES:
+    for rule in (*RULES, *NORM_RULES[output_norms]):
         if _fill(rule.megatron, here) == megatron_name:
             i = layer and str(int(layer[1]) + first_layer)
             names = tuple(_fill(name, {"{i}": i}) for name in rule.hf)

@@ -101,7 +101,7 @@ def _parameters(chunk: PolicyModel, tied_output: bool = False) -> Iterator[tuple
         is_copy = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
         if is_copy and not tied_output:
             continue
-        yield rule_for(name, first_layer), parameter
+        yield rule_for(name, first_layer, chunk.output_norms), parameter
 
 
 def _first_expert(hf_config: PretrainedConfig, expert_rank: int) -> int:

@@ -66,6 +66,7 @@ def assert_same(ours: Path, theirs: Path) -> None:
         ("qwen3_untied", torch.float32, "20kB"),
         ("qwen2", torch.float16, "20kB"),
         ("llama3", torch.bfloat16, "20kB"),
+        ("gemma3", torch.bfloat16, "20kB"),
         ("qwen3_moe", torch.bfloat16, "20kB"),
     ],
 )

@@ -331,7 +331,7 @@ def test_what_sglang_would_read_otherwise(
     setup_run.check_policy(settings)
 
 
-@pytest.mark.parametrize("family", ["qwen3_tied", "qwen3_untied", "qwen2", "llama3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3_tied", "qwen3_untied", "qwen2", "llama3", "gemma3", "qwen3_moe"])
 def test_expected_shapes_are_megatrons(
     family: str, model_dirs: dict[str, Path], single_process: None
 ) -> None:

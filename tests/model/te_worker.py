@@ -27,6 +27,7 @@ LAYOUTS = {
     "dense": ("dense", {"model.recompute": "selective"}),
     "dense_tp2_sp": ("dense", SP2 | {"model.recompute": "full"}),
     "biased_tp2": ("biased", TP2),
+    "windows_tp2_sp": ("windows", SP2),
     "moe": ("moe", {}),
     "moe_tp2_sp": ("moe", SP2 | {"model.recompute": "full"}),
     "moe_ep2": ("moe", {"parallel.expert": 2, "model.recompute": "selective"}),

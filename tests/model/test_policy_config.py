@@ -16,7 +16,11 @@ from megatron_bicc.rollout.local import LocalEngine
 from megatron_bicc.rollout.types import Request, Sampling
 from megatron_bicc.weights.hf_files import load_transformers
 
-FAMILIES = ("llama3", "qwen2", "qwen3_untied", "qwen3_moe")
+FAMILIES = ("llama3", "qwen2", "qwen3_untied", "qwen3_moe", "gemma3")
+ACTIVATION = {"gemma3": "hidden_activation"}
+"""Its entry of config.json where it is not hidden_act"""
+COMPUTED = {"gemma3": {"sliding_window", "layer_types"}}
+"""Entries of ACCEPTED of which the family computes other values too"""
 TOKENIZER = type("Tokenizer", (), {"eos_token_id": 1, "pad_token_id": 0, "get_added_vocab": dict})
 """Test double: the engine asks a tokenizer for these two ids only."""
 PROMPT = np.random.default_rng(0).integers(2, 100, size=24).astype(np.int32)
@@ -76,6 +80,11 @@ OTHER: dict[str, list[Any]] = {
     "dtype": ["bfloat16"],
     # of other families, or of nobody
     "attn_logit_softcapping": [1.0],
+    "final_logit_softcapping": [1.0],
+    "hidden_activation": ["silu", "gelu"],
+    "use_bidirectional_attention": [True],
+    "tie_word_embeddings": [False],
+    "cache_implementation": ["hybrid"],
     "attention_multiplier": [3.0],
     "logits_scaling": [3.0],
     "logit_scale": [3.0],
@@ -127,6 +136,7 @@ POLICY_READS = {
     "num_experts_per_tok",
     "moe_intermediate_size",
     "norm_topk_prob",
+    "query_pre_attn_scalar",
 }
 """Entries that the policy is built from: the tests of logits change these"""
 HARMLESS = {
@@ -186,7 +196,8 @@ def test_other_values_are_refused_or_change_nothing(
     tokens, log_probs = generated(model_dirs[family])
     # the others share the code that reads what is not in ACCEPTED
     keys = OTHER if family == "llama3" else ACCEPTED.keys() | {"use_sliding_window", "head_dim", *IGNORED}
-    refused = set()
+    computed, refused = COMPUTED.get(family, set()), set()
+    keys = set(keys) - computed
     for key, value in [(name, other) for name in OTHER if name in keys for other in OTHER[name]]:
         path = with_config(model_dirs[family], tmp_path / "model", {key: value})
         try:
@@ -198,13 +209,14 @@ def test_other_values_are_refused_or_change_nothing(
             continue
         try:
             found = generated(path)
-        except UserError as error:  # of weights whose shapes are others
-            assert "config.json requires" in str(error)
+        except UserError as error:  # of weights whose shapes are others, or of an output layer
+            assert "config.json requires" in str(error) or "lm_head.weight is missing" in str(error)
             continue
         assert found[0] == tokens, (key, value)
         np.testing.assert_allclose(found[1], log_probs, atol=1e-5, err_msg=f"{key} {value}")
     assert not refused & IGNORED
-    assert refused >= {"hidden_act", "layer_types", "kv_sharing_modes", "is_causal", "transformers_weights"}
+    always = {ACTIVATION.get(family, "hidden_act"), "kv_sharing_modes", "is_causal", "transformers_weights"}
+    assert refused >= always | {"layer_types"} - computed
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -225,7 +237,7 @@ def test_all_that_transformers_reads_is_looked_at_here(
     engine.generate([Request(PROMPT, 3)], Sampling(1.0, 6))
     monkeypatch.undo()
     entries = {name for name in read if not name.startswith("_") and not callable(getattr(kind, name, None))}
-    assert entries >= {"hidden_act", "layer_types", "rope_parameters"}
+    assert entries >= {ACTIVATION.get(family, "hidden_act"), "layer_types", "rope_parameters"}
     assert entries - OTHER.keys() - POLICY_READS - HARMLESS == set()
 
 
@@ -253,6 +265,33 @@ def test_refusals_say_what_to_do(model_dirs: dict[str, Path], tmp_path: Path) ->
             "model_type is 'mistral', but architectures names LlamaForCausalLM",
         ),
         ("qwen2", {"num_key_value_heads": 3}, "num_key_value_heads is 3 in config.json; it must divide"),
+        ("gemma3", {"sliding_window": None}, "sliding_window is None in config.json; it must be a number of"),
+        (
+            "gemma3",
+            {"sliding_window": 0},
+            "sliding_window is 0 in config.json; it must be a number of at least",
+        ),
+        (
+            "gemma3",
+            {"layer_types": ["full_attention", "chunked_attention"]},
+            r"layer_types is \['chunked_attention', 'full_attention'\] in config.json; the policy computes",
+        ),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0 in config.json, which"),
+        (
+            "gemma3",
+            {"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}},
+            "rope_type 'dynamic' of full_attention is not supported",
+        ),
+        (
+            "gemma3",
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}},
+            "rope_type 'yarn' of full_attention is not supported",
+        ),
+        (
+            "gemma3",
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 0}}},
+            "the rotary embedding of sliding_attention of config.json is damaged",
+        ),
         (
             "qwen3_moe",
             {"num_experts_per_tok": 9},
@@ -277,6 +316,7 @@ def test_no_head_dim_is_hidden_size_over_heads(model_dirs: dict[str, Path], tmp_
         ("qwen3_yarn", {}, 512),
         ("qwen3_yarn", {"max_position_embeddings": 64}, 256),
         ("qwen2", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 1024),
+        ("gemma3", {}, 512),
     ],
 )
 def test_positions(

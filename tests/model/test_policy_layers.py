@@ -31,8 +31,8 @@ from megatron_bicc.weights.hf_weights import load_policy
 
 
 def specs(path: Path) -> Any:
-    config = make_config(path, "grpo")
-    return build.layer_specs(transformer_config(AutoConfig.from_pretrained(path), config), None)
+    hf_config, config = AutoConfig.from_pretrained(path), make_config(path, "grpo")
+    return build.layer_specs(transformer_config(hf_config, config), family_of(hf_config), None)
 
 
 @pytest.fixture
@@ -94,8 +94,10 @@ def test_nvidias_apex_makes_the_norms(
         (tmp_path / f"apex/{name}.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     path = model_dirs["qwen3_tied"]
-    config = transformer_config(AutoConfig.from_pretrained(path), make_config(path, "grpo"))
-    assert isinstance(build.rms_norm()(config, 8), NormDouble) == (module == "normalization")
+    hf_config = AutoConfig.from_pretrained(path)
+    config = transformer_config(hf_config, make_config(path, "grpo"))
+    norm = build.rms_norm(family_of(hf_config))
+    assert isinstance(norm(config, 8), NormDouble) == (module == "normalization")
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,7 @@ def test_nvidias_apex_makes_the_norms(
     [
         ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
         ("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight"),
+        ("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
         ("mlp.experts.linear_fc2.weight1", "mlp.experts.5.down_proj.weight"),
         ("mlp.experts.local_experts.1.linear_fc2.weight", "mlp.experts.5.down_proj.weight"),
     ],
@@ -135,6 +138,7 @@ def test_dropout_of_the_model_is_said_not_to_be_used(model_dirs: dict[str, Path]
         ("qwen3_tied", {"tensor": 8}, "parallel.tensor=8 does not divide the model's num_attention_heads=4"),
         ("qwen3_tied", {"pipeline": 3}, "does not divide the model's num_hidden_layers=2"),
         ("qwen3_tied", {"expert": 2}, "parallel.expert=2: the model has no experts"),
+        ("gemma3", {"context": 2}, "parallel.context=2: sliding windows are not computed"),
         ("qwen3_moe", {"expert": 3}, "parallel.expert=3 does not divide the model's num_experts=4"),
         ("qwen3_moe", {"tensor": 2}, "parallel.sequence=false"),
     ],

@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.timeout(900),  # a busy machine needs minutes to start a server
     pytest.mark.skipif(not PYTHON.exists(), reason="there is no .venv-sglang: make sglang"),
 ]
-FAMILIES = ("qwen2", "llama3")
+FAMILIES = ("qwen2", "llama3", "gemma3")
 
 
 @pytest.fixture(scope="module")

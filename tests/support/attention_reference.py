@@ -107,8 +107,13 @@ def of_rank(
     return SharedPrefixAttention.apply(q_NHC, k_NGC, v_NGC, calls, group, scale)
 
 
-def dense(q_NHC: Tensor, k_NGC: Tensor, v_NGC: Tensor, sides: Sides, scale: float) -> Tensor:
-    """Returns the same over all rows, [N, H, C], by one softmax with a mask."""
+def dense(
+    q_NHC: Tensor, k_NGC: Tensor, v_NGC: Tensor, sides: Sides, scale: float, window: int | None = None
+) -> Tensor:
+    """Returns the same over all rows, [N, H, C], by one softmax with a mask.
+
+    window: how many tokens of its sequence a row sees, its own included.
+    """
     lengths = segment_lengths(sides)
     segment_N = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
     prefixes = list(range(len(sides)))
@@ -116,6 +121,11 @@ def dense(q_NHC: Tensor, k_NGC: Tensor, v_NGC: Tensor, sides: Sides, scale: floa
     prefix_N = torch.tensor(prefix)[segment_N]
     own = (segment_N[:, None] == segment_N) & torch.ones(len(segment_N), len(segment_N)).tril().bool()
     mask = own | ((segment_N[:, None] >= len(sides)) & (prefix_N[:, None] == segment_N))
+    if window is not None:
+        firsts = [0] * len(sides) + [sides[side][0] for side in prefix[len(sides) :]]
+        ranges = [first + torch.arange(n) for first, n in zip(firsts, lengths, strict=True)]
+        position_N = torch.cat(ranges)
+        mask &= position_N[:, None] - position_N < window
     k, v = (x.repeat_interleave(q_NHC.shape[1] // x.shape[1], 1) for x in (k_NGC, v_NGC))
     scores = (torch.einsum("qhc,khc->hqk", q_NHC, k) * scale).masked_fill(~mask, -torch.inf)
     return torch.einsum("hqk,khc->qhc", scores.softmax(-1), v)

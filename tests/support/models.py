@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -21,6 +23,7 @@ MODELS = (
     "qwen2",
     "llama3",
     "qwen3_yarn",
+    "gemma3",
     "qwen3_moe",
     "qwen3_moe_raw_gates",
     "qwen3_moe_top1",
@@ -50,6 +53,12 @@ YARN_ROPE = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+}
+WINDOW = 6
+"""Tokens that a sliding layer of gemma3 sees: fewer than a prefix has, or a response"""
 
 
 def make_model(name: str, layers: int = 2) -> PreTrainedModel:
@@ -82,6 +91,18 @@ def make_model(name: str, layers: int = 2) -> PreTrainedModel:
         "qwen3_yarn": lambda: Qwen3ForCausalLM(
             Qwen3Config(**shape, **sizes, head_dim=32, tie_word_embeddings=False, rope_parameters=YARN_ROPE)
         ),
+        # every other layer sees the last WINDOW tokens; the rotary embedding of the others is scaled
+        "gemma3": lambda: Gemma3ForCausalLM(
+            Gemma3TextConfig(
+                **shape | {"pad_token_id": None},
+                **sizes,
+                head_dim=16,
+                query_pre_attn_scalar=24,
+                sliding_window=WINDOW,
+                layer_types=[("sliding_attention", "full_attention")[i % 2] for i in range(layers)],
+                rope_parameters=GEMMA3_ROPE,
+            )
+        ),
         "qwen3_moe": lambda: moe(True, 2),
         "qwen3_moe_raw_gates": lambda: moe(False, 2),
         "qwen3_moe_top1": lambda: moe(True, 1),
@@ -92,7 +113,8 @@ def make_model(name: str, layers: int = 2) -> PreTrainedModel:
     for parameter_name, parameter in model.named_parameters():
         # norms of one and biases of zero would hide bugs
         if parameter_name.endswith("bias") or "norm" in parameter_name:
-            torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.2)
+            mean = float("norm" in parameter_name and name != "gemma3")  # gemma3 adds 1 to the weight
+            torch.nn.init.normal_(parameter, mean, std=0.2)
     return model.float().eval()
 
 

@@ -21,7 +21,7 @@ ARGUMENTS = (
     "--host 127.0.0.1"
 )
 
-SERVED = ("llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "registry", "utils")
+SERVED = ("gemma3_causal", "llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "registry", "utils")
 """Modules of sglang.srt.models that the tests' models need"""
 
 

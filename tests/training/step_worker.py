@@ -67,7 +67,7 @@ DENSE = {
         "vpp2_cp2": VPP2 | CP2,
     },
 }
-MODELS = {"dense": "qwen3_tied", "moe": "qwen3_moe", "replay": "qwen3_moe"}
+MODELS = {"dense": "qwen3_tied", "windows": "gemma3", "moe": "qwen3_moe", "replay": "qwen3_moe"}
 SECTIONS = ("tensor", "sequence", "pipeline", "virtual_pipeline", "expert", "context")
 WITH_CONTEXT = {1: (), 2: ("ep2_cp2",), 4: ("ep4_cp2", "tp2_sp_ep2_cp2", "pp2_ep2_cp2")}
 """Layouts with experts and context parallel, by the number of processes"""
@@ -81,6 +81,8 @@ REPLAYED = {
     4: {"moe": {}, "tp2_sp_ep2_cp2": FULL, "tp2_sp_pp2_vpp2_ep2": FULL},
 }
 """Layouts with experts that are taken with routing replay, too, and what they recompute"""
+WINDOWS = {"tp2_sp": "none", "pp2": "full", "tp2_sp_vpp2": "selective"}
+"""Layouts of the model with sliding windows, and the recompute of each"""
 CASE = CASES["bicc_rcc_mixed_conditioned"]
 """Both packings, the reference policy, and a pass for the conditioned denominator"""
 EDGES = ("long_response", "long_prefix", "few_rows", "one_token")
@@ -98,6 +100,8 @@ def layouts(processes: int) -> dict[str, tuple[str, dict]]:
     for i, (name, settings) in enumerate(DENSE[processes].items()):
         for recompute in RECOMPUTE if processes <= 2 else (RECOMPUTE[i % 3],):
             found[f"{name}-{recompute}"] = ("dense", settings | {"model.recompute": recompute})
+        if name in WINDOWS:
+            found[f"windows_{name}"] = ("windows", settings | {"model.recompute": WINDOWS[name]})
     for i, (name, settings) in enumerate(expert_layouts(processes).items()):
         found[name] = ("moe", settings | {"model.recompute": RECOMPUTE[i % 3]})
         if name in REPLAYED[processes]:
@@ -224,7 +228,8 @@ def unequal_copies(policy: Policy) -> list[str]:
         first_layer = module.decoder.layers[0].layer_number - 1
         for name, parameter in module.named_parameters():
             tied = name == "output_layer.weight" and module.share_embeddings_and_output_weights
-            rule = rule_for("embedding.word_embeddings.weight" if tied else name, first_layer)
+            weight = "embedding.word_embeddings.weight" if tied else name
+            rule = rule_for(weight, first_layer, module.output_norms)
             is_cut = rule.expert is None and rule.kind != "replicated"
             place = (rule.hf_names(first_expert), tensor_rank if is_cut else None)
             own[place] = hashlib.sha256(parameter.detach().numpy().tobytes()).hexdigest()

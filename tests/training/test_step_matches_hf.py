@@ -34,6 +34,7 @@ EXPERTS = [
     ("qwen3_moe_top1", "grpo"),
     ("qwen3_moe_top1_raw_gates", "grpo"),
 ]
+WINDOWS = [("gemma3", "bicc_rcc_mixed_conditioned")]
 FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
@@ -52,7 +53,7 @@ def named_gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("moves", [False, True])
-@pytest.mark.parametrize(("family", "case"), [*product(["qwen3_tied", "llama3"], CASES), *EXPERTS])
+@pytest.mark.parametrize(("family", "case"), [*product(["qwen3_tied", "llama3"], CASES), *WINDOWS, *EXPERTS])
 def test_step_equals_reference(
     case: str, family: str, moves: bool, model_dirs: dict[str, Path], single_process: None, tmp_path: Path
 ) -> None:

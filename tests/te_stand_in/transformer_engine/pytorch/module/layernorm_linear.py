@@ -47,11 +47,11 @@ class LayerNormLinear(TransformerEngineBaseModule):
     ) -> None:
         """fuse_wgrad_accumulation is ignored: the gradient reaches `main_grad` by megatron-core's hook."""
         super().__init__()
-        if normalization != "RMSNorm" or zero_centered_gamma or parallel_mode == "row":
+        if normalization != "RMSNorm" or parallel_mode == "row":
             raise NotImplementedError("the stand-in for LayerNormLinear has RMSNorm and columns only")
         init = (init_method, get_rng_state_tracker, None)
         self._set_up(tp_group, tp_size, parallel_mode, sequence_parallel, init)
-        self.eps, self.in_features = eps, in_features
+        self.eps, self.in_features, self.zero_centered_gamma = eps, in_features, zero_centered_gamma
         self.out_features = out_features // (self.tp_size if parallel_mode == "column" else 1)
         self.use_bias, self.return_bias = bias, return_bias
         self.layer_norm_weight = torch.nn.Parameter(
@@ -70,7 +70,8 @@ class LayerNormLinear(TransformerEngineBaseModule):
         fp8_grad: bool | None = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns the product, with the bias that is still to be added if `return_bias`."""
-        normed = F.rms_norm(inp, (self.in_features,), self.layer_norm_weight, self.eps)
+        weight = self.layer_norm_weight + 1 if self.zero_centered_gamma else self.layer_norm_weight
+        normed = F.rms_norm(inp, (self.in_features,), weight, self.eps)
         product = F.linear(self._enter(normed), self.weight)
         if not self.use_bias:
             return product

@@ -28,9 +28,7 @@ class RMSNorm(_ExtraState):
         kwargs: device, dtype.
         """
         super().__init__()
-        if zero_centered_gamma:
-            raise NotImplementedError("the stand-in for Transformer Engine has no zero-centred norms")
-        self.eps = eps
+        self.eps, self.zero_centered_gamma = eps, zero_centered_gamma
         size = hidden_size if normalized_shape is None else normalized_shape
         dtype = kwargs.pop("dtype", params_dtype)
         self.weight = torch.nn.Parameter(torch.ones(size, device=kwargs.pop("device", "cuda"), dtype=dtype))
@@ -39,4 +37,5 @@ class RMSNorm(_ExtraState):
             raise TypeError(f"RMSNorm has no arguments {sorted(kwargs)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.rms_norm(input, self.weight.shape, self.weight, self.eps)
+        weight = self.weight + 1 if self.zero_centered_gamma else self.weight
+        return F.rms_norm(input, weight.shape, weight, self.eps)
