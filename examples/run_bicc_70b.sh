@@ -6,7 +6,7 @@
 #SBATCH --exclusive
 # Trains a Llama-3.x-70B or Qwen2.5-72B policy with BICC and RCC, by default on 8 nodes of 8 GPUs of 80 GB.
 #
-#   MODEL=llama|qwen                                   which of the two; MODEL_PATH must match
+#   MODEL=llama|llama_32k|qwen                         which configuration; MODEL_PATH must match
 #   DRY_RUN=1 examples/run_bicc_70b.sh                 check the run on any machine
 #   sbatch --export=ALL,MODEL_PATH=...,TRAIN_DATA=... examples/run_bicc_70b.sh
 #   NNODES=8 NODE_RANK=i MASTER_ADDR=host0 MODEL_PATH=... TRAIN_DATA=... examples/run_bicc_70b.sh
@@ -22,8 +22,9 @@ source examples/common.sh
 
 case ${MODEL:=llama} in
 llama) settings=(--config examples/configs/llama_70b.yaml) ;;
+llama_32k) settings=(--config examples/configs/llama_70b_32k.yaml) ;; # responses of up to 32,768 tokens
 qwen) settings=(--config examples/configs/qwen2.5_72b.yaml) ;;
-*) fail "MODEL is $MODEL; it must be llama or qwen" ;;
+*) fail "MODEL is $MODEL; it must be llama, llama_32k or qwen" ;;
 esac
 
 if [[ $ROLLOUT == split ]]; then

@@ -17,7 +17,16 @@ from megatron_bicc.errors import UserError
 from megatron_bicc.model.families import supported_config
 from megatron_bicc.planning.cost import GPUS, Cluster
 from megatron_bicc.planning.dry_run import tokenizer_or_estimate
-from megatron_bicc.planning.layouts import Plan, as_json, as_text, draw, make_plan, proposals, propose
+from megatron_bicc.planning.layouts import (
+    Plan,
+    as_json,
+    as_text,
+    by_context,
+    draw,
+    make_plan,
+    proposals,
+    propose,
+)
 from megatron_bicc.planning.shards import data_parallel_size
 from megatron_bicc.planning.synthetic import synthetic_step
 from megatron_bicc.startup import check_lengths, validate
@@ -35,9 +44,11 @@ def main(argv: list[str]) -> int:
         return 2
     print(as_text(plan))
     if arguments.propose:
-        print(f"\nlayouts that fit, the {len(others)} best:\n{proposals(others)}")
+        best = others[: arguments.propose]
+        print(f"\nlayouts that fit, the {len(best)} best of {len(others)}:\n{proposals(best)}")
+        print(f"\nthe best by context-parallel ranks:\n{by_context(others)}")
     try:
-        _write(arguments, plan, others)
+        _write(arguments, plan, others[: arguments.propose])
     except OSError as error:
         print(f"plan: error: cannot be written: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -78,7 +89,7 @@ def _positive(text: str) -> float:
 
 
 def _plans(arguments: argparse.Namespace) -> tuple[Plan, list[Plan]]:
-    """Returns the plan of the configuration, and the best proposed ones."""
+    """Returns the plan of the configuration, and with --propose all layouts that fit, the fastest first."""
     # a dry run does not require prompts
     config = parse_config(["--config", arguments.config, *arguments.settings, "dry_run=true"], "plan")
     validate(config, arguments.world_size)
@@ -99,8 +110,7 @@ def _plans(arguments: argparse.Namespace) -> tuple[Plan, list[Plan]]:
     plan = make_plan(config, *common, step, cluster, arguments.server_gpus)
     if not arguments.propose:
         return plan, []
-    found = propose(config, *common, cluster, arguments.server_gpus, tokenizer)
-    return plan, found[: arguments.propose]
+    return plan, propose(config, *common, cluster, arguments.server_gpus, tokenizer)
 
 
 def _parser() -> argparse.ArgumentParser:

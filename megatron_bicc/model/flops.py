@@ -1,6 +1,9 @@
-"""Counts the FLOPs of the policy's passes: a product of [a, b] by [b, c] counts 2abc."""
+"""Counts the FLOPs of the policy's passes: a product of [a, b] by [b, c] counts 2abc.
 
-from dataclasses import dataclass
+Shape suffixes: W chunks of a context rank, S responses of a micro-batch, X its segments: prefixes, responses.
+"""
+
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 from transformers import PretrainedConfig
@@ -70,9 +73,15 @@ class Sizes:
     def parameters(self) -> int:
         """Elements of all matrices, without norms and biases."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
-        mlp = 3 * self.hidden * self.ffn * (self.experts or 1) + self.hidden * self.experts
+        mlp = 0 if self.experts else 3 * self.hidden * self.ffn
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return self.layers * (attention + mlp) + embeddings
+        router = self.hidden * self.experts
+        return self.layers * (attention + mlp + router) + self.expert_parameters + embeddings
+
+    @property
+    def expert_parameters(self) -> int:
+        """Elements of all experts' matrices."""
+        return self.layers * self.experts * 3 * self.hidden * self.ffn
 
     @property
     def kv_bytes_a_token(self) -> int:
@@ -82,41 +91,49 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Load:
-    """Size of the micro-batches on the data-parallel rank with the most work."""
+    """Size of micro-batches, as far as one context rank holds them."""
 
     micro_batches: int
     rows: int
     response_rows: int
     pairs: int
     """Query-key pairs per attention head"""
+    shared_rows: int = 0
+    """Rows whose keys and values each context rank sends to the others in every layer: those of prefixes and
+    of segments that are cut, as many as on the rank with most of them; 0 with one context rank"""
 
     def __add__(self, other: "Load") -> "Load":
-        return Load(
-            self.micro_batches + other.micro_batches,
-            self.rows + other.rows,
-            self.response_rows + other.response_rows,
-            self.pairs + other.pairs,
-        )
+        return Load(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def times(self, passes: int) -> "Load":
         """Returns the load of that many passes."""
-        return Load(
-            passes * self.micro_batches,
-            passes * self.rows,
-            passes * self.response_rows,
-            passes * self.pairs,
-        )
+        return Load(*(passes * figure for figure in astuple(self)))
 
 
 NOTHING = Load(0, 0, 0, 0)
 
 
-def load_of_batch(batch: MicroBatchLayout) -> Load:
-    """Returns the load of a micro-batch."""
-    causal = np.diff(batch.cu_seqlens).astype(np.int64)
-    cross = np.diff(batch.cu_prefix).astype(np.int64) * np.diff(batch.cu_response_side)
-    pairs = (causal * (causal + 1) // 2).sum() + cross.sum()
-    return Load(1, batch.num_rows, batch.num_response_rows, int(pairs))
+def loads_of_batch(batch: MicroBatchLayout) -> list[Load]:
+    """Returns the load of each context rank of a micro-batch."""
+    sides = len(batch.cu_prefix) - 1
+    rows_X = np.concatenate([np.diff(batch.cu_prefix), np.diff(batch.cu_response)]).astype(np.int64)
+    side_S = np.searchsorted(batch.cu_response_side, batch.cu_response[:-1], side="right") - 1
+    # rows of the side's prefix, to which every row of a response attends
+    prefix_X = np.concatenate([np.zeros(sides, np.int64), rows_X[side_S]])
+    is_shared_X = np.arange(len(rows_X)) < sides
+    for own in batch.chunks:
+        is_shared_X[own.segment_W[own.length_W < rows_X[own.segment_W]]] = True
+    loads = []
+    for own in batch.chunks:
+        length_W = own.length_W.astype(np.int64)
+        padding = own.num_rows - int(length_W.sum())  # attends to itself, causally
+        earlier = (length_W * (own.start_W + prefix_X[own.segment_W])).sum()
+        causal = (length_W * (length_W + 1) // 2).sum() + padding * (padding + 1) // 2
+        response_rows = length_W[own.segment_W >= sides].sum()
+        shared_rows = length_W[is_shared_X[own.segment_W]].sum()
+        loads.append(Load(1, own.num_rows, int(response_rows), int(earlier + causal), int(shared_rows)))
+    most = max(load.shared_rows for load in loads) if len(loads) > 1 else 0
+    return [replace(load, shared_rows=most) for load in loads]
 
 
 def forward_flops(sizes: Sizes, rows: Load) -> int:
@@ -127,9 +144,9 @@ def forward_flops(sizes: Sizes, rows: Load) -> int:
 
 
 def flops_of(sizes: Sizes, plan: StepPlan) -> int:
-    """Returns FLOPs of a forward pass over the micro-batches of all data-parallel ranks."""
-    batches = (load_of_batch(batch) for rank in plan.ranks for batch in rank)
-    return forward_flops(sizes, sum(batches, NOTHING))
+    """Returns FLOPs of a forward pass over the micro-batches of all data- and context-parallel ranks."""
+    loads = (load for rank in plan.ranks for batch in rank for load in loads_of_batch(batch))
+    return forward_flops(sizes, sum(loads, NOTHING))
 
 
 def peak_flops(gpu: str) -> float | None:

@@ -3,7 +3,8 @@
 Memory follows from the policy's sizes and what its layers save for the backward pass. Saved bytes are counted
 term by term; tests compare them with the storages of a real forward pass. Sizes have the names of `Sizes`;
 where tensor parallel cuts them, they are those of one rank. FLOPs and bytes follow from the micro-batches of
-a packed synthetic step (model.flops); bytes are what one rank sends.
+a packed synthetic step (model.flops); bytes are what one rank sends. With context parallel, a rank holds its
+own rows of each micro-batch, and rows are those.
 """
 
 from collections import Counter
@@ -12,10 +13,10 @@ from typing import Literal
 
 from megatron_bicc.algorithms.advantages import needs_reference
 from megatron_bicc.config import Config
-from megatron_bicc.model.flops import BF16_FLOPS, NOTHING, Load, Sizes, forward_flops, load_of_batch
+from megatron_bicc.model.flops import BF16_FLOPS, NOTHING, Load, Sizes, forward_flops, loads_of_batch
 from megatron_bicc.model.log_probs import CHUNK_ELEMENTS
-from megatron_bicc.packing.types import StepPlan
-from megatron_bicc.planning.shards import Shard, data_parallel_size
+from megatron_bicc.packing.types import MicroBatchLayout, StepPlan
+from megatron_bicc.planning.shards import Shard
 from megatron_bicc.planning.synthetic import SyntheticStep
 from megatron_bicc.sglang.process import COLOCATED_FRACTION
 
@@ -74,6 +75,11 @@ class Cluster:
     """Bytes/s of weight_sync.method=tensor: from a GPU to host memory, then to the servers' GPUs"""
     files: float = 1e9
     """Bytes/s of weight_sync.method=disk: written to a local disk, then read by the servers"""
+
+    def link(self, ranks: int) -> float:
+        """Returns bytes/s that a collective reaches within so many consecutive ranks: of the slowest link."""
+        slowest = self.gpu.nvlink if ranks <= self.gpus_per_host else self.network
+        return slowest * self.link_efficiency
 
 
 def element_bytes(config: Config) -> int:
@@ -159,6 +165,8 @@ class Memory:
     """Saved by all micro-batches in flight, and by the layer that is being recomputed"""
     logits: int
     """One chunk, and the output layer's gradient; last pipeline stage only"""
+    shared_keys: int
+    """Keys and values of one layer that context ranks gather, and their gradients, while it is computed"""
     sync_bucket: int
     """A bucket of whole tensors that is sent to the rollout servers"""
     reserve: int
@@ -171,7 +179,7 @@ class Memory:
     @property
     def peak(self) -> int:
         """Maximum over training and sending weights."""
-        return self.state + max(self.activations + self.logits, self.sync_bucket)
+        return self.state + max(self.activations + max(self.logits, self.shared_keys), self.sync_bucket)
 
 
 def in_flight(config: Config, micro_batches: int, stage: int) -> float:
@@ -188,7 +196,7 @@ def in_flight(config: Config, micro_batches: int, stage: int) -> float:
 
 
 def memory_of(shard: Shard, sizes: Sizes, config: Config, micro_batches: int, cluster: Cluster) -> Memory:
-    """Returns a rank's memory, assuming full micro-batches of response rows only."""
+    """Returns a rank's memory, assuming full micro-batches of response rows only, all of them cut."""
     c, stage = config.parallel, shard.pipeline_rank
     rows = config.train.max_tokens_per_microbatch
     saved = saved_bytes(sizes, config, rows, rows)
@@ -202,6 +210,7 @@ def memory_of(shard: Shard, sizes: Sizes, config: Config, micro_batches: int, cl
         optimizer=shard.optimizer_bytes,
         activations=int(flying * (len(shard.layers) * saved.layer + ends)) + again,
         logits=_logits(sizes, config, rows) if is_last else 0,
+        shared_keys=_shared_keys(sizes, config, rows),
         sync_bucket=_sync_bucket(sizes, config),
         reserve=int(cluster.reserve_bytes),
     )
@@ -213,6 +222,15 @@ def _logits(sizes: Sizes, config: Config, rows: int) -> int:
     chunk = min(rows, max(1, CHUNK_ELEMENTS["cuda"] // vocabulary)) * vocabulary
     element = element_bytes(config)
     return 4 * LOGITS_COPIES * chunk + vocabulary * sizes.hidden * (4 + element)
+
+
+def _shared_keys(sizes: Sizes, config: Config, rows: int) -> int:
+    """Returns bytes at the end of attention's backward pass, where it holds most: keys and values, their
+    gradients from the kernels, the same in fp32 by the rank that holds the row, and as sent and received."""
+    if config.parallel.context == 1:
+        return 0
+    row = 2 * sizes.groups // config.parallel.tensor * sizes.head_dim
+    return config.parallel.context * rows * row * (4 * element_bytes(config) + 4)
 
 
 def _sync_bucket(sizes: Sizes, config: Config) -> int:
@@ -261,24 +279,58 @@ class CheckpointMemory:
 def checkpoint_memory(shard: Shard, config: Config, world_size: int, cluster: Cluster) -> CheckpointMemory:
     """Returns the memory of `checkpoint.host_state`. shard: the largest.
 
-    The first rank of each data-parallel group keeps its weights and three fp32 tensors of the group's
-    optimizer: main weights and Adam's moments, each as large as its gradients. While it gathers one of them
-    it also holds that one's parts and their concatenation; every rank first copies its part of all three.
+    The first rank of each group over which the optimizer is sharded keeps its weights and three fp32 tensors
+    of the group's optimizer: main weights and Adam's moments, each as large as its gradients. While it
+    gathers one of them it also holds that one's parts and their concatenation; every rank first copies its
+    part of all three. Experts have groups of their own.
     """
     p = config.parallel
-    data = data_parallel_size(p, world_size)
-    ranks = range(world_size)
-    firsts = Counter(rank // cluster.gpus_per_host for rank in ranks if rank // p.tensor % data == 0)
-    most = max(firsts.values())
-    kept = most * (3 * shard.gradient_bytes + shard.weight_bytes)
-    own = min(cluster.gpus_per_host, world_size) * 3 * shard.gradient_bytes // data
-    return CheckpointMemory(kept, max(kept, most * 5 * shard.gradient_bytes + own))
+    stage = world_size // p.pipeline
+    dense_gradients = shard.gradient_bytes - shard.expert_gradient_bytes
+    dense = dense_gradients, shard.weight_bytes - shard.expert_weight_bytes, p.tensor
+    experts = shard.expert_gradient_bytes, shard.expert_weight_bytes, p.expert
+    kept: Counter[int] = Counter()
+    peak: Counter[int] = Counter()
+    for rank in range(world_size):
+        host = rank // cluster.gpus_per_host
+        for gradients, weights, groups in (dense, experts):
+            # a group's ranks are `groups` apart: the first ranks of a stage are those of its groups
+            if rank % stage < groups:
+                kept[host] += 3 * gradients + weights
+                peak[host] += 5 * gradients
+            peak[host] += 3 * gradients * groups // stage
+    most = max(kept.values())
+    return CheckpointMemory(most, max(most, *peak.values()))
 
 
 def load_of(plan: StepPlan) -> Load:
-    """Returns the load of the rank with the highest cost by the packer's measure, pairs and rows."""
-    ranks = [sum((load_of_batch(batch) for batch in rank), NOTHING) for rank in plan.ranks]
-    return max(ranks, key=lambda r: r.pairs + plan.settings.token_cost * r.rows)
+    """Returns the load of the data-parallel rank with the highest cost by the packer's measure.
+
+    Its context ranks wait for each other in every layer: of each micro-batch the busiest one counts.
+    """
+    token_cost = plan.settings.token_cost
+    ranks = [sum((_busiest(batch, token_cost) for batch in rank), NOTHING) for rank in plan.ranks]
+    return max(ranks, key=lambda load: _cost(load, token_cost))
+
+
+def _busiest(batch: MicroBatchLayout, token_cost: int) -> Load:
+    return max(loads_of_batch(batch), key=lambda load: _cost(load, token_cost))
+
+
+def _cost(load: Load, token_cost: int) -> int:
+    """Returns the cost by the packer's measure: query-key pairs, and rows at token_cost pairs each."""
+    return load.pairs + token_cost * load.rows
+
+
+def context_imbalance(step: SyntheticStep) -> float:
+    """Returns the cost of the busiest context rank over the mean one's, summed over trained micro-batches."""
+    most = mean = 0.0
+    for update in step.updates:
+        for plan in update.trained.values():
+            for batch in (batch for rank in plan.ranks for batch in rank):
+                costs = [_cost(load, plan.settings.token_cost) for load in loads_of_batch(batch)]
+                most, mean = most + max(costs), mean + sum(costs) / len(costs)
+    return most / mean if mean else 1.0
 
 
 @dataclass(frozen=True)
@@ -306,7 +358,10 @@ def work_of(step: SyntheticStep, config: Config) -> Work:
 
 
 def step_flops(sizes: Sizes, config: Config, work: Work) -> int:
-    """Returns FLOPs of a data-parallel replica: backward counts as two forwards, full recompute as one."""
+    """Returns FLOPs of the busiest data- and context-parallel rank, over its tensor and pipeline ranks.
+
+    Backward counts as two forwards, full recompute as one.
+    """
     passes = 4 if config.model.recompute == "full" else 3
     return forward_flops(sizes, work.forward) + passes * forward_flops(sizes, work.train)
 
@@ -316,46 +371,70 @@ class Traffic:
     """Bytes that a rank sends per step."""
 
     tensor: int
+    context: int
     pipeline: int
     data: int
+    """Between the ranks that hold copies of a weight: data- and context-parallel ranks"""
     expert: int
     sync: int
     """Of all ranks together: the whole policy to the rollout servers"""
 
 
 def traffic_of(
-    sizes: Sizes, config: Config, work: Work, shard: Shard, data_parallel: int, updates: int
+    sizes: Sizes, config: Config, work: Work, shard: Shard, world_size: int, updates: int
 ) -> Traffic:
-    """Returns the traffic of a rank. Ring collectives over n ranks send (n - 1) / n of a tensor."""
+    """Returns the traffic of a rank. Collectives over n ranks send (n - 1) / n of a whole tensor."""
     p, element = config.parallel, element_bytes(config)
     layers = sizes.layers // p.pipeline
     row = element * sizes.hidden
-    # Forward: attention and MLP each gather and scatter, or all-reduce, which sends as much: 4. Backward: the
-    # same, and under sequence parallel another gather of each: 4 or 6. Full recompute repeats forward: 4.
-    backward = (6 if p.sequence else 4) + (4 if config.model.recompute == "full" else 0)
-    tensor = (
-        layers * row * (4 * work.forward.rows + (4 + backward) * work.train.rows) * (p.tensor - 1) // p.tensor
-    )
     shares = p.tensor if p.sequence else 1
+    again = 1 if config.model.recompute == "full" else 0
+    forwards = work.forward.rows + (1 + again) * work.train.rows
+    # Attention and MLP each gather and scatter, or all-reduce, which sends as much; the backward pass does
+    # the same, and under sequence parallel gathers once more. Experts take a rank's own rows.
+    blocks = 1 if sizes.experts else 2
+    collectives = blocks * (2 * forwards + (3 if p.sequence else 2) * work.train.rows)
     sends = 0 if p.pipeline == 1 else p.virtual_pipeline
-    pipeline = sends * row // shares * (work.forward.rows + 2 * work.train.rows)
     own = shard.gradient_bytes + shard.weight_bytes
-    data = updates * own * (data_parallel - 1) // data_parallel
-    expert = 0
-    if p.expert > 1:
-        routed = sizes.experts_a_token * (work.forward.rows + 2 * work.train.rows) // shares
-        expert = 2 * layers * row * routed * (p.expert - 1) // p.expert
-    return Traffic(tensor, pipeline, data, expert, sync=element * sizes.parameters)
+    of_experts = shard.expert_gradient_bytes + shard.expert_weight_bytes
+    stage = world_size // p.pipeline
+    # each expert gets its rows and returns their results; the backward pass sends the gradients of both
+    routed = 2 * sizes.experts_a_token * (forwards + work.train.rows) // shares
+    return Traffic(
+        tensor=layers * row * collectives * (p.tensor - 1) // p.tensor,
+        context=layers * _context(sizes, config, work, again),
+        pipeline=sends * row // shares * (work.forward.rows + 2 * work.train.rows),
+        data=updates
+        * (_shared_out(own - of_experts, stage // p.tensor) + _shared_out(of_experts, stage // p.expert)),
+        expert=layers * row * routed * (p.expert - 1) // p.expert,
+        sync=element * sizes.parameters,
+    )
 
 
-def sync_seconds(traffic: Traffic, config: Config, cluster: Cluster, inside: float, outside: float) -> float:
+def _shared_out(size: int, ranks: int) -> int:
+    """Returns what a rank sends to scatter or gather a tensor of `size` bytes over `ranks`."""
+    return size * (ranks - 1) // ranks
+
+
+def _context(sizes: Sizes, config: Config, work: Work, again: int) -> int:
+    """Returns bytes that a context rank sends in a layer: keys and values of its shared rows to each of the
+    others in every forward and backward pass, and the gradients of theirs back."""
+    row = element_bytes(config) * 2 * (sizes.groups // config.parallel.tensor) * sizes.head_dim
+    passes = work.forward.shared_rows + (1 + again + 2) * work.train.shared_rows
+    return (config.parallel.context - 1) * row * passes
+
+
+def sync_seconds(traffic: Traffic, sizes: Sizes, config: Config, cluster: Cluster, world_size: int) -> float:
     """Returns seconds of a weight sync by weight_sync.method.
 
-    Every rank first gets each whole tensor: over `inside` bytes/s from the tensor-parallel ranks, over
-    `outside` from the pipeline stage that holds it.
+    Every rank first gets each whole tensor: from the tensor-parallel ranks, of experts from the
+    expert-parallel ranks, and from the pipeline stage that holds it.
     """
     p, whole = config.parallel, traffic.sync
-    gather = whole * (p.tensor - 1) / p.tensor / inside + (whole / outside if p.pipeline > 1 else 0)
+    experts = element_bytes(config) * sizes.expert_parameters
+    gather = _shared_out(whole - experts, p.tensor) / cluster.link(p.tensor)
+    gather += _shared_out(experts, p.expert) / cluster.link(p.expert)
+    gather += whole / cluster.link(world_size) if p.pipeline > 1 else 0
     send = {
         "tensor": cluster.shared_memory,
         "disk": cluster.files,

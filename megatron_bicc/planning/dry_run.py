@@ -118,16 +118,17 @@ def _layout_lines(found: DryRun) -> list[str]:
     layout = found.config.parallel
     virtual = f" x {layout.virtual_pipeline} chunks" if layout.virtual_pipeline > 1 else ""
     sequence = " with sequence parallel" if layout.sequence else ""
+    context = f"context {layout.context}, " if layout.context > 1 else ""
     return [
         describe(found.hf_config),
-        f"{found.world_size} processes: tensor {layout.tensor}{sequence}, "
+        f"{found.world_size} processes: tensor {layout.tensor}{sequence}, {context}"
         f"pipeline {layout.pipeline}{virtual}, data {found.data_parallel}, expert {layout.expert}",
     ]
 
 
 def _shard_lines(shards: list[Shard]) -> list[str]:
     """Formats one line per pipeline stage: its ranks differ only in their share of the optimizer."""
-    lines = [f"{len(shards)} distinct shards, of these on each pipeline stage (GB = 1e9 bytes per rank):"]
+    lines = [f"shards of {len(shards)} sizes, the largest of each pipeline stage (GB = 1e9 bytes per rank):"]
     for stage in sorted({shard.pipeline_rank for shard in shards}):
         own = [shard for shard in shards if shard.pipeline_rank == stage]
         worst = max(own, key=lambda shard: shard.total_bytes)

@@ -5,7 +5,7 @@ Formats a plan as text, as JSON and as a chart.
 
 import copy
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from megatron_bicc.config import Config, ParallelConfig, check_processes, flatten
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.families import check_layout
+from megatron_bicc.model.megatron_settings import row_alignment
 from megatron_bicc.planning.cost import (
     CheckpointMemory,
     Cluster,
@@ -23,6 +24,7 @@ from megatron_bicc.planning.cost import (
     Sizes,
     Traffic,
     checkpoint_memory,
+    context_imbalance,
     kv_space,
     memory_of,
     step_flops,
@@ -43,6 +45,7 @@ class Seconds:
     compute: float
     """Log-probs and training, with the pipeline's idle time"""
     tensor_traffic: float
+    context_traffic: float
     pipeline_traffic: float
     expert_traffic: float
     data_traffic: float
@@ -81,8 +84,10 @@ class Plan:
     """Number per data-parallel rank and update"""
     bubble: float
     """Idle share of the pipeline's time"""
+    context_imbalance: float
+    """Cost of the busiest over the mean context rank"""
     flops: int
-    """Per data-parallel replica and step"""
+    """Per step, of the busiest data- and context-parallel rank over its tensor and pipeline ranks"""
     traffic: Traffic
     tokens: Tokens
     kv: KvSpace
@@ -113,17 +118,16 @@ def make_plan(
 ) -> Plan:
     """Plans a resolved configuration.
 
-    step: packed for the configuration's data-parallel size. server_gpus: GPUs of one rollout server. shards:
-    those of the first and the last rank, if the caller has them. Raises UserError for an impossible layout.
+    step: packed for the configuration's layout. server_gpus: GPUs of one rollout server. shards: what
+    `end_shards` returns, if the caller has it. Raises UserError for an impossible layout.
     """
     sizes = Sizes.of(hf_config)
-    shards = shards or build_shards(config, hf_config, world_size, ranks=(0, world_size - 1))
+    shards = shards or end_shards(config, hf_config, world_size)
     p, work = config.parallel, work_of(step, config)
     micro_batches = max(sum(len(plan.ranks[0]) for plan in u.trained.values()) for u in step.updates)
     ranks = [memory_of(shard, sizes, config, micro_batches, cluster) for shard in shards]
     idle = (p.pipeline - 1) / p.virtual_pipeline
-    data_parallel = data_parallel_size(p, world_size)
-    traffic = traffic_of(sizes, config, work, shards[0], data_parallel, len(step.updates))
+    traffic = traffic_of(sizes, config, work, shards[0], world_size, len(step.updates))
     flops = step_flops(sizes, config, work)
     bubble = idle / (micro_batches + idle)
     stats = [plan.stats for update in step.updates for plan in update.trained.values()]
@@ -135,6 +139,7 @@ def make_plan(
         ranks=ranks,
         micro_batches=micro_batches,
         bubble=bubble,
+        context_imbalance=context_imbalance(step),
         flops=flops,
         traffic=traffic,
         tokens=Tokens(sum(s["tokens_packed"] for s in stats), sum(s["tokens_rows"] for s in stats)),
@@ -144,6 +149,12 @@ def make_plan(
         ),
         seconds=_seconds(sizes, config, world_size, step, cluster, server_gpus, flops, bubble, traffic),
     )
+
+
+def end_shards(config: Config, hf_config: PretrainedConfig, world_size: int) -> list[Shard]:
+    """Returns the shards of the first and the last pipeline stage's first ranks; one if they are the same."""
+    last = world_size - world_size // config.parallel.pipeline
+    return build_shards(config, hf_config, world_size, ranks=sorted({0, last}))
 
 
 def _seconds(
@@ -157,19 +168,18 @@ def _seconds(
     bubble: float,
     traffic: Traffic,
 ) -> Seconds:
-    p, gpu = config.parallel, cluster.gpu
-    inside = gpu.nvlink if p.tensor <= cluster.gpus_per_host else cluster.network
-    one_host = world_size <= cluster.gpus_per_host
-    outside = (gpu.nvlink if one_host else cluster.network) * cluster.link_efficiency
-    replica = p.tensor * p.pipeline * gpu.bf16_flops * cluster.compute_efficiency
+    # megatron-core's order of ranks: tensor, context, data, pipeline; experts over a stage's ranks in turn
+    p, link = config.parallel, cluster.link
+    replica = p.tensor * p.pipeline * cluster.gpu.bf16_flops * cluster.compute_efficiency
     return Seconds(
         rollout=_rollout(sizes, config, world_size, step, cluster, server_gpus),
         compute=flops / replica / (1 - bubble),
-        tensor_traffic=traffic.tensor / (inside * cluster.link_efficiency),
-        pipeline_traffic=traffic.pipeline / outside,
-        expert_traffic=traffic.expert / outside,
-        data_traffic=traffic.data / outside,
-        sync=sync_seconds(traffic, config, cluster, inside * cluster.link_efficiency, outside),
+        tensor_traffic=traffic.tensor / link(p.tensor),
+        context_traffic=traffic.context / link(p.tensor * p.context),
+        pipeline_traffic=traffic.pipeline / link(world_size),
+        expert_traffic=traffic.expert / link(p.expert),
+        data_traffic=traffic.data / link(world_size // p.pipeline),
+        sync=sync_seconds(traffic, sizes, config, cluster, world_size),
     )
 
 
@@ -183,14 +193,19 @@ def _rollout(
 ) -> float:
     """Returns seconds of generation on as many GPUs as train.
 
-    Decoding is bound by memory: each step of a server reads the weights once, and the keys and values of
-    every request. The longest response sets the number of steps.
+    Decoding is bound by memory: each step of a server reads the weights once, of the experts those that any
+    of its requests is routed to, and the keys and values of every request. The longest response sets the
+    number of steps.
     """
     servers = max(1, world_size // server_gpus)
     rollouts = config.rollout.prompts_per_step * config.rollout.group_size
     batch = -(-rollouts // servers)
     mean = step.response_tokens / rollouts
-    read = 2 * sizes.layers * sizes.products_a_layer + 2 * sizes.vocabulary * sizes.hidden
+    embedding = 0 if sizes.tied else sizes.vocabulary * sizes.hidden
+    read = 2 * (sizes.parameters - sizes.expert_parameters - embedding)
+    if sizes.experts:
+        unused = (1 - sizes.experts_a_token / sizes.experts) ** batch
+        read += 2 * sizes.expert_parameters * (1 - unused)
     read += batch * mean / 2 * sizes.kv_bytes_a_token
     bandwidth = server_gpus * cluster.gpu.memory_bandwidth * cluster.decode_efficiency
     return step.longest_response * read / bandwidth
@@ -199,8 +214,12 @@ def _rollout(
 MAX_PIPELINE = 16
 CHUNKS = (1, 2, 4, 5)
 """Virtual pipeline sizes to try"""
+MIN_ROWS = 2048
+"""Rows that a context rank must at least be able to hold: matrix products of fewer are slower than assumed"""
 WEIGHT_AND_GRADIENT_BYTES = 6
 """bf16 weight and fp32 gradient: the minimum per parameter of a rank's shard"""
+OPTIMIZER_BYTES = 12
+"""fp32 main weight and Adam's two moments, over all ranks"""
 
 
 def propose(
@@ -213,41 +232,63 @@ def propose(
 ) -> list[Plan]:
     """Plans every layout that a run's start-up accepts; returns those that fit, fastest first.
 
-    Tensor parallel stays within a host and is always used with sequence parallel. All settings but `parallel`
-    and `model.recompute` are those of `config`, which must be resolved.
+    Tensor parallel stays within a host and is always used with sequence parallel. A micro-batch has as many
+    rows with any number of context ranks: `train.max_tokens_per_microbatch` is divided by them. All settings
+    but this, `parallel` and `model.recompute` are those of `config`, which must be resolved.
     """
+    # the context ranks share the optimizer with the data-parallel ones: their number changes no shard
     shards: dict[tuple[int, int, int], list[Shard]] = {}
-    steps: dict[tuple[int, int], SyntheticStep] = {}
+    steps: dict[tuple[int, int, int], SyntheticStep] = {}
     plans = []
-    for parallel in _layouts(hf_config, world_size, cluster):
+    for parallel in _layouts(config, hf_config, world_size, cluster):
         trial = copy.deepcopy(config)
         trial.parallel = parallel
+        trial.train.max_tokens_per_microbatch = _rows(config, parallel)
         place = (parallel.tensor, parallel.pipeline, parallel.expert)
         if place not in shards:
-            shards[place] = build_shards(trial, hf_config, world_size, ranks=(0, world_size - 1))
+            shards[place] = end_shards(trial, hf_config, world_size)
         data = data_parallel_size(parallel, world_size)
-        if (parallel.tensor, data) not in steps:
-            steps[parallel.tensor, data] = synthetic_step(trial, hf_config, tokenizer, data)
+        packing = (parallel.tensor, parallel.context, data)
+        if packing not in steps:
+            steps[packing] = synthetic_step(trial, hf_config, tokenizer, data)
         for recompute in ("none", "selective", "full"):
             trial = copy.deepcopy(trial)
             trial.model.recompute = recompute
-            step = steps[parallel.tensor, data]
+            step = steps[packing]
             plans.append(make_plan(trial, hf_config, world_size, step, cluster, server_gpus, shards[place]))
     return sorted((plan for plan in plans if plan.fits), key=lambda plan: plan.seconds.step)
 
 
-def _layouts(hf_config: PretrainedConfig, world_size: int, cluster: Cluster) -> Iterator[ParallelConfig]:
+def _rows(config: Config, parallel: ParallelConfig) -> int:
+    """Returns train.max_tokens_per_microbatch with which a micro-batch has at least as many rows as now."""
+    rows = config.parallel.context * config.train.max_tokens_per_microbatch
+    alignment = parallel.context * row_alignment(replace(config, parallel=parallel))
+    return -(-rows // alignment) * alignment // parallel.context
+
+
+def _layouts(
+    config: Config, hf_config: PretrainedConfig, world_size: int, cluster: Cluster
+) -> Iterator[ParallelConfig]:
     sizes = Sizes.of(hf_config)
     tensors = _powers_of_two(min(cluster.gpus_per_host, world_size))
     pipelines = [n for n in range(1, MAX_PIPELINE + 1) if sizes.layers % n == 0]
+    contexts = _powers_of_two(world_size)
     experts = _powers_of_two(sizes.experts or 1)
-    for tensor, pipeline, expert, chunks in product(tensors, pipelines, experts, CHUNKS):
-        parallel = ParallelConfig(
-            tensor=tensor, sequence=tensor > 1, pipeline=pipeline, virtual_pipeline=chunks, expert=expert
+    for tensor, pipeline, expert, context, chunks in product(tensors, pipelines, experts, contexts, CHUNKS):
+        parallel = replace(
+            config.parallel,
+            tensor=tensor,
+            sequence=tensor > 1,
+            pipeline=pipeline,
+            virtual_pipeline=chunks,
+            expert=expert,
+            context=context,
         )
-        ways = tensor * pipeline * (expert if sizes.experts else 1)
-        too_large = WEIGHT_AND_GRADIENT_BYTES * sizes.parameters / ways > cluster.gpu.memory_bytes
-        if not too_large and _is_possible(hf_config, parallel, world_size):
+        held = (sizes.parameters - sizes.expert_parameters) / tensor + sizes.expert_parameters / expert
+        least = WEIGHT_AND_GRADIENT_BYTES * held / pipeline + OPTIMIZER_BYTES * sizes.parameters / world_size
+        too_short = context > 1 and _rows(config, parallel) < MIN_ROWS
+        too_large = least > cluster.gpu.memory_bytes - cluster.reserve_bytes
+        if not too_short and not too_large and _is_possible(hf_config, parallel, world_size):
             yield parallel
 
 
@@ -264,19 +305,21 @@ def _powers_of_two(largest: int) -> list[int]:
     return [2**i for i in range(largest.bit_length())]
 
 
-MEMORY_PARTS = ("weights", "gradients", "optimizer", "reserve", "activations", "logits")
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "reserve", "activations", "logits", "shared_keys")
 GB = 1e9
 
 
 def layout_name(plan: Plan) -> str:
-    """Formats a layout, such as TP 8 SP, PP 4 x 2, DP 2, recompute full."""
+    """Formats a layout, such as TP 8 SP, CP 2 of 8,192 rows, PP 4 x 2, DP 2, recompute full."""
     p = plan.config.parallel
     sequence = " SP" if p.sequence else ""
     chunks = f" x {p.virtual_pipeline}" if p.virtual_pipeline > 1 else ""
     expert = f", EP {p.expert}" if p.expert > 1 else ""
+    rows = plan.config.train.max_tokens_per_microbatch
+    context = f", CP {p.context} of {rows:,} rows" if p.context > 1 else ""
     recompute = plan.config.model.recompute
     return (
-        f"TP {p.tensor}{sequence}, PP {p.pipeline}{chunks}, DP {plan.data_parallel}{expert}, "
+        f"TP {p.tensor}{sequence}{context}, PP {p.pipeline}{chunks}, DP {plan.data_parallel}{expert}, "
         f"recompute {recompute}"
     )
 
@@ -300,19 +343,21 @@ def as_text(plan: Plan) -> str:
         f"checkpoint               {plan.checkpoint.kept / GB:.0f} GB of the fullest host's memory until it "
         f"is written, {plan.checkpoint.peak / GB:.0f} GB at its peak; none of a GPU's",
         "",
-        f"micro-batches/update     {plan.micro_batches}, pipeline idle {plan.bubble:.1%}",
+        f"micro-batches/update     {plan.micro_batches}, pipeline idle {plan.bubble:.1%}, busiest context "
+        f"rank {plan.context_imbalance:.2f} of their mean cost",
         f"rows trained             {plan.tokens.packed:,} instead of {plan.tokens.one_row_a_response:,}: "
         f"{plan.tokens.saved:,} saved by shared prefixes",
-        f"FLOPs/replica            {plan.flops:.3e}",
-        f"GB sent per rank         tensor {traffic.tensor / GB:,.1f}, pipeline {traffic.pipeline / GB:,.1f}, "
-        f"expert {traffic.expert / GB:,.1f}, data {traffic.data / GB:,.1f}",
+        f"FLOPs                    {plan.flops:.3e} over the tensor and pipeline ranks of the busiest rank",
+        f"GB sent per rank         tensor {traffic.tensor / GB:,.1f}, context {traffic.context / GB:,.1f}, "
+        f"pipeline {traffic.pipeline / GB:,.1f}, expert {traffic.expert / GB:,.1f}, "
+        f"data {traffic.data / GB:,.1f}",
         f"weight sync              {traffic.sync / GB:,.1f} GB by {plan.config.weight_sync.method}, "
         f"{seconds.sync:.1f} s",
         "",
         f"step                     {seconds.step:.0f} s: rollout {seconds.rollout:.0f}, compute "
-        f"{seconds.compute:.0f}, tensor traffic {seconds.tensor_traffic:.0f}, pipeline traffic "
-        f"{seconds.pipeline_traffic:.1f}, expert traffic {seconds.expert_traffic:.1f}, data traffic "
-        f"{seconds.data_traffic:.1f}, sync {seconds.sync:.1f}",
+        f"{seconds.compute:.0f}, tensor traffic {seconds.tensor_traffic:.0f}, context traffic "
+        f"{seconds.context_traffic:.1f}, pipeline traffic {seconds.pipeline_traffic:.1f}, expert traffic "
+        f"{seconds.expert_traffic:.1f}, data traffic {seconds.data_traffic:.1f}, sync {seconds.sync:.1f}",
         "",
         *(f"assumed: {line}" for line in assumptions(plan)),
     ]
@@ -337,7 +382,8 @@ def assumptions(plan: Plan) -> list[str]:
         f"{c.reserve_bytes / GB:.0f} GB per GPU for CUDA, NCCL and fragmentation, "
         f"{c.server_reserve_bytes / GB:.0f} GB for a colocated server's; its weights and cache take "
         f"{COLOCATED_FRACTION:.0%} of what is free",
-        "micro-batches are full and all of their rows are responses; CUDA's fused norms",
+        "micro-batches are full, and all of their rows are responses that all context ranks share; CUDA's "
+        "fused norms",
         f"lengths are log-normal, pass rate {s.pass_rate}: see the section synthetic of the settings",
         *([shown] if uncounted else []),
     ]
@@ -353,6 +399,40 @@ def proposals(plans: list[Plan]) -> str:
     return "\n".join(lines)
 
 
+def by_context(plans: list[Plan]) -> str:
+    """Formats the fastest layout for each number of context ranks, and what context parallel changes.
+
+    plans: as `propose` returns them.
+    """
+    best: dict[int, Plan] = {}
+    for plan in plans:
+        best.setdefault(plan.config.parallel.context, plan)
+    lines = [f"{'CP':>4} {'s/step':>9} {'peak GB':>8} {'activations':>11} {'idle':>6}  layout"]
+    for context, plan in sorted(best.items()):
+        lines.append(
+            f"{context:4} {plan.seconds.step:9.0f} {plan.fullest.peak / GB:8.1f} "
+            f"{plan.fullest.activations / GB:11.1f} {plan.bubble:6.1%}  {layout_name(plan)}"
+        )
+    return "\n".join([*lines, _judgement(best)])
+
+
+def _judgement(best: dict[int, Plan]) -> str:
+    """Returns a sentence on whether context parallel helps, with the seconds that it saves and costs."""
+    longer = [plan for context, plan in best.items() if context > 1]
+    if not longer:
+        return "context parallel: no layout with it fits"
+    fastest = min(longer, key=lambda plan: plan.seconds.step)
+    context = fastest.config.parallel.context
+    if 1 not in best:
+        return f"context parallel is needed: no layout without it fits; {context} ranks are the fastest"
+    now, then = vars(fastest.seconds), vars(best[1].seconds)
+    changes = {name.replace("_", " "): now[name] - then[name] for name in now}
+    parts = ", ".join(f"{name} {change:+.1f}" for name, change in changes.items() if abs(change) >= 0.05)
+    total = fastest.seconds.step - best[1].seconds.step
+    helps = "helps" if total < 0 else "does not help"
+    return f"context parallel {helps}: {context} ranks against 1 change {total:+.1f} s ({parts or 'nothing'})"
+
+
 def as_json(plan: Plan) -> dict[str, Any]:
     """Returns every figure; bytes, seconds and counts."""
     return {
@@ -361,6 +441,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "parallel": asdict(plan.config.parallel),
         "recompute": plan.config.model.recompute,
+        "max_tokens_per_microbatch": plan.config.train.max_tokens_per_microbatch,
         "data_parallel": plan.data_parallel,
         "parameters": plan.parameters,
         "cluster": asdict(plan.cluster),
@@ -369,6 +450,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "checkpoint": asdict(plan.checkpoint),
         "micro_batches": plan.micro_batches,
         "bubble": plan.bubble,
+        "context_imbalance": plan.context_imbalance,
         "flops": plan.flops,
         "traffic": asdict(plan.traffic),
         "tokens": asdict(plan.tokens) | {"saved": plan.tokens.saved},

@@ -4,10 +4,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -18,7 +20,6 @@ from megatron_bicc.config import Config, ParallelConfig
 from megatron_bicc.device_cpu import CudaOnCpu
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.build import PolicyModel, build_modules, transformer_config
-from megatron_bicc.model.families import family_of
 from megatron_bicc.model.optimizer import make_optimizer
 from megatron_bicc.model.policy import data_parallel, start_model_parallel
 from megatron_bicc.weights.hf_files import HfTensors, TensorReader
@@ -55,28 +56,22 @@ class Shard:
 
     rank: int
     pipeline_rank: int
-    data_rank: int
     layers: tuple[int, ...]
     """Numbers of its transformer layers, from 1"""
     parameters: int
     """Elements of its parameters, without padding"""
     weight_bytes: int
     gradient_bytes: int
+    expert_weight_bytes: int
+    """Of weight_bytes, the experts'"""
+    expert_gradient_bytes: int
+    """Of gradient_bytes, the experts'"""
     optimizer_bytes: int
     """Its share of fp32 main weights (if the model is not fp32) and of Adam's moments"""
 
     @property
     def total_bytes(self) -> int:
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
-
-
-def distinct_ranks(parallel: ParallelConfig, world_size: int, has_experts: bool) -> list[int]:
-    """Returns the ranks whose shards differ in shape.
-
-    Tensor parallel cuts every tensor evenly, so one rank represents its tensor-parallel group; with experts
-    it does not, since expert-parallel groups cross the tensor-parallel ones.
-    """
-    return list(range(0, world_size, 1 if has_experts else parallel.tensor))
 
 
 def build_shards(
@@ -86,16 +81,66 @@ def build_shards(
     ranks: Iterable[int] | None = None,
     weights: HfTensors | None = None,
 ) -> list[Shard]:
-    """Builds the shards of `ranks`; None: of every distinct rank.
+    """Builds the shards of the given ranks; of all ranks whose shards differ in size by default.
 
-    weights: if given, must hold every parameter in the right shape. Raises UserError naming the layout,
+    weights: if given, every parameter is looked up in their headers. Raises UserError naming the layout,
     architecture or tensor that does not fit.
     """
-    megatron_config = transformer_config(hf_config, config)
-    if ranks is None:
-        ranks = distinct_ranks(config.parallel, world_size, family_of(hf_config).experts)
     source = None if weights is None else HeadersOnly(weights)
-    return [_build_shard(config, hf_config, megatron_config, world_size, rank, source) for rank in ranks]
+    job = _Job(config, hf_config, transformer_config(hf_config, config), world_size, source)
+    if ranks is not None:
+        return [_build_shard(job, rank) for rank in ranks]
+    stage = world_size // config.parallel.pipeline  # the ranks of a pipeline stage are consecutive
+    return [shard for first in range(0, world_size, stage) for shard in _stage_shards(job, first, stage)]
+
+
+@dataclass(frozen=True)
+class _Job:
+    config: Config
+    hf_config: PretrainedConfig
+    megatron_config: TransformerConfig
+    world_size: int
+    source: TensorReader | None
+
+
+def _build_shard(job: _Job, rank: int) -> Shard:
+    with _built(job, rank) as (_, _, shard):
+        return shard
+
+
+def _stage_shards(job: _Job, first: int, ranks: int) -> list[Shard]:
+    """Builds the first rank of a pipeline stage, and of each other size its first rank.
+
+    All ranks of a stage have the same modules. They differ in the share of the optimizer, whose last ones
+    hold padding, and in the experts that they read.
+    """
+    with _built(job, first) as (modules, chunks, shard):
+        if job.source is not None:
+            for expert_rank in range(1, job.config.parallel.expert):
+                parallel_state.set_expert_model_parallel_rank(expert_rank)
+                fill_parameters(modules, job.hf_config, job.source)
+        dense = optimizer_shares([b for chunk in chunks for b in chunk.buffers])
+        experts = optimizer_shares([b for chunk in chunks for b in chunk.expert_parallel_buffers])
+    # megatron-core's order of ranks: tensor, context, data; and of the same ranks: expert, expert-data
+    p = job.config.parallel
+    shares = [(dense[i // p.tensor], experts[i // p.expert] if experts else 0) for i in range(ranks)]
+    others = sorted({share: i for i, share in reversed(list(enumerate(shares)))}.values())
+    return [shard, *(_build_shard(job, first + i) for i in others if i > 0)]
+
+
+def optimizer_shares(buffers: list[_ParamAndGradBuffer]) -> list[int]:
+    """Returns the number of elements that each rank of the buffers' group has in the distributed optimizer.
+
+    Each bucket is cut evenly; padding between its parameters and at its end does not count.
+    """
+    totals: np.ndarray | int = 0
+    for buffer in buffers:
+        starts, stops, *_ = np.array([span[:2] for span in buffer.param_index_map.values()]).T
+        for bucket in buffer.buckets:
+            share = bucket.grad_data.numel() // buffer.data_parallel_world_size
+            cuts = bucket.offset + share * np.arange(buffer.data_parallel_world_size + 1)
+            totals = totals + np.diff(np.clip(cuts[:, None] - starts, 0, stops - starts).sum(1))
+    return [] if isinstance(totals, int) else totals.astype(int).tolist()
 
 
 class HeadersOnly:
@@ -112,30 +157,27 @@ class HeadersOnly:
         return self._tensors[name]
 
 
-def _build_shard(
-    config: Config,
-    hf_config: PretrainedConfig,
-    megatron_config: TransformerConfig,
-    world_size: int,
-    rank: int,
-    source: TensorReader | None,
-) -> Shard:
-    with fake_rank(rank, world_size), _model_parallel(config):
-        modules = build_modules(megatron_config, hf_config, config.rollout.temperature, torch.device("meta"))
-        if source is not None:
-            fill_parameters(modules, hf_config, source)
+@contextmanager
+def _built(job: _Job, rank: int) -> Iterator[tuple[list[PolicyModel], list[DistributedDataParallel], Shard]]:
+    """Yields a rank's modules, the same wrapped, and its shard; this process is that rank in the block."""
+    config, megatron_config = job.config, job.megatron_config
+    with fake_rank(rank, job.world_size), _model_parallel(config):
+        temperature, meta = config.rollout.temperature, torch.device("meta")
+        modules = build_modules(megatron_config, job.hf_config, temperature, meta)
+        if job.source is not None:
+            fill_parameters(modules, job.hf_config, job.source)
         chunks = [data_parallel(config, megatron_config, module) for module in modules]
         # the state is counted in fp32 and on the GPU, wherever megatron.optimizer puts it; the outputs say so
         plain = replace(config, megatron=replace(config.megatron, optimizer={}))
         optimizer = make_optimizer(plain, chunks, gloo_groups=False)
-        return Shard(
+        shard = Shard(
             rank=rank,
             pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-            data_rank=parallel_state.get_data_parallel_rank(),
             layers=tuple(layer.layer_number for module in modules for layer in module.decoder.layers),
             parameters=sum(p.numel() for module in modules for p in module.parameters()),
             **state_bytes(modules, chunks, optimizer),
         )
+        yield modules, chunks, shard
 
 
 @contextmanager
@@ -152,8 +194,9 @@ def state_bytes(
 ) -> dict[str, int]:
     """Returns bytes of weights, gradients and optimizer by Shard's names: each whole storage once."""
     parameters = [p for module in modules for p in module.parameters()]
-    weights = _storages(parameters)
-    gradients = _storages(p.main_grad for p in parameters)
+    experts = [p for p in parameters if not getattr(p, "allreduce", True)]
+    weights, expert_weights = _storages(parameters), _storages(experts)
+    gradients, expert_gradients = (_storages(p.main_grad for p in own) for own in (parameters, experts))
     own = [
         p
         for part in optimizer.chained_optimizers
@@ -164,6 +207,8 @@ def state_bytes(
     return {
         "weight_bytes": sum(weights.values()),
         "gradient_bytes": sum(gradients.values()),
+        "expert_weight_bytes": sum(expert_weights.values()),
+        "expert_gradient_bytes": sum(expert_gradients.values()),
         "optimizer_bytes": sum(main.values()) + ADAM_BYTES * sum(p.numel() for p in own),
     }
 

@@ -9,18 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from model.context_attention_worker import CASES, CHANNELS, RANKS, SCALE, Found
+from model.context_attention_worker import CASES, CHANNELS, HEADS, RANKS, SCALE, Case, Found
 from support import attention_reference as reference
 from support.attention_reference import differentiate, lay_out
 from support.torchrun import torchrun
 from torch import Tensor
 
 from megatron_bicc import device
+from megatron_bicc.config import Config
 from megatron_bicc.model import attention as shared_prefix_attention
 from megatron_bicc.model import attention_cpu, attention_cuda, attention_math
 from megatron_bicc.model import segments as segments_module
 from megatron_bicc.model.attention import SharedPrefixAttention
 from megatron_bicc.model.attention_calls import AttentionCalls
+from megatron_bicc.model.flops import NOTHING, Sizes, loads_of_batch
+from megatron_bicc.planning.cost import Work, traffic_of
+from megatron_bicc.planning.shards import Shard
 
 SIDES = [(21, [4, 7, 3]), (15, [6]), (0, [5, 2]), (9, [1, 1, 12])]
 """(prefix rows, rows of each response); a prompt of one token leaves no prefix rows"""
@@ -114,8 +118,18 @@ def test_context_ranks_together_equal_a_dense_mask(
             assert (ours.double() - truth).norm() <= TOLERANCE[case.dtype] * truth.norm()
 
 
+def planned_bytes(case: Case, ranks: int) -> int:
+    """What a plan counts for a forward and a backward pass of one layer."""
+    config = Config()
+    config.model.dtype, config.model.recompute = str(case.dtype).removeprefix("torch."), "none"
+    config.parallel.context = ranks
+    sizes = Sizes(1, 64, HEADS, case.groups, CHANNELS, 64, 0, 0, 100, False, False)
+    work = Work(NOTHING, loads_of_batch(case.layout(ranks))[0])
+    return traffic_of(sizes, config, work, Shard(0, 0, (1,), 0, 0, 0, 0, 0, 0), ranks, updates=1).context
+
+
 def test_bytes_received_in_a_layer(reports: list[dict[tuple[str, int], Any]]) -> None:
-    """By the formula of megatron_bicc.model.attention."""
+    """By the formula of megatron_bicc.model.attention, and of a plan without recompute."""
     for (name, case), ranks in product(CASES.items(), RANKS):
         layout, sides = case.layout(ranks), len(case.sides)
         pieces = Counter(s for own in layout.chunks for s in own.segment_W.tolist())
@@ -125,6 +139,8 @@ def test_bytes_received_in_a_layer(reports: list[dict[tuple[str, int], Any]]) ->
         expected = {"all_gather_into_tensor": 2 * once, "all_to_all_single": once} if once else {}
         for report in reports:
             assert report[name, ranks]["received"] == expected, (name, ranks)
+        if case.dtype != torch.float64:  # no policy is trained in it
+            assert planned_bytes(case, ranks) == sum(expected.values())
     assert reports[0]["mixed", 4]["received"]
     assert not reports[0]["nothing shared", 4]["received"]
 

@@ -27,6 +27,14 @@ LAYOUTS = {
     "small, data": (1, "bfloat16", {}),
     "experts": (2, "bfloat16", {"expert": 2}),
     "experts, tensor": (2, "bfloat16", {"tensor": 2, "sequence": True}),
+    "small, context": (1, "bfloat16", {"context": 2}),
+    "experts, context": (2, "bfloat16", {"context": 2, "expert": 2}),
+}
+MANY = 16
+"""Processes of jobs that are only planned: every rank's shard, and those of distinct sizes"""
+MANY_LAYOUTS = {
+    "tiny": (0, "float32", {"tensor": 2, "pipeline": 2, "context": 2}),
+    "experts": (2, "bfloat16", {"tensor": 2, "sequence": True, "context": 2, "expert": 4}),
 }
 
 
@@ -40,7 +48,8 @@ def configure(path: str, dtype: str, layout: dict) -> Config:
 
 def measure(policy: Policy) -> dict[str, int]:
     """Bytes in megatron-core's own buffers, and in the tensors that torch's optimizer steps on."""
-    buffers = [b for chunk in policy.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
+    experts = [b for chunk in policy.chunks for b in chunk.expert_parallel_buffers]
+    buffers = [b for chunk in policy.chunks for b in chunk.buffers] + experts
     moments = main = 0
     for part in policy.optimizer.chained_optimizers:
         main += sum(p.nbytes for group in part.shard_fp32_from_float16_groups for p in group)
@@ -50,6 +59,8 @@ def measure(policy: Policy) -> dict[str, int]:
         "parameters": sum(p.numel() for module in policy.modules for p in module.parameters()),
         "weight_bytes": sum(b.param_data.nbytes for b in buffers),
         "gradient_bytes": sum(b.grad_data.nbytes for b in buffers),
+        "expert_weight_bytes": sum(b.param_data.nbytes for b in experts),
+        "expert_gradient_bytes": sum(b.grad_data.nbytes for b in experts),
         "optimizer_bytes": main + moments,
     }
 
@@ -79,6 +90,19 @@ def plan_all(paths: list[str], world_size: int) -> dict[str, list[dict[str, int]
     return found
 
 
+def plan_many(paths: list[str]) -> dict[str, dict[str, list[dict]]]:
+    """Shards of every rank, and those that a dry run builds."""
+    found = {}
+    for name, (model, dtype, layout) in MANY_LAYOUTS.items():
+        config = configure(paths[model], dtype, layout)
+        hf_config = AutoConfig.from_pretrained(config.model.path)
+        found[name] = {
+            kind: [asdict(shard) for shard in build_shards(config, hf_config, MANY, ranks=ranks)]
+            for kind, ranks in (("every", range(MANY)), ("distinct", None))
+        }
+    return found
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     device.start_distributed()
@@ -87,4 +111,5 @@ if __name__ == "__main__":
     dist.destroy_process_group()
     if rank == 0:
         with open(sys.argv[4], "w") as file:
-            json.dump({"measured": measured, "planned": plan_all(sys.argv[1:4], size)}, file)
+            planned = {"planned": plan_all(sys.argv[1:4], size), "many": plan_many(sys.argv[1:4])}
+            json.dump({"measured": measured} | planned, file)

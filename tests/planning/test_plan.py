@@ -61,6 +61,7 @@ IMPOSSIBLE = {
 }
 OTHERS = {
     "launch script": case("llama_70b", 64, [], "--server-gpus", "8"),
+    "llama 32k": case("llama_70b_32k", 64, []),
     "wrong": case("llama_70b", 64, ["parallel.tensor=3"]),
     "proposals": case("tiny", 8, [], "--propose", "3", "--picture", "PICTURE", gpu="H200"),
     "links": case(
@@ -96,6 +97,16 @@ def test_impossible_layouts_do_not(results: dict[str, dict], name: str) -> None:
     assert "DOES NOT FIT in 84.9 GB" in results[name]["out"]
 
 
+def test_responses_of_32k_fit_on_context_ranks(results: dict[str, dict]) -> None:
+    found = results["llama 32k"]
+    assert found["status"] == 0, found["out"] + found["err"]
+    plan = found["figures"]["plan"]
+    assert plan["layout"] == "TP 8 SP, CP 2 of 24,576 rows, PP 4, DP 1, recompute full"
+    assert plan["traffic"]["context"] > 0 and plan["seconds"]["context_traffic"] > 0
+    assert plan["context_imbalance"] < 1.1
+    assert all(rank["shared_keys"] > 0 for rank in plan["memory"])
+
+
 def test_a_mistake_is_one_line(results: dict[str, dict]) -> None:
     assert results["wrong"]["status"] == 2
     (line,) = results["wrong"]["err"].splitlines()
@@ -121,6 +132,7 @@ def test_proposals_with_experts_are_what_start_up_accepts(
     for other in results["experts"]["figures"]["proposals"]:
         config = parse_config(["--config", f"{CONFIGS}/tiny.yaml", f"model.path={model_dirs['qwen3_moe']}"])
         config.parallel, config.model.recompute = ParallelConfig(**other["parallel"]), other["recompute"]
+        config.train.max_tokens_per_microbatch = other["max_tokens_per_microbatch"]
         validate(config, 8)
         transformer_config(AutoConfig.from_pretrained(config.model.path), config)
         proposed.add((config.parallel.tensor, config.parallel.pipeline, config.parallel.expert))

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from planning.state_worker import LAYOUTS
+from planning.state_worker import LAYOUTS, MANY_LAYOUTS
 from support.models import make_model
 from support.torchrun import torchrun
 
@@ -28,3 +28,12 @@ def found(tmp_path_factory: pytest.TempPathFactory, model_dirs: dict[str, Path])
 def test_planned_bytes_equal_measured_bytes(found: dict, layout: str) -> None:
     measured, planned = found["measured"][layout], found["planned"][layout]
     assert [{name: shard[name] for name in measured[0]} for shard in planned] == measured
+
+
+@pytest.mark.parametrize("layout", MANY_LAYOUTS)
+def test_a_dry_run_builds_a_rank_of_every_size(found: dict, layout: str) -> None:
+    every, distinct = found["many"][layout]["every"], found["many"][layout]["distinct"]
+    sizes = lambda shards: {(s["pipeline_rank"], s["optimizer_bytes"]) for s in shards}  # noqa: E731
+    assert sizes(distinct) == sizes(every)
+    assert len(distinct) == len(sizes(every)) < len(every)
+    assert all(shard in every for shard in distinct)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.layout import row_batch
 from torch import Tensor
-from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_bicc import device
 from megatron_bicc.config import Config
@@ -30,6 +30,16 @@ MODELS = {
         head_dim=32,
         tie_word_embeddings=True,
         architectures=["Qwen3ForCausalLM"],
+    ),
+    "experts": Qwen3MoeConfig(
+        **SHAPE,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=16,
+        num_experts_per_tok=4,
+        moe_intermediate_size=96,
+        norm_topk_prob=True,
+        architectures=["Qwen3MoeForCausalLM"],
     ),
     "tiny": AutoConfig.from_pretrained(Path(__file__).parents[2] / "examples/tiny_policy"),
 }
@@ -69,6 +79,8 @@ def measure(module: PolicyModel) -> int:
         ("qwen3", "float32", "selective"),
         ("llama", "bfloat16", "full"),
         ("tiny", "float32", "none"),
+        ("experts", "bfloat16", "none"),
+        ("experts", "float32", "selective"),
     ],
 )
 def test_saved_bytes_equal_a_forward_pass(

@@ -72,7 +72,7 @@ def config() -> Config:
 
 
 def shard(pipeline_rank: int) -> Shard:
-    return Shard(8 * pipeline_rank, pipeline_rank, 0, (1, 5), 30_000, 60_000, 120_000, 50_000)
+    return Shard(8 * pipeline_rank, pipeline_rank, (1, 5), 30_000, 60_000, 120_000, 0, 0, 50_000)
 
 
 @pytest.fixture
@@ -121,13 +121,26 @@ def test_memory_of_the_first_and_the_last_stage(config: Config) -> None:
 
 
 def test_peak_is_training_or_sending(config: Config) -> None:
-    memory = Memory(0, 1, 2, 3, activations=50, logits=7, sync_bucket=40, reserve=10)
+    memory = Memory(0, 1, 2, 3, activations=50, logits=7, shared_keys=5, sync_bucket=40, reserve=10)
     assert memory.peak == 16 + 57
+    assert replace(memory, shared_keys=9).peak == 16 + 59  # attention is not computed along with logits
     assert replace(memory, sync_bucket=60).peak == 16 + 60
 
 
+def test_context_ranks_hold_gathered_keys_of_one_layer(config: Config) -> None:
+    """Two key-value heads of 8 channels on a tensor rank, 2 x 16 numbers a row, of 4 x 128 rows: keys and
+    values, their gradients, and those as sent and as received, in bf16, and once in fp32."""
+    alone = memory_of(shard(0), SIZES, config, 64, CLUSTER)
+    config.parallel.context = 4
+    found = memory_of(shard(0), SIZES, config, 64, CLUSTER)
+    assert alone.shared_keys == 0
+    assert found.shared_keys == 4 * 128 * 32 * (4 * 2 + 4)
+    # max_tokens_per_microbatch is of one context rank
+    assert found.activations == alone.activations
+
+
 def test_room_for_keys_and_values() -> None:
-    fullest = Memory(0, 60_000, 120_000, 50_000, 0, 0, 0, 1_000_000)
+    fullest = Memory(0, 60_000, 120_000, 50_000, 0, 0, 0, 0, 1_000_000)
     kv = kv_space(fullest, SIZES, CLUSTER, server_gpus=4)
     assert kv.server_weights == 2 * PARAMETERS // 4
     assert kv.free == 10_000_000 - 1_230_000 - 500_000
@@ -150,16 +163,38 @@ def test_host_memory_of_a_checkpoint(config: Config, tensor: int, pipeline: int,
     assert found.peak == first_ranks * 30_000 * (12 + 8) + 8 * 30_000 * 12 // data
 
 
+def test_host_memory_of_a_checkpoint_with_experts(config: Config) -> None:
+    """Of 32 ranks in 4 stages, 8 a host: the first 2 of a stage keep dense weights, the first 4 the experts',
+    here two thirds; all 8 copy their part of a group's state first: of 4 ranks, and of 2."""
+    config.parallel.expert = 4
+    of_experts = replace(shard(0), expert_weight_bytes=40_000, expert_gradient_bytes=80_000)
+    found = checkpoint_memory(of_experts, config, WORLD_SIZE, CLUSTER)
+    assert found.kept == (2 * 10_000 + 4 * 20_000) * (12 + 2)
+    assert found.peak == (2 * 10_000 + 4 * 20_000) * (12 + 8) + 8 * 12 * (10_000 // 4 + 20_000 // 2)
+
+
 def test_seconds_of_a_sync(config: Config, plan: Plan) -> None:
     """Half of each tensor comes from the other tensor rank, all of it from another stage."""
-    gathered = PARAMETERS / 10 + 2 * PARAMETERS / 5  # at 10 and 5 bytes/s
+    gathered = PARAMETERS / 8e5 + 2 * PARAMETERS / 8e4  # 80 % of a host's link, and of the network
     rates = {"tensor": 4e5, "distributed": 2e5, "disk": 3e5}
     sent = {method: 2 * PARAMETERS / rate for method, rate in rates.items()}
     for config.weight_sync.method, seconds in sent.items():
-        found = sync_seconds(plan.traffic, config, CLUSTER, inside=10, outside=5)
+        found = sync_seconds(plan.traffic, SIZES, config, CLUSTER, WORLD_SIZE)
         assert found == pytest.approx(gathered + seconds)
     config.parallel.tensor = config.parallel.pipeline = 1
-    assert sync_seconds(plan.traffic, config, CLUSTER, 10, 5) == pytest.approx(sent["disk"])
+    found = sync_seconds(plan.traffic, SIZES, config, CLUSTER, WORLD_SIZE)
+    assert found == pytest.approx(sent["disk"])
+
+
+def test_seconds_of_a_sync_of_experts(config: Config) -> None:
+    """16 expert-parallel ranks, on two hosts, have 15/16 of the experts that a rank has not."""
+    p = config.parallel
+    p.tensor, p.pipeline, p.virtual_pipeline, p.expert = 1, 1, 1, 16
+    sizes = replace(SIZES, experts=16, experts_a_token=3)
+    assert sizes.expert_parameters == 8 * 16 * 3 * 64 * 96
+    traffic = traffic_of(sizes, config, WORK, shard(0), WORLD_SIZE, updates=1)
+    seconds = 2 * sizes.expert_parameters * 15 / 16 / 8e4 + 2 * sizes.parameters / 4e5
+    assert sync_seconds(traffic, sizes, config, CLUSTER, WORLD_SIZE) == pytest.approx(seconds)
 
 
 def test_flops_of_a_step(config: Config) -> None:
@@ -171,27 +206,52 @@ def test_flops_of_a_step(config: Config) -> None:
 
 def test_traffic(config: Config) -> None:
     """A stage has two layers; a row of the residual stream has 128 bytes."""
-    found = traffic_of(SIZES, config, WORK, shard(0), data_parallel=4, updates=2)
+    found = traffic_of(SIZES, config, WORK, shard(0), WORLD_SIZE, updates=2)
     # four collectives a layer forward; six backward, and forward again; a rank sends half of each
     assert found.tensor == 2 * 128 * (4 * 1000 + (4 + 6 + 4) * 3000) // 2
     # once a chunk, by each rank its half of the rows: forward, and the gradients back
     assert found.pipeline == 2 * 128 * (1000 + 2 * 3000) // 2
     # gradients scattered and weights gathered at each update
     assert found.data == 2 * (120_000 + 60_000) * 3 // 4
-    assert found.expert == 0
+    assert found.expert == found.context == 0
     assert found.sync == 2 * PARAMETERS
     config.parallel.sequence, config.model.recompute, config.parallel.pipeline = False, "none", 1
-    found = traffic_of(SIZES, config, WORK, shard(0), data_parallel=1, updates=2)
+    found = traffic_of(SIZES, config, WORK, shard(0), world_size=2, updates=2)
     assert found.tensor == 8 * 128 * (4 * 1000 + (4 + 4) * 3000) // 2
     assert (found.pipeline, found.data) == (0, 0)
 
 
+def test_traffic_of_context_ranks(config: Config) -> None:
+    """Keys and values of 2 heads of 8, bf16, 64 bytes a row, go to three others in each layer: in the forward
+    pass, in the backward pass, and in the one that recomputes; once their gradients come back."""
+    config.parallel.context = 4
+    work = Work(replace(WORK.forward, shared_rows=100), replace(WORK.train, shared_rows=300))
+    found = traffic_of(SIZES, config, work, shard(0), WORLD_SIZE, updates=2)
+    assert found.context == 2 * 3 * 64 * (100 + (1 + 1 + 2) * 300)
+    # the optimizer is sharded over data- and context-parallel ranks, as many as without context parallel
+    assert found.data == 2 * (120_000 + 60_000) * 3 // 4
+    config.model.recompute = "none"
+    found = traffic_of(SIZES, config, work, shard(0), WORLD_SIZE, updates=2)
+    assert found.context == 2 * 3 * 64 * (100 + (1 + 2) * 300)
+
+
 def test_traffic_of_experts(config: Config) -> None:
-    """Three experts a token on two ranks: half of the routed rows go out and come back, per layer."""
+    """Three experts a token on two ranks: half of the routed rows go out and come back, per layer, and in the
+    pass that recomputes; the experts' weights are shared by half as many ranks as expert parallel leaves."""
     config.parallel.expert = 2
     sizes = replace(SIZES, experts=8, experts_a_token=3)
-    found = traffic_of(sizes, config, WORK, shard(0), data_parallel=4, updates=1)
-    assert found.expert == 2 * 2 * 128 * (3 * (1000 + 2 * 3000) // 2) // 2
+    of_experts = replace(shard(0), expert_weight_bytes=40_000, expert_gradient_bytes=80_000)
+    found = traffic_of(sizes, config, WORK, of_experts, WORLD_SIZE, updates=1)
+    assert found.expert == 2 * 2 * 128 * (3 * (1000 + 3 * 3000) // 2) // 2
+    # experts take the rows that sequence parallel leaves a rank: only attention gathers and scatters
+    assert found.tensor == 2 * 128 * (2 * 1000 + (2 + 3 + 2) * 3000) // 2
+    assert found.data == 60_000 * 3 // 4 + 120_000 * 3 // 4
+    config.parallel.expert = 8
+    found = traffic_of(sizes, config, WORK, of_experts, WORLD_SIZE, updates=1)
+    assert found.data == 60_000 * 3 // 4  # every rank of a stage has other experts
+    config.model.recompute = "none"
+    found = traffic_of(sizes, config, WORK, of_experts, WORLD_SIZE, updates=1)
+    assert found.expert == 2 * 2 * 128 * (3 * (1000 + 2 * 3000) // 2) * 7 // 8
 
 
 def test_seconds_of_a_step(plan: Plan, step: SyntheticStep) -> None:
@@ -204,7 +264,8 @@ def test_seconds_of_a_step(plan: Plan, step: SyntheticStep) -> None:
     assert seconds.compute == pytest.approx(busy * (plan.micro_batches + idle) / plan.micro_batches)
     assert seconds.tensor_traffic == pytest.approx(traffic.tensor / (1e6 * 0.8))
     assert seconds.pipeline_traffic == pytest.approx(traffic.pipeline / (1e5 * 0.8))
-    assert seconds.data_traffic == pytest.approx(traffic.data / (1e5 * 0.8))
+    # a stage's ranks are one host's
+    assert seconds.data_traffic == pytest.approx(traffic.data / (1e6 * 0.8))
     # gathered over tensor ranks and from a stage, then through shared memory
     gathered = PARAMETERS / (1e6 * 0.8) + 2 * PARAMETERS / (1e5 * 0.8)
     assert seconds.sync == pytest.approx(gathered + 2 * PARAMETERS / 4e5)
@@ -229,6 +290,7 @@ def test_tokens_and_fit(plan: Plan, step: SyntheticStep) -> None:
 def test_only_layouts_that_fit_are_proposed(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """With shards of a given size, so that no process group is needed."""
     monkeypatch.setattr(planning, "build_shards", lambda *_, **__: [shard(0), shard(3)])
+    monkeypatch.setattr(planning, "MIN_ROWS", 32)
     small = replace(CLUSTER, gpu=replace(CLUSTER.gpu, memory_bytes=3.2e6))
     common = (config, HF_CONFIG, WORLD_SIZE)
     every, fitting = (
@@ -245,3 +307,28 @@ def test_only_layouts_that_fit_are_proposed(config: Config, monkeypatch: pytest.
     for plan in every:
         p = plan.config.parallel
         assert p.sequence == (p.tensor > 1) and p.virtual_pipeline <= max(1, 8 // p.pipeline)
+        # a micro-batch has as many rows on any number of context ranks, and each of them at least MIN_ROWS
+        assert p.context * plan.config.train.max_tokens_per_microbatch == 128
+        assert p.context * p.tensor * p.pipeline * plan.data_parallel == WORLD_SIZE
+    assert {plan.config.parallel.context for plan in every} == {1, 2, 4}
+    assert min(plan.fullest.activations for plan in every if plan.config.parallel.context == 4) < min(
+        plan.fullest.activations for plan in every if plan.config.parallel.context == 1
+    )
+
+
+def test_context_parallel_is_judged(plan: Plan) -> None:
+    """By the fastest layout of each number of context ranks; plans come with the fastest first."""
+    longer = replace(
+        plan,
+        config=replace(plan.config, parallel=replace(plan.config.parallel, context=2)),
+        seconds=replace(plan.seconds, compute=plan.seconds.compute - 30, context_traffic=10),
+    )
+    slower = replace(longer, seconds=replace(longer.seconds, compute=plan.seconds.compute))
+    *lines, judgement = planning.by_context([longer, plan, slower]).splitlines()
+    assert [line.split()[0] for line in lines] == ["CP", "1", "2"]
+    assert judgement == (
+        "context parallel helps: 2 ranks against 1 change -20.0 s (compute -30.0, context traffic +10.0)"
+    )
+    assert "does not help: 2 ranks against 1 change +10.0 s" in planning.by_context([plan, slower])
+    assert planning.by_context([plan]).endswith("context parallel: no layout with it fits")
+    assert "is needed: no layout without it fits; 2 ranks" in planning.by_context([longer, slower])

@@ -1,5 +1,7 @@
 """Tests the plan's rows, pairs and FLOPs against the packer, a brute-force mask and torch's counter."""
 
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
-from megatron_bicc.planning.cost import Load, Sizes, forward_flops, in_flight, load_of, work_of
+from megatron_bicc.planning.cost import (
+    Load,
+    Sizes,
+    context_imbalance,
+    forward_flops,
+    in_flight,
+    load_of,
+    work_of,
+)
 from megatron_bicc.planning.synthetic import UnknownTokenizer, draw_rollouts, synthetic_step
 from megatron_bicc.training.batch import packing_settings
 
@@ -97,6 +107,40 @@ def test_pairs_are_those_of_the_attention_mask() -> None:
         cross = response[:, None] & (row < batch.num_prefix_rows) & (side[:, None] == side)
         pairs += int((own | cross).sum())
     assert load_of(update.trained["bilateral"]).pairs == pairs
+
+
+def test_context_ranks_have_the_pairs_of_their_rows() -> None:
+    """Row by row: a row of a prefix attends to its segment up to itself, one of a response also to its
+    prefix. What is shared: rows of prefixes, and of segments that several context ranks hold."""
+    config = make_config(parallel__context=4, train__max_tokens_per_microbatch=100, parallel__tensor=2)
+    config.parallel.sequence = True
+    step = synthetic_step(config, LLAMA, UnknownTokenizer(), data_parallel=1)
+    (update,) = step.updates
+    plan, busiest, costs = update.trained["bilateral"], [], []
+    assert any(len(set(c.segment_W)) < len(c.segment_W) for batch in plan.ranks[0] for c in batch.chunks)
+    for batch in plan.ranks[0]:
+        prefixes = np.diff(batch.cu_prefix).tolist()
+        sides = [side for side, rows in enumerate(np.diff(batch.cu_response_side)) for _ in range(rows)]
+        before = [0] * len(prefixes) + [prefixes[sides[first]] for first in batch.cu_response[:-1].tolist()]
+        held = [set(own.segment_W.tolist()) for own in batch.chunks]
+        shared = {s for s in range(len(before)) if s < len(prefixes) or sum(s in own for own in held) > 1}
+        loads = []
+        for own in batch.chunks:
+            pairs = shared_rows = response_rows = rows = 0
+            for segment, start, length in zip(own.segment_W, own.start_W, own.length_W, strict=True):
+                pairs += sum(before[segment] + row + 1 for row in range(start, start + length))
+                shared_rows += length * (segment in shared)
+                response_rows += length * (segment >= len(prefixes))
+                rows += length
+            pairs += sum(range(own.num_rows - rows + 1))  # padding attends to itself
+            loads.append((own.num_rows, response_rows, pairs, shared_rows))
+        assert sum(load[0] for load in loads) == batch.num_rows
+        cost = [pairs + plan.settings.token_cost * rows for rows, _, pairs, _ in loads]
+        costs.append((max(cost), sum(cost) / 4))
+        most = max(load[3] for load in loads)
+        busiest.append((1, *loads[cost.index(max(cost))][:3], most))
+    assert astuple(load_of(plan)) == tuple(map(sum, zip(*busiest, strict=True)))
+    assert context_imbalance(step) == pytest.approx(np.sum(costs, 0)[0] / np.sum(costs, 0)[1])
 
 
 def test_lengths_have_the_given_mean_and_spread() -> None:

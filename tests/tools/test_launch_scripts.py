@@ -50,9 +50,16 @@ def test_llama_70b_on_paper(doubles: Path) -> None:
     8 ranks, and two norms of 8192 on each; stage 0 has an eighth of the embedding's 128,256 x 8192 too."""
     out = dry_run(doubles, "run_bicc_70b.sh", "parallel.virtual_pipeline=4")
     assert "64 processes: tensor 8 with sequence parallel, pipeline 4 x 4 chunks, data 2, expert 1" in out
-    assert "8 distinct shards" in out and "stage 1: layers 6-10, 26-30, 46-50, 66-70, " in out
+    assert "shards of 4 sizes" in out and "stage 1: layers 6-10, 26-30, 46-50, 66-70, " in out
     layers = 20 * ((150_994_944 + 704_643_072) // 8 + 2 * 8192)
     assert f"{layers + 128256 * 8192 // 8:,} parameters" in out
+    assert "synthetic step: 32 groups of 8" in out
+
+
+def test_llama_70b_at_32k_on_paper(doubles: Path) -> None:
+    """The longest sequence, of 49,152 rows, is shared by two context ranks."""
+    out = dry_run(doubles, "run_bicc_70b.sh", MODEL="llama_32k")
+    assert "64 processes: tensor 8 with sequence parallel, context 2, pipeline 4, data 1, expert 1" in out
     assert "synthetic step: 32 groups of 8" in out
 
 
@@ -188,7 +195,7 @@ def test_slurm_names_nodes_and_ranks(doubles: Path) -> None:
 @pytest.mark.parametrize(
     ("variables", "part"),
     [
-        ({"MODEL": "gpt"}, "MODEL is gpt; it must be llama or qwen"),
+        ({"MODEL": "gpt"}, "MODEL is gpt; it must be llama, llama_32k or qwen"),
         ({"ROLLOUT": "elsewhere"}, "ROLLOUT is elsewhere; it must be colocate, split or attach"),
         ({"ROLLOUT": "attach"}, "needs SERVERS"),
         ({"SERVER_GPUS": "3"}, "SERVER_GPUS=3 does not divide GPUS_PER_NODE=8"),
