@@ -24,8 +24,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_bicc.config import Config
+from megatron_bicc.errors import UserError
 from megatron_bicc.model.attention import SharedPrefixCoreAttention
 from megatron_bicc.model.families import (
+    Family,
     check_layout,
     family_of,
     head_dim,
@@ -35,6 +37,7 @@ from megatron_bicc.model.families import (
 from megatron_bicc.model.gradient_sketch import GradientSketch
 from megatron_bicc.model.log_probs import VocabParallelLogProbs, VocabShard
 from megatron_bicc.model.megatron_settings import megatron_core_config
+from megatron_bicc.model.moe_router import PolicyRouter
 from megatron_bicc.model.packed_batch import PackedBatch
 
 Backend = Literal["Transformer Engine", "apex", "local"]
@@ -76,6 +79,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
     """
     family = family_of(hf_config)
     check_layout(hf_config, config.parallel)
+    _check_router_losses(config, family)
     dtype = getattr(torch, config.model.dtype)
     _, rope_factor = rotary_frequencies(hf_config)
     found = megatron_core_config(
@@ -125,6 +129,14 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
     return found
 
 
+def _check_router_losses(config: Config, family: Family) -> None:
+    """Raises UserError for a loss of routers if the model has none."""
+    for name in ("load_balancing_coefficient", "z_loss_coefficient"):
+        coefficient = getattr(config.loss, name)
+        if coefficient and not family.experts:
+            raise UserError(f"loss.{name} is {coefficient}; the model has no experts: set it to 0")
+
+
 def _leave(weight: Tensor) -> None:
     """Leaves a new weight's memory as it is."""
 
@@ -154,7 +166,7 @@ def _experts(hf_config: PretrainedConfig) -> dict[str, Any]:
         "moe_ffn_hidden_size": hf_config.moe_intermediate_size,
         "moe_router_pre_softmax": True,
         "moe_router_dtype": "fp32",
-        # no auxiliary loss: the policy gradient is the only one
+        # its losses are of micro-batches; those of PolicyRouter are of the whole step
         "moe_router_load_balancing_type": "none",
         "moe_grouped_gemm": backend() == "Transformer Engine",
     }
@@ -186,6 +198,8 @@ def layer_specs(megatron_config: TransformerConfig, vp_stage: int | None) -> Tra
         norm = rms_norm()
         layer = _local_layer(c, norm)
     layer.submodules.self_attention.submodules.core_attention = SharedPrefixCoreAttention
+    if c.num_moe_experts:
+        layer.submodules.mlp.submodules.router = PolicyRouter
     layers = get_num_layers_to_build(c, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
@@ -271,9 +285,16 @@ class PolicyModel(GPTModel):
         self.true_vocab_size = hf_config.vocab_size
         self.sketch: GradientSketch | None = None
         """Set while a backward pass's gradients of the output layer are to be sketched; last stage only"""
+        experts = megatron_config.num_moe_experts
+        self.routers: list[PolicyRouter] = [x.mlp.router for x in self.decoder.layers] if experts else []
+        """Of this chunk's layers"""
 
     def run(self, packed: PackedBatch) -> Tensor:
         """Runs the forward pass of a packed micro-batch."""
+        if any(router.active for router in self.routers):
+            own_N = self._rows_of_routers(packed.router_weight_N())
+            for router in self.routers:
+                router.start(own_N)
         return self(
             input_ids=packed.tokens_N[None],
             position_ids=packed.positions_N[None],
@@ -281,6 +302,11 @@ class PolicyModel(GPTModel):
             labels=packed.labels_A,
             packed_seq_params=packed,
         )
+
+    def _rows_of_routers(self, values_N: Tensor) -> Tensor:
+        """Returns the values of the rows that this rank routes: sequence parallel splits all."""
+        group = parallel_state.get_tensor_model_parallel_group()
+        return values_N.chunk(group.size())[group.rank()] if self.config.sequence_parallel else values_N
 
     def output_weight(self) -> Tensor:
         """Returns this rank's rows of the output layer, [padded vocabulary / TP, hidden]; last stage only."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_bicc.model.segments import Segments, upload_segments
 from megatron_bicc.packing.pack_cuda import DeviceRows
@@ -46,6 +47,13 @@ class PackedBatch(PackedSeqParams):
     """Every segment attends to itself, causally"""
     cross: Segments
     """Every response attends to its side's prefix"""
+    router_weight: float = 1.0
+    """Weight of each response row in the routers' losses and counts, times its scale"""
+
+    def router_weight_N(self) -> Tensor:
+        """Returns every row's weight in the routers' losses and counts: float32 [N], 0 but for responses."""
+        rows, count = self.response_rows, len(self.tokens_N)
+        return pad(self.scale_A * self.router_weight, (rows.start, count - rows.stop))
 
     @classmethod
     def make(cls, batch: MicroBatch, device: torch.device) -> "PackedBatch":

@@ -43,8 +43,9 @@ class Step:
 class OffPolicyLearner(Learner):
     """Uses the engine's log-probs as the old policy's: ratios differ from 1, so that clipping acts."""
 
-    def _log_probs(self, batch: StepBatch, plain: PackedLayout) -> TokenLogProbs:
-        return replace(super()._log_probs(batch, plain), old_T=batch.rollout_logp_T)
+    def _log_probs(self, batch: StepBatch, plain: PackedLayout) -> tuple[TokenLogProbs, torch.Tensor]:
+        log_probs, load_XY = super()._log_probs(batch, plain)
+        return replace(log_probs, old_T=batch.rollout_logp_T), load_XY
 
 
 class Stepper:

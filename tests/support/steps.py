@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -120,6 +119,14 @@ REGULARISED = {
 """Likewise, with KL penalties and entropy bonuses as large as the policy's loss"""
 
 
+ROUTERS = {"loss__load_balancing_coefficient": 0.3, "loss__z_loss_coefficient": 0.02}
+ROUTED = {
+    "grpo_routers": ("grpo", ROUTERS),
+    "bicc_routers_mixed": ("bicc", ROUTERS | {"bicc__weight": 0.3, "bicc__denominator": "conditioned"}),
+}
+"""Likewise, with the losses of routers"""
+
+
 def hf_model(policy: Policy, directory: Path) -> PreTrainedModel:
     """Returns the policy's weights as a Hugging Face model, after exporting them to the new `directory`."""
     directory.mkdir()
@@ -157,9 +164,14 @@ def hf_gradients(policy: Policy) -> dict[str, torch.Tensor]:
 
     Overwrites the policy's weights with them.
     """
-    group = parallel_state.get_data_parallel_group()
-    for bucket in (b for chunk in policy.chunks for some in chunk.bucket_groups for b in some.buckets):
-        # each data-parallel rank has the sum in its own share of the buffer
+    buckets = [
+        (buckets.intra_distributed_optimizer_instance_group, bucket)
+        for chunk in policy.chunks
+        for buckets in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
+        for bucket in buckets.buckets
+    ]
+    for group, bucket in buckets:
+        # each rank of the group, another one for experts, has the sum in its own share of the buffer
         own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
         dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
     policy.set_weights(

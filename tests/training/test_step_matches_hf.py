@@ -13,6 +13,7 @@ from support.steps import (
     CASES,
     OUTCOMES,
     REGULARISED,
+    ROUTED,
     TOKENIZER,
     hf_gradients,
     make_config,
@@ -30,8 +31,10 @@ from megatron_bicc.weights.hf_weights import load_policy
 
 EXPERTS = [
     ("qwen3_moe", "bicc_rcc_mixed_conditioned"),
+    ("qwen3_moe", "bicc_routers_mixed"),
     ("qwen3_moe_raw_gates", "grpo"),
     ("qwen3_moe_top1", "grpo"),
+    ("qwen3_moe_top1", "grpo_routers"),
     ("qwen3_moe_top1_raw_gates", "grpo"),
 ]
 FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -118,7 +121,7 @@ def check_step(
     outcomes: Sequence[Sequence[int]] = OUTCOMES,
 ) -> None:
     """`moves`: it is the second update of a batch of rollouts; the first has moved the policy."""
-    algorithm, settings = (CASES | REGULARISED)[case]
+    algorithm, settings = (CASES | REGULARISED | ROUTED)[case]
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     old = perturb(reference)
     config = make_config(model, algorithm, **settings)
