@@ -27,6 +27,7 @@ from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.attention import SharedPrefixCoreAttention
 from megatron_bicc.model.families import (
+    SHARED_EXPERT_SIZE,
     Family,
     check_layout,
     family_of,
@@ -120,7 +121,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
         masked_softmax_fusion=False,
         **_parallel(config),
         **_recompute(config),
-        **(_experts(hf_config) if family.experts else {}),
+        **(_experts(hf_config, family) if family.experts else {}),
     )
     if family.experts:
         # Set after construction: megatron-core refuses top-1 gates that sum to 1, since their router has no
@@ -159,8 +160,12 @@ def _parallel(config: Config) -> dict[str, Any]:
     }
 
 
-def _experts(hf_config: PretrainedConfig) -> dict[str, Any]:
-    return {
+def _experts(hf_config: PretrainedConfig, family: Family) -> dict[str, Any]:
+    shared = {
+        "moe_shared_expert_intermediate_size": getattr(hf_config, SHARED_EXPERT_SIZE, None),
+        "moe_shared_expert_gate": True,
+    }
+    return (shared if family.shared_expert else {}) | {
         "num_moe_experts": hf_config.num_experts,
         "moe_router_topk": hf_config.num_experts_per_tok,
         "moe_ffn_hidden_size": hf_config.moe_intermediate_size,

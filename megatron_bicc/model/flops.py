@@ -37,6 +37,8 @@ class Sizes:
     experts: int
     """0 for a dense model"""
     experts_a_token: int
+    shared_ffn: int
+    """Inner size of the expert that every token passes; 0 without one"""
     vocabulary: int
     qk_norm: bool
     tied: bool
@@ -54,6 +56,7 @@ class Sizes:
             ffn=hf_config.moe_intermediate_size if family.experts else hf_config.intermediate_size,
             experts=hf_config.num_experts if family.experts else 0,
             experts_a_token=hf_config.num_experts_per_tok if family.experts else 0,
+            shared_ffn=hf_config.shared_expert_intermediate_size if family.shared_expert else 0,
             vocabulary=hf_config.vocab_size,
             qk_norm=family.qk_norm,
             tied=hf_config.tie_word_embeddings,
@@ -64,15 +67,22 @@ class Sizes:
         """Weights of a layer that a token is multiplied by: only those of the experts it is routed to."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
         mlps = self.experts_a_token or 1
-        return attention + 3 * self.hidden * self.ffn * mlps + self.hidden * self.experts
+        inner = self.ffn * mlps + self.shared_ffn
+        return attention + 3 * self.hidden * inner + self.hidden * self._gates
 
     @property
     def parameters(self) -> int:
         """Elements of all matrices, without norms and biases."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
-        mlp = 3 * self.hidden * self.ffn * (self.experts or 1) + self.hidden * self.experts
+        inner = self.ffn * (self.experts or 1) + self.shared_ffn
+        mlp = 3 * self.hidden * inner + self.hidden * self._gates
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return self.layers * (attention + mlp) + embeddings
+
+    @property
+    def _gates(self) -> int:
+        """Outputs of a layer's router, and of the shared expert's gate."""
+        return self.experts + bool(self.shared_ffn)
 
     @property
     def kv_bytes_a_token(self) -> int:

@@ -67,6 +67,7 @@ def assert_same(ours: Path, theirs: Path) -> None:
         ("qwen2", torch.float16, "20kB"),
         ("llama3", torch.bfloat16, "20kB"),
         ("qwen3_moe", torch.bfloat16, "20kB"),
+        ("qwen2_moe", torch.bfloat16, "20kB"),
     ],
 )
 def test_round_trip_is_bit_exact(

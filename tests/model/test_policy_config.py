@@ -16,7 +16,7 @@ from megatron_bicc.rollout.local import LocalEngine
 from megatron_bicc.rollout.types import Request, Sampling
 from megatron_bicc.weights.hf_files import load_transformers
 
-FAMILIES = ("llama3", "qwen2", "qwen3_untied", "qwen3_moe")
+FAMILIES = ("llama3", "qwen2", "qwen3_untied", "qwen3_moe", "qwen2_moe")
 TOKENIZER = type("Tokenizer", (), {"eos_token_id": 1, "pad_token_id": 0, "get_added_vocab": dict})
 """Test double: the engine asks a tokenizer for these two ids only."""
 PROMPT = np.random.default_rng(0).integers(2, 100, size=24).astype(np.int32)

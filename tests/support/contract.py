@@ -20,7 +20,7 @@ from megatron_bicc.training.learner import Learner, PackedLayout
 from megatron_bicc.weights.hf_files import SafetensorsDirectory
 from megatron_bicc.weights.hf_weights import HfWeights, load_policy
 from support.models import make_model
-from support.steps import TOKENIZER, hf_gradients, make_config, make_examples, perturb, to_groups
+from support.steps import ROUTED, TOKENIZER, hf_gradients, make_config, make_examples, perturb, to_groups
 
 ALGORITHMS = tuple(f"{preset}{additions}" for preset in PRESETS for additions in ("", "+bicc+rcc"))
 OUTCOMES = (*3 * ((1, 0, 0, 1, 1), (0, 1, 0, 1, 0, 0), (1, 0), (0, 0, 1)), (1, 1, 1))
@@ -38,6 +38,12 @@ class Step:
     gradients: dict[str, torch.Tensor]
     micro_batches: list[int]
     """Number per data-parallel rank, in the bilateral layout if there are two layouts"""
+    experts: dict[str, float]
+    """StepResult.experts"""
+
+
+EXPERT_CASES = {"off": ("grpo", {}), **ROUTED}
+"""Name: (algorithm, settings) of a step of the policy with experts"""
 
 
 class OffPolicyLearner(Learner):
@@ -72,7 +78,7 @@ class Stepper:
         (result,) = learner.step([self.groups[i] for i in order], Stopwatch())
         assert result.trained[0].layout == ("bilateral" if config.bicc.enabled else "plain")
         ranks = result.trained[0].plan.ranks
-        return Step(result.loss, hf_gradients(self.policy), [len(rank) for rank in ranks])
+        return Step(result.loss, hf_gradients(self.policy), [len(rank) for rank in ranks], result.experts)
 
     def _configure(self, algorithm: str) -> Config:
         """Returns a configuration; with BICC and RCC, every other term of the loss is on as well."""
@@ -96,9 +102,28 @@ class Stepper:
                 return found
 
 
+def expert_step(inputs: Path, case: str, tokens: int, **settings: object) -> Step:
+    """Takes a step of the policy with experts, with micro-batches of at most that many tokens."""
+    algorithm, choices = EXPERT_CASES[case]
+    config = make_config(inputs / "experts", algorithm, **(choices | settings))
+    config.train.max_tokens_per_microbatch = tokens
+    policy = load_policy(config)
+    learner = Learner(config, policy, TOKENIZER)
+    HfWeights(policy.hf_config, SafetensorsDirectory(inputs / "experts_moved")).load(policy.modules)
+    examples = torch.load(inputs / "experts.pt", weights_only=False)
+    (result,) = learner.step(to_groups(examples), Stopwatch())
+    ranks = result.trained[0].plan.ranks
+    return Step(result.loss, hf_gradients(policy), [len(rank) for rank in ranks], result.experts)
+
+
 def save_inputs(root: Path) -> None:
-    """Saves the reference policy, the policy in training, which differs from it, and the groups."""
+    """Saves the reference policy, the policy in training, which differs from it, and the groups; of a policy
+    with experts likewise."""
     model = make_model("qwen3_tied")
     model.save_pretrained(root / "reference")
     perturb(model).save_pretrained(root / "moved")
     torch.save(to_groups(make_examples(model, 0.8, OUTCOMES)), root / "groups.pt")
+    experts = make_model("qwen3_moe", layers=4)
+    experts.save_pretrained(root / "experts")
+    perturb(experts).save_pretrained(root / "experts_moved")
+    torch.save(make_examples(experts, 0.8), root / "experts.pt")

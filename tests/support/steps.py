@@ -178,3 +178,20 @@ def hf_gradients(policy: Policy) -> dict[str, torch.Tensor]:
         [parameter.main_grad for module in policy.modules for parameter in module.parameters()]
     )
     return {name: x.clone() for name, x in hf_tensors(policy.modules, policy.hf_config)}
+
+
+FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def named_gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The reference's gradients under the same names; in memory transformers fuses a layer's experts."""
+    found: dict[str, torch.Tensor] = {}
+    for name, gradient in ((n, p.grad) for n, p in model.named_parameters() if p.grad is not None):
+        experts, _, kind = name.rpartition(".")
+        if kind not in FUSED_EXPERTS:
+            found[name] = gradient
+            continue
+        for e, expert in enumerate(gradient):
+            names = [f"{experts}.{e}.{part}.weight" for part in FUSED_EXPERTS[kind]]
+            found |= zip(names, expert.chunk(len(names)), strict=True)
+    return found

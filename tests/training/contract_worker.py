@@ -1,9 +1,10 @@
-"""Run by torchrun on two processes: one optimizer step of every preset under data, tensor, pipeline parallel.
+"""Run by torchrun on two processes: one optimizer step of every preset under data, tensor, pipeline parallel,
+and of a policy with experts.
 
 torchrun --nproc-per-node 2 contract_worker.py INPUTS OUT
 
-INPUTS: written by support.contract.save_inputs. Rank 0 writes {(layout, algorithm): support.contract.Step} to
-OUT.
+INPUTS: written by support.contract.save_inputs. Rank 0 writes {(layout, algorithm or case):
+support.contract.Step} to OUT.
 """
 
 import sys
@@ -15,7 +16,7 @@ from megatron.core import parallel_state
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.contract import ALGORITHMS, Stepper
+from support.contract import ALGORITHMS, EXPERT_CASES, Stepper, expert_step
 
 from megatron_bicc import device
 from megatron_bicc.config import Config, ParallelConfig
@@ -23,6 +24,23 @@ from megatron_bicc.model.policy import start_model_parallel
 
 LAYOUTS = {"dp2": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}
 MICRO_BATCHES = 3
+PP2 = {"parallel__pipeline": 2}
+EXPERT_LAYOUTS = {
+    "dp2": {},
+    "ep2": {"parallel__expert": 2, "model__recompute": "selective"},
+    "tp2_ep2": {"parallel__tensor": 2, "parallel__sequence": True, "parallel__expert": 2},
+    "pp2": PP2 | {"model__recompute": "full"},
+    # the experts of a layer are recomputed without the rest of it
+    "vpp2": PP2
+    | {
+        "parallel__virtual_pipeline": 2,
+        "model__recompute": "selective",
+        "megatron__transformer": {"recompute_modules": ["moe"]},
+    },
+}
+"""Settings as section__name, by layout of the policy with experts"""
+TOKENS = 256
+"""Of their micro-batches, of which there are several"""
 
 
 def main(inputs: Path, out: str) -> None:
@@ -33,6 +51,13 @@ def main(inputs: Path, out: str) -> None:
         start_model_parallel(Config(parallel=ParallelConfig(**parallel)))
         stepper = Stepper(inputs, **parallel)
         found |= {(name, algorithm): stepper.step(algorithm, MICRO_BATCHES) for algorithm in ALGORITHMS}
+        parallel_state.destroy_model_parallel()
+    for name, settings in EXPERT_LAYOUTS.items():
+        parallel = {
+            key.split("__")[1]: value for key, value in settings.items() if key.startswith("parallel")
+        }
+        start_model_parallel(Config(parallel=ParallelConfig(**parallel)))
+        found |= {(name, case): expert_step(inputs, case, TOKENS, **settings) for case in EXPERT_CASES}
         parallel_state.destroy_model_parallel()
     if dist.get_rank() == 0:
         torch.save(found, out)

@@ -18,6 +18,7 @@ from support.steps import (
     hf_gradients,
     make_config,
     make_examples,
+    named_gradients,
     perturb,
     second_update,
     to_groups,
@@ -33,25 +34,11 @@ EXPERTS = [
     ("qwen3_moe", "bicc_rcc_mixed_conditioned"),
     ("qwen3_moe", "bicc_routers_mixed"),
     ("qwen3_moe_raw_gates", "grpo"),
+    ("qwen2_moe", "bicc_rcc_mixed_conditioned"),
     ("qwen3_moe_top1", "grpo"),
     ("qwen3_moe_top1", "grpo_routers"),
     ("qwen3_moe_top1_raw_gates", "grpo"),
 ]
-FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-
-
-def named_gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The reference's gradients under the same names; in memory transformers fuses a layer's experts."""
-    found: dict[str, torch.Tensor] = {}
-    for name, gradient in ((n, p.grad) for n, p in model.named_parameters() if p.grad is not None):
-        experts, _, kind = name.rpartition(".")
-        if kind not in FUSED_EXPERTS:
-            found[name] = gradient
-            continue
-        for e, expert in enumerate(gradient):
-            names = [f"{experts}.{e}.{part}.weight" for part in FUSED_EXPERTS[kind]]
-            found |= zip(names, expert.chunk(len(names)), strict=True)
-    return found
 
 
 @pytest.mark.parametrize("moves", [False, True])
