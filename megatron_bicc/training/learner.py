@@ -346,9 +346,7 @@ class Learner:
             grad_norm=grad_norm,
             passes=update.passes,
             gradient=gradient,
-            experts=expert_statistics(
-                update.load_XY.cpu().numpy(), None if routers is None else routers.values_X2.cpu().numpy()
-            ),
+            experts=expert_statistics(update.load_XY, None if routers is None else routers.values_X2),
         )
 
     def _ratio(self, update: Update, layout: Layout, found: list[tuple[TrainBatch, Tensor]]) -> RatioTokens:

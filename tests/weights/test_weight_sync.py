@@ -204,7 +204,7 @@ def as_served(tensors: dict, config: PretrainedConfig, size: int, rank: int) -> 
             if f"{mlp}down_proj.weight" in tensors:
                 name = f"{mlp[:-1]}_gate.weight"
                 found[name] = tensors[name]
-                inner = config.shared_expert_intermediate_size
+                inner = math.ceil(config.shared_expert_intermediate_size / 32 / size) * 32 * size
         if f"{mlp}down_proj.weight" in tensors:
             gate_up = [rows(tensors[f"{mlp}{x}_proj.weight"], inner) for x in ("gate", "up")]
             found[f"{mlp}gate_up_proj.weight"] = torch.cat(gate_up)
