@@ -36,6 +36,7 @@ OTHER: dict[str, list[Any]] = {
     "is_causal": [False],
     "decoder_sparse_step": [2],
     "mlp_only_layers": [[0]],
+    "qkv_bias": [False],
     "transformers_weights": ["other.safetensors"],
     "quantization_config": [{"quant_method": "fp8"}, {"quant_method": "gptq", "bits": 4}, {}, "int8"],
     "compression_config": [{"quant_method": "compressed-tensors"}],
@@ -126,6 +127,7 @@ POLICY_READS = {
     "num_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
+    "shared_expert_intermediate_size",
     "norm_topk_prob",
 }
 """Entries that the policy is built from: the tests of logits change these"""

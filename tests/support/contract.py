@@ -42,8 +42,12 @@ class Step:
     """StepResult.experts"""
 
 
-EXPERT_CASES = {"off": ("grpo", {}), **ROUTED}
-"""Name: (algorithm, settings) of a step of the policy with experts"""
+EXPERT_CASES = {
+    "off": ("qwen3_moe", "grpo", {}),
+    "routers": ("qwen3_moe", *ROUTED["bicc_routers_mixed"]),
+    "shared": ("qwen2_moe", *ROUTED["grpo_routers"]),
+}
+"""Name: (model, algorithm, settings) of a step of a policy with experts; shared: with one for all tokens"""
 
 
 class OffPolicyLearner(Learner):
@@ -103,27 +107,28 @@ class Stepper:
 
 
 def expert_step(inputs: Path, case: str, tokens: int, **settings: object) -> Step:
-    """Takes a step of the policy with experts, with micro-batches of at most that many tokens."""
-    algorithm, choices = EXPERT_CASES[case]
-    config = make_config(inputs / "experts", algorithm, **(choices | settings))
+    """Takes a step of a policy with experts, with micro-batches of at most that many tokens."""
+    model, algorithm, choices = EXPERT_CASES[case]
+    config = make_config(inputs / model, algorithm, **(choices | settings))
     config.train.max_tokens_per_microbatch = tokens
     policy = load_policy(config)
     learner = Learner(config, policy, TOKENIZER)
-    HfWeights(policy.hf_config, SafetensorsDirectory(inputs / "experts_moved")).load(policy.modules)
-    examples = torch.load(inputs / "experts.pt", weights_only=False)
+    HfWeights(policy.hf_config, SafetensorsDirectory(inputs / f"{model}_moved")).load(policy.modules)
+    examples = torch.load(inputs / f"{model}.pt", weights_only=False)
     (result,) = learner.step(to_groups(examples), Stopwatch())
     ranks = result.trained[0].plan.ranks
     return Step(result.loss, hf_gradients(policy), [len(rank) for rank in ranks], result.experts)
 
 
 def save_inputs(root: Path) -> None:
-    """Saves the reference policy, the policy in training, which differs from it, and the groups; of a policy
+    """Saves the reference policy, the policy in training, which differs from it, and the groups; of policies
     with experts likewise."""
     model = make_model("qwen3_tied")
     model.save_pretrained(root / "reference")
     perturb(model).save_pretrained(root / "moved")
     torch.save(to_groups(make_examples(model, 0.8, OUTCOMES)), root / "groups.pt")
-    experts = make_model("qwen3_moe", layers=4)
-    experts.save_pretrained(root / "experts")
-    perturb(experts).save_pretrained(root / "experts_moved")
-    torch.save(make_examples(experts, 0.8), root / "experts.pt")
+    for name in {name for name, _, _ in EXPERT_CASES.values()}:
+        model = make_model(name, layers=4)
+        model.save_pretrained(root / name)
+        perturb(model).save_pretrained(root / f"{name}_moved")
+        torch.save(make_examples(model, 0.8), root / f"{name}.pt")

@@ -39,8 +39,8 @@ EXPERT_LAYOUTS = {
     },
 }
 """Settings as section__name, by layout of the policy with experts"""
-TOKENS = 256
-"""Of their micro-batches, of which there are several"""
+TOKENS = 100
+"""Of its micro-batches, of which there are several"""
 
 
 def main(inputs: Path, out: str) -> None:
