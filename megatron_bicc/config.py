@@ -201,6 +201,10 @@ class LossConfig:
     """Penalise every token in the loss, also in groups without contrast; or subtract from the reward."""
     entropy_coefficient: float = setting(0.0, at_least=0)
     """Weight of the entropy bonus, also in groups without contrast; 0 is off."""
+    load_balancing_coefficient: float = setting(0.0, at_least=0)
+    """Experts: weight of the load-balancing loss of every layer's router; 0 is off."""
+    z_loss_coefficient: float = setting(0.0, at_least=0)
+    """Experts: weight of the z-loss, which keeps the logits of every layer's router small; 0 is off."""
     tis_cap: float = setting(0.0, at_least=0)
     """Cap c of the truncated importance weight min(pi_old / mu, c) for engine mismatch; 0 is off."""
 

@@ -145,6 +145,33 @@ def contrast_statistics(correct_R: np.ndarray, group_offsets_B: np.ndarray) -> d
     return result
 
 
+def expert_statistics(load_XY: Tensor, losses_X2: Tensor | None) -> dict[str, float]:
+    """Computes how evenly the routers spread the response tokens; returns nothing without experts.
+
+    moe/load/layer_N                 largest load of an expert over the mean, in layer N of the model, from 0
+    moe/load/mean, moe/load/max      its mean and maximum over layers; 1: all experts have the same load
+    moe/load/unused                  share of all layers' experts that no token reached
+    moe/load_balancing_loss          mean over layers, without its coefficient; 1: even
+    moe/z_loss                       mean over layers, without its coefficient
+
+    load_XY: float64 [X layers, Y experts], tokens sent to each expert; Y is 0 without experts.
+    losses_X2: float64, both losses of each layer, if they are on.
+    """
+    if not load_XY.numel():
+        return {}
+    parts = [load_XY] if losses_X2 is None else [load_XY, losses_X2]
+    on_host = torch.cat(parts, dim=1).cpu().numpy()  # one copy
+    tokens_XY, values_X2 = np.split(on_host, [load_XY.shape[1]], axis=1)
+    load_X = tokens_XY.max(1) / tokens_XY.mean(1)
+    found = {f"moe/load/layer_{layer}": float(load) for layer, load in enumerate(load_X)}
+    found |= _mean("moe/load/mean", load_X) | {"moe/load/max": float(load_X.max())}
+    found |= _mean("moe/load/unused", (tokens_XY == 0).ravel())
+    if losses_X2 is not None:
+        balance, z = values_X2.mean(0).tolist()
+        found |= {"moe/load_balancing_loss": balance, "moe/z_loss": z}
+    return found
+
+
 def _difference(logp_a_T: np.ndarray, logp_b_T: np.ndarray) -> np.ndarray:
     return np.asarray(logp_a_T, dtype=np.float64) - np.asarray(logp_b_T, dtype=np.float64)
 

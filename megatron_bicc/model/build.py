@@ -28,6 +28,7 @@ from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.attention import SharedPrefixCoreAttention, window_of
 from megatron_bicc.model.families import (
+    SHARED_EXPERT_SIZE,
     SLIDING,
     Family,
     attention_scale,
@@ -41,6 +42,7 @@ from megatron_bicc.model.families import (
 from megatron_bicc.model.gradient_sketch import GradientSketch
 from megatron_bicc.model.log_probs import VocabParallelLogProbs, VocabShard
 from megatron_bicc.model.megatron_settings import megatron_core_config
+from megatron_bicc.model.moe_router import PolicyRouter
 from megatron_bicc.model.packed_batch import PackedBatch
 from megatron_bicc.model.routing import RowReplay
 
@@ -88,6 +90,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
     """
     family = family_of(hf_config)
     check_layout(hf_config, config.parallel)
+    _check_router_losses(config, family)
     dtype = getattr(torch, config.model.dtype)
     found = megatron_core_config(
         TransformerConfig,
@@ -127,7 +130,7 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
         masked_softmax_fusion=False,
         **_parallel(config),
         **_recompute(config),
-        **(_experts(hf_config, config) if family.experts else {}),
+        **(_experts(hf_config, family, config) if family.experts else {}),
         **(_windows(hf_config) if family.windows else {}),
     )
     _check_replay(config, found)
@@ -136,6 +139,14 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
         # gradient. transformers computes the same, so the policy has to.
         found.moe_router_pre_softmax = not hf_config.norm_topk_prob
     return found
+
+
+def _check_router_losses(config: Config, family: Family) -> None:
+    """Raises UserError for a loss of routers if the model has none."""
+    for name in ("load_balancing_coefficient", "z_loss_coefficient"):
+        coefficient = getattr(config.loss, name)
+        if coefficient and not family.experts:
+            raise UserError(f"loss.{name} is {coefficient}; the model has no experts: set it to 0")
 
 
 def _leave(weight: Tensor) -> None:
@@ -161,14 +172,18 @@ def _parallel(config: Config) -> dict[str, Any]:
     }
 
 
-def _experts(hf_config: PretrainedConfig, config: Config) -> dict[str, Any]:
-    return {
+def _experts(hf_config: PretrainedConfig, family: Family, config: Config) -> dict[str, Any]:
+    shared = {
+        "moe_shared_expert_intermediate_size": getattr(hf_config, SHARED_EXPERT_SIZE, None),
+        "moe_shared_expert_gate": True,
+    }
+    return (shared if family.shared_expert else {}) | {
         "num_moe_experts": hf_config.num_experts,
         "moe_router_topk": hf_config.num_experts_per_tok,
         "moe_ffn_hidden_size": hf_config.moe_intermediate_size,
         "moe_router_pre_softmax": True,
         "moe_router_dtype": "fp32",
-        # no auxiliary loss: the policy gradient is the only one
+        # its losses are of micro-batches; those of PolicyRouter are of the whole step
         "moe_router_load_balancing_type": "none",
         "moe_grouped_gemm": backend() == "Transformer Engine",
         "moe_enable_routing_replay": config.model.routing_replay != "none",
@@ -234,6 +249,8 @@ def layer_specs(
     if family.output_norms:
         add = ModuleSpec(NormThenAdd, params={"config": c, "norm": norm})
         layer.submodules.self_attn_bda = layer.submodules.mlp_bda = add
+    if c.num_moe_experts:
+        layer.submodules.mlp.submodules.router = PolicyRouter
     layers = get_num_layers_to_build(c, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
@@ -356,16 +373,23 @@ class PolicyModel(GPTModel):
         """Set while a backward pass's gradients of the output layer are to be sketched; last stage only"""
         self.records_experts = False
         """Whether forward passes keep their experts, for `experts`"""
+        has_experts = megatron_config.num_moe_experts is not None
+        self.routers: list[PolicyRouter] = [x.mlp.router for x in self.decoder.layers] if has_experts else []
+        """Of this chunk's layers"""
         self._replays: list[RowReplay] = []
         if megatron_config.moe_enable_routing_replay:
-            self._replays = [RowReplay() for _ in self.decoder.layers]
-            for layer, replay in zip(self.decoder.layers, self._replays, strict=True):
-                layer.mlp.router.router_replay = replay
+            self._replays = [RowReplay() for _ in self.routers]
+            for router, replay in zip(self.routers, self._replays, strict=True):
+                router.router_replay = replay
         # the chunks of a rank have equal numbers of layers (families.check_layout)
         self._first_replay = (vp_stage or 0) * len(self._replays)
 
     def run(self, packed: PackedBatch) -> Tensor:
         """Runs the forward pass of a packed micro-batch."""
+        if any(router.active for router in self.routers):
+            own_N = self._rows_of_routers(packed.router_weight_N())
+            for router in self.routers:
+                router.start(own_N)
         for layer, replay in enumerate(self._replays, self._first_replay):
             experts = None if packed.experts is None else packed.experts[:, layer]
             replay.start(experts, self.records_experts)
@@ -386,6 +410,11 @@ class PolicyModel(GPTModel):
         """Drops what was replayed and recorded, at the end of a pass over micro-batches."""
         for replay in self._replays:
             replay.clear_indices()
+
+    def _rows_of_routers(self, values_N: Tensor) -> Tensor:
+        """Returns the values of the rows that this rank routes: sequence parallel splits all."""
+        group = parallel_state.get_tensor_model_parallel_group()
+        return values_N.chunk(group.size())[group.rank()] if self.config.sequence_parallel else values_N
 
     def output_weight(self) -> Tensor:
         """Returns this rank's rows of the output layer, [padded vocabulary / TP, hidden]; last stage only."""

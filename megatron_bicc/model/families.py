@@ -41,6 +41,8 @@ class Family:
     """The MLP's activation is gelu in its approximation by tanh, not silu"""
     query_scalar: bool = False
     """Scores are divided by sqrt(query_pre_attn_scalar), not by sqrt(head_dim)"""
+    shared_expert: bool = False
+    """Beside them an expert that every token passes, weighted by a gate of its own"""
     reads: tuple[str, ...] = ()
     """Entries of ACCEPTED that its class in transformers reads, in addition to EVERYWHERE"""
 
@@ -70,6 +72,12 @@ FAMILIES = {
             "tie_word_embeddings",
         ),
     ),
+    "Qwen2MoeForCausalLM": Family(
+        qkv_bias=True,
+        experts=True,
+        shared_expert=True,
+        reads=("qkv_bias", "decoder_sparse_step", "mlp_only_layers"),
+    ),
 }
 
 ACCEPTED: dict[str, tuple[Any, ...]] = {
@@ -81,6 +89,7 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (True,),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
+    "qkv_bias": (True,),
     # transformers' key-value cache keeps only the window, even for classes that ignore it
     "sliding_window": (None,),
     "attention_chunk_size": (None,),
@@ -115,6 +124,7 @@ SIZES = (
     "max_position_embeddings",
 )
 EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+SHARED_EXPERT_SIZE = "shared_expert_intermediate_size"
 
 
 def supported_config(path: str | Path) -> PretrainedConfig:
@@ -172,6 +182,8 @@ def family_of(hf_config: PretrainedConfig) -> Family:
         value = vars(hf_config).get(key, ACCEPTED[key][0])
         if key == "layer_types" and isinstance(value, list):
             value = sorted(set(map(str, value)))
+        if key == "sliding_window" and value == 0 and getattr(hf_config, "layer_types", None):
+            value = None  # Qwen2-MoE's class writes 0 for none; beside layer_types the cache does not read it
         if value not in ACCEPTED[key]:
             raise UserError(
                 f"{key} is {value!r} in config.json, which the policy does not compute; "
@@ -193,7 +205,8 @@ def _check_quantization(hf_config: PretrainedConfig) -> None:
 
 
 def _check_sizes(hf_config: PretrainedConfig, family: Family) -> None:
-    for name in SIZES + (EXPERT_SIZES if family.experts else ()):
+    shared = (SHARED_EXPERT_SIZE,) if family.shared_expert else ()
+    for name in SIZES + (EXPERT_SIZES if family.experts else ()) + shared:
         size = getattr(hf_config, name)
         if not isinstance(size, int) or size < 1:
             raise UserError(f"{name} is {size!r} in config.json; it must be a number of at least 1")
@@ -336,6 +349,9 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
             raise UserError(f"parallel.expert={parallel.expert}: the model has no experts; set it to 1")
         return
     _check_divides("expert", parallel.expert, "num_experts", hf_config.num_experts)
+    if family_of(hf_config).shared_expert:
+        inner = getattr(hf_config, SHARED_EXPERT_SIZE)
+        _check_divides("tensor", parallel.tensor, SHARED_EXPERT_SIZE, inner)
     if parallel.tensor > 1 and not parallel.sequence:
         raise UserError("parallel.sequence=false: a model with experts needs it if parallel.tensor > 1")
 

@@ -40,6 +40,8 @@ class Sizes:
     experts: int
     """0 for a dense model"""
     experts_a_token: int
+    shared_ffn: int
+    """Inner size of the expert that every token passes; 0 without one"""
     vocabulary: int
     qk_norm: bool
     tied: bool
@@ -57,6 +59,7 @@ class Sizes:
             ffn=hf_config.moe_intermediate_size if family.experts else hf_config.intermediate_size,
             experts=hf_config.num_experts if family.experts else 0,
             experts_a_token=hf_config.num_experts_per_tok if family.experts else 0,
+            shared_ffn=hf_config.shared_expert_intermediate_size if family.shared_expert else 0,
             vocabulary=hf_config.vocab_size,
             qk_norm=family.qk_norm,
             tied=hf_config.tie_word_embeddings,
@@ -67,21 +70,27 @@ class Sizes:
         """Weights of a layer that a token is multiplied by: only those of the experts it is routed to."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
         mlps = self.experts_a_token or 1
-        return attention + 3 * self.hidden * self.ffn * mlps + self.hidden * self.experts
+        inner = self.ffn * mlps + self.shared_ffn
+        return attention + 3 * self.hidden * inner + self.hidden * self._gates
 
     @property
     def parameters(self) -> int:
         """Elements of all matrices, without norms and biases."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
-        mlp = 0 if self.experts else 3 * self.hidden * self.ffn
+        ffn = self.shared_ffn if self.experts else self.ffn
+        mlp = 3 * self.hidden * ffn + self.hidden * self._gates
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        router = self.hidden * self.experts
-        return self.layers * (attention + mlp + router) + self.expert_parameters + embeddings
+        return self.layers * (attention + mlp) + self.expert_parameters + embeddings
 
     @property
     def expert_parameters(self) -> int:
         """Elements of all experts' matrices."""
         return self.layers * self.experts * 3 * self.hidden * self.ffn
+
+    @property
+    def _gates(self) -> int:
+        """Outputs of a layer's router, and of the shared expert's gate."""
+        return self.experts + bool(self.shared_ffn)
 
     @property
     def kv_bytes_a_token(self) -> int:

@@ -43,7 +43,9 @@ _LOG_PROBS = "the output layer is this package's own, in chunks that never hold 
 _PIPELINE = "parallel.pipeline and parallel.virtual_pipeline decide it"
 _WHOLE_LOSS = "losses are normalised over the whole step, so gradients are only summed"
 _ALL_TOKENS = "every token reaches its experts: log-probs must not depend on the rest of a micro-batch"
-_ONE_LOSS = "the policy gradient is the router's only loss"
+_ROUTER_LOSSES = (
+    "it is normalised by micro-batch: set loss.load_balancing_coefficient or loss.z_loss_coefficient"
+)
 _SHAPES = "CUDA graphs need equal shapes, and micro-batches differ in length"
 _INFERENCE = "it is for inference, which the rollout engine does"
 _WEIGHTS = "weights are read from model.path, not drawn"
@@ -162,13 +164,7 @@ REFUSED: dict[type, Refusals] = {
             "moe_input_jitter_eps",
             "moe_router_force_load_balancing",
         ),
-        _ONE_LOSS: (
-            "moe_router_load_balancing_type",
-            "moe_aux_loss_coeff",
-            "moe_z_loss_coeff",
-            "moe_router_enable_expert_bias",
-            "moe_router_bias_update_rate",
-        ),
+        _ROUTER_LOSSES: ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff"),
         _FROM_MODEL: (
             "num_layers",
             "hidden_size",
@@ -222,6 +218,8 @@ REFUSED: dict[type, Refusals] = {
             "moe_router_group_topk",
             "moe_router_pre_softmax",
             "moe_router_score_function",
+            "moe_router_enable_expert_bias",
+            "moe_router_bias_update_rate",
             "moe_apply_probs_on_input",
             "moe_shared_expert_intermediate_size",
             "moe_shared_expert_gate",

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_bicc import device
 from megatron_bicc.model.attention_calls import AttentionCalls
@@ -50,8 +51,15 @@ class PackedBatch(PackedSeqParams):
     experts: Tensor | None = None
     """uint8 or int16 [rows of this tensor-parallel rank, layers of this stage, experts per token]: what is
     replayed (model.routing); None: every router decides"""
+    router_weight: float = 1.0
+    """Weight of each response row in the routers' losses and counts, times its scale"""
     windows: dict[int, WindowCall] = field(default_factory=dict, init=False)
     """Calls of sliding layers by their window, made when the first of them asks"""
+
+    def router_weight_N(self) -> Tensor:
+        """Returns every row's weight in the routers' losses and counts: float32 [N], 0 but for responses."""
+        rows, count = self.response_rows, len(self.tokens_N)
+        return pad(self.scale_A * self.router_weight, (rows.start, count - rows.stop))
 
     def window_call(self, window: int) -> WindowCall:
         """Returns the call of layers whose rows see `window` keys; the host does not wait for its copy."""

@@ -33,6 +33,7 @@ from megatron_bicc.model.build import PolicyModel, build_modules, describe, tran
 from megatron_bicc.model.families import head_dim
 from megatron_bicc.model.gradient_sketch import GradientSketch, sketch_directions
 from megatron_bicc.model.megatron_settings import megatron_core_config, row_alignment
+from megatron_bicc.model.moe_router import PolicyRouter, RouterLosses
 from megatron_bicc.model.optimizer import make_optimizer, make_scheduler, step_if
 from megatron_bicc.model.packed_batch import PackedBatch
 
@@ -209,6 +210,39 @@ class Policy:
             yield sketch
         finally:
             self.modules[-1].sketch = None
+
+    @contextmanager
+    def counted_experts(self) -> Iterator[Tensor]:
+        """Yields the load of the experts, float64 [layers of the model, experts], to which passes add.
+
+        A response row adds its weight to each of its experts; prefixes add nothing. The sum over all ranks is
+        the whole: no two route the same row in the same layer. Without experts it is [layers, 0].
+        """
+        c = self.megatron_config
+        shape = (c.num_layers, c.num_moe_experts or 0)
+        load_XY = torch.zeros(shape, dtype=torch.float64, device=device.device())
+        with self._routers() as routers:
+            for router in routers:
+                router.load_XY = load_XY
+            yield load_XY
+
+    @contextmanager
+    def router_losses(self, losses: RouterLosses | None) -> Iterator[None]:
+        """Adds the routers' losses, if there are any, to the gradient pass in the block."""
+        with self._routers() as routers:
+            for router in routers:
+                router.losses = losses
+            yield
+
+    @contextmanager
+    def _routers(self) -> Iterator[list[PolicyRouter]]:
+        """Yields this rank's routers, and ends what they do for a pass."""
+        routers = [router for module in self.modules for router in module.routers]
+        try:
+            yield routers
+        finally:
+            for router in routers:
+                router.finish()
 
     def zero_gradients(self) -> None:
         """Clears the gradient buffers before a step."""

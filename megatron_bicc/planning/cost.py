@@ -142,11 +142,13 @@ def _attention(sizes: Sizes, config: Config, element: int, norms: Norms) -> int:
 
 def _mlp(sizes: Sizes, config: Config, rows: int, element: int) -> int:
     """Returns bytes of all rows: gate and up in one tensor, silu's result, up's copy, the product: 5 widths.
-    With experts, that and the expert's input and output for every row that is routed to this rank."""
+    With experts, that and the expert's input and output for every row that is routed to this rank; and a
+    shared expert's of all rows."""
     if not sizes.experts:
         return rows * element * 5 * sizes.ffn // config.parallel.tensor
     routed = rows // (config.parallel.tensor if config.parallel.sequence else 1) * sizes.experts_a_token
-    return routed * element * (5 * sizes.ffn + 2 * sizes.hidden)
+    shared = rows * element * 5 * sizes.shared_ffn // config.parallel.tensor
+    return routed * element * (5 * sizes.ffn + 2 * sizes.hidden) + shared
 
 
 LOGITS_COPIES = 3

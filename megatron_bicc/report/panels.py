@@ -10,6 +10,7 @@ from megatron_bicc.report.runs import Run
 
 SOLID, DASHED, DOTTED, DASH_DOT = range(4)
 HISTOGRAM = "contrast/right_"
+LAYERS = "moe/load/layer_"
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,19 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         ),
     ),
     (
+        "Experts",
+        (
+            Panel(
+                "Largest load of an expert",
+                "Over the mean load of its layer's experts; 1 is even.",
+                (Line("moe/load/mean", "mean over layers"), Line("moe/load/max", "worst layer", DASHED)),
+            ),
+            _one("Unused experts", "Share that no response token reached.", "moe/load/unused", zero=True),
+            _one("Load balancing", "Before its coefficient; 1 is even.", "moe/load_balancing_loss"),
+            _one("z-loss", "Before its coefficient.", "moe/z_loss", zero=True),
+        ),
+    ),
+    (
         "Tokens and time",
         (
             Panel(
@@ -188,4 +202,7 @@ def other_panels(runs: Sequence[Run]) -> list[Panel]:
     shown |= {f"time/{stage}_s" for stage in STAGES} | {"step"}
     keys = {key for run in runs for record in run.records for key in record}
     keys -= {f"{key}_stderr" for key in keys}
-    return [_one(key, "", key) for key in sorted(keys - shown) if not key.startswith(HISTOGRAM)]
+    others = [_one(key, "", key) for key in sorted(keys - shown) if not key.startswith((HISTOGRAM, LAYERS))]
+    layers = sorted((key for key in keys if key.startswith(LAYERS)), key=lambda key: (len(key), key))
+    lines = tuple(Line(key, f"layer {key.removeprefix(LAYERS)}") for key in layers)
+    return [*others, Panel(f"{LAYERS}N", "Largest load over the mean.", lines)] if layers else others

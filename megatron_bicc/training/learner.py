@@ -5,7 +5,7 @@ micro-batches; they reach the loss as per-token weights and per-rollout advantag
 depend on packing, micro-batch size or parallel layout.
 
 Shape suffixes: B groups, R rollouts, T response tokens; A response rows of a micro-batch; X, Y directions of
-the gradient sketch.
+the gradient sketch, or layers of the model and experts of each.
 """
 
 import math
@@ -30,10 +30,11 @@ from megatron_bicc.algorithms.advantages import (
 )
 from megatron_bicc.algorithms.flat_arrays import check_log_probs, spread
 from megatron_bicc.algorithms.policy_loss import load_objective, policy_loss
-from megatron_bicc.algorithms.statistics import RatioTokens, gradient_statistics
+from megatron_bicc.algorithms.statistics import RatioTokens, expert_statistics, gradient_statistics
 from megatron_bicc.config import Config
 from megatron_bicc.errors import NotFiniteError
 from megatron_bicc.metrics import Stopwatch
+from megatron_bicc.model.moe_router import RouterLosses
 from megatron_bicc.model.packed_batch import PackedBatch
 from megatron_bicc.model.policy import Policy
 from megatron_bicc.packing.types import Layout, PackingSettings, StepPlan
@@ -82,6 +83,10 @@ class Update:
     """This rank's micro-batches of all trained layouts"""
     passes: list[StepPlan]
     """The plan of each pass without gradients: old, reference and conditioned log-probs"""
+    load_XY: Tensor
+    """float64 [X, Y]: response tokens that the old policy, given the prompt alone, sent to each expert; Y = 0
+    without experts"""
+    router_losses: RouterLosses | None
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,8 @@ class StepResult:
     """As in Update"""
     gradient: dict[str, float]
     """Variance over groups of the output layer's gradient (statistics.gradient_statistics)"""
+    experts: dict[str, float]
+    """Load of the experts and the routers' losses (statistics.expert_statistics); empty without experts"""
 
 
 class Learner:
@@ -170,21 +177,31 @@ class Learner:
                 plain = self._pack(packer, self.plain, batch.experts)
                 trained = self._trained(packer, plain, batch.experts)
             with clock("logprob"):
-                log_probs, recorded = self._log_probs(batch, plain)  # float32 [T]
+                log_probs, load_XY, recorded = self._log_probs(batch, plain)  # float32 [T]
             adv = advantages(batch.rollouts, log_probs, self.config)  # float64 [R]
             values = StepValues.upload(log_probs, adv, weight_R)
             with clock("logprob"):
                 # conditioned denominators are not in log_probs. The first update needs none, as the policy is
                 # its own old policy; later updates, by which it has moved, need them computed now
+                weights = self._router_weights(trained, batch, adv)
                 batches = [
-                    TrainBatch.make(packed, each.layout, self._share(each.layout), old_A, values)
+                    TrainBatch.make(
+                        replace(packed, router_weight=weights[each.layout]),
+                        each.layout,
+                        self._share(each.layout),
+                        old_A,
+                        values,
+                    )
                     for each in trained
                     for packed, old_A in self._with_old(each, values, plain, recorded, moved=first > 0)
                 ]
             given = groups[first : first + size]
             passes = [plain.plan] * (1 if self.reference is None else 2)
             passes += [each.plan for each in trained if self._needs_conditioned(each, moved=first > 0)]
-            updates.append(Update(given, taken, batch, log_probs, adv, trained, batches, passes))
+            losses = self._router_losses(load_XY)
+            updates.append(
+                Update(given, taken, batch, log_probs, adv, trained, batches, passes, load_XY, losses)
+            )
         if updates and check is not None:
             check([update.log_probs for update in updates])
         with clock("train"):
@@ -222,20 +239,48 @@ class Learner:
             trained.append(plain)
         return trained
 
-    def _log_probs(self, batch: StepBatch, plain: PackedLayout) -> tuple[TokenLogProbs, list[Tensor] | None]:
+    def _router_weights(
+        self, trained: list[PackedLayout], batch: StepBatch, adv: Advantages
+    ) -> dict[Layout, float]:
+        """Returns the weight of a layout's rows in the routers' losses.
+
+        The layouts have their shares of the policy loss; the weights of all rows add up to 1.
+        """
+        contrast_R = spread(adv.contrast_B, batch.rollouts.group_offsets_B)
+        tokens = {"plain": batch.lengths_R.sum(), "bilateral": batch.lengths_R[contrast_R].sum()}
+        shares = {each.layout: self._share(each.layout) for each in trained}
+        total = float(sum(share * tokens[layout] for layout, share in shares.items()))
+        # 0 if only KL or entropy trains: BICC alone, and no group has contrast
+        return {layout: share / total if total else 0.0 for layout, share in shares.items()}
+
+    def _router_losses(self, load_XY: Tensor) -> RouterLosses | None:
+        """Returns the routers' losses for a load of the experts over the whole step; None if they are off."""
+        loss = self.config.loss
+        if not (loss.load_balancing_coefficient or loss.z_loss_coefficient):
+            return None
+        share_XY = (load_XY / load_XY.sum(1, keepdim=True)).float()
+        values_X2 = load_XY.new_zeros(len(load_XY), 2)
+        return RouterLosses(loss.load_balancing_coefficient, loss.z_loss_coefficient, share_XY, values_X2)
+
+    def _log_probs(
+        self, batch: StepBatch, plain: PackedLayout
+    ) -> tuple[TokenLogProbs, Tensor, list[Tensor] | None]:
         """Computes and checks the log-probs of the old and the reference policy, plain layout. Collective.
 
-        Returns them with the experts that the old policy's pass has recorded.
+        Returns them with what the old policy's pass shows of the experts: their load over the whole step
+        (Update), and the experts that it has recorded.
         """
-        with self._recording() as recorded:
+        with self.policy.counted_experts() as load_XY, self._recording() as recorded:
             old_T, entropy_T = self._policy_log_probs(batch, plain.batches)
+        if load_XY.numel():
+            sum_over_all(load_XY)
         ref_T = None
         if self.reference is not None:
             with self.policy.weights(self.reference):
                 ref_T = self._policy_log_probs(batch, plain.batches)[0]
         log_probs = TokenLogProbs(old_T, ref_T, batch.rollout_logp_T, entropy_T)
         log_probs.check(batch.rollouts.offsets_R)
-        return log_probs, recorded
+        return log_probs, load_XY, recorded
 
     def _recording(self) -> AbstractContextManager[list[Tensor] | None]:
         """Returns a context whose pass records its experts, if model.routing_replay=old."""
@@ -294,11 +339,17 @@ class Learner:
             found.append((batch, torch.stack([result.old_logp, logp_A.detach(), *masks])))
             return result.share
 
-        with self.policy.gradient_sketch(update.batch.num_groups) as sketch:
+        with (
+            self.policy.gradient_sketch(update.batch.num_groups) as sketch,
+            self.policy.router_losses(update.router_losses),
+        ):
             own_loss = self.policy.accumulate_gradients([b.packed for b in update.batches], loss)
         # over all groups of the step, not just the taken ones: the others have a gradient of 0
         gradient = gradient_statistics(sum_over_all(sketch.values_BXY), len(update.groups))
-        total = sum_scalar(own_loss)
+        total, routers = sum_scalar(own_loss), update.router_losses
+        if routers is not None:
+            sum_over_all(routers.values_X2)
+            total += routers.total
         # every check comes before policy.update: after an error the weights are those before the step
         if not math.isfinite(total):
             raise NotFiniteError(f"the loss is {total}; weights and optimizer were left as they were")
@@ -318,6 +369,7 @@ class Learner:
             grad_norm=grad_norm,
             passes=update.passes,
             gradient=gradient,
+            experts=expert_statistics(update.load_XY, None if routers is None else routers.values_X2),
         )
 
     def _ratio(self, update: Update, layout: Layout, found: list[tuple[TrainBatch, Tensor]]) -> RatioTokens:

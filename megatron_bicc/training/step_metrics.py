@@ -177,6 +177,7 @@ def update_metrics(result: StepResult, config: Config) -> dict[str, float]:
         }
         | _baselines(result)
         | result.gradient
+        | result.experts
         | _ratios(result, config)
     )
 

@@ -350,6 +350,10 @@ def expected_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
         layer[f"{mlp}down_proj.weight"] = (hidden, inner)
     if family.experts:
         layer["mlp.gate.weight"] = (c.num_experts, hidden)
+    if family.shared_expert:
+        inner, mlp = c.shared_expert_intermediate_size, "mlp.shared_expert."
+        layer |= {f"{mlp}{x}_proj.weight": (inner, hidden) for x in ("gate", "up")}
+        layer |= {f"{mlp}down_proj.weight": (hidden, inner), "mlp.shared_expert_gate.weight": (1, hidden)}
     shapes = {EMBEDDING: (c.vocab_size, hidden), "model.norm.weight": (hidden,)}
     if not c.tie_word_embeddings:
         shapes[OUTPUT] = (c.vocab_size, hidden)

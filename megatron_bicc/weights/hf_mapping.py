@@ -8,7 +8,7 @@ A parameter's whole form has one dimension along which tensor parallel cuts it e
     row         [out, in]                      along 1
     replicated  unchanged                      not cut
 
-Expert parallel gives each rank whole experts, which tensor parallel does not cut.
+Expert parallel gives each rank whole experts, which tensor parallel does not cut; it cuts a shared expert.
 
 Shape letters: H query heads, G key-value heads, C channels of a head.
 """
@@ -48,6 +48,7 @@ class TensorRule:
 _LAYER, _HF_LAYER = "decoder.layers.{i}.", "model.layers.{i}."
 _ATTENTION, _HF_ATTENTION = _LAYER + "self_attention.", _HF_LAYER + "self_attn."
 _EXPERTS, _HF_EXPERT = _LAYER + "mlp.experts.", _HF_LAYER + "mlp.experts.{e}."
+_SHARED, _HF_SHARED = _LAYER + "mlp.shared_experts.", _HF_LAYER + "mlp.shared_expert."
 _HF_EXPERT_GATE_UP = (_HF_EXPERT + "gate_proj.weight", _HF_EXPERT + "up_proj.weight")
 
 
@@ -76,6 +77,13 @@ RULES = (
     TensorRule(_LAYER + "mlp.router.weight", (_HF_LAYER + "mlp.gate.weight",), "replicated"),
     TensorRule(_EXPERTS + "local_experts.{e}.linear_fc1.weight", _HF_EXPERT_GATE_UP, "gate_up"),
     TensorRule(_EXPERTS + "local_experts.{e}.linear_fc2.weight", (_HF_EXPERT + "down_proj.weight",), "row"),
+    TensorRule(
+        _SHARED + "linear_fc1.weight",
+        (_HF_SHARED + "gate_proj.weight", _HF_SHARED + "up_proj.weight"),
+        "gate_up",
+    ),
+    TensorRule(_SHARED + "linear_fc2.weight", (_HF_SHARED + "down_proj.weight",), "row"),
+    TensorRule(_SHARED + "gate_weight", (_HF_LAYER + "mlp.shared_expert_gate.weight",), "replicated"),
     # Transformer Engine has one grouped linear for all experts of a rank
     TensorRule(_EXPERTS + "linear_fc1.weight{e}", _HF_EXPERT_GATE_UP, "gate_up"),
     TensorRule(_EXPERTS + "linear_fc2.weight{e}", (_HF_EXPERT + "down_proj.weight",), "row"),

@@ -68,6 +68,7 @@ def assert_same(ours: Path, theirs: Path) -> None:
         ("llama3", torch.bfloat16, "20kB"),
         ("gemma3", torch.bfloat16, "20kB"),
         ("qwen3_moe", torch.bfloat16, "20kB"),
+        ("qwen2_moe", torch.bfloat16, "20kB"),
     ],
 )
 def test_round_trip_is_bit_exact(

@@ -218,6 +218,8 @@ TESTS: dict[str, str] = {
     "loss.dual_clip": LOSS,
     "loss.aggregation": STEP,
     "loss.entropy_coefficient": "algorithms/test_policy_loss.py::test_the_entropy_bonus_lowers_the_loss",
+    "loss.load_balancing_coefficient": STEP,
+    "loss.z_loss_coefficient": STEP,
     "loss.tis_cap": "algorithms/test_policy_loss.py::test_tis_weighs_each_token_by_the_capped_mismatch",
     "parallel.heartbeat_timeout_s": "driver/test_two_hosts.py::test_a_cut_cable_is_named_on_both_sides",
     "optimizer.beta1": OPTIMIZER,

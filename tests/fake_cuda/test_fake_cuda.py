@@ -164,6 +164,8 @@ def test_waits_of_an_optimizer_step_are_a_fixed_number(name: str, report: dict[s
         # the policy's weights, while the reference's are in their place
         "megatron_bicc/model/policy.py:<listcomp>: copy to the host": report["tensors"],
     }
+    if CASES[name].model == "qwen3_moe":
+        rest["megatron_bicc/algorithms/statistics.py:expert_statistics: copy to the host"] = 1
     assert not beyond(report["syncs"]["rest"], rest)
 
 

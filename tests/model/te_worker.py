@@ -30,6 +30,7 @@ LAYOUTS = {
     "windows_tp2_sp": ("windows", SP2),
     "moe": ("moe", {}),
     "moe_tp2_sp": ("moe", SP2 | {"model.recompute": "full"}),
+    "shared_tp2_sp_ep2": ("shared", SP2 | {"parallel.expert": 2}),
     "moe_ep2": ("moe", {"parallel.expert": 2, "model.recompute": "selective"}),
 }
 """Name: (model, settings by dotted name)"""

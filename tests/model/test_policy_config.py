@@ -16,7 +16,7 @@ from megatron_bicc.rollout.local import LocalEngine
 from megatron_bicc.rollout.types import Request, Sampling
 from megatron_bicc.weights.hf_files import load_transformers
 
-FAMILIES = ("llama3", "qwen2", "qwen3_untied", "qwen3_moe", "gemma3")
+FAMILIES = ("llama3", "qwen2", "qwen3_untied", "qwen3_moe", "qwen2_moe", "gemma3")
 ACTIVATION = {"gemma3": "hidden_activation"}
 """Its entry of config.json where it is not hidden_act"""
 COMPUTED = {"gemma3": {"sliding_window", "layer_types"}}
@@ -40,6 +40,7 @@ OTHER: dict[str, list[Any]] = {
     "is_causal": [False],
     "decoder_sparse_step": [2],
     "mlp_only_layers": [[0]],
+    "qkv_bias": [False],
     "transformers_weights": ["other.safetensors"],
     "quantization_config": [{"quant_method": "fp8"}, {"quant_method": "gptq", "bits": 4}, {}, "int8"],
     "compression_config": [{"quant_method": "compressed-tensors"}],
@@ -135,6 +136,7 @@ POLICY_READS = {
     "num_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
+    "shared_expert_intermediate_size",
     "norm_topk_prob",
     "query_pre_attn_scalar",
 }

@@ -154,6 +154,21 @@ def test_unusable_layout_is_one_line(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["load_balancing_coefficient", "z_loss_coefficient"])
+def test_losses_of_routers_need_routers(name: str, model_dirs: dict[str, Path]) -> None:
+    config = make_config(model_dirs["qwen3_tied"], "grpo", **{f"loss__{name}": 0.01})
+    with pytest.raises(UserError, match=f"^loss.{name} is 0.01; the model has no experts: set it to 0$"):
+        transformer_config(AutoConfig.from_pretrained(model_dirs["qwen3_tied"]), config)
+
+
+def test_tensor_parallel_divides_a_shared_expert(model_dirs: dict[str, Path]) -> None:
+    hf_config = AutoConfig.from_pretrained(model_dirs["qwen2_moe"])
+    hf_config.shared_expert_intermediate_size = 55
+    config = make_config(model_dirs["qwen2_moe"], "grpo", parallel__tensor=2, parallel__sequence=True)
+    with pytest.raises(UserError, match="2 does not divide the model's shared_expert_intermediate_size=55"):
+        transformer_config(hf_config, config)
+
+
 @pytest.mark.parametrize(("experts", "chosen"), [(4, 5), (1, 2)])
 def test_more_experts_a_token_than_there_are_is_one_line(
     experts: int, chosen: int, model_dirs: dict[str, Path]

@@ -17,7 +17,13 @@ from support.torchrun import torchrun
 WORKER = Path(__file__).with_name("te_worker.py")
 # several processes; a busy machine needs minutes for that
 pytestmark = pytest.mark.timeout(900)
-MODELS = {"dense": "qwen3_tied", "biased": "qwen2", "windows": "gemma3", "moe": "qwen3_moe"}
+MODELS = {
+    "dense": "qwen3_tied",
+    "biased": "qwen2",
+    "windows": "gemma3",
+    "moe": "qwen3_moe",
+    "shared": "qwen2_moe",
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +53,7 @@ def test_each_runs_on_its_own_layers(found: dict[str, dict[str, Any]]) -> None:
     assert (found["local"]["backend"], found["te"]["backend"]) == ("local", "Transformer Engine")
     for name, (model, _) in LAYOUTS.items():
         classes = found["te"]["first"][name]["classes"]
-        assert te | (experts if model == "moe" else set()) <= classes
+        assert te | (experts if model in ("moe", "shared") else set()) <= classes
         assert not any(other.startswith("TE") for other in found["local"]["first"][name]["classes"])
 
 

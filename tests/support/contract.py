@@ -20,7 +20,7 @@ from megatron_bicc.training.learner import Learner, PackedLayout
 from megatron_bicc.weights.hf_files import SafetensorsDirectory
 from megatron_bicc.weights.hf_weights import HfWeights, load_policy
 from support.models import make_model
-from support.steps import TOKENIZER, hf_gradients, make_config, make_examples, perturb, to_groups
+from support.steps import ROUTED, TOKENIZER, hf_gradients, make_config, make_examples, perturb, to_groups
 
 ALGORITHMS = tuple(f"{preset}{additions}" for preset in PRESETS for additions in ("", "+bicc+rcc"))
 OUTCOMES = (*3 * ((1, 0, 0, 1, 1), (0, 1, 0, 1, 0, 0), (1, 0), (0, 0, 1)), (1, 1, 1))
@@ -38,13 +38,26 @@ class Step:
     gradients: dict[str, torch.Tensor]
     micro_batches: list[int]
     """Number per data-parallel rank, in the bilateral layout if there are two layouts"""
+    experts: dict[str, float]
+    """StepResult.experts"""
+
+
+EXPERT_CASES = {
+    "off": ("qwen3_moe", "grpo", {}),
+    "routers": ("qwen3_moe", *ROUTED["bicc_routers_mixed"]),
+    "shared": ("qwen2_moe", *ROUTED["grpo_routers"]),
+}
+"""Name: (model, algorithm, settings) of a step of a policy with experts; shared: with one for all tokens"""
 
 
 class OffPolicyLearner(Learner):
     """Uses the engine's log-probs as the old policy's: ratios differ from 1, so that clipping acts."""
 
-    def _log_probs(self, batch: StepBatch, plain: PackedLayout) -> TokenLogProbs:
-        return replace(super()._log_probs(batch, plain), old_T=batch.rollout_logp_T)
+    def _log_probs(
+        self, batch: StepBatch, plain: PackedLayout
+    ) -> tuple[TokenLogProbs, torch.Tensor, list[torch.Tensor] | None]:
+        log_probs, load_XY, recorded = super()._log_probs(batch, plain)
+        return replace(log_probs, old_T=batch.rollout_logp_T), load_XY, recorded
 
 
 class Stepper:
@@ -71,7 +84,7 @@ class Stepper:
         (result,) = learner.step([self.groups[i] for i in order], Stopwatch())
         assert result.trained[0].layout == ("bilateral" if config.bicc.enabled else "plain")
         ranks = result.trained[0].plan.ranks
-        return Step(result.loss, hf_gradients(self.policy), [len(rank) for rank in ranks])
+        return Step(result.loss, hf_gradients(self.policy), [len(rank) for rank in ranks], result.experts)
 
     def _configure(self, algorithm: str) -> Config:
         """Returns a configuration; with BICC and RCC, every other term of the loss is on as well."""
@@ -96,9 +109,29 @@ class Stepper:
                 return found
 
 
+def expert_step(inputs: Path, case: str, tokens: int, **settings: object) -> Step:
+    """Takes a step of a policy with experts, with micro-batches of at most that many tokens."""
+    model, algorithm, choices = EXPERT_CASES[case]
+    config = make_config(inputs / model, algorithm, **(choices | settings))
+    config.train.max_tokens_per_microbatch = tokens
+    policy = load_policy(config)
+    learner = Learner(config, policy, TOKENIZER)
+    HfWeights(policy.hf_config, SafetensorsDirectory(inputs / f"{model}_moved")).load(policy.modules)
+    examples = torch.load(inputs / f"{model}.pt", weights_only=False)
+    (result,) = learner.step(to_groups(examples), Stopwatch())
+    ranks = result.trained[0].plan.ranks
+    return Step(result.loss, hf_gradients(policy), [len(rank) for rank in ranks], result.experts)
+
+
 def save_inputs(root: Path) -> None:
-    """Saves the reference policy, the policy in training, which differs from it, and the groups."""
+    """Saves the reference policy, the policy in training, which differs from it, and the groups; of policies
+    with experts likewise."""
     model = make_model("qwen3_tied")
     model.save_pretrained(root / "reference")
     perturb(model).save_pretrained(root / "moved")
     torch.save(to_groups(make_examples(model, 0.8, OUTCOMES)), root / "groups.pt")
+    for name in {name for name, _, _ in EXPERT_CASES.values()}:
+        model = make_model(name, layers=4)
+        model.save_pretrained(root / name)
+        perturb(model).save_pretrained(root / f"{name}_moved")
+        torch.save(make_examples(model, 0.8), root / f"{name}.pt")

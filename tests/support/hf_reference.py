@@ -94,6 +94,56 @@ def regularisation(
     return total
 
 
+def router_logits(model: PreTrainedModel, prefix: list[int], response: list[int]) -> list[torch.Tensor]:
+    """Returns each layer's router logits at the positions that predict the response, [length, experts]."""
+    found = model(torch.tensor([prefix + response]), output_router_logits=True).router_logits
+    return [layer[len(prefix) - 1 : -1] for layer in found]
+
+
+def expert_counts(model: PreTrainedModel, groups: list[Example]) -> torch.Tensor:
+    """Returns how many response tokens chose each expert, given the prompt alone: [layers, experts]."""
+    c = model.config
+    counts = torch.zeros(c.num_hidden_layers, c.num_experts)
+    for group in groups:
+        for response in group.responses:
+            with torch.no_grad():
+                layers = router_logits(model, group.prompt, response)
+            for layer, logits in enumerate(layers):
+                for token in logits:
+                    for expert in token.topk(c.num_experts_per_tok).indices:
+                        counts[layer, expert] += 1
+    return counts
+
+
+def router_losses(
+    policy: PreTrainedModel, old: PreTrainedModel, groups: list[Example], config: Config
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (load balancing, z-loss) of each layer over groups with contrast, without coefficients.
+
+    A token counts by the weight of its sequence, with or without a context, in the policy loss.
+    """
+    share_of_context = config.bicc.weight if config.bicc.enabled else 0.0
+    counts = expert_counts(old, groups)
+    experts = policy.config.num_experts
+    balance = torch.zeros(len(counts))
+    z = torch.zeros(len(counts))
+    total = 0.0
+    for group in groups:
+        for i, response in enumerate(group.responses):
+            for share, prefix in (
+                (share_of_context, group.prompt + context_of(group, i)),
+                (1 - share_of_context, group.prompt),
+            ):
+                if share == 0:
+                    continue
+                total += share * len(response)
+                for layer, logits in enumerate(router_logits(policy, prefix, response)):
+                    used = counts[layer] / counts[layer].sum()
+                    balance[layer] += share * experts * (logits.softmax(-1) * used).sum()
+                    z[layer] += share * (logits.exp().sum(-1).log() ** 2).sum()
+    return balance / total, z / total
+
+
 def reference_loss(
     policy: PreTrainedModel,
     old: PreTrainedModel,
@@ -103,6 +153,12 @@ def reference_loss(
 ) -> torch.Tensor:
     """Returns the loss of a whole step under GRPO's aggregation, differentiable in `policy`."""
     total, count = torch.zeros(()), sum(len(group.responses) for group in groups)
+    if config.loss.load_balancing_coefficient or config.loss.z_loss_coefficient:
+        mixed = [group for group in groups if len({reward > 0.5 for reward in group.rewards}) == 2]
+        balance, z = router_losses(policy, old, mixed, config)
+        total = (
+            config.loss.load_balancing_coefficient * balance.sum() + config.loss.z_loss_coefficient * z.sum()
+        )
     weight = config.bicc.weight if config.bicc.enabled else 0.0
     for group in groups:
         if config.loss.entropy_coefficient or (config.loss.kl_coefficient and config.loss.kl_in == "loss"):

@@ -11,6 +11,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -28,6 +30,7 @@ MODELS = (
     "qwen3_moe_raw_gates",
     "qwen3_moe_top1",
     "qwen3_moe_top1_raw_gates",
+    "qwen2_moe",
 )
 VOCAB = 101
 SHAPE = {
@@ -107,6 +110,16 @@ def make_model(name: str, layers: int = 2) -> PreTrainedModel:
         "qwen3_moe_raw_gates": lambda: moe(False, 2),
         "qwen3_moe_top1": lambda: moe(True, 1),
         "qwen3_moe_top1_raw_gates": lambda: moe(False, 1),
+        "qwen2_moe": lambda: Qwen2MoeForCausalLM(
+            Qwen2MoeConfig(
+                **shape,
+                **sizes,
+                **{name: size for name, size in experts.items() if name != "head_dim"},
+                num_experts_per_tok=2,
+                shared_expert_intermediate_size=56,
+                tie_word_embeddings=False,
+            )
+        ),
     }
     torch.manual_seed(7)
     model = make[name]()

@@ -119,6 +119,14 @@ REGULARISED = {
 """Likewise, with KL penalties and entropy bonuses as large as the policy's loss"""
 
 
+ROUTERS = {"loss__load_balancing_coefficient": 0.3, "loss__z_loss_coefficient": 0.02}
+ROUTED = {
+    "grpo_routers": ("grpo", ROUTERS),
+    "bicc_routers_mixed": ("bicc", ROUTERS | {"bicc__weight": 0.3, "bicc__denominator": "conditioned"}),
+}
+"""Likewise, with the losses of routers"""
+
+
 def hf_model(policy: Policy, directory: Path) -> PreTrainedModel:
     """Returns the policy's weights as a Hugging Face model, after exporting them to the new `directory`."""
     directory.mkdir()
@@ -156,15 +164,34 @@ def hf_gradients(policy: Policy) -> dict[str, torch.Tensor]:
 
     Overwrites the policy's weights with them.
     """
-    for some in (
-        s for chunk in policy.chunks for s in chunk.bucket_groups + chunk.expert_parallel_bucket_groups
-    ):
-        # each rank of the group, whose ranks hold copies, has the sum in its own share of the buffer
-        group = some.intra_distributed_optimizer_instance_group
-        for bucket in some.buckets:
-            own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+    buckets = [
+        (buckets.intra_distributed_optimizer_instance_group, bucket)
+        for chunk in policy.chunks
+        for buckets in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
+        for bucket in buckets.buckets
+    ]
+    for group, bucket in buckets:
+        # each rank of the group, another one for experts, has the sum in its own share of the buffer
+        own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+        dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
     policy.set_weights(
         [parameter.main_grad for module in policy.modules for parameter in module.parameters()]
     )
     return {name: x.clone() for name, x in hf_tensors(policy.modules, policy.hf_config)}
+
+
+FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def named_gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The reference's gradients under the same names; in memory transformers fuses a layer's experts."""
+    found: dict[str, torch.Tensor] = {}
+    for name, gradient in ((n, p.grad) for n, p in model.named_parameters() if p.grad is not None):
+        experts, _, kind = name.rpartition(".")
+        if kind not in FUSED_EXPERTS:
+            found[name] = gradient
+            continue
+        for e, expert in enumerate(gradient):
+            names = [f"{experts}.{e}.{part}.weight" for part in FUSED_EXPERTS[kind]]
+            found |= zip(names, expert.chunk(len(names)), strict=True)
+    return found

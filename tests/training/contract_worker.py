@@ -1,9 +1,10 @@
-"""Run by torchrun on two processes: one optimizer step of every preset under every kind of parallelism.
+"""Run by torchrun on two processes: one optimizer step of every preset under every kind of parallelism, and
+of a policy with experts.
 
 torchrun --nproc-per-node 2 contract_worker.py INPUTS OUT
 
-INPUTS: written by support.contract.save_inputs. Rank 0 writes {(layout, algorithm): support.contract.Step} to
-OUT.
+INPUTS: written by support.contract.save_inputs. Rank 0 writes {(layout, algorithm or case):
+support.contract.Step} to OUT.
 """
 
 import sys
@@ -16,7 +17,7 @@ from megatron.core import parallel_state
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support import emulated_kernels
-from support.contract import ALGORITHMS, Stepper
+from support.contract import ALGORITHMS, EXPERT_CASES, Stepper, expert_step
 
 from megatron_bicc import device
 from megatron_bicc.config import Config, ParallelConfig
@@ -26,6 +27,24 @@ LAYOUTS = {"dp2": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}, "cp2": {"con
 KERNELS = ("gspo+bicc+rcc", "gmpo+bicc+rcc", "grpo+bicc+rcc")
 """Taken once more under cp2 through csrc's kernels, compiled for the host: "kernels" """
 MICRO_BATCHES = 3
+PP2 = {"parallel__pipeline": 2}
+EXPERT_LAYOUTS = {
+    "dp2": {},
+    "cp2": {"parallel__context": 2},
+    "ep2": {"parallel__expert": 2, "model__recompute": "selective"},
+    "tp2_ep2": {"parallel__tensor": 2, "parallel__sequence": True, "parallel__expert": 2},
+    "pp2": PP2 | {"model__recompute": "full"},
+    # the experts of a layer are recomputed without the rest of it
+    "vpp2": PP2
+    | {
+        "parallel__virtual_pipeline": 2,
+        "model__recompute": "selective",
+        "megatron__transformer": {"recompute_modules": ["moe"]},
+    },
+}
+"""Settings as section__name, by layout of the policy with experts"""
+TOKENS = 100
+"""Of its micro-batches, of which there are several"""
 
 
 def main(inputs: Path, out: str) -> None:
@@ -40,6 +59,13 @@ def main(inputs: Path, out: str) -> None:
             device._kernels = emulated_kernels.build()
             found |= {("kernels", algorithm): stepper.step(algorithm, MICRO_BATCHES) for algorithm in KERNELS}
             device._kernels = None
+        parallel_state.destroy_model_parallel()
+    for name, settings in EXPERT_LAYOUTS.items():
+        parallel = {
+            key.split("__")[1]: value for key, value in settings.items() if key.startswith("parallel")
+        }
+        start_model_parallel(Config(parallel=ParallelConfig(**parallel)))
+        found |= {(name, case): expert_step(inputs, case, TOKENS, **settings) for case in EXPERT_CASES}
         parallel_state.destroy_model_parallel()
     if dist.get_rank() == 0:
         torch.save(found, out)

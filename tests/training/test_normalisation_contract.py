@@ -1,13 +1,18 @@
-"""Tests that no way to split a step changes its gradient, for all presets, with and without BICC and RCC."""
+"""Tests that no way to split a step changes its gradient, for all presets, with and without BICC and RCC, and
+that the gradient of a policy with experts is that of Hugging Face models."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.contract import ALGORITHMS, OUTCOMES, Step, Stepper, save_inputs
+from support.contract import ALGORITHMS, EXPERT_CASES, OUTCOMES, Step, Stepper, expert_step, save_inputs
+from support.hf_reference import expert_counts, reference_loss, router_losses
+from support.steps import make_config, named_gradients
 from support.torchrun import torchrun
 from training import contract_worker
+from training.contract_worker import EXPERT_LAYOUTS, TOKENS
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 # the first test of the layouts starts the processes; a busy machine needs minutes for that
 pytestmark = pytest.mark.timeout(900)
@@ -80,3 +85,50 @@ def test_the_kernels_under_context_parallel(
     algorithm: str, parallel: dict[tuple[str, str], Step], whole: dict[str, Step]
 ) -> None:
     assert_equal(parallel["kernels", algorithm], whole[algorithm])
+
+
+def load(path: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def hugging_face(inputs: Path) -> dict[str, Step]:
+    """Each case's step of a policy with experts by Hugging Face models, one row per response."""
+    found = {}
+    for case, (model, algorithm, settings) in EXPERT_CASES.items():
+        examples = torch.load(inputs / f"{model}.pt", weights_only=False)
+        mixed = [example for example in examples if len(set(example.rewards)) == 2]
+        config = make_config(inputs / model, algorithm, **settings)
+        policy, old = load(inputs / f"{model}_moved"), load(inputs / f"{model}_moved")
+        loss = reference_loss(policy, old, load(inputs / model), examples, config)
+        loss.backward()
+        counts = expert_counts(old, mixed)
+        layers = counts.amax(1) / counts.mean(1)
+        experts = {f"moe/load/layer_{layer}": float(value) for layer, value in enumerate(layers)}
+        experts |= {"moe/load/mean": float(layers.mean()), "moe/load/max": float(layers.max())}
+        experts["moe/load/unused"] = float((counts == 0).float().mean())
+        if case != "off":
+            balance, z = router_losses(policy, old, mixed, config)
+            experts |= {"moe/load_balancing_loss": float(balance.mean()), "moe/z_loss": float(z.mean())}
+        found[case] = Step(loss.item(), named_gradients(policy), [], experts)
+    return found
+
+
+@pytest.mark.parametrize("case", EXPERT_CASES)
+@pytest.mark.parametrize("layout", ["one_micro_batch", "ep1", *EXPERT_LAYOUTS])
+def test_experts_equal_hugging_face(
+    layout: str,
+    case: str,
+    inputs: Path,
+    single_process: None,
+    parallel: dict[tuple[str, str], Step],
+    hugging_face: dict[str, Step],
+) -> None:
+    """Loss, every gradient, load of the experts and the routers' losses, on one and on two processes."""
+    if layout in EXPERT_LAYOUTS:
+        step = parallel[layout, case]
+    else:
+        step = expert_step(inputs, case, 4096 if layout == "one_micro_batch" else TOKENS)
+    assert (sum(step.micro_batches) == 1) == (layout == "one_micro_batch")
+    assert_equal(step, hugging_face[case])
+    assert step.experts == pytest.approx(hugging_face[case].experts, rel=1e-5)

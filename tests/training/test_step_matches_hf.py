@@ -13,10 +13,12 @@ from support.steps import (
     CASES,
     OUTCOMES,
     REGULARISED,
+    ROUTED,
     TOKENIZER,
     hf_gradients,
     make_config,
     make_examples,
+    named_gradients,
     perturb,
     second_update,
     to_groups,
@@ -30,26 +32,14 @@ from megatron_bicc.weights.hf_weights import load_policy
 
 EXPERTS = [
     ("qwen3_moe", "bicc_rcc_mixed_conditioned"),
+    ("qwen3_moe", "bicc_routers_mixed"),
     ("qwen3_moe_raw_gates", "grpo"),
+    ("qwen2_moe", "bicc_rcc_mixed_conditioned"),
     ("qwen3_moe_top1", "grpo"),
+    ("qwen3_moe_top1", "grpo_routers"),
     ("qwen3_moe_top1_raw_gates", "grpo"),
 ]
 WINDOWS = [("gemma3", "bicc_rcc_mixed_conditioned")]
-FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-
-
-def named_gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The reference's gradients under the same names; in memory transformers fuses a layer's experts."""
-    found: dict[str, torch.Tensor] = {}
-    for name, gradient in ((n, p.grad) for n, p in model.named_parameters() if p.grad is not None):
-        experts, _, kind = name.rpartition(".")
-        if kind not in FUSED_EXPERTS:
-            found[name] = gradient
-            continue
-        for e, expert in enumerate(gradient):
-            names = [f"{experts}.{e}.{part}.weight" for part in FUSED_EXPERTS[kind]]
-            found |= zip(names, expert.chunk(len(names)), strict=True)
-    return found
 
 
 @pytest.mark.parametrize("moves", [False, True])
@@ -119,7 +109,7 @@ def check_step(
     outcomes: Sequence[Sequence[int]] = OUTCOMES,
 ) -> None:
     """`moves`: it is the second update of a batch of rollouts; the first has moved the policy."""
-    algorithm, settings = (CASES | REGULARISED)[case]
+    algorithm, settings = (CASES | REGULARISED | ROUTED)[case]
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     old = perturb(reference)
     config = make_config(model, algorithm, **settings)

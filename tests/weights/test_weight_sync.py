@@ -200,7 +200,12 @@ def as_served(tensors: dict, config: PretrainedConfig, size: int, rank: int) -> 
             found[f"{mlp}experts.w13_weight"] = torch.stack([torch.cat(pair) for pair in gate_up])
             down = [columns(tensors[f"{e}down_proj.weight"], inner) for e in each]
             found[f"{mlp}experts.w2_weight"] = torch.stack(down)
-        else:
+            mlp += "shared_expert."
+            if f"{mlp}down_proj.weight" in tensors:
+                name = f"{mlp[:-1]}_gate.weight"
+                found[name] = tensors[name]
+                inner = math.ceil(config.shared_expert_intermediate_size / 32 / size) * 32 * size
+        if f"{mlp}down_proj.weight" in tensors:
             gate_up = [rows(tensors[f"{mlp}{x}_proj.weight"], inner) for x in ("gate", "up")]
             found[f"{mlp}gate_up_proj.weight"] = torch.cat(gate_up)
             found[f"{mlp}down_proj.weight"] = columns(tensors[f"{mlp}down_proj.weight"], inner)
@@ -208,7 +213,7 @@ def as_served(tensors: dict, config: PretrainedConfig, size: int, rank: int) -> 
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("family", ["qwen3_tied", "qwen2", "llama3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3_tied", "qwen2", "llama3", "qwen3_moe", "qwen2_moe"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_checksums_are_those_of_the_servers_parameters(
     family: str, size: int, dtype: torch.dtype, model_dirs: dict[str, Path]
