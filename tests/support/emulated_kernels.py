@@ -75,7 +75,9 @@ def _compile(compiler: str, directory: Path, library: Path) -> None:
     objects, running = [], []
     for source in [*sources, *sorted((SOURCES / "cuda").glob("*.cpp"))]:
         objects.append(directory / f"{source.stem}.o")
-        command = [compiler, "-c", "-std=c++17", "-O1", "-fPIC", *(f"-I{path}" for path in includes)]
+        # fortified, longjmp refuses another stack
+        options = ["-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE"]
+        command = [compiler, "-c", *options, *(f"-I{path}" for path in includes)]
         running.append(subprocess.Popen([*command, source, "-o", objects[-1]]))
     statuses = [process.wait() for process in running]
     assert not any(statuses), "csrc/cuda does not compile for the host"

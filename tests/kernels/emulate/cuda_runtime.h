@@ -2,6 +2,7 @@
 // thread that switch at every synchronisation; blocks run one after another.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -44,37 +45,65 @@ struct Barrier {
   }
 };
 
+// A fiber runs its thread of every block: made once by makecontext, then left and entered by _longjmp, which, unlike
+// swapcontext, needs no system call.
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf place;
   std::vector<char> stack = std::vector<char>(kStackBytes);
-  bool ended = false;
+  bool started = false, ended = true;
+  const Barrier* awaited = nullptr;
+  unsigned generation = 0;  // that the barrier had at the arrival
+
+  bool is_waiting() const { return awaited != nullptr && awaited->generation == generation; }
 };
 
 inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline Barrier block_barrier;
 inline std::vector<Barrier> warp_barriers;
 inline std::vector<uint64_t> exchange;  // by thread: what it offers to a shuffle
 inline unsigned progress = 0;           // changes whenever a fiber passes a barrier or ends
 
+inline void leave(unsigned self) {
+  if (_setjmp(fibers[self].place) == 0) _longjmp(scheduler, 1);
+}
+
 inline void wait_at(Barrier& barrier) {
-  const unsigned generation = barrier.generation, self = threadIdx.x;
+  const unsigned self = threadIdx.x;
+  fibers[self].awaited = &barrier;
+  fibers[self].generation = barrier.generation;
   ++barrier.arrived;
   barrier.release_if_complete();
-  while (barrier.generation == generation) swapcontext(&fibers[self].context, &scheduler);
+  if (fibers[self].is_waiting()) leave(self);
+  fibers[self].awaited = nullptr;
   ++progress;
 }
 
 inline void run_fiber() {
-  body();
-  const unsigned self = threadIdx.x;
-  fibers[self].ended = true;
-  ++progress;
-  for (Barrier* barrier : {&block_barrier, &warp_barriers[self / kWarp]}) {
-    --barrier->expected;
-    barrier->release_if_complete();
+  while (true) {
+    body();
+    const unsigned self = threadIdx.x;
+    fibers[self].ended = true;
+    ++progress;
+    for (Barrier* barrier : {&block_barrier, &warp_barriers[self / kWarp]}) {
+      --barrier->expected;
+      barrier->release_if_complete();
+    }
+    leave(self);
   }
+}
+
+inline void enter(Fiber& fiber) {
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = fiber.stack.data();
+  fiber.start.uc_stack.ss_size = kStackBytes;
+  makecontext(&fiber.start, run_fiber, 0);
+  setcontext(&fiber.start);
 }
 
 inline void run_block(unsigned threads) {
@@ -82,12 +111,7 @@ inline void run_block(unsigned threads) {
   warp_barriers.assign((threads + kWarp - 1) / kWarp, {});
   for (unsigned t = 0; t < threads; ++t) {
     ++warp_barriers[t / kWarp].expected;
-    getcontext(&fibers[t].context);
-    fibers[t].context.uc_stack.ss_sp = fibers[t].stack.data();
-    fibers[t].context.uc_stack.ss_size = kStackBytes;
-    fibers[t].context.uc_link = &scheduler;
     fibers[t].ended = false;
-    makecontext(&fibers[t].context, run_fiber, 0);
   }
   for (unsigned running = threads; running > 0;) {
     const unsigned before = progress;
@@ -97,10 +121,13 @@ inline void run_block(unsigned threads) {
       const unsigned t = blockIdx.x % 2 == 0 ? turn : threads - 1 - turn;
       if (fibers[t].ended) continue;
       threadIdx.x = t;
-      swapcontext(&scheduler, &fibers[t].context);
+      if (!fibers[t].is_waiting()) enter(fibers[t]);
       running += !fibers[t].ended;
     }
-    if (running > 0 && progress == before) throw std::runtime_error("a barrier that not all threads reach");
+    if (running > 0 && progress == before) {
+      fibers.clear();  // they are in the middle of this kernel
+      throw std::runtime_error("a barrier that not all threads reach");
+    }
   }
 }
 
