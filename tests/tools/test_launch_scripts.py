@@ -3,11 +3,13 @@
 If a test needs GPUs or SLURM, `PYTHON`, `srun` and `scontrol` are test doubles that print their arguments.
 """
 
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from support import warm
 from support.launch_scripts import REPOSITORY, command, files, make_doubles, run
 
 from megatron_bicc.algorithms.presets import resolve
@@ -31,13 +33,22 @@ def launched(path: Path, script: str, *arguments: str, **variables: str) -> dict
     return options | dict(setting.split("=", 1) for setting in last if "=" in setting)
 
 
-def test_llama_70b_on_paper() -> None:
-    """64 processes. A layer has 150,994,944 parameters in its attention and 704,643,072 in its MLP, cut over
-    8 ranks, and two norms of 8192 on each; stage 0 has an eighth of the embedding's 128,256 x 8192 too."""
+def dry_run(path: Path, script: str, *arguments: str, **variables: str) -> str:
+    """What the script prints with DRY_RUN=1; the command that it starts runs in a warm process."""
     status, out, err = run(
-        "run_bicc_70b.sh", "parallel.virtual_pipeline=4", DRY_RUN="1", PYTHON=sys.executable
+        script, *arguments, path=path, DRY_RUN="1", PYTHON=str(path / "python"), **variables
     )
     assert status == 0, err
+    last = out.splitlines()[-1]
+    done = warm.run(re.findall(r"<([^>]*)>", last), WORLD_SIZE=last.rpartition("WORLD_SIZE=")[2])
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_llama_70b_on_paper(doubles: Path) -> None:
+    """64 processes. A layer has 150,994,944 parameters in its attention and 704,643,072 in its MLP, cut over
+    8 ranks, and two norms of 8192 on each; stage 0 has an eighth of the embedding's 128,256 x 8192 too."""
+    out = dry_run(doubles, "run_bicc_70b.sh", "parallel.virtual_pipeline=4")
     assert "64 processes: tensor 8 with sequence parallel, pipeline 4 x 4 chunks, data 2, expert 1" in out
     assert "8 distinct shards" in out and "stage 1: layers 6-10, 26-30, 46-50, 66-70, " in out
     layers = 20 * ((150_994_944 + 704_643_072) // 8 + 2 * 8192)
@@ -45,10 +56,28 @@ def test_llama_70b_on_paper() -> None:
     assert "synthetic step: 32 groups of 8" in out
 
 
-def test_qwen3_4b_on_paper() -> None:
-    status, out, err = run("run_bicc_qwen3_4b.sh", DRY_RUN="1", PYTHON=sys.executable)
-    assert status == 0, err
+def test_qwen3_4b_on_paper(doubles: Path) -> None:
+    out = dry_run(doubles, "run_bicc_qwen3_4b.sh")
     assert "8 processes: tensor 2 with sequence parallel, pipeline 1, data 4, expert 1" in out
+
+
+def test_qwen3_30b_a3b_on_paper(doubles: Path) -> None:
+    """64 processes. Of a layer a rank has a quarter of the attention (18,874,368 parameters), 16 of 128
+    experts, and whole a router, two norms of 2048, and norms of queries and keys; a quarter of the embedding
+    and of the output layer, 151,936 x 2048 each, and the last norm."""
+    out = dry_run(doubles, "run_bicc_qwen3_30b_a3b.sh")
+    assert "64 processes: tensor 4 with sequence parallel, pipeline 1, data 16, expert 8" in out
+    layer = 18_874_368 // 4 + 16 * 3 * 2048 * 768 + 128 * 2048 + 2 * 2048 + 2 * 128
+    assert f"{48 * layer + 2 * 151_936 * 2048 // 4 + 2048:,} parameters" in out
+
+
+def test_qwen3_235b_a22b_on_paper(doubles: Path) -> None:
+    """256 processes. A layer has 71,303,168 parameters in its attention, and 18,874,368 in each expert."""
+    out = dry_run(doubles, "run_bicc_qwen3_235b_a22b.sh")
+    assert "256 processes: tensor 4 with sequence parallel, pipeline 2, data 32, expert 32" in out
+    assert "stage 1: layers 48-94, " in out
+    layer = 71_303_168 // 4 + 4 * 18_874_368 + 128 * 4096 + 2 * 4096 + 2 * 128
+    assert f"{47 * layer + 151_936 * 4096 // 4:,} parameters" in out
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU's driver")
@@ -71,12 +100,20 @@ def test_plain_hosts(doubles: Path) -> None:
     assert found["seed"] == "5"
 
 
-@pytest.mark.parametrize(("script", "layout"), [(SCRIPTS[0], (8, 4)), (SCRIPTS[1], (2, 1))])
+@pytest.mark.parametrize(
+    ("script", "layout"),
+    [
+        (SCRIPTS[0], (8, 4, 1)),
+        (SCRIPTS[1], (2, 1, 1)),
+        ("run_bicc_qwen3_30b_a3b.sh", (4, 1, 8)),
+        ("run_bicc_qwen3_235b_a22b.sh", (4, 2, 32)),
+    ],
+)
 def test_the_papers_settings(
-    doubles: Path, script: str, layout: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    doubles: Path, script: str, layout: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that the run resolves, wherever they are written: in the script, its file or the defaults."""
-    arguments = command(doubles, script, MASTER_ADDR="host0")
+    arguments = command(doubles, script, MASTER_ADDR="host0", SERVERS="http://server0:30000")
     monkeypatch.chdir(REPOSITORY)
     config = resolve(parse_config(arguments[arguments.index("megatron_bicc.train") + 1 :]))
     assert (config.bicc.enabled, config.rcc.enabled, config.bicc.weight) == (True, True, 1.0)
@@ -85,9 +122,12 @@ def test_the_papers_settings(
     assert (config.rollout.prompts_per_step, config.rollout.group_size) == (32, 8)
     assert (config.rollout.max_new_tokens, config.train.max_sequence_tokens) == (8192, 16384)
     assert (config.train.max_tokens_per_microbatch, config.model.recompute) == (16384, "full")
-    assert (config.parallel.tensor, config.parallel.pipeline) == layout
-    assert config.checkpoint.resume and config.rollout.colocate
-    assert (config.rollout.launch, config.weight_sync.method) == ("spawn", "tensor")
+    assert (config.parallel.tensor, config.parallel.pipeline, config.parallel.expert) == layout
+    assert config.checkpoint.resume
+    placed = (config.rollout.colocate, config.rollout.launch, config.weight_sync.method)
+    # beside the policy's state a GPU of 80 GB has no room for an eighth of the largest policy's weights
+    elsewhere = script == "run_bicc_qwen3_235b_a22b.sh"
+    assert placed == ((False, "attach", "distributed") if elsewhere else (True, "spawn", "tensor"))
 
 
 def test_the_environment_is_checked_first(doubles: Path) -> None:
