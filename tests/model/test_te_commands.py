@@ -1,9 +1,7 @@
 """Tests the documented commands where Transformer Engine, here tests/te_stand_in, is installed."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from support import te_stand_in, warm
 from support.forked import torchrun_variables
-from support.warm import REPOSITORY
 
 # several processes; a busy machine needs minutes for that
 pytestmark = pytest.mark.timeout(900)
@@ -19,10 +16,10 @@ TINY = ["--config", "examples/configs/tiny.yaml"]
 CONVERT = "tools/convert_hf_checkpoint.py"
 
 
-def run(command: list[str | Path], processes: int = 0) -> subprocess.CompletedProcess:
+def run(command: list[str | Path], processes: int = 0, **variables: str) -> subprocess.CompletedProcess:
     """Runs a command that finds Transformer Engine, alone or as a job. Raises AssertionError if it fails."""
-    variables = torchrun_variables(processes) if processes else [{}]
-    done = te_stand_in.warm_process().run([*map(str, command)], variables, timeout_s=800)
+    each = torchrun_variables(processes) if processes else [variables]
+    done = te_stand_in.warm_process().run([*map(str, command)], each, timeout_s=800)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 
@@ -37,8 +34,9 @@ def test_training_on_two_processes(tmp_path: Path) -> None:
 
 
 def test_dry_run() -> None:
-    settings = [*TINY, "parallel.tensor=1", "dry_run=true"]
-    assert "1 processes: tensor 1" in run(["-m", "megatron_bicc.train", *settings]).stdout
+    settings = [*TINY, "parallel.sequence=true", "dry_run=true"]
+    done = run(["-m", "megatron_bicc.train", *settings], WORLD_SIZE="4")
+    assert "4 processes: tensor 2 with sequence parallel" in done.stdout
 
 
 def test_plan() -> None:
@@ -49,15 +47,10 @@ def test_plan() -> None:
 def test_checkpoints_convert_with_and_without(
     family: str, model_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Imported by either, a checkpoint is verified by the other, and exports the same file."""
+    """Imported by either, a checkpoint is read by the other: logits, and an export of the same tensors."""
     source = model_dirs[family]
     run([CONVERT, "import", source, tmp_path / "te"])
-    run([CONVERT, "verify", source, tmp_path / "te", "--length", "32"])
-    for command in (
-        ["import", source, tmp_path / "local"],
-        ["verify", source, tmp_path / "te", "--length", "32"],
-        ["export", tmp_path / "te", tmp_path / "back"],
-    ):
+    for command in (["import", source, tmp_path / "local"], ["export", tmp_path / "te", tmp_path / "back"]):
         done = warm.run([CONVERT, *command])
         assert done.returncode == 0, done.stderr[-4000:]
     run([CONVERT, "verify", source, tmp_path / "local", "--length", "32"])
@@ -75,15 +68,3 @@ def test_processes_with_and_without_are_refused(tmp_path: Path) -> None:
     assert [p.wait(300) for p in (warm.warm_process(), te_stand_in.warm_process())] == [2, 2]
     said = (tmp_path / "err0").read_text() + (tmp_path / "err1").read_text()
     assert "library of the layers: local against Transformer Engine" in said
-
-
-def test_launch_script_on_paper() -> None:
-    done = subprocess.run(
-        [REPOSITORY / "examples/run_bicc_qwen3_4b.sh"],
-        env=os.environ | {"DRY_RUN": "1", "PYTHON": sys.executable, "PYTHONPATH": te_stand_in.python_path()},
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "8 processes: tensor 2 with sequence parallel" in done.stdout
