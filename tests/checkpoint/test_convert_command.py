@@ -41,7 +41,7 @@ LARGE = {
         "20MB",
     ),
 }
-"""Policies of 350 and 270 MB: configuration, largest file"""
+"""Policies of 350 and 260 MB: configuration, largest file"""
 
 
 @pytest.fixture(scope="module")
