@@ -1,4 +1,4 @@
-"""Worker of test_convert_command.py: convert_worker.py OUT; converts OUT/small, experts and large."""
+"""Worker of test_convert_command.py: convert_worker.py OUT; converts OUT/small, experts and large*."""
 
 import importlib.util
 import json
@@ -65,13 +65,12 @@ def _load_and_save(source: Path, checkpoint: Path, out: Path, layout: ParallelCo
     start_model_parallel(Config())
 
 
-def memory(source: Path, out: Path) -> dict[str, int]:
+def memory(source: Path) -> dict[str, int]:
     """How far the resident memory of import and of export goes above that at their start, in bytes."""
-    device.start_distributed()
-    start_model_parallel(Config())
+    imported, back = (source.with_name(f"{source.name}_{suffix}") for suffix in ("megatron", "back"))
     tasks = {
-        "import": lambda: import_hf(source, out / "large_megatron", allow_pickle=False),
-        "export": lambda: export_hf(out / "large_megatron", out / "large_back", side_files=None),
+        "import": lambda: import_hf(source, imported, allow_pickle=False),
+        "export": lambda: export_hf(imported, back, side_files=None),
     }
     return {name: _peak(task) for name, task in tasks.items()}
 
@@ -119,8 +118,10 @@ def main(out: Path) -> None:
         partial(command, "import", experts, imported, "--ep", 2), processes=2
     )
     report["reshard experts"] = forked.run(partial(reshard, experts, imported, moe), processes=2)
-    # after it this process can fork no more jobs
-    report["memory"] = memory(out / "large", out)
+    # after this the process can fork no more jobs
+    device.start_distributed()
+    start_model_parallel(Config())
+    report["memory"] = {name: memory(out / name) for name in ("large", "large_experts")}
     (out / "report.json").write_text(json.dumps(report))
 
 

@@ -11,9 +11,37 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 from support.models import make_model
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PretrainedConfig, Qwen3Config, Qwen3MoeConfig
+
+from megatron_bicc.weights.hf_files import expected_shapes
 
 WORKER = Path(__file__).with_name("convert_worker.py")
+HEADS = {"vocab_size": 8000, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128}
+LARGE = {
+    "large": (
+        Qwen3Config(
+            **HEADS,
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=5,
+            tie_word_embeddings=True,
+            architectures=["Qwen3ForCausalLM"],
+        ),
+        "40MB",
+    ),
+    "large_experts": (
+        Qwen3MoeConfig(
+            **HEADS,
+            hidden_size=512,
+            moe_intermediate_size=64,
+            num_experts=128,
+            num_hidden_layers=4,
+            architectures=["Qwen3MoeForCausalLM"],
+        ),
+        "20MB",
+    ),
+}
+"""Policies of 350 and 260 MB: configuration, largest file"""
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +50,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("convert")
     make_model("qwen3_tied").save_pretrained(out / "small", max_shard_size="50kB")
     make_model("qwen3_moe").save_pretrained(out / "experts", max_shard_size="50kB")
-    shard, largest = large_model(out / "large")
+    bounds = {name: save_random(out / name, config, limit) for name, (config, limit) in LARGE.items()}
     # glibc keeps up to 64 MB of freed memory for itself, which is much beside tensors of 30 MB
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
     command = [sys.executable, "-W", "ignore", str(WORKER), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads((out / "report.json").read_text())
-    return report | {"out": out, "shard": shard, "largest": largest, "print": done.stdout, "err": done.stderr}
+    return report | {"out": out, "bounds": bounds, "print": done.stdout, "err": done.stderr}
 
 
 def same(ours: Path, theirs: Path) -> bool:
@@ -63,35 +91,24 @@ def test_resharding_of_experts(found: dict) -> None:
         assert same(found["out"] / f"experts_{layout}_back", found["out"] / "experts"), layout
 
 
-def test_memory_is_bounded_by_shards(found: dict) -> None:
+@pytest.mark.parametrize("name", LARGE)
+def test_memory_is_bounded_by_shards(name: str, found: dict) -> None:
     """Peak memory: no more than two of the input's shards and its largest tensor above that at the start."""
-    source, bound = found["out"] / "large", 2 * found["shard"] + found["largest"]
+    source, bound = found["out"] / name, found["bounds"][name]
     assert sum(file.stat().st_size for file in source.iterdir()) > 3 * bound
-    assert max(found["memory"].values()) < bound, f"{found['memory']}, bound {bound} bytes"
-    assert same(found["out"] / "large_back", source)
+    assert max(found["memory"][name].values()) < bound, f"{found['memory'][name]}, bound {bound} bytes"
+    assert same(found["out"] / f"{name}_back", source)
 
 
-def large_model(path: Path) -> tuple[int, int]:
-    """A policy of 350 MB in files of at most 40 MB; bytes of its largest file and tensor."""
-    config = Qwen3Config(
-        vocab_size=8000,
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=5,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=128,
-        tie_word_embeddings=True,
-        architectures=["Qwen3ForCausalLM"],
-    )
+def save_random(path: Path, config: PretrainedConfig, limit: str) -> int:
+    """Saves a random policy in files of at most `limit`; returns the documented bound on memory in bytes."""
     config.save_pretrained(path)
-    with torch.device("meta"):
-        state = Qwen3ForCausalLM(config).state_dict()
-    state.pop("lm_head.weight")
-    split = split_torch_state_dict_into_shards(state, max_shard_size="40MB")
+    shapes = expected_shapes(config).items()
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes}
+    split = split_torch_state_dict_into_shards(state, max_shard_size=limit)
     for file, names in split.filename_to_tensors.items():
         save_file({name: torch.rand(state[name].shape) for name in names}, path / file)
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     largest_file = max(file.stat().st_size for file in path.glob("*.safetensors"))
-    return largest_file, max(tensor.nbytes for tensor in state.values())
+    return 2 * largest_file + max(tensor.nbytes for tensor in state.values())

@@ -1,10 +1,7 @@
 """Tests python -m megatron_bicc.evaluate on the tiny policy: figures, a kill, mistakes."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -49,11 +46,9 @@ def test_the_command_writes_a_table_and_json(tmp_path: Path) -> None:
     rows = [{"problem": f"{a}+8-6=", "answer": a + 2, "id": str(a)} for a in range(11, 17)]
     benchmark = tmp_path / "aime25.jsonl"
     benchmark.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-W", "ignore", "-m", "megatron_bicc.evaluate", "--model", str(MODEL)]
-    command += ["--benchmark", str(benchmark), "--k", "3", "--out", str(tmp_path / "out")]
-    command += ["model.dtype=float32", "rollout.max_new_tokens=32"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=280)
+    command = ["-m", "megatron_bicc.evaluate", "--model", MODEL, "--benchmark", benchmark, "--k", "3"]
+    command += ["--out", tmp_path / "out", "model.dtype=float32", "rollout.max_new_tokens=32"]
+    done = warm.run(command, timeout_s=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| benchmark | prompts | avg@3 | pass@2 | pass@3 | tokens | truncated |" in done.stdout
     assert "aime25: 100%" in done.stderr
