@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.distributed._tools.fake_collectives
 from fake_cuda.cases import Case
 from fake_cuda.watch import Watch
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import state_dict_utils
 from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.optimizer import clip_grads
@@ -200,17 +199,6 @@ def norm(watch: Watch, chunk: int, overflow: Tensor, lists: list[list[Tensor]], 
 
 
 @contextlib.contextmanager
-def fake_job(case: Case) -> Iterator[None]:
-    """Makes this process the case's rank in the block, whose collectives move nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=case.rank, world_size=case.processes)
-    try:
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
-
-
-@contextlib.contextmanager
 def fake_cuda(watch: Watch, kernels: bool) -> Iterator[None]:
     """In the block torch's, megatron-core's and the package's CUDA branches run on fake tensors."""
     stages = Stages()
@@ -277,6 +265,7 @@ def take(case: Case, models: Path, directory: Path) -> dict[str, Any]:
     config = configuration(case, models)
     watch = Watch(getattr(supported_config(config.model.path), "num_experts_per_tok", 0))
     assert backend() == case.backend, backend()
+    dist.init_process_group("fake", store=FakeStore(), rank=case.rank, world_size=case.processes)
     with fake_cuda(watch, case.kernels):
         start_model_parallel(config)
         with FakeTensorMode(allow_non_fake_inputs=True), watch:
@@ -326,8 +315,7 @@ def types(policy: Policy) -> dict[str, list[str]]:
 def report(case: Case, models: Path, path: Path) -> None:
     """Writes the report of a case."""
     try:
-        with fake_job(case):
-            found = take(case, models, path.with_suffix(".checkpoint"))
+        found = take(case, models, path.with_suffix(".checkpoint"))
     except Exception:
         found = {"error": traceback.format_exc()}
     path.write_text(json.dumps(found))

@@ -1,10 +1,11 @@
-"""Takes steps on a fake cuda:0, one after another: what torch learns of an operator's shapes serves them all.
+"""Takes steps on a fake cuda:0, every one in a forked process.
 
 step_worker.py ORDERS: a JSON file {"cases": [fields of Case, ...], "models": directory, "reports": directory,
 "paths": entries of sys.path}. Case i writes REPORTS/i.json: what Watch counted, types of the state, buckets;
 or {"error": traceback}.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fake_cuda import device_guard
 from fake_cuda.cases import Case
+from support import forked
 
 
 def main(orders: dict) -> None:
@@ -22,7 +24,10 @@ def main(orders: dict) -> None:
     from fake_cuda.step import report  # torch, which must find the device
 
     for i, fields in enumerate(orders["cases"]):
-        report(Case(**fields), Path(orders["models"]), Path(orders["reports"], f"{i}.json"))
+        path = Path(orders["reports"], f"{i}.json")
+        forked.wait(
+            [forked.fork(functools.partial(report, Case(**fields), Path(orders["models"]), path), {})]
+        )
 
 
 if __name__ == "__main__":
