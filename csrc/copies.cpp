@@ -14,15 +14,15 @@ struct Run {
 
 int64_t size_of(const std::vector<int64_t>& header) { return static_cast<int64_t>(header.size()); }
 
-// The tokens of a side's prefix; no run is empty.
-std::vector<Run> runs_of(const Plan& plan, const Side& side) {
+// Calls visit(run) for the tokens of a side's prefix, in order; no run is empty.
+template <class Visit>
+void for_runs(const Plan& plan, const Side& side, const Visit& visit) {
   const Settings& settings = plan.settings;
-  std::vector<Run> runs;
   const auto add = [&](CopySource source, int64_t offset, int64_t length) {
-    if (length > 0) runs.push_back({source, offset, length});
+    if (length > 0) visit(Run{source, offset, length});
   };
   add(kFromPrompts, plan.batch.prompt_offsets[side.group], plan.batch.prompt_length(side.group));
-  if (side.context_tokens == 0) return runs;
+  if (side.context_tokens == 0) return;
   const bool wrong = side.shown == Shown::kWrong;
   const int64_t header = size_of(wrong ? settings.wrong_header : settings.right_header);
   for (int64_t p = side.first_part; p < side.last_part; ++p) {
@@ -33,13 +33,15 @@ std::vector<Run> runs_of(const Plan& plan, const Side& side) {
     add(kFromResponses, first + part.length - part.tail, part.tail);
   }
   add(kFromHeaders, size_of(settings.wrong_header) + size_of(settings.right_header), size_of(settings.answer_header));
-  return runs;
 }
 
-int32_t last_token(const Plan& plan, const Run& run) {
-  const int64_t place = run.offset + run.length - 1;
-  if (run.source == kFromPrompts) return plan.batch.prompt_tokens[place];
-  if (run.source == kFromResponses) return plan.batch.tokens[place];
+// The last token of a side's prefix.
+int32_t last_token(const Plan& plan, const Side& side) {
+  Run last{};
+  for_runs(plan, side, [&](const Run& run) { last = run; });
+  const int64_t place = last.offset + last.length - 1;
+  if (last.source == kFromPrompts) return plan.batch.prompt_tokens[place];
+  if (last.source == kFromResponses) return plan.batch.tokens[place];
   return plan.headers[place];
 }
 
@@ -48,11 +50,13 @@ class Copier {
  public:
   Copier(const Plan& plan, int64_t index, const RowExtent& start, std::vector<Copy>& copies)
       : plan_(plan), copies_(copies), row_(start.rows), gathered_(start.response_rows) {
+    sides_.reserve(plan.sizes[index].sides);
+    responses_.reserve(plan.sizes[index].segments);
     for (const int64_t p : plan.micro_batches[index]) {
       const Piece& piece = plan.pieces.pieces[p];
       const Side& side = plan.sides.sides[piece.side];
-      prefixes_.push_back(runs_of(plan, side));
-      const int32_t first_input = last_token(plan, prefixes_.back().back());
+      sides_.push_back(&side);
+      const int32_t first_input = last_token(plan, side);
       for (int64_t r = piece.first_response; r < piece.last_response; ++r) {
         responses_.push_back({plan.pieces.responses[r], side.prefix_tokens, first_input});
       }
@@ -60,9 +64,9 @@ class Copier {
   }
 
   void add(const ContextShare& share) {
-    const int64_t end = row_ + share.rows, sides = static_cast<int64_t>(prefixes_.size());
+    const int64_t end = row_ + share.rows, sides = static_cast<int64_t>(sides_.size());
     for (const Chunk& chunk : share.chunks) {
-      chunk.segment < sides ? add_prefix(prefixes_[chunk.segment], chunk) : add_response(chunk.segment - sides, chunk);
+      chunk.segment < sides ? add_prefix(*sides_[chunk.segment], chunk) : add_response(chunk.segment - sides, chunk);
       row_ += chunk.length;
     }
     const int64_t rows = end - row_;
@@ -78,10 +82,10 @@ class Copier {
 
   // Token t of a prefix is the input of row t and the label of row t - 1, where these are in the chunk. So the last
   // token of a prefix is no input of its rows: it is the first input of every response.
-  void add_prefix(const std::vector<Run>& prefix, const Chunk& chunk) {
+  void add_prefix(const Side& side, const Chunk& chunk) {
     const int64_t last = chunk.start + chunk.length;  // the last token that is needed, as a label
     int64_t done = 0;
-    for (const Run& run : prefix) {
+    for_runs(plan_, side, [&](const Run& run) {
       const int64_t from = std::max(done, chunk.start), to = std::min(done + run.length, last + 1);
       if (from < to) {
         const int64_t skip = from == chunk.start, row = row_ + from - chunk.start;
@@ -89,7 +93,7 @@ class Copier {
                            row - 1 + skip, skip, -1, -1, -1, -1, 0});
       }
       done += run.length;
-    }
+    });
   }
 
   // The first input is the token before the chunk, one row before the copied inputs.
@@ -105,7 +109,7 @@ class Copier {
 
   const Plan& plan_;
   std::vector<Copy>& copies_;
-  std::vector<std::vector<Run>> prefixes_;  // of the sides
+  std::vector<const Side*> sides_;
   std::vector<Response> responses_;
   int64_t row_;       // first row of the next chunk
   int64_t gathered_;  // place of the next response row in the gather index

@@ -22,6 +22,11 @@ class Divider {
       : segments_(segments), capacity_(capacity), token_cost_(token_cost), shares_(ranks) {}
 
   std::vector<Share> divide() {
+    if (ranks() == 1) {
+      shares_[0].chunks.reserve(segments_.size());
+      for (int64_t segment = 0; segment < static_cast<int64_t>(segments_.size()); ++segment) add_whole(0, segment);
+      return std::move(shares_);
+    }
     std::vector<int64_t> costs, order(segments_.size());
     for (const Segment& segment : segments_) costs.push_back(cost_of(segment, 0, segment.rows, token_cost_));
     std::iota(order.begin(), order.end(), 0);
@@ -31,7 +36,7 @@ class Divider {
     for (const int64_t segment : order) {
       const int64_t rank = costs[segment] > largest_whole ? ranks() : cheapest_with_room(segments_[segment].rows);
       if (rank < ranks()) {
-        add(rank, {segment, 0, segments_[segment].rows});
+        add_whole(rank, segment);
       } else {
         cut(segment);
       }
@@ -76,6 +81,8 @@ class Divider {
     }
     return rows;
   }
+
+  void add_whole(int64_t rank, int64_t segment) { add(rank, {segment, 0, segments_[segment].rows}); }
 
   // Returns the end of the chunk. One that continues the rank's last is joined to it: the two in the middle of a
   // segment, for one.

@@ -106,10 +106,7 @@ def _step_plan(native: _C.Plan, batch: RolloutBatch, settings: PackingSettings, 
     chunk_lengths = dict.fromkeys(("segment_W", "start_W", "length_W"), (np.int32, share_chunks))
     buffers = _allocate({**lengths, **chunk_lengths})
     native.fill_segments(buffers)
-    chunks = (
-        Chunks(rows, **views)
-        for rows, views in zip(share_rows.tolist(), _cut(buffers, chunk_lengths), strict=True)
-    )
+    chunks = map(Chunks, share_rows.tolist(), *_views(buffers, chunk_lengths).values())
     layouts = [
         MicroBatchLayout(
             rows, prefix_rows, response_rows, **views, chunks=tuple(islice(chunks, settings.context_ranks))
@@ -162,8 +159,14 @@ def _allocate(lengths: Lengths) -> dict[str, np.ndarray]:
 
 def _cut(buffers: dict[str, np.ndarray], lengths: Lengths) -> list[dict[str, np.ndarray]]:
     """Returns each micro-batch's arrays by name: views, no copies."""
+    views = _views(buffers, lengths)
+    return [dict(zip(views, arrays, strict=True)) for arrays in zip(*views.values(), strict=True)]
+
+
+def _views(buffers: dict[str, np.ndarray], lengths: Lengths) -> dict[str, list[np.ndarray]]:
+    """Returns every micro-batch's array of each name."""
     views = {}
     for name, (_, lengths_M) in lengths.items():
         bounds = np.concatenate([[0], np.cumsum(lengths_M)]).astype(np.int64).tolist()
         views[name] = [buffers[name][start:stop] for start, stop in pairwise(bounds)]
-    return [dict(zip(views, arrays, strict=True)) for arrays in zip(*views.values(), strict=True)]
+    return views

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -25,6 +24,7 @@ from megatron_bicc.model.policy import start_model_parallel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support import forked
+from support.model_parallel import leave_model_parallel
 
 
 def command(*arguments: object) -> None:
@@ -44,7 +44,7 @@ def reshard(source: Path, imported: Path, layouts: dict[str, ParallelConfig]) ->
         saved = source.with_name(f"{source.name}_{name}")
         _load_and_save(source, previous, saved, layout)
         export_hf(saved, saved.with_name(f"{saved.name}_back"), side_files)
-        parallel_state.destroy_model_parallel()
+        leave_model_parallel()
         previous = saved
 
 
@@ -61,7 +61,7 @@ def _load_and_save(source: Path, checkpoint: Path, out: Path, layout: ParallelCo
     with device.megatron():
         tensors = collect_tensors(out, {"model0": model.sharded_state_dict()})
     write_tensors(out, tensors, dist.group.WORLD)
-    parallel_state.destroy_model_parallel()
+    leave_model_parallel()
     start_model_parallel(Config())
 
 

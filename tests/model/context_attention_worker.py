@@ -21,7 +21,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megatron.core import parallel_state
 from support.attention_reference import (
     Sides,
     differentiate,
@@ -31,6 +30,7 @@ from support.attention_reference import (
     rows_held,
     segment_lengths,
 )
+from support.model_parallel import leave_model_parallel
 
 from megatron_bicc import device
 from megatron_bicc.config import Config
@@ -165,7 +165,7 @@ def benchmark(ranks: int) -> dict[str, float]:
     config.parallel.context = ranks
     start_model_parallel(config)
     figures = context.measure_rank(Namespace(tokens=601, layers=2, hidden=128))
-    parallel_state.destroy_model_parallel()
+    leave_model_parallel()
     return figures
 
 

@@ -6,11 +6,15 @@ torchrun --nproc-per-node 2 state_worker.py TINY SMALL EXPERTS out.json
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from transformers import AutoConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.model_parallel import leave_model_parallel
 
 from megatron_bicc import device
 from megatron_bicc.collective import gathered
@@ -75,7 +79,8 @@ def measure_all(paths: list[str]) -> dict[str, list[dict[str, int]]]:
         policy.zero_gradients()
         policy.update()
         found[name] = gathered(measure(policy))
-        parallel_state.destroy_model_parallel()
+        del policy  # refers to the groups
+        leave_model_parallel()
     return found
 
 

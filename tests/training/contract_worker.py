@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support import emulated_kernels
 from support.contract import ALGORITHMS, EXPERT_CASES, Stepper, expert_step
+from support.model_parallel import leave_model_parallel
 
 from megatron_bicc import device
 from megatron_bicc.config import Config, ParallelConfig
@@ -59,14 +59,15 @@ def main(inputs: Path, out: str) -> None:
             device._kernels = emulated_kernels.build()
             found |= {("kernels", algorithm): stepper.step(algorithm, MICRO_BATCHES) for algorithm in KERNELS}
             device._kernels = None
-        parallel_state.destroy_model_parallel()
+        del stepper  # refers to the groups
+        leave_model_parallel()
     for name, settings in EXPERT_LAYOUTS.items():
         parallel = {
             key.split("__")[1]: value for key, value in settings.items() if key.startswith("parallel")
         }
         start_model_parallel(Config(parallel=ParallelConfig(**parallel)))
         found |= {(name, case): expert_step(inputs, case, TOKENS, **settings) for case in EXPERT_CASES}
-        parallel_state.destroy_model_parallel()
+        leave_model_parallel()
     if dist.get_rank() == 0:
         torch.save(found, out)
     dist.barrier()

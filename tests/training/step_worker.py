@@ -20,6 +20,7 @@ from megatron.core import parallel_state
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from support.model_parallel import leave_model_parallel
 from support.models import make_model
 from support.routing import drawn, with_experts
 from support.steps import CASES, ENTROPY, KL, TOKENIZER, hf_gradients, make_config, to_groups
@@ -274,14 +275,6 @@ def refusal(policy: Policy) -> str:
     except NotFiniteError as error:
         return str(error) if all(map(torch.equal, policy.host_copy(), before)) else ""
     return ""
-
-
-def leave_model_parallel() -> None:
-    """Ends megatron-core's process groups, which it only forgets: each keeps threads of its own."""
-    parallel_state.destroy_model_parallel()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
 
 
 def main(inputs: Path, out: str) -> None:

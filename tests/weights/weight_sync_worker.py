@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from support.model_parallel import leave_model_parallel
 from support.steps import TOKENIZER, make_config
 from support.weight_sync import make_sync, stream
 
@@ -65,7 +65,7 @@ def start(layout: dict[str, int], method: str, arguments: list[str]) -> Learner:
     config.weight_sync.keep_files = True
     for name, size in layout.items():
         setattr(config.parallel, name, size)
-    parallel_state.destroy_model_parallel()
+    leave_model_parallel()
     start_model_parallel(config)
     return Learner(config, load_policy(config), TOKENIZER)
 
