@@ -16,7 +16,7 @@ def leave_model_parallel() -> None:
     Its threads end with the last reference, so policies of these groups must have been dropped.
     """
     for x in gc.get_objects():
-        # both keep hooks of an autograd graph, which Python's garbage collector cannot see, and these a policy
+        # both keep hooks of an autograd graph that refer to the policy; the garbage collector cannot see them
         if type(x) is DistributedDataParallel:
             x.grad_accs.clear()
         elif type(x) is MoEAlltoAllTokenDispatcher:
