@@ -123,7 +123,7 @@ def planned_bytes(case: Case, ranks: int) -> int:
     config = Config()
     config.model.dtype, config.model.recompute = str(case.dtype).removeprefix("torch."), "none"
     config.parallel.context = ranks
-    sizes = Sizes(1, 64, HEADS, case.groups, CHANNELS, 64, 0, 0, 100, False, False)
+    sizes = Sizes(1, 64, HEADS, case.groups, CHANNELS, 64, 0, 0, 0, 100, False, False)
     work = Work(NOTHING, loads_of_batch(case.layout(ranks))[0])
     return traffic_of(sizes, config, work, Shard(0, 0, (1,), 0, 0, 0, 0, 0, 0), ranks, updates=1).context
 

@@ -98,7 +98,7 @@ def test_sequence_and_tensor_parallel_cut_what_they_hold() -> None:
     and cut by sequence parallel; queries, keys and values, MLP and attention's output by tensor parallel."""
     config = Config()
     config.parallel.tensor, config.parallel.sequence = 8, True
-    sizes = Sizes(80, 8192, 64, 8, 128, 28672, 0, 0, 128256, False, False)
+    sizes = Sizes(80, 8192, 64, 8, 128, 28672, 0, 0, 0, 128256, False, False)
     rows, narrow = 16384, 2 * 8192 * 4 + 2 * 4
     attention = 2 * 128 * ((8 + 2) + (8 + 1) + 8 + 4) + 4 * 8
     by_hand = rows // 8 * narrow + rows * (attention + 2 * 5 * 3584)

@@ -66,7 +66,9 @@ def main(inputs: Path, out: str) -> None:
             key.split("__")[1]: value for key, value in settings.items() if key.startswith("parallel")
         }
         start_model_parallel(Config(parallel=ParallelConfig(**parallel)))
-        found |= {(name, case): expert_step(inputs, case, TOKENS, **settings) for case in EXPERT_CASES}
+        # of one context rank
+        tokens = TOKENS // settings.get("parallel__context", 1)
+        found |= {(name, case): expert_step(inputs, case, tokens, **settings) for case in EXPERT_CASES}
         leave_model_parallel()
     if dist.get_rank() == 0:
         torch.save(found, out)
