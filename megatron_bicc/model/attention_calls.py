@@ -88,7 +88,7 @@ class AttentionCalls:
         # every context rank finds the same here, so that all of them take part in every exchange
         if len(layout.chunks) > 1 and shared.most > 0:
             is_sent_W = shared.of_segment[own.segment_W]
-            rows = _ranges(first_W[is_sent_W], own.length_W[is_sent_W])
+            rows = ranges(first_W[is_sent_W], own.length_W[is_sent_W])
             sent = np.zeros(shared.most, np.int64)
             sent[: len(rows)] = rows
             exchange = Exchange(torch.from_numpy(sent), len(rows), torch.from_numpy(np.concatenate(keys)))
@@ -99,17 +99,13 @@ class _Shared:
     """The rows that context ranks send: where each of them lies among the rows received."""
 
     def __init__(self, layout: MicroBatchLayout) -> None:
-        sides = len(layout.cu_prefix) - 1
-        lengths = np.concatenate([np.diff(layout.cu_prefix), np.diff(layout.cu_response)])
         segment_X, start_X, length_X = (
             np.concatenate([getattr(chunks, name) for chunks in layout.chunks])
             for name in ("segment_W", "start_W", "length_W")
         )
         rank_X = np.repeat(np.arange(len(layout.chunks)), [len(c.segment_W) for c in layout.chunks])
-        self.of_segment = np.arange(len(lengths)) < sides
-        """bool: whether the rows of each segment are shared"""
-        self.of_segment[segment_X[length_X < lengths[segment_X]]] = True
-        self._first = _starts(lengths * self.of_segment)
+        self.of_segment = layout.shared_segments
+        self._first = _starts(layout.segment_rows * self.of_segment)
         is_sent_X = self.of_segment[segment_X]
         segment_X, start_X, length_X, rank_X = (
             array[is_sent_X] for array in (segment_X, start_X, length_X, rank_X)
@@ -119,13 +115,13 @@ class _Shared:
         """Rows that a context rank sends at most"""
         within_rank_X = _starts(length_X) - _starts(counts)[rank_X]
         self._received = np.empty(counts.sum(), np.int64)
-        self._received[_ranges(self._first[segment_X] + start_X, length_X)] = _ranges(
+        self._received[ranges(self._first[segment_X] + start_X, length_X)] = ranges(
             rank_X * self.most + within_rank_X, length_X
         )
 
     def rows(self, segments: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Returns int64: where parts of segments lie among the rows received, one part after another."""
-        return self._received[_ranges(self._first[segments] + starts, lengths)]
+        return self._received[ranges(self._first[segments] + starts, lengths)]
 
 
 @dataclass(frozen=True)
@@ -144,8 +140,7 @@ def _to_prefixes(layout: MicroBatchLayout, own: Chunks) -> _Piece:
     """Returns the call of response rows against their sides' prefixes."""
     sides = len(layout.cu_prefix) - 1
     is_response_W = own.segment_W >= sides
-    side_S = np.searchsorted(layout.cu_response_side, layout.cu_response[:-1], side="right") - 1
-    side_W = side_S[own.segment_W[is_response_W] - sides]
+    side_W = layout.side_S[own.segment_W[is_response_W] - sides]
     rows_D = np.bincount(side_W, own.length_W[is_response_W], sides).astype(np.int64)
     (present,) = rows_D.nonzero()
     return _Piece(
@@ -196,6 +191,6 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Returns int64: the numbers start, start + 1, ... of each part, one part after another."""
     return np.arange(lengths.sum()) + np.repeat(starts - _starts(lengths), lengths)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_bicc.model.attention_calls import AttentionCalls
+from megatron_bicc.model.attention_calls import AttentionCalls, ranges
 from megatron_bicc.model.segments import Segments
 
 
@@ -60,8 +60,8 @@ class WindowCall:
             before_S[is_response] = np.minimum(np.diff(prefixes)[sides[is_response]], window - 1)
         bounds_k = np.concatenate([[0], np.cumsum(before_S + rows_S)])
         own_N = np.arange(bounds[-1]) + np.repeat(np.cumsum(before_S), rows_S)
-        copy_keys = _ranges(bounds_k[:-1], before_S)
-        copy_rows = _ranges(stop_S - before_S, before_S)
+        copy_keys = ranges(bounds_k[:-1], before_S)
+        copy_rows = ranges(stop_S - before_S, before_S)
         key_rows = np.empty(bounds_k[-1], np.int64)
         key_rows[own_N], key_rows[copy_keys] = np.arange(bounds[-1]), copy_rows
         copied, copies = _places(copy_rows, copy_keys, own_N)
@@ -98,9 +98,3 @@ def _places(copy_rows: np.ndarray, copy_keys: np.ndarray, own_N: np.ndarray) -> 
     nth = np.arange(len(order)) - np.repeat(first, counts)
     places[np.repeat(np.arange(len(copied)), counts), 1 + nth] = copy_keys[order]
     return copied, places
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Returns int64: the numbers start, start + 1, ... of each part, one part after another."""
-    ends = np.cumsum(lengths)
-    return np.arange(lengths.sum()) + np.repeat(starts - (ends - lengths), lengths)

@@ -125,13 +125,9 @@ NOTHING = Load(0, 0, 0, 0)
 def loads_of_batch(batch: MicroBatchLayout) -> list[Load]:
     """Returns the load of each context rank of a micro-batch."""
     sides = len(batch.cu_prefix) - 1
-    rows_X = np.concatenate([np.diff(batch.cu_prefix), np.diff(batch.cu_response)]).astype(np.int64)
-    side_S = np.searchsorted(batch.cu_response_side, batch.cu_response[:-1], side="right") - 1
     # rows of the side's prefix, to which every row of a response attends
-    prefix_X = np.concatenate([np.zeros(sides, np.int64), rows_X[side_S]])
-    is_shared_X = np.arange(len(rows_X)) < sides
-    for own in batch.chunks:
-        is_shared_X[own.segment_W[own.length_W < rows_X[own.segment_W]]] = True
+    prefix_X = np.concatenate([np.zeros(sides, np.int64), batch.segment_rows[batch.side_S]])
+    is_shared_X = batch.shared_segments
     loads = []
     for own in batch.chunks:
         length_W = own.length_W.astype(np.int64)

@@ -126,6 +126,25 @@ class MicroBatchLayout:
     chunks: tuple[Chunks, ...]
     """The rows of each context rank; every row but padding belongs to one of them"""
 
+    @property
+    def segment_rows(self) -> np.ndarray:
+        """int64 [sides + S]: rows of each segment: prefixes of all sides, then responses."""
+        return np.concatenate([np.diff(self.cu_prefix), np.diff(self.cu_response)]).astype(np.int64)
+
+    @property
+    def side_S(self) -> np.ndarray:
+        """int64 [S]: the side of each response."""
+        return np.searchsorted(self.cu_response_side, self.cu_response[:-1], side="right") - 1
+
+    @property
+    def shared_segments(self) -> np.ndarray:
+        """bool [sides + S]: segments whose keys other rows may need: prefixes, and those that are cut."""
+        rows = self.segment_rows
+        shared = np.arange(len(rows)) < len(self.cu_prefix) - 1
+        for own in self.chunks:
+            shared[own.segment_W[own.length_W < rows[own.segment_W]]] = True
+        return shared
+
 
 @dataclass(frozen=True)
 class MicroBatch(MicroBatchLayout):
