@@ -389,7 +389,7 @@ class PolicyModel(GPTModel):
         if any(router.active for router in self.routers):
             own_N = self._rows_of_routers(packed.router_weight_N())
             for router in self.routers:
-                router.start(own_N)
+                router.weight_N.set(own_N)
         for layer, replay in enumerate(self._replays, self._first_replay):
             experts = None if packed.experts is None else packed.experts[:, layer]
             replay.start(experts, self.records_experts)

@@ -8,13 +8,48 @@ Shape suffixes: N rows of a micro-batch that this tensor-parallel rank routes, X
 experts of a layer.
 """
 
+from collections import deque
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, ProcessGroupCollection
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+class RecomputedValue(Generic[T]):
+    """A value of a micro-batch that a layer reads in the forward pass and again in its recomputation.
+
+    Under pipeline parallel, recomputations of earlier micro-batches come between forward passes. Activation
+    checkpointing runs the forward pass without gradients and the recomputation with them, and a chunk's
+    micro-batches go backward in the order in which they went forward.
+    """
+
+    def __init__(self) -> None:
+        """The value is None until it is set."""
+        self._next: T | None = None
+        self._to_recompute = deque[T | None]()
+
+    def set(self, value: T | None) -> None:
+        """Sets the value of the micro-batch whose forward pass comes next."""
+        self._next = value
+
+    def read(self) -> T | None:
+        """Returns the value of this call's micro-batch; the layer calls it once in each pass."""
+        if not torch.is_grad_enabled():
+            self._to_recompute.append(self._next)
+        elif self._to_recompute:
+            return self._to_recompute.popleft()
+        return self._next
+
+    def clear(self) -> None:
+        """Drops all values, at the end of a pass over micro-batches or after an error in it."""
+        self._next = None
+        self._to_recompute.clear()
 
 
 @dataclass(frozen=True)
@@ -56,35 +91,31 @@ class PolicyRouter(TopKRouter):
         """float64: assignments to each expert, by weight; set while passes are counted"""
         self.losses: RouterLosses | None = None
         """Set during a gradient pass with losses"""
-        self._weight_N: Tensor | None = None
-        self._to_recompute: list[Tensor] = []
+        self.weight_N = RecomputedValue[Tensor]()
+        """float32: the weights of a micro-batch's rows, while `active`"""
 
     @property
     def active(self) -> bool:
         """Whether the next pass needs the rows' weights."""
         return self.load_XY is not None or self.losses is not None
 
-    def start(self, weight_N: Tensor) -> None:
-        """Sets the weights, float32, of the micro-batch whose forward pass comes next."""
-        self._weight_N = weight_N
-
     def finish(self) -> None:
         """Ends counting and losses, at the end of a pass or after an error in it."""
-        self.load_XY = self.losses = self._weight_N = None
-        self._to_recompute.clear()
+        self.load_XY = self.losses = None
+        self.weight_N.clear()
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns probabilities [N, Y] and the map of assignments, bool [N, Y]; megatron-core calls it."""
+        weight_N = self.weight_N.read() if self.active else None
         if self.losses is not None:
-            logits = self._with_losses(logits, self.losses)
+            logits = self._with_losses(logits, self.losses, weight_N)
         probs, routed = super().routing(logits, padding_mask)
         if self.load_XY is not None:
-            self.load_XY[self.layer_number - 1] += (routed * self._weight_N[:, None]).sum(0)
+            self.load_XY[self.layer_number - 1] += (routed * weight_N[:, None]).sum(0)
         return probs, routed
 
-    def _with_losses(self, logits: Tensor, losses: RouterLosses) -> Tensor:
+    def _with_losses(self, logits: Tensor, losses: RouterLosses, weight_N: Tensor) -> Tensor:
         """Returns the logits [N, 1, Y] with the gradient of the losses, whose values are added up."""
-        weight_N = self._weight_of_call()
         if not torch.is_grad_enabled():  # the recomputation adds them
             return logits
         layer, rows = self.layer_number - 1, logits.flatten(0, 1).float()
@@ -93,16 +124,3 @@ class PolicyRouter(TopKRouter):
         z = (weight_N * rows.logsumexp(-1).square()).sum()
         losses.values_X2[layer] += torch.stack([balance, z]).detach()
         return MoEAuxLossAutoScaler.apply(logits, losses.balance * balance + losses.z * z)
-
-    def _weight_of_call(self) -> Tensor:
-        """Returns the weights of this call's micro-batch.
-
-        Under pipeline parallel, recomputations of earlier micro-batches come between forward passes.
-        Activation checkpointing runs the forward pass without gradients and the recomputation with them, and
-        a chunk's micro-batches go backward in the order in which they went forward.
-        """
-        if not torch.is_grad_enabled():
-            self._to_recompute.append(self._weight_N)
-        elif self._to_recompute:
-            return self._to_recompute.pop(0)
-        return self._weight_N

@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 from torch import Tensor
 
 from megatron_bicc.model.families import free_mark
+from megatron_bicc.model.moe_router import RecomputedValue
 
 TopK = Callable[..., tuple[Tensor, Tensor]]
 
@@ -18,18 +19,26 @@ class RowReplay(RouterReplay):
     """Replays a router's experts row by row: a row without any is routed by its own scores.
 
     megatron-core's class replays all rows of a call, and is told by a global action whether a call is a
-    forward pass or a recomputation in a backward pass. Under pipeline parallel both are interleaved, so this
-    class finds out: activation checkpointing runs the forward pass without gradients and the recomputation
-    with them, and a chunk's micro-batches go backward in the order in which they went forward.
+    forward pass or a recomputation in a backward pass. Under pipeline parallel both are interleaved.
     """
+
+    def __init__(self) -> None:
+        """Nothing is replayed until `start`."""
+        super().__init__()
+        self._experts = RecomputedValue[Tensor]()
 
     def start(self, experts: Tensor | None, record: bool) -> None:
         """Sets what the next forward pass replays: [N, K], `free_mark` in rows that the router decides.
 
         experts: None if it decides all. record: keep the experts of the pass in `recorded_topk_idx`.
         """
-        self.target_topk_idx = experts
+        self._experts.set(experts)
         self.router_replay_action = RouterReplayAction.RECORD if record else None
+
+    def clear_indices(self) -> None:
+        """Drops what was replayed and recorded."""
+        super().clear_indices()
+        self._experts.clear()
 
     def get_replay_topk(
         self,
@@ -40,7 +49,7 @@ class RowReplay(RouterReplay):
         default_compute_topk: TopK | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns scores [N, K] and numbers [N, K] of each row's experts; megatron-core's router calls it."""
-        given = self._given()
+        given = self._experts.read()
         values, chosen = default_compute_topk(scores, topk, num_groups, group_topk)
         if given is not None:
             chosen = torch.where(given == free_mark(given.dtype), chosen, given.long())
@@ -48,11 +57,3 @@ class RowReplay(RouterReplay):
         if self.router_replay_action is RouterReplayAction.RECORD:
             self.record_indices(chosen)
         return values, chosen
-
-    def _given(self) -> Tensor | None:
-        """Returns the experts of this call's micro-batch."""
-        if not torch.is_grad_enabled():
-            self.replay_backward_list.append(self.target_topk_idx)
-        elif self.replay_backward_list:
-            return self.replay_backward_list.pop(0)
-        return self.target_topk_idx

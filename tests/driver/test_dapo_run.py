@@ -106,6 +106,8 @@ def test_what_is_written_is_what_is_documented(whole: tuple[Path, list[dict]]) -
     assert len(patterns) > 100
     assert not [key for key in written if not any(re.fullmatch(p, key) for p in patterns)]
     missing = {p for p in patterns if not any(re.fullmatch(p, key) for key in written)}
+    # the tiny policy is dense; test_normalisation_contract compares these, by name
+    missing = {pattern for pattern in missing if not pattern.startswith("moe/")}
     others = {"rollout/resent", "rollout/stale", "time/export_s"}  # of SGLang, of export.every
     assert missing <= others | {"memory/peak_gb", "perf/mfu", "perf/rows_per_gpu_second"}
 

@@ -417,7 +417,9 @@ def test_a_step_may_have_other_micro_batches_than_the_first(inputs: Path, single
 
 def assert_same(found: list[dict], expected: list[dict], atol: float) -> None:
     for step, one in zip(found, expected, strict=True):
-        assert step["grad_norm"] == pytest.approx(one["grad_norm"], rel=atol, abs=0)
+        assert step["metrics"]["train/grad_norm"] == pytest.approx(
+            one["metrics"]["train/grad_norm"], rel=atol, abs=0
+        )
         assert step["weights"].keys() == one["weights"].keys()
         for name, weight in one["weights"].items():
             torch.testing.assert_close(step["weights"][name], weight, atol=atol, rtol=0)
