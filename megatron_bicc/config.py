@@ -37,6 +37,7 @@ Aggregation: TypeAlias = Literal["sequence_mean", "constant", "token_mean"]
 KlEstimator: TypeAlias = Literal["k1", "k2", "k3"]
 OverlongAction: TypeAlias = Literal["error", "drop"]
 ControlTokens: TypeAlias = Literal["refuse", "text", "keep"]
+PauseMode: TypeAlias = Literal["in_place", "retract", "abort"]
 
 RENAMED = MappingProxyType(
     {
@@ -383,6 +384,10 @@ class RolloutConfig:
     """Maximum prompts per step of dynamic sampling; the run stops if they yield too few groups."""
     leftover: Literal["drop", "keep"] = setting("drop", changes_experiment=True)
     """Groups with contrast beyond prompts_per_step: drop them, or keep them for the next step."""
+    max_staleness: int = setting(0, at_least=0, changes_experiment=True)
+    """Weight versions that trained rollouts may be behind; above 0, servers generate during training."""
+    pause: PauseMode = setting("abort", changes_experiment=True)
+    """max_staleness > 0: a weight sync pauses requests with their KV cache, without it, or resends them."""
     sglang: SglangConfig = section(SglangConfig)
 
 
@@ -663,6 +668,7 @@ def check(config: Config, world_size: int) -> None:
     _check_batches(config)
     _check_tokens(config)
     _check_loss(config)
+    _check_staleness(config)
     if config.rollout.colocate and config.weight_sync.method == "distributed":
         raise UserError(
             "weight_sync.method is 'distributed' and rollout.colocate is true; a broadcast has one process "
@@ -672,6 +678,27 @@ def check(config: Config, world_size: int) -> None:
         raise UserError(
             "model.routing_replay is engine and rollout.engine is local, which does not return its routing; "
             "set rollout.engine=sglang, or model.routing_replay=old"
+        )
+
+
+def _check_staleness(config: Config) -> None:
+    stale, rollout = f"rollout.max_staleness is {config.rollout.max_staleness}", config.rollout
+    if not rollout.max_staleness:
+        return
+    if rollout.engine == "local":
+        raise UserError(
+            f"{stale} and rollout.engine is local, which generates in the training processes; set "
+            "rollout.engine=sglang, or rollout.max_staleness=0"
+        )
+    if rollout.colocate:
+        raise UserError(
+            f"{stale} and rollout.colocate is true; servers on the policy's GPUs cannot generate while it "
+            "trains: set rollout.max_staleness=0, or name other GPUs in rollout.sglang.gpus"
+        )
+    if config.model.routing_replay == "engine":
+        raise UserError(
+            f"{stale} and model.routing_replay is engine; servers do not return the experts of a "
+            "response that spans a weight sync: set model.routing_replay=old"
         )
 
 

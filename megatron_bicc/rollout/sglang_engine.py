@@ -14,6 +14,7 @@ from typing import Any
 import anyio
 import numpy as np
 import torch.distributed as dist
+from anyio import CancelScope
 from anyio.abc import TaskGroup, TaskStatus
 from anyio.from_thread import BlockingPortal
 from tqdm import tqdm
@@ -198,46 +199,61 @@ class GroupStream:
         """most_samples: limit on samples in flight; a group waits until it fits."""
         self._portal, self._tasks, self._sample, self._most = portal, tasks, sample, most_samples
         self._slots: anyio.Semaphore | None = None
-        self._finished: SimpleQueue[tuple[int, list[Sample] | Exception]] = SimpleQueue()
-        self._outstanding = 0
+        self._finished: SimpleQueue[tuple[int, list[Sample] | Exception, CancelScope]] = SimpleQueue()
+        self._running: dict[int, CancelScope] = {}
+        """Of the submitted groups that were neither returned nor aborted, by key"""
 
     def submit(self, key: int, requests: list[Request]) -> None:
         """Submits the requests of one prompt; `next` returns their samples under this key. Does not block."""
         if self._slots is None:
             self._slots = anyio.Semaphore(max(1, self._most // len(requests)))
-        self._outstanding += 1
-        self._portal.call(self._start, key, requests)
+        self._running[key] = self._portal.call(self._start, key, requests)
 
     def next(self, seconds: float | None) -> tuple[int, list[Sample]] | None:
         """Returns key and samples of a finished group, or None if none finishes within `seconds`.
 
         seconds: None waits without limit. Raises RolloutError for a group that failed.
         """
-        try:
-            key, outcome = self._finished.get(timeout=seconds)
-        except Empty:
-            return None
-        self._outstanding -= 1
-        if isinstance(outcome, Exception):
-            raise outcome
-        return key, outcome
+        end = None if seconds is None else time.monotonic() + seconds
+        while True:
+            try:
+                left = None if end is None else max(0.0, end - time.monotonic())
+                key, outcome, scope = self._finished.get(timeout=left)
+            except Empty:
+                return None
+            if self._running.get(key) is not scope:  # aborted after it had finished
+                continue
+            del self._running[key]
+            if isinstance(outcome, Exception):
+                raise outcome
+            return key, outcome
+
+    def abort(self, key: int) -> None:
+        """Drops a submitted group: `next` never returns it, even if it has just finished. Does not block.
+
+        Its requests are aborted on their server.
+        """
+        self._portal.call(self._running.pop(key).cancel)
 
     def outstanding(self) -> int:
-        """Returns the number of submitted groups that `next` has not returned."""
-        return self._outstanding
+        """Returns the number of submitted groups that `next` has not returned and that were not aborted."""
+        return len(self._running)
 
-    def _start(self, key: int, requests: list[Request]) -> None:
+    def _start(self, key: int, requests: list[Request]) -> CancelScope:
         # not a coroutine: the portal would wait for its end
-        self._tasks.start_soon(self._run, key, requests)
+        scope = CancelScope()
+        self._tasks.start_soon(self._run, key, requests, scope)
+        return scope
 
-    async def _run(self, key: int, requests: list[Request]) -> None:
+    async def _run(self, key: int, requests: list[Request], scope: CancelScope) -> None:
         outcome: list[Sample] | Exception
-        async with self._slots:
-            try:
-                outcome = await self._sample(requests)
-            except Exception as error:  # raised by `next`, in the thread that waits for it
-                outcome = error
-        self._finished.put((key, outcome))
+        with scope:
+            async with self._slots:
+                try:
+                    outcome = await self._sample(requests)
+                except Exception as error:  # raised by `next`, in the thread that waits for it
+                    outcome = error
+            self._finished.put((key, outcome, scope))
 
 
 @contextmanager

@@ -49,12 +49,14 @@ class Sample:
     finish_reason: Literal["stop", "length"]
     """stop: the last token is an end token; length: cut off at max_new_tokens"""
     weight_version: int
-    """Version of the weights that sampled it"""
+    """Version of the weights that sampled it; its first token, if they were several"""
     experts: np.ndarray | None = None
     """model.families.experts_type [T, layers, experts per token], with Sampling.routing: the experts of the
     tokens that were read to sample each token: of the prompt's last, then of the response but its last"""
     prompt_experts: np.ndarray | None = None
     """The same [P - 1, ...] of the prompt's other tokens; a group's first sample has them"""
+    versions: np.ndarray | None = None
+    """int32 [T]: version of the weights that sampled each token; None: all are weight_version"""
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,11 @@ class Stream(Protocol):
         seconds: None waits without limit. Raises RolloutError for a group that failed.
         """
 
+    def abort(self, key: int) -> None:
+        """Drops a submitted group: `next` never returns it, even if it has just finished. Does not block."""
+
     def outstanding(self) -> int:
-        """Returns the number of submitted groups that `next` has not returned."""
+        """Returns the number of submitted groups that `next` has not returned and that were not aborted."""
 
 
 @runtime_checkable

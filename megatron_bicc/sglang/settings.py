@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import combinations, pairwise
 from urllib.parse import urlsplit
 
-from megatron_bicc.config import RolloutConfig
+from megatron_bicc.config import PauseMode, RolloutConfig
 from megatron_bicc.errors import UserError
 
 SET_BY_THE_RUN = "the run sets it from its other settings"
@@ -37,6 +37,11 @@ def check_servers(rollout: RolloutConfig) -> None:
         _check_attach(rollout)
     else:
         _check_spawn(rollout)
+
+
+def pause_mode(rollout: RolloutConfig) -> PauseMode:
+    """Returns how a weight sync pauses servers: a run without max_staleness has no request to keep."""
+    return rollout.pause if rollout.max_staleness else "abort"
 
 
 def server_urls(servers: str) -> list[str]:

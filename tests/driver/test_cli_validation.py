@@ -125,6 +125,18 @@ def test_sound_settings_pass(good: list[str], overrides: list[str]):
         (["weight_sync.bucket_mb=1e-9"], ["weight_sync.bucket_mb is 1e-09", "at least 1"]),
         (["loss.dual_clip=0.5"], ["loss.dual_clip is 0.5"]),
         (
+            ["rollout.max_staleness=1"],
+            ["rollout.max_staleness is 1 and rollout.engine is local", "set rollout.engine=sglang"],
+        ),
+        (
+            ["rollout.max_staleness=2", "rollout.engine=sglang", "rollout.colocate=true"],
+            ["rollout.max_staleness is 2 and rollout.colocate is true", "set rollout.max_staleness=0"],
+        ),
+        (
+            ["rollout.max_staleness=1", "rollout.engine=sglang", "model.routing_replay=engine"],
+            ["rollout.max_staleness is 1 and model.routing_replay is engine", "set model.routing_replay=old"],
+        ),
+        (
             ["rollout.engine=sglang", "rollout.colocate=true", "weight_sync.method=distributed"],
             ["weight_sync.method is 'distributed' and rollout.colocate is true", "weight_sync.method=tensor"],
         ),

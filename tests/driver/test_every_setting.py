@@ -27,6 +27,7 @@ from megatron_bicc.model.policy import ddp_config
 from megatron_bicc.planning.synthetic import UnknownTokenizer, draw_rollouts
 from megatron_bicc.rewards.registry import BUILT_INS
 from megatron_bicc.rollout.engines import ENGINES
+from megatron_bicc.sglang.settings import pause_mode
 from megatron_bicc.startup import heldout_prompts, read_tokenizer, validate
 from megatron_bicc.training.batch import packing_settings
 from megatron_bicc.weights.hf_files import supported_config
@@ -82,6 +83,11 @@ def questions(config: Config, directory: Path) -> Any:
 def gradient_buckets(config: Config, directory: Path) -> Any:
     """megatron-core's configuration of the gradients' reduction."""
     return ddp_config(config)
+
+
+def pauses(config: Config, directory: Path) -> Any:
+    """What a weight sync makes of running requests."""
+    return pause_mode(config.rollout)
 
 
 def refusal(config: Config, directory: Path) -> Any:
@@ -159,6 +165,8 @@ CHANGES: dict[str, Change] = {
     "parallel.context": (refusal, RUN, "2"),
     "rollout.max_prompts_per_step": (refusal, [*RUN, "rollout.dynamic_sampling=true"], "8"),
     "rollout.colocate": (refusal, RUN, "true"),
+    "rollout.max_staleness": (refusal, RUN, "1"),
+    "rollout.pause": (pauses, ["rollout.max_staleness=1"], "retract"),
     "rollout.engine": (refusal, [*RUN, "rollout.sglang.python=/nowhere"], "sglang"),
     "rollout.launch": (refusal, SGLANG, "attach"),
     "rollout.sglang.python": (refusal, SGLANG, "/nowhere"),

@@ -99,6 +99,27 @@ def test_an_error_reaches_who_asked_and_the_rest_is_given_up(portal: BlockingPor
     assert paced.cancelled == [1], "it has ended once the context is left"
 
 
+def test_an_aborted_group_never_comes(portal: BlockingPortal) -> None:
+    """While it waits for room, while it runs, and when it has finished. Its key can be used again."""
+    paced = Paced(portal)
+    with group_stream(portal, paced.sample, most_samples=8) as stream:
+        for number in (1, 2, 3):
+            stream.submit(number, group(number))
+        paced.finish(2)
+        portal.call(anyio.sleep, 0.05)
+        stream.submit(4, group(4))  # waits: 1 and 3 run
+        for number in (1, 2, 4):
+            stream.abort(number)
+        assert stream.outstanding() == 1
+        stream.submit(2, group(5))
+        for key, number in ((3, 3), (2, 5)):
+            paced.finish(number)
+            found, samples = stream.next(5)
+            assert (found, samples[0].token_ids.tolist()) == (key, [number])
+        assert stream.outstanding() == 0 and stream.next(0.05) is None
+    assert paced.cancelled == [1] and sorted(paced.begun) == [1, 2, 3, 5]
+
+
 class Endless(BaseHTTPRequestHandler):
     """Test double of a server that never finishes: the bodies that it is sent, by path."""
 

@@ -107,6 +107,13 @@ def test_an_engine_without_the_methods_is_refused(file: Path) -> None:
         make_engine(named(file, "Mute"), None)
 
 
+def test_an_engine_that_cannot_stream_is_refused_where_training_goes_on(file: Path) -> None:
+    config = named(file, "Fixed")
+    config.rollout.max_staleness = 1
+    with pytest.raises(UserError, match=r"max_staleness is 1 and .*my_engine.py:Fixed', which has no method"):
+        make_engine(config, None)
+
+
 def test_an_engine_that_takes_no_weights_can_only_evaluate(file: Path) -> None:
     config = named(file, "Fixed")
     engine = make_engine(config, None)

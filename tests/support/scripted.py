@@ -60,6 +60,10 @@ class Scripted:
         tokens = [np.array([1 if i < rights else 0, END], np.int32) for i in range(GROUP_SIZE)]
         return key, [Sample(one, np.zeros(2, np.float32), "stop", 0) for one in tokens]
 
+    def abort(self, key: int) -> None:
+        del self.running[key]
+        self.aborted += 1
+
     def outstanding(self) -> int:
         return len(self.running)
 
