@@ -130,8 +130,8 @@ def check_step(
 
     expected = reference_loss(moved, copy.deepcopy(old), reference, examples, config)
     expected.backward()
-    # terms of size |A| cancel in the loss: an absolute error of 1e-6 is 1e-6 of a term
-    assert result.loss == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    # terms of size |A| cancel in the loss, and a log-prob's rounding, up to 1e-6, is in every ratio
+    assert result.loss == pytest.approx(expected.item(), rel=1e-5, abs=3e-6)
     gradients = hf_gradients(policy)
     truth = named_gradients(moved)
     assert gradients.keys() == truth.keys()
