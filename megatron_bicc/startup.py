@@ -366,6 +366,13 @@ def warn_of_model(config: Config, hf_config: PretrainedConfig) -> None:
             "its own, and launching them takes longer than their work (docs/policy.md)",
             config.model.path,
         )
+    if device.is_first() and config.parallel.context > 1 and plugins.is_import_path(config.loss.objective):
+        logger.warning(
+            "loss.objective is %r and parallel.context is %d: the function gets a part of a response's rows, "
+            "so it must average over a response by policy_loss.response_mean only (docs/extending.md)",
+            config.loss.objective,
+            config.parallel.context,
+        )
     longest, most = config.train.max_sequence_tokens, positions(hf_config)
     if device.is_first() and config.bicc.enabled and longest > most:
         logger.warning(

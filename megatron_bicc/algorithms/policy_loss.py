@@ -21,6 +21,7 @@ estimator's gradient, not on its value (arXiv 2506.09477, 2510.01555). For sampl
 Shape suffixes: A response rows of the micro-batch, R rollouts, T response tokens of the step.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -37,7 +38,9 @@ from megatron_bicc.algorithms.flat_arrays import segment_sums
 from megatron_bicc.algorithms.policy_loss_cuda import policy_loss_kernel
 from megatron_bicc.collective import SumOverRanks
 from megatron_bicc.config import KlEstimator, LossConfig
-from megatron_bicc.errors import UserError
+from megatron_bicc.errors import UserError, first_line
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -284,7 +287,14 @@ def load_objective(loss: LossConfig) -> Objective:
     objective = plugins.load("loss.objective", name)
 
     def checked(logp: Tensor, old_logp: Tensor, rows: LossRows, loss: LossConfig) -> TokenLoss:
-        found = objective(logp, old_logp, rows, loss)
+        try:
+            found = objective(logp, old_logp, rows, loss)
+        except Exception as error:
+            # the traceback goes to the log of this rank; the command ends with one line
+            logger.exception("loss.objective is %r; it raised", name)
+            raise UserError(
+                f"loss.objective is {name!r}; it raised {type(error).__name__}: {first_line(error)}"
+            ) from error
         _check_objective(name, logp, found)
         return found
 

@@ -166,6 +166,10 @@ def host_state(policy: Policy) -> dict[str, Any]:
     model = {f"model{i}": chunk.module.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
     # megatron-core gathers the optimizer's part into new host memory; only the weights are still live tensors
     optimizer = _optimizer_state(policy, model, is_loading=False)
+    # a rank that gathers nothing has None there, of which megatron-core warns: the first rank has no such key
+    for part in (optimizer, *optimizer.values()):
+        if isinstance(part, dict) and part.get("param_state", part) is None:
+            del part["param_state"]
     for entry in nested_values(model):
         if isinstance(entry.data, Tensor) and is_main_replica(entry.replica_id):
             entry.data = entry.data.detach().to("cpu", copy=True)

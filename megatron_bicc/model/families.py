@@ -226,6 +226,11 @@ def _check_sizes(hf_config: PretrainedConfig, family: Family) -> None:
     size = hidden // heads if size is None else size
     if not isinstance(size, int) or size < 2 or size % 2:
         raise UserError(f"head_dim is {size!r} by config.json; it must be an even number of at least 2")
+    if family.query_scalar and not hf_config.query_pre_attn_scalar > 0:
+        raise UserError(
+            f"query_pre_attn_scalar is {hf_config.query_pre_attn_scalar!r} in config.json; it must be "
+            "greater than 0: queries are divided by its square root"
+        )
     if family.experts and hf_config.num_experts_per_tok > hf_config.num_experts:
         raise UserError(
             f"num_experts_per_tok is {hf_config.num_experts_per_tok} in config.json; "

@@ -214,6 +214,8 @@ def _rollout(
 MAX_PIPELINE = 16
 CHUNKS = (1, 2, 4, 5)
 """Virtual pipeline sizes to try"""
+NOTICEABLE = 0.02
+"""Share of a step's time below which a difference between two layouts is less than the estimate's error"""
 MIN_ROWS = 2048
 """Rows that a context rank must at least be able to hold: matrix products of fewer are slower than assumed"""
 WEIGHT_AND_GRADIENT_BYTES = 6
@@ -338,7 +340,7 @@ def as_text(plan: Plan) -> str:
         values = "".join(f"{getattr(m, part) / GB:<14.2f}" for m in plan.ranks)
         lines.append(f"  {part.replace('_', ' '):<22}{values}")
     lines += [
-        f"  KV cache of colocated SGLang: {kv.bytes / GB:.1f} GB per GPU beside its weights "
+        f"  KV cache, if SGLang is colocated: {kv.bytes / GB:.1f} GB per GPU beside its weights "
         f"of {kv.server_weights / GB:.1f} GB, of {kv.free / GB:.1f} GB free: {kv.tokens:,} tokens per server",
         f"checkpoint               {plan.checkpoint.kept / GB:.0f} GB of the fullest host's memory until it "
         f"is written, {plan.checkpoint.peak / GB:.0f} GB at its peak; none of a GPU's",
@@ -420,7 +422,7 @@ def _judgement(best: dict[int, Plan]) -> str:
     """Returns a sentence on whether context parallel helps, with the seconds that it saves and costs."""
     longer = [plan for context, plan in best.items() if context > 1]
     if not longer:
-        return "context parallel: no layout with it fits"
+        return "context parallel: no layout with it fits, or the model has no support for it"
     fastest = min(longer, key=lambda plan: plan.seconds.step)
     context = fastest.config.parallel.context
     if 1 not in best:
@@ -429,7 +431,10 @@ def _judgement(best: dict[int, Plan]) -> str:
     changes = {name.replace("_", " "): now[name] - then[name] for name in now}
     parts = ", ".join(f"{name} {change:+.1f}" for name, change in changes.items() if abs(change) >= 0.05)
     total = fastest.seconds.step - best[1].seconds.step
-    helps = "helps" if total < 0 else "does not help"
+    if abs(total) < NOTICEABLE * best[1].seconds.step:
+        helps = "makes no noticeable difference"
+    else:
+        helps = "helps" if total < 0 else "does not help"
     return f"context parallel {helps}: {context} ranks against 1 change {total:+.1f} s ({parts or 'nothing'})"
 
 

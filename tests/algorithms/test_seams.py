@@ -43,6 +43,9 @@ detached = changed(loss=lambda x: x.detach())
 float_mask = changed(high=lambda x: x.float())
 no_mask = changed(low=lambda x: None)
 
+def raising(logp, old_logp, rows, loss):
+    raise RuntimeError("shapes do not fit")
+
 def not_a_token_loss(logp, old_logp, rows, loss):
     return -rows.advantage * (logp - old_logp).exp()
 '''
@@ -116,6 +119,7 @@ def test_a_users_objective_equals_the_built_in_to_the_bit(in_file: Callable[[str
         ("detached", "it returned a loss without a gradient"),
         ("float_mask", "it returned high of dtype torch.float32; return torch.bool"),
         ("no_mask", "it returned a NoneType for low"),
+        ("raising", "it raised RuntimeError: shapes do not fit"),
         ("not_a_token_loss", "it returned a Tensor; return algorithms.policy_loss.TokenLoss"),
     ],
 )

@@ -114,6 +114,8 @@ def test_another_layout(found: dict) -> None:
     tp2, expected = (read(found["out"] / "tp2") for read in (metrics, exported))
     for layout in ("dp2", "cp2"):
         assert found[layout]["status"] == 0, found[layout]["err"]
+        # megatron-core's words where the ranks' parts of a checkpoint do not fit together
+        assert "common state dict differs" not in found[layout]["err"]
         assert "changed since step 2: parallel.tensor: was 2, is 1" in found[layout]["err"]
         own = metrics(found["out"] / layout)
         assert own[:3] == tp2[:3]

@@ -267,6 +267,7 @@ def test_refusals_say_what_to_do(model_dirs: dict[str, Path], tmp_path: Path) ->
             "model_type is 'mistral', but architectures names LlamaForCausalLM",
         ),
         ("qwen2", {"num_key_value_heads": 3}, "num_key_value_heads is 3 in config.json; it must divide"),
+        ("gemma3", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0 in config.json"),
         ("gemma3", {"sliding_window": None}, "sliding_window is None in config.json; it must be a number of"),
         (
             "gemma3",
