@@ -70,6 +70,8 @@ int64_t choose_context(const Batch& batch, const Settings& settings, const std::
   if (budget < header + 1 + answer) return 0;
   std::vector<Part> shown;
   std::vector<int64_t> kept;
+  shown.reserve(attempts.size());
+  kept.reserve(attempts.size());
   for (const int64_t rollout : attempts) {
     const int64_t length = attempt_length(batch, settings, rollout);
     if (length == 0) continue;

@@ -130,10 +130,12 @@ void fill_segments(const Plan& plan, const SegmentBuffers& buffers) {
 void fill_rows(const Plan& plan, const RankRange& range, int64_t threads, const RowBuffers& buffers) {
   const RowWriter writer(plan, buffers);
   const std::vector<RowExtent> starts = starts_of(plan, range);
-  parallel_for(range.last - range.first, threads, [&](int64_t i) {
-    std::vector<Copy> copies;
-    append_copies(plan, range.first + i, range.context_rank, starts[i], copies);
-    for (const Copy& copy : copies) copy.source == kPadding ? writer.write_padding(copy) : writer.write(copy);
+  parallel_for(range.last - range.first, threads, [&] {
+    return [&, copies = std::vector<Copy>{}](int64_t i) mutable {
+      copies.clear();
+      append_copies(plan, range.first + i, range.context_rank, starts[i], copies);
+      for (const Copy& copy : copies) copy.source == kPadding ? writer.write_padding(copy) : writer.write(copy);
+    };
   });
 }
 

@@ -67,6 +67,9 @@ void assign_to_ranks(Plan& plan, std::vector<Bin> bins, int64_t dp_size) {
 // The prefixes of all sides, then the responses.
 std::vector<Segment> segments_of(const Plan& plan, const Bin& bin) {
   std::vector<Segment> segments;
+  size_t count = bin.size();
+  for (const int64_t p : bin) count += plan.pieces.pieces[p].last_response - plan.pieces.pieces[p].first_response;
+  segments.reserve(count);
   const auto prefix_rows = [&](const Piece& piece) { return plan.sides.sides[piece.side].prefix_tokens - 1; };
   for (const int64_t p : bin) segments.push_back({prefix_rows(plan.pieces.pieces[p]), 0});
   for (const int64_t p : bin) {

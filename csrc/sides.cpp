@@ -22,6 +22,8 @@ class SideMaker {
  private:
   void add_group(int64_t group) {
     Rollouts all, right, wrong;
+    const int64_t size = batch_.group_offsets[group + 1] - batch_.group_offsets[group];
+    for (Rollouts* rollouts : {&all, &right, &wrong}) rollouts->reserve(size);
     for (int64_t r = batch_.group_offsets[group]; r < batch_.group_offsets[group + 1]; ++r) {
       all.push_back(r);
       (batch_.rewards[r] > settings_.reward_threshold ? right : wrong).push_back(r);
@@ -69,6 +71,7 @@ class SideMaker {
 
   Rollouts without_overlong(const Rollouts& rollouts, int64_t prompt) {
     Rollouts fitting;
+    fitting.reserve(rollouts.size());
     for (const int64_t r : rollouts) {
       if (prompt + batch_.length(r) <= longest_sequence()) {
         fitting.push_back(r);

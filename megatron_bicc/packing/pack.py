@@ -4,7 +4,7 @@ Shape suffixes: A response rows, N rows, M micro-batches, S segments, W chunks o
 """
 
 from dataclasses import dataclass, fields
-from itertools import islice, pairwise
+from itertools import accumulate, pairwise, repeat, starmap
 from typing import Any
 
 import numpy as np
@@ -93,28 +93,28 @@ def _step_plan(native: _C.Plan, batch: RolloutBatch, settings: PackingSettings, 
     sizes_M5 = native.sizes
     rows_M, prefix_M, response_M, sides_M, segments_M = sizes_M5.T
     padded_M = rows_M > prefix_M + response_M
-    lengths = {
-        "cu_seqlens": (np.int32, sides_M + segments_M + padded_M + 1),
-        "cu_prefix": (np.int32, sides_M + 1),
-        "cu_response_side": (np.int32, sides_M + 1),
-        "cu_response": (np.int32, segments_M + 1),
-        "rollout_S": (np.int32, segments_M),
-        "group_S": (np.int32, segments_M),
-        "scale_S": (np.float32, segments_M),
-    }
+    lengths: Lengths = [
+        ({"cu_seqlens": np.int32}, sides_M + segments_M + padded_M + 1),
+        ({"cu_prefix": np.int32, "cu_response_side": np.int32}, sides_M + 1),
+        ({"cu_response": np.int32}, segments_M + 1),
+        ({"rollout_S": np.int32, "group_S": np.int32, "scale_S": np.float32}, segments_M),
+    ]
     share_rows, share_chunks = native.shares.T  # of every context rank of every micro-batch
-    chunk_lengths = dict.fromkeys(("segment_W", "start_W", "length_W"), (np.int32, share_chunks))
-    buffers = _allocate({**lengths, **chunk_lengths})
+    chunk_lengths: Lengths = [(dict.fromkeys(("segment_W", "start_W", "length_W"), np.int32), share_chunks)]
+    buffers = _allocate(lengths + chunk_lengths)
     native.fill_segments(buffers)
     chunks = map(Chunks, share_rows.tolist(), *_views(buffers, chunk_lengths).values())
-    layouts = [
-        MicroBatchLayout(
-            rows, prefix_rows, response_rows, **views, chunks=tuple(islice(chunks, settings.context_ranks))
+    # by position, which is fast: a step can have thousands
+    layouts = list(
+        map(
+            MicroBatchLayout,
+            rows_M.tolist(),
+            prefix_M.tolist(),
+            response_M.tolist(),
+            *_views(buffers, lengths).values(),
+            zip(*repeat(chunks, settings.context_ranks), strict=True),
         )
-        for (rows, prefix_rows, response_rows, _, _), views in zip(
-            sizes_M5.tolist(), _cut(buffers, lengths), strict=True
-        )
-    ]
+    )
     per_rank = len(layouts) // dp_size
     ranks = [layouts[rank * per_rank : (rank + 1) * per_rank] for rank in range(dp_size)]
     counts = native.counts
@@ -126,47 +126,40 @@ def _fill_rows(
     native: _C.Plan, plan: StepPlan, rank: int, context_rank: int, threads: int
 ) -> list[MicroBatch]:
     rows_M, response_M = native.rows(rank, context_rank).T
-    lengths = {
-        "tokens_N": (np.int32, rows_M),
-        "positions_N": (np.int32, rows_M),
-        "labels_N": (np.int32, rows_M),
-        "gather_A": (np.int64, response_M),
-    }
+    lengths: Lengths = [
+        (dict.fromkeys(("tokens_N", "positions_N", "labels_N"), np.int32), rows_M),
+        ({"gather_A": np.int64}, response_M),
+    ]
     buffers = _allocate(lengths)
     native.fill_rows(rank, context_rank, buffers, threads)
+    views = _views(buffers, lengths).values()
     return [
-        MicroBatch(**vars(layout), **rows, context_rank=context_rank)
-        for layout, rows in zip(plan.ranks[rank], _cut(buffers, lengths), strict=True)
+        MicroBatch(*vars(layout).values(), *rows, context_rank)
+        for layout, *rows in zip(plan.ranks[rank], *views, strict=True)
     ]
 
 
-Lengths = dict[str, tuple[type, np.ndarray]]
-"""By buffer name: its dtype, and the number of its items per micro-batch, int64 [M]"""
+Lengths = list[tuple[dict[str, type], np.ndarray]]
+"""Buffers by name with their dtypes, and the number of items that each has per micro-batch, int64 [M]"""
 
 
 def _allocate(lengths: Lengths) -> dict[str, np.ndarray]:
     """Returns the buffers as views of one block, which gets huge pages, so page faults cost little."""
-    sizes = {
-        name: int(lengths_M.sum()) * np.dtype(dtype).itemsize for name, (dtype, lengths_M) in lengths.items()
-    }
-    starts = np.cumsum([0, *(-(-size // _CACHE_LINE) * _CACHE_LINE for size in sizes.values())])
-    block = np.empty(starts[-1], np.uint8)
-    return {
-        name: block[start : start + size].view(lengths[name][0])
-        for (name, size), start in zip(sizes.items(), starts[:-1], strict=True)
-    }
-
-
-def _cut(buffers: dict[str, np.ndarray], lengths: Lengths) -> list[dict[str, np.ndarray]]:
-    """Returns each micro-batch's arrays by name: views, no copies."""
-    views = _views(buffers, lengths)
-    return [dict(zip(views, arrays, strict=True)) for arrays in zip(*views.values(), strict=True)]
+    places, end = {}, 0
+    for dtypes, lengths_M in lengths:
+        count = int(lengths_M.sum())
+        for name, dtype in dtypes.items():
+            places[name] = dtype, slice(end, end + count * np.dtype(dtype).itemsize)
+            end = -(-places[name][1].stop // _CACHE_LINE) * _CACHE_LINE
+    block = np.empty(end, np.uint8)
+    return {name: block[place].view(dtype) for name, (dtype, place) in places.items()}
 
 
 def _views(buffers: dict[str, np.ndarray], lengths: Lengths) -> dict[str, list[np.ndarray]]:
-    """Returns every micro-batch's array of each name."""
+    """Returns every micro-batch's array of each name, by name in the order of `lengths`: views, no copies."""
     views = {}
-    for name, (_, lengths_M) in lengths.items():
-        bounds = np.concatenate([[0], np.cumsum(lengths_M)]).astype(np.int64).tolist()
-        views[name] = [buffers[name][start:stop] for start, stop in pairwise(bounds)]
+    for dtypes, lengths_M in lengths:
+        parts = list(starmap(slice, pairwise(accumulate(lengths_M.tolist(), initial=0))))
+        for name in dtypes:
+            views[name] = list(map(buffers[name].__getitem__, parts))
     return views

@@ -11,7 +11,7 @@ import pytest
 import torch
 from model.context_attention_worker import CASES, CHANNELS, HEADS, RANKS, SCALE, Case, Found
 from support import attention_reference as reference
-from support.attention_reference import differentiate, lay_out
+from support.attention_reference import differentiate, divide, lay_out
 from support.torchrun import torchrun
 from torch import Tensor
 
@@ -154,3 +154,20 @@ def test_the_benchmark_counts_what_the_formula_says(reports: list[dict[tuple[str
             assert (figures["formula_mb"] > 0) == (ranks > 1)
     one, four = (max(report["benchmark", ranks]["saved_mb"] for report in reports) for ranks in (1, 4))
     assert 0 < four <= 0.30 * one
+
+
+def test_gradients_of_shared_keys_are_summed_before_they_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 and 1/256 from two ranks, and 1/256 of this rank's own: in bf16 their sum would be 1."""
+
+    def receive(received: Tensor, sent: Tensor, group: object) -> None:
+        received.copy_(torch.tensor([1.0, 1 / 256])[:, None, None, None].expand_as(sent))
+
+    monkeypatch.setattr(shared_prefix_attention.dist, "all_to_all_single", receive)
+    layout = lay_out([(1, [1, 1])], divide([1, 1, 1], [0, 0, 1], ranks=2))
+    calls = AttentionCalls.of(layout, 0)
+    dk, dv = torch.full((2, 1, 1), 1 / 256), torch.zeros(2, 1, 1)
+    nothing = torch.zeros(len(calls.exchange.keys), 2, 1, 1)
+    group = type("Group", (), {"size": lambda self: 2})()
+    shared_prefix_attention._give_back(nothing, torch.bfloat16, (dk, dv), calls, group)
+    assert dk.flatten().tolist() == [1 + 1 / 128, 1 / 256]
+    assert dv.flatten().tolist() == [1 + 1 / 256, 0]
