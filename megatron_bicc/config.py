@@ -35,6 +35,9 @@ DeltaKind: TypeAlias = Literal["token_mean", "sequence_sum"]
 Advantage: TypeAlias = Literal["normalized", "centered"]
 Aggregation: TypeAlias = Literal["sequence_mean", "constant", "token_mean"]
 KlEstimator: TypeAlias = Literal["k1", "k2", "k3"]
+CorrectionName: TypeAlias = Literal[
+    "none", "token_tis", "sequence_tis", "token_mask", "sequence_mask", "geometric_mask"
+]
 OverlongAction: TypeAlias = Literal["error", "drop"]
 ControlTokens: TypeAlias = Literal["refuse", "text", "keep"]
 PauseMode: TypeAlias = Literal["in_place", "retract", "abort"]
@@ -206,8 +209,14 @@ class LossConfig:
     """Experts: weight of the load-balancing loss of every layer's router; 0 is off."""
     z_loss_coefficient: float = setting(0.0, at_least=0)
     """Experts: weight of the z-loss, which keeps the logits of every layer's router small; 0 is off."""
-    tis_cap: float = setting(0.0, at_least=0)
-    """Cap c of the truncated importance weight min(pi_old / mu, c) for engine mismatch; 0 is off."""
+    correction: CorrectionName = "none"
+    """Weights for what the rollout engine or older weights sampled, from pi_old / mu (docs/algorithms.md)."""
+    correction_low: float | None = setting(None, at_least=0)
+    """Lower bound of the correction's ratio, 0 for none; null: the correction's default."""
+    correction_high: float | None = setting(None, above=0, at_most=1e6)
+    """Upper bound of the correction's ratio; null: the correction's default."""
+    correction_veto: float = setting(0.0, at_least=0, below=1)
+    """A response with a token whose pi_old / mu is less than this has weight 0; 0 is off."""
 
 
 @dataclass
@@ -764,6 +773,7 @@ def _check_tokens(config: Config) -> None:
 
 def _check_loss(config: Config) -> None:
     loss = config.loss
+    _check_correction(loss)
     if loss.baseline != "mean" and config.rcc.enabled:
         raise UserError(
             f"loss.baseline is {loss.baseline!r} and rcc.enabled is true; RCC corrects the mean: set "
@@ -779,3 +789,16 @@ def _check_loss(config: Config) -> None:
             f"loss.clip_low is {loss.clip_low}; it must be within 0 and 1: ratios are clipped at "
             "1 - clip_low and are never negative"
         )
+
+
+def _check_correction(loss: LossConfig) -> None:
+    low, high = loss.correction_low, loss.correction_high
+    if loss.correction == "none":
+        for name, bound in (("correction_low", low), ("correction_high", high)):
+            if bound is not None:
+                raise UserError(
+                    f"loss.{name} is {bound} and loss.correction is none, which has no bounds; choose a "
+                    f"correction, or set loss.{name}=null"
+                )
+    elif low > high:
+        raise UserError(f"loss.correction_low is {low}; it must not exceed loss.correction_high = {high}")

@@ -177,7 +177,7 @@ class Trainer:
             # a colocated engine frees its memory here and is without weights until the sync below
             with self.engine.memory_released() if config.rollout.colocate else nullcontext():
                 results = self.learn(rollouts, clock)
-            metrics |= mean_metrics([update_metrics(result, config) for result in results])
+            metrics |= mean_metrics([update_metrics(result, config, self.step - 1) for result in results])
             learning = clock.seconds["logprob"] + clock.seconds["train"] if results else 0.0
             metrics |= gpu_metrics(results, learning, self.policy.hf_config, config)
             with clock("sync"):

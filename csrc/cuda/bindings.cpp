@@ -88,11 +88,11 @@ void logit_gradient(const std::string& dtype, const LogitRows& logits, uintptr_t
 }
 
 template <class T>
-void policy_loss(const std::string& objective, double low, double high, double dual, double tis_cap,
-                 double kl_coefficient, const std::string& kl_estimator, double entropy_coefficient, int64_t rows,
-                 uintptr_t logp, uintptr_t old_logp, uintptr_t advantage, uintptr_t weight, uintptr_t engine_log_ratio,
-                 uintptr_t regularisation, uintptr_t ref_logp, uintptr_t entropy, uintptr_t mean, uintptr_t response,
-                 uintptr_t share, uintptr_t gradient, uintptr_t mean_gradient, uintptr_t masks, uintptr_t partials, uintptr_t stream) {
+void policy_loss(const std::string& objective, double low, double high, double dual, double kl_coefficient,
+                 const std::string& kl_estimator, double entropy_coefficient, int64_t rows, uintptr_t logp,
+                 uintptr_t old_logp, uintptr_t advantage, uintptr_t weight, uintptr_t regularisation,
+                 uintptr_t ref_logp, uintptr_t entropy, uintptr_t mean, uintptr_t response, uintptr_t share,
+                 uintptr_t gradient, uintptr_t mean_gradient, uintptr_t masks, uintptr_t partials, uintptr_t stream) {
   const LossSettings<T> settings{
       choice<Objective>(objective, "objective",
                         {{"token", Objective::kToken},
@@ -103,7 +103,6 @@ void policy_loss(const std::string& objective, double low, double high, double d
       static_cast<T>(low),
       static_cast<T>(high),
       static_cast<T>(dual),
-      static_cast<T>(tis_cap),
       static_cast<T>(kl_coefficient),
       choice<KlEstimator>(kl_estimator, "kl_estimator",
                           {{"k1", KlEstimator::kK1}, {"k2", KlEstimator::kK2}, {"k3", KlEstimator::kK3}}),
@@ -112,7 +111,6 @@ void policy_loss(const std::string& objective, double low, double high, double d
                              pointer<const T>(old_logp),
                              pointer<const T>(advantage),
                              pointer<const T>(weight),
-                             pointer<const T>(engine_log_ratio),
                              pointer<const T>(regularisation),
                              pointer<const T>(ref_logp),
                              pointer<const T>(entropy),
@@ -129,10 +127,10 @@ void policy_loss(const std::string& objective, double low, double high, double d
 template <class T>
 void define_policy_loss(py::module_& m, const char* name) {
   using namespace pybind11::literals;
-  m.def(name, &policy_loss<T>, py::kw_only(), "objective"_a, "low"_a, "high"_a, "dual"_a, "tis_cap"_a,
+  m.def(name, &policy_loss<T>, py::kw_only(), "objective"_a, "low"_a, "high"_a, "dual"_a,
         "kl_coefficient"_a, "kl_estimator"_a, "entropy_coefficient"_a, "rows"_a, "logp"_a, "old_logp"_a, "advantage"_a,
-        "weight"_a, "engine_log_ratio"_a, "regularisation"_a, "ref_logp"_a, "entropy"_a, "mean"_a, "response"_a,
-        "share"_a, "gradient"_a, "mean_gradient"_a, "masks"_a, "partials"_a, "stream"_a);
+        "weight"_a, "regularisation"_a, "ref_logp"_a, "entropy"_a, "mean"_a, "response"_a, "share"_a, "gradient"_a,
+        "mean_gradient"_a, "masks"_a, "partials"_a, "stream"_a);
 }
 
 }  // namespace

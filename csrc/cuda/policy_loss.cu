@@ -43,7 +43,6 @@ __device__ LossRow<T> read_row(const LossArrays<T>& a, int64_t i) {
           a.old_logp ? a.old_logp[i] : a.logp[i],
           a.advantage[i],
           a.weight[i],
-          read_or_zero(a.engine_log_ratio, i),
           read_or_zero(a.regularisation, i),
           read_or_zero(a.ref_logp, i),
           read_or_zero(a.entropy, i)};

@@ -16,17 +16,16 @@ struct LossArrays {
   const T* old_logp;  // null: the log-probs themselves, so that the ratio is 1
   const T* advantage;
   const T* weight;
-  const T* engine_log_ratio;  // may be null where tis_cap is 0
-  const T* regularisation;    // may be null where both coefficients are 0
-  const T* ref_logp;          // may be null where kl_coefficient is 0
-  const T* entropy;           // may be null where entropy_coefficient is 0
-  const T* mean;              // of the objective's averaged term over the row's response; null: computed here
-  const int64_t* response;    // index of the row's response; rises, in steps of 1 where mean is null
-  T* share;                   // out: [1]
-  T* gradient;                // out: d share / d logp
-  T* mean_gradient;           // out: d share / d mean; null where mean is
-  bool* masks;                // out: [3, rows], clipped at the lower edge, the upper edge, by the dual clip
-  double* partials;           // workspace [kLossBlocks]
+  const T* regularisation;  // may be null where both coefficients are 0
+  const T* ref_logp;        // may be null where kl_coefficient is 0
+  const T* entropy;         // may be null where entropy_coefficient is 0
+  const T* mean;            // of the objective's averaged term over the row's response; null: computed here
+  const int64_t* response;  // index of the row's response; rises, in steps of 1 where mean is null
+  T* share;                 // out: [1]
+  T* gradient;              // out: d share / d logp
+  T* mean_gradient;         // out: d share / d mean; null where mean is
+  bool* masks;              // out: [3, rows], clipped at the lower edge, the upper edge, by the dual clip
+  double* partials;         // workspace [kLossBlocks]
 };
 
 // A block takes responses one after another; then one block adds up the blocks in their order: the same sum every

@@ -20,7 +20,6 @@ struct LossSettings {
   T low;  // edges of the log ratio (ClipBounds), -inf and inf for none
   T high;
   T dual;
-  T tis_cap;         // 0: no weight for the engine mismatch
   T kl_coefficient;  // 0: no KL in the loss
   KlEstimator kl_estimator;
   T entropy_coefficient;  // 0: no entropy bonus
@@ -32,10 +31,9 @@ struct LossRow {
   T old_logp;
   T advantage;
   T weight;
-  T engine_log_ratio;  // read where tis_cap is not 0
-  T regularisation;    // weight of KL and entropy
-  T ref_logp;          // read where kl_coefficient is not 0
-  T entropy;           // read where entropy_coefficient is not 0
+  T regularisation;  // weight of KL and entropy
+  T ref_logp;        // read where kl_coefficient is not 0
+  T entropy;         // read where entropy_coefficient is not 0
 };
 
 template <class T>
@@ -159,11 +157,9 @@ BICC_HOST_DEVICE RowLoss<T> row_loss(const LossSettings<T>& s, const LossRow<T>&
   RowLoss<T> out{0, 0, 0, false, false, false};
   T value = objective_value(s, row, mean, out);
   set_masks(s, row, mean, out);
-  T weight = row.weight;
-  if (s.tis_cap > 0) weight *= at_most(std::exp(row.engine_log_ratio), s.tis_cap);
-  out.loss = weight * value;
-  out.gradient *= weight;
-  out.shared_gradient *= weight;
+  out.loss = row.weight * value;
+  out.gradient *= row.weight;
+  out.shared_gradient *= row.weight;
   if (s.kl_coefficient != 0) {
     T slope = 0;
     const T kl = kl_value(s, row, slope);

@@ -1,4 +1,4 @@
-"""The policy loss of a micro-batch: objective, engine-mismatch weight, KL, entropy bonus.
+"""The policy loss of a micro-batch: objective, KL, entropy bonus.
 
 With x = log pi_theta - log pi_old of a token and A its advantage, the built-in clipped objectives differ only
 in where they average over the response:
@@ -117,7 +117,8 @@ class LossRows:
     advantage: Tensor
     """Advantage of the row's rollout"""
     weight: Tensor
-    """Weight of the row in the whole step's loss (advantages.token_weights, times mixing and pair scale)"""
+    """Weight of the row in the whole step's loss (advantages.token_weights, times mixing, pair scale and
+    the weight of loss.correction)"""
     response: Tensor
     """int64: index of the row's response segment in this micro-batch. It rises, so the rows of a response are
     adjacent; without gaps unless `split`"""
@@ -129,9 +130,6 @@ class LossRows:
     have neither, as under a context"""
     ref_logp: Tensor | None = None
     """Log-prob under the reference policy; needed for a KL in the loss"""
-    engine_log_ratio: Tensor | None = None
-    """log pi_old - log mu, with mu the rollout engine's probability, both given the prompt alone; needed for
-    loss.tis_cap"""
     split: SplitResponses | None = None
     """None: all rows of every response are here"""
 
@@ -173,8 +171,8 @@ class Objective(Protocol):
             old_logp: float [A] without gradient, the ratio's denominator: log ratio = logp - old_logp. At the
                 first update of a batch of rollouts it may be logp.detach().
             rows: advantage, response and weight of each row. rows.weight is the row's weight in the whole
-                step's loss, over all micro-batches and ranks. Do not apply it: policy_loss does, with the
-                engine-mismatch weight (loss.tis_cap), KL and entropy.
+                step's loss, over all micro-batches and ranks, with that of loss.correction. Do not apply it:
+                policy_loss does, with KL and entropy.
             loss: the resolved settings; clip_bounds(loss) gives the edges in the log ratio.
 
         The rows of a micro-batch depend on packing and layout, so a loss that is not a function of the row's
@@ -219,10 +217,7 @@ def policy_loss(logp: Tensor, entropy: Tensor | None, rows: LossRows, loss: Loss
     if device.kernels() is not None and loss.objective in OBJECTIVES:
         return _by_kernel(logp, entropy, rows, loss, old_logp)
     tokens = load_objective(loss)(logp, old_logp, rows, loss)
-    token_loss = tokens.loss
-    if loss.tis_cap:
-        token_loss = token_loss * rows.engine_log_ratio.exp().clamp(max=loss.tis_cap).detach()
-    total = (rows.weight * token_loss).sum()
+    total = (rows.weight * tokens.loss).sum()
     if rows.regularisation is None:
         return PolicyLoss(total, tokens.low, tokens.high, tokens.dual, old_logp)
     if loss.kl_coefficient and loss.kl_in == "loss":
@@ -253,13 +248,11 @@ def _by_kernel(
         rows.response,
         rows.regularisation,
         rows.ref_logp,
-        rows.engine_log_ratio,
         mean,
         objective=loss.objective,
         low=bounds.low,
         high=bounds.high,
         dual=bounds.dual,
-        tis_cap=loss.tis_cap,
         kl_coefficient=loss.kl_coefficient if has_kl else 0.0,
         # without a KL any will do; None with one is refused as kl_penalty does
         kl_estimator=str(loss.kl_estimator) if has_kl else "k1",
@@ -328,12 +321,12 @@ def _check_objective(name: str, logp: Tensor, found: TokenLoss) -> None:
 def _check_terms(entropy: Tensor | None, rows: LossRows, loss: LossConfig) -> None:
     """Raises ValueError if a term of the loss lacks its input."""
     has_kl = loss.kl_coefficient and loss.kl_in == "loss"
-    needed = [("tis_cap", loss.tis_cap, "LossRows.engine_log_ratio", rows.engine_log_ratio)]
-    if rows.regularisation is not None:
-        needed += [
-            ("kl_coefficient", has_kl, "LossRows.ref_logp", rows.ref_logp),
-            ("entropy_coefficient", loss.entropy_coefficient, "entropy", entropy),
-        ]
+    if rows.regularisation is None:
+        return
+    needed = (
+        ("kl_coefficient", has_kl, "LossRows.ref_logp", rows.ref_logp),
+        ("entropy_coefficient", loss.entropy_coefficient, "entropy", entropy),
+    )
     for setting, is_set, name, tensor in needed:
         if is_set and tensor is None:
             raise ValueError(f"loss.{setting} is set, but {name} was not given")

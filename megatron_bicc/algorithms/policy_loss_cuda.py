@@ -23,13 +23,11 @@ def policy_loss_kernel(
     response: Tensor,
     regularisation: Tensor | None,
     ref_logp: Tensor | None,
-    engine_log_ratio: Tensor | None,
     mean: Tensor | None,
     objective: str,
     low: float,
     high: float,
     dual: float,
-    tis_cap: float,
     kl_coefficient: float,
     kl_estimator: str,
     entropy_coefficient: float,
@@ -38,9 +36,9 @@ def policy_loss_kernel(
 
     Differentiable in logp, entropy and mean. The masks are low, high, dual. The tensors are those of
     policy_loss.policy_loss and LossRows, all of logp's dtype, float32 or float64, but `response`, int64. low,
-    high, dual: ClipBounds. A coefficient, or tis_cap, of 0 leaves its term out, so that its tensors may be
-    None. mean: at each row, what an objective of whole responses averages (policy_loss.AVERAGED), where other
-    ranks have rows of the same responses; None: the kernel averages, and there is no gradient of it, [0].
+    high, dual: ClipBounds. A coefficient of 0 leaves its term out, so that its tensors may be None. mean: at
+    each row, what an objective of whole responses averages (policy_loss.AVERAGED), where other ranks have
+    rows of the same responses; None: the kernel averages, and there is no gradient of it, [0].
 
     Raises:
         ValueError: a tensor has another dtype than logp.
@@ -52,7 +50,6 @@ def policy_loss_kernel(
         "old_logp": old_logp,
         "advantage": advantage,
         "weight": weight,
-        "engine_log_ratio": engine_log_ratio,
         "regularisation": regularisation,
         "ref_logp": ref_logp,
         "entropy": entropy,
@@ -70,7 +67,6 @@ def policy_loss_kernel(
         low=low,
         high=high,
         dual=dual,
-        tis_cap=tis_cap,
         kl_coefficient=kl_coefficient,
         kl_estimator=kl_estimator,
         entropy_coefficient=entropy_coefficient,
@@ -95,7 +91,7 @@ def _empty_loss(logp: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor, Tens
 
 @policy_loss_kernel.register_fake
 def _(logp: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_loss(logp, others[8])
+    return _empty_loss(logp, others[7])
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -109,9 +105,9 @@ def _backward(ctx: Any, grad_share: Tensor, *others: Any) -> tuple:
     of_entropy, of_mean = None, None
     if ctx.entropy_coefficient and ctx.needs_input_grad[1]:
         of_entropy = regularisation * (-ctx.entropy_coefficient * grad_share)
-    if ctx.needs_input_grad[9]:
+    if ctx.needs_input_grad[8]:
         of_mean = mean_gradient * grad_share
-    return gradient * grad_share, of_entropy, *[None] * 7, of_mean, *[None] * 8
+    return gradient * grad_share, of_entropy, *[None] * 6, of_mean, *[None] * 7
 
 
 policy_loss_kernel.register_autograd(_backward, setup_context=_setup_context)

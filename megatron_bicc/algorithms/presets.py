@@ -6,6 +6,7 @@ from itertools import product
 from types import MappingProxyType
 from typing import TypeVar
 
+from megatron_bicc.algorithms.corrections import CORRECTIONS
 from megatron_bicc.config import (
     Advantage,
     Aggregation,
@@ -73,7 +74,8 @@ def parse_algorithm(name: str) -> tuple[str, bool, bool]:
 
 
 def resolve(config: Config) -> Config:
-    """Returns a copy of config with every None filled in: from the preset; loss.kl_estimator by loss.kl_in.
+    """Returns a copy of config with every None filled in: from the preset; loss.kl_estimator by loss.kl_in;
+    the bounds of loss.correction, which "none" does not have.
 
     Explicit values take precedence. With BICC the default of loss.dual_clip is 3. Raises UserError for an
     unknown algorithm.
@@ -85,6 +87,13 @@ def resolve(config: Config) -> Config:
     loss = _filled(config.loss, preset)
     if loss.kl_estimator is None:
         loss = replace(loss, kl_estimator=KL_ESTIMATORS[loss.kl_in])
+    if loss.correction in CORRECTIONS:
+        low, high = CORRECTIONS[loss.correction].low, CORRECTIONS[loss.correction].high
+        loss = replace(
+            loss,
+            correction_low=low if loss.correction_low is None else loss.correction_low,
+            correction_high=high if loss.correction_high is None else loss.correction_high,
+        )
     return replace(
         config,
         loss=loss,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_bicc.algorithms.corrections import CorrectionWeights
 from megatron_bicc.algorithms.flat_arrays import segment_means, segment_sums, spread
 from megatron_bicc.algorithms.policy_loss import kl_penalty
 
@@ -84,7 +85,7 @@ def ratio_statistics(tokens: StepTokens) -> dict[str, float]:
     kl/old_ref                                k3 estimate of KL(old || ref) per token; needs ref_logp_T
     kl/rollout_old                            k3 estimate of KL(engine || old) per token: the engine mismatch
     kl/old_rollout                            estimate of KL(old || engine), tokens weighted by old / engine
-    tis/mean, /q01, /q50, /q99, /max          weights old / engine per token before any cap
+    correction/ratio/mean, /q01, ... /max     token ratios old / engine, before any correction
     delta/right, delta/wrong, delta/gap       mean over the side's rollouts of the token mean of log old / ref
                                               and right minus wrong; needs ref_logp_T
 
@@ -116,7 +117,7 @@ def _reference_statistics(tokens: StepTokens) -> dict[str, float]:
 
 
 def engine_statistics(old_logp_T: np.ndarray, rollout_logp_T: np.ndarray) -> dict[str, float]:
-    """Returns kl/rollout_old, kl/old_rollout and tis/* of `ratio_statistics`.
+    """Returns kl/rollout_old, kl/old_rollout and correction/ratio/* of `ratio_statistics`.
 
     old_logp_T: under the policy, given the prompt alone. rollout_logp_T: computed by the rollout
     engine.
@@ -125,7 +126,52 @@ def engine_statistics(old_logp_T: np.ndarray, rollout_logp_T: np.ndarray) -> dic
     # the tokens are samples of the engine: an expectation under the policy weights them by old / engine
     reverse_T = np.exp(log_ratio_T) * log_ratio_T - np.expm1(log_ratio_T)
     kl = _mean("kl/rollout_old", _kl(rollout_logp_T, old_logp_T)) | _mean("kl/old_rollout", reverse_T)
-    return kl | _distribution("tis", np.exp(log_ratio_T))
+    return kl | _distribution("correction/ratio", np.exp(log_ratio_T))
+
+
+def correction_statistics(
+    old_logp_T: np.ndarray,
+    rollout_logp_T: np.ndarray,
+    staleness_T: np.ndarray,
+    weights: CorrectionWeights | None,
+) -> dict[str, float]:
+    """Computes statistics of the correction's weights, over all tokens and, as KEY/staleness_N, by staleness:
+
+    correction/mean, /max                      the weights
+    correction/truncated, /masked, /vetoed     shares of tokens, as in CorrectionWeights
+    correction/ess                             effective sample size, (sum w)^2 / sum w^2, over the number of
+                                               tokens; 0 if all weights are 0
+    tokens/staleness_N                         number of tokens of this staleness
+    kl/rollout_old/staleness_N                 as in `ratio_statistics`
+
+    old_logp_T, rollout_logp_T: as in `engine_statistics`. staleness_T: integers, version of the old policy
+    less that of the weights that sampled the token. weights: None without a correction; then only the last
+    two.
+    """
+    found = {} if weights is None else _weight_statistics(weights, np.ones(len(staleness_T), dtype=bool))
+    for staleness in np.unique(staleness_T):
+        at_T = staleness_T == staleness
+        by = {"tokens": float(at_T.sum())} | _mean(
+            "kl/rollout_old", _kl(rollout_logp_T[at_T], old_logp_T[at_T])
+        )
+        if weights is not None:
+            by |= _weight_statistics(weights, at_T)
+        found |= {f"{name}/staleness_{staleness}": value for name, value in by.items()}
+    return found
+
+
+def _weight_statistics(weights: CorrectionWeights, at_T: np.ndarray) -> dict[str, float]:
+    """Returns the statistics of `correction_statistics` of some tokens, bool [T]; there is at least one."""
+    weight = weights.weight_T[at_T].astype(np.float64)
+    squares = float(np.square(weight).sum())
+    return {
+        "correction/mean": float(weight.mean()),
+        "correction/max": float(weight.max()),
+        "correction/truncated": float(weights.truncated_T[at_T].mean()),
+        "correction/masked": float(weights.masked_T[at_T].mean()),
+        "correction/vetoed": float(weights.vetoed_T[at_T].mean()),
+        "correction/ess": float(weight.sum()) ** 2 / (len(weight) * squares) if squares else 0.0,
+    }
 
 
 def contrast_statistics(correct_R: np.ndarray, group_offsets_B: np.ndarray) -> dict[str, float]:

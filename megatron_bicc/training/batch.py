@@ -25,7 +25,7 @@ from megatron_bicc.model.packed_batch import PackedBatch
 from megatron_bicc.packing.pack import pack
 from megatron_bicc.packing.pack_cuda import DeviceRollouts, pack_on_device
 from megatron_bicc.packing.types import Layout, PackingSettings, RolloutBatch, StepPlan
-from megatron_bicc.rollout.types import Group
+from megatron_bicc.rollout.types import Group, Sample
 from megatron_bicc.training.routing import engine_table, select_experts
 
 
@@ -36,6 +36,8 @@ class StepBatch:
     rollouts: RolloutBatch
     rollout_logp_T: np.ndarray
     """float32 [T]: log-probs computed by the rollout engine"""
+    versions_T: np.ndarray
+    """int32 [T]: version of the weights that sampled each token"""
     experts: np.ndarray | None = None
     """Experts that the rollout engine chose: [training.routing.TokenRows, layers, experts per token]"""
 
@@ -58,11 +60,12 @@ class StepBatch:
         members, group_offsets_B = _select(np.arange(len(r.rewards_R)), r.group_offsets_B, groups)
         tokens, offsets_R = _select(r.tokens, r.offsets_R, members)
         logp_T, _ = _select(self.rollout_logp_T, r.offsets_R, members)
+        versions_T, _ = _select(self.versions_T, r.offsets_R, members)
         chosen = RolloutBatch(
             prompt_tokens, prompt_offsets_B, tokens, offsets_R, group_offsets_B, r.rewards_R[members]
         )
         experts = None if self.experts is None else select_experts(self.experts, r, groups)
-        return StepBatch(chosen, logp_T, experts)
+        return StepBatch(chosen, logp_T, versions_T, experts)
 
 
 def _select(
@@ -76,8 +79,8 @@ def _select(
 def collate(groups: list[Group]) -> StepBatch:
     """Concatenates groups, in their order, to flat arrays; the only place where rollouts are checked.
 
-    Raises ValueError for a group, prompt or response without items and for log-probs or experts that do not
-    match the tokens; NotFiniteError for a reward or a log-prob of the engine that is not finite.
+    Raises ValueError for a group, prompt or response without items and for log-probs, versions or experts
+    that do not match the tokens; NotFiniteError for a reward or a log-prob of the engine that is not finite.
     """
     samples = [sample for group in groups for sample in group.samples]
     prompts = [group.prompt.token_ids for group in groups]
@@ -97,7 +100,18 @@ def collate(groups: list[Group]) -> StepBatch:
     check_offsets(rollouts.offsets_R, len(log_probs), "offsets_R", "rollout")
     check_rewards(rollouts.rewards_R)
     check_log_probs(log_probs, rollouts.offsets_R, "log-prob of the rollout engine")
-    return StepBatch(rollouts, log_probs, engine_table(groups, rollouts))
+    return StepBatch(rollouts, log_probs, _versions(samples), engine_table(groups, rollouts))
+
+
+def _versions(samples: list[Sample]) -> np.ndarray:
+    """Returns the version of the weights that sampled each token: int32 [T]."""
+    found = []
+    for i, sample in enumerate(samples):
+        length, versions = len(sample.token_ids), sample.versions
+        if versions is not None and len(versions) != length:
+            raise ValueError(f"rollout {i} has {length} tokens, but {len(versions)} weight versions")
+        found.append(np.full(length, sample.weight_version) if versions is None else versions)
+    return _concatenate(found, np.int32)
 
 
 def _offsets(lengths: list[int]) -> np.ndarray:
@@ -169,8 +183,8 @@ class StepValues:
 
     old_T: Tensor
     """float32 [T]: log-probs of the old policy given the prompt alone"""
-    engine_log_ratio_T: Tensor
-    """float32 [T]: old_T less the rollout engine's log-probs"""
+    correction_T: Tensor
+    """float32 [T] (algorithms.corrections)"""
     ref_T: Tensor | None
     """float32 [T]: log-probs of the reference policy, where there is one"""
     advantage_R: Tensor
@@ -180,13 +194,16 @@ class StepValues:
 
     @classmethod
     def upload(
-        cls, log_probs: TokenLogProbs, advantages: Advantages, token_weight_R: np.ndarray
+        cls,
+        log_probs: TokenLogProbs,
+        correction_T: np.ndarray,
+        advantages: Advantages,
+        token_weight_R: np.ndarray,
     ) -> "StepValues":
         """Copies the values to the device, in one transfer."""
         values = {
             "old_T": log_probs.old_T,
-            # both given the prompt alone: a context, which the engine never saw, is no engine mismatch
-            "engine_log_ratio_T": log_probs.old_T - log_probs.rollout_T,
+            "correction_T": correction_T,
             "advantage_R": advantages.advantage_R.astype(np.float32),
             "token_weight_R": token_weight_R,
         }
@@ -224,14 +241,13 @@ class TrainBatch:
         weight_A = values.token_weight_R[packed.rollout_A] * packed.scale_A.double()
         rows = LossRows(
             advantage=values.advantage_R[packed.rollout_A],
-            weight=(weight_A * share).float(),
+            weight=(weight_A * share * values.correction_T[packed.token_A]).float(),
             response=packed.response_A,
             old_logp=old_logp_A,
             # KL and entropy are of the policy given the prompt alone, in full whatever bicc.weight is: the
             # tokens were sampled so, and only then are the estimators expectations under the policy
             regularisation=weight_A.float() if layout == "plain" else None,
             ref_logp=None if values.ref_T is None else values.ref_T[packed.token_A],
-            engine_log_ratio=values.engine_log_ratio_T[packed.token_A],
             split=SplitResponses(context, packed.num_responses) if context.size() > 1 else None,
         )
         return cls(packed, layout, share, rows)

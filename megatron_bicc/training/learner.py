@@ -28,6 +28,7 @@ from megatron_bicc.algorithms.advantages import (
     regularises,
     token_weights,
 )
+from megatron_bicc.algorithms.corrections import CorrectionWeights, correction_weights
 from megatron_bicc.algorithms.flat_arrays import check_log_probs, spread
 from megatron_bicc.algorithms.policy_loss import load_objective, policy_loss
 from megatron_bicc.algorithms.statistics import RatioTokens, expert_statistics, gradient_statistics
@@ -76,6 +77,7 @@ class Update:
     batch: StepBatch
     """Rollouts of the taken groups; the arrays below cover these only"""
     log_probs: TokenLogProbs
+    corrections: CorrectionWeights
     advantages: Advantages
     trained: list[PackedLayout]
     """Bilateral first, where both are"""
@@ -107,8 +109,9 @@ class StepResult:
     taken: np.ndarray
     batch: StepBatch
     log_probs: TokenLogProbs
+    corrections: CorrectionWeights
     advantages: Advantages
-    """All five as in Update"""
+    """All six as in Update"""
     trained: list[TrainedLayout]
     """Bilateral first, where both are"""
     loss: float
@@ -179,7 +182,10 @@ class Learner:
             with clock("logprob"):
                 log_probs, load_XY, recorded = self._log_probs(batch, plain)  # float32 [T]
             adv = advantages(batch.rollouts, log_probs, self.config)  # float64 [R]
-            values = StepValues.upload(log_probs, adv, weight_R)
+            corrections = correction_weights(
+                log_probs.old_T, log_probs.rollout_T, batch.rollouts.offsets_R, self.config.loss
+            )
+            values = StepValues.upload(log_probs, corrections.weight_T, adv, weight_R)
             with clock("logprob"):
                 # conditioned denominators are not in log_probs. The first update needs none, as the policy is
                 # its own old policy; later updates, by which it has moved, need them computed now
@@ -200,7 +206,19 @@ class Learner:
             passes += [each.plan for each in trained if self._needs_conditioned(each, moved=first > 0)]
             losses = self._router_losses(load_XY)
             updates.append(
-                Update(given, taken, batch, log_probs, adv, trained, batches, passes, load_XY, losses)
+                Update(
+                    given,
+                    taken,
+                    batch,
+                    log_probs,
+                    corrections,
+                    adv,
+                    trained,
+                    batches,
+                    passes,
+                    load_XY,
+                    losses,
+                )
             )
         if updates and check is not None:
             check([update.log_probs for update in updates])
@@ -363,6 +381,7 @@ class Learner:
             taken=update.taken,
             batch=update.batch,
             log_probs=update.log_probs,
+            corrections=update.corrections,
             advantages=update.advantages,
             trained=trained,
             loss=total,

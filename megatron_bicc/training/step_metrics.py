@@ -21,6 +21,7 @@ from megatron_bicc.algorithms.flat_arrays import segment_means, spread
 from megatron_bicc.algorithms.statistics import (
     StepTokens,
     contrast_statistics,
+    correction_statistics,
     engine_statistics,
     ratio_statistics,
 )
@@ -97,13 +98,14 @@ class MismatchCheck:
         old_T = np.concatenate([x.old_T for x in log_probs])
         rollout_T = np.concatenate([x.rollout_T for x in log_probs])
         found, bounds = engine_statistics(old_T, rollout_T), self.bounds
-        kl, largest = found["kl/rollout_old"], found["tis/max"]
+        kl, largest = found["kl/rollout_old"], found["correction/ratio/max"]
         first, was_over, self._first, self._over = self._first, self._over, False, kl > bounds.warn
         line = (
             f"step {step}: rollout engine and policy differ: kl/rollout_old is {kl:.2g} where {self.dtype} "
             f"makes less than {bounds.warn:.2g}, the largest weight policy / engine is {largest:.3g}"
         )
-        many = found["tis/q99"] > bounds.weight or found["tis/q01"] < 1 / bounds.weight
+        highest, lowest = found["correction/ratio/q99"], found["correction/ratio/q01"]
+        many = highest > bounds.weight or lowest < 1 / bounds.weight
         if first and many and kl > bounds.stop:
             raise EngineMismatch(
                 f"{line}; they compute different models: compare config.json and the servers' arguments "
@@ -159,8 +161,11 @@ def gpu_metrics(
     return found
 
 
-def update_metrics(result: StepResult, config: Config) -> dict[str, float]:
-    """Returns loss, gradient, baselines, ratios by side and token counts of one optimizer step."""
+def update_metrics(result: StepResult, config: Config, version: int) -> dict[str, float]:
+    """Returns loss, gradient, baselines, ratios by side and token counts of one optimizer step.
+
+    version: of the old policy's weights, from which the staleness of the rollouts is counted.
+    """
     stats = [trained.plan.stats for trained in result.trained]
     packed, rows, context = (
         float(sum(s[f"tokens_{name}"] for s in stats)) for name in ("packed", "rows", "context")
@@ -179,6 +184,7 @@ def update_metrics(result: StepResult, config: Config) -> dict[str, float]:
         | result.gradient
         | result.experts
         | _ratios(result, config)
+        | _corrections(result, config, version)
     )
 
 
@@ -208,6 +214,17 @@ def _ratios(result: StepResult, config: Config) -> dict[str, float]:
         ref_logp_T=result.log_probs.ref_T,
     )
     return ratio_statistics(tokens)
+
+
+def _corrections(result: StepResult, config: Config, version: int) -> dict[str, float]:
+    """Returns metrics of the loss's correction, if there is one, and of the rollouts by staleness."""
+    corrects = config.loss.correction != "none" or config.loss.correction_veto > 0
+    return correction_statistics(
+        result.log_probs.old_T,
+        result.log_probs.rollout_T,
+        version - result.batch.versions_T,
+        result.corrections if corrects else None,
+    )
 
 
 def mean_metrics(updates: list[dict[str, float]]) -> dict[str, float]:

@@ -13,11 +13,12 @@ import numpy as np
 
 @dataclass
 class Rollout:
-    """One response: log-probs of its tokens and its reward."""
+    """One response: log-probs of its tokens, its reward, and the engine's log-probs."""
 
     new: list[float]
     old: list[float]
     reward: float
+    engine: list[float]
 
 
 Group = list[Rollout]
@@ -29,7 +30,7 @@ RIGHT = (2, 1, 1, 3, 0, 4)
 
 def make_groups(seed: int, noise: float) -> list[Group]:
     """Ragged groups with binary rewards and log ratios of standard deviation `noise`; some of one token."""
-    rng = np.random.default_rng(seed)
+    rng, engine_rng = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     groups = []
     for size, right in zip(SIZES, RIGHT, strict=True):
         group = []
@@ -37,7 +38,8 @@ def make_groups(seed: int, noise: float) -> list[Group]:
             length = 1 if index == 0 else int(rng.integers(1, 7))
             old = -rng.exponential(1.5, length)
             new = old + noise * rng.standard_normal(length)
-            group.append(Rollout(new.tolist(), old.tolist(), float(index < right)))
+            engine = old + 0.5 * engine_rng.standard_normal(length)
+            group.append(Rollout(new.tolist(), old.tolist(), float(index < right), engine.tolist()))
         groups.append(group)
     return groups
 
@@ -66,46 +68,48 @@ def ppo(rho: float, a: float, low: float, high: float, c: float) -> float:
     return dual(min(rho * a, clip(rho, 1 - low, 1 + high) * a), a, c)
 
 
-def token_ppo(new: list[float], old: list[float], a: float, low: float, high: float, c: float) -> float:
-    return sum(ppo(math.exp(n - o), a, low, high, c) for n, o in zip(new, old, strict=True))
+def token_ppo(new, old, weights, a: float, low: float, high: float, c: float) -> float:
+    return sum(w * ppo(math.exp(n - o), a, low, high, c) for n, o, w in zip(new, old, weights, strict=True))
 
 
-def grpo(new, frozen, old, advantage, max_length, c):
+def grpo(new, frozen, old, weights, advantage, max_length, c):
     total = 0.0
-    for n, o, a in zip(new, old, advantage, strict=True):
-        total += token_ppo(n, o, a, 0.2, 0.2, c) / len(n)
+    for n, o, w, a in zip(new, old, weights, advantage, strict=True):
+        total += token_ppo(n, o, w, a, 0.2, 0.2, c) / len(n)
     return -total / len(new)
 
 
-def dr_grpo(new, frozen, old, advantage, max_length, c):
+def dr_grpo(new, frozen, old, weights, advantage, max_length, c):
     total = 0.0
-    for n, o, a in zip(new, old, advantage, strict=True):
-        total += token_ppo(n, o, a, 0.2, 0.2, c) / max_length
+    for n, o, w, a in zip(new, old, weights, advantage, strict=True):
+        total += token_ppo(n, o, w, a, 0.2, 0.2, c) / max_length
     return -total / len(new)
 
 
-def dapo(new, frozen, old, advantage, max_length, c):
-    total = sum(token_ppo(n, o, a, 0.2, 0.28, c) for n, o, a in zip(new, old, advantage, strict=True))
+def dapo(new, frozen, old, weights, advantage, max_length, c):
+    total = 0.0
+    for n, o, w, a in zip(new, old, weights, advantage, strict=True):
+        total += token_ppo(n, o, w, a, 0.2, 0.28, c)
     return -total / sum(len(n) for n in new)
 
 
-def gspo(new, frozen, old, advantage, max_length, c):
+def gspo(new, frozen, old, weights, advantage, max_length, c):
     total = 0.0
-    for n, o, a in zip(new, old, advantage, strict=True):
+    for n, o, w, a in zip(new, old, weights, advantage, strict=True):
         likelihood_ratio = math.exp(sum(n)) / math.exp(sum(o))
-        total += ppo(likelihood_ratio ** (1 / len(n)), a, 3e-4, 4e-4, c)
+        total += sum(w) / len(w) * ppo(likelihood_ratio ** (1 / len(n)), a, 3e-4, 4e-4, c)
     return -total / len(new)
 
 
-def gmpo(new, frozen, old, advantage, max_length, c):
+def gmpo(new, frozen, old, weights, advantage, max_length, c):
     total = 0.0
-    for n, o, a in zip(new, old, advantage, strict=True):
+    for n, o, w, a in zip(new, old, weights, advantage, strict=True):
         sign = 1 if a > 0 else -1
         product = 1.0
         for n_t, o_t in zip(n, o, strict=True):
             signed = math.exp(n_t - o_t) ** sign
             product *= min(signed, clip(signed, math.exp(-0.4), math.exp(0.4))) ** sign
-        total += dual(product ** (1 / len(n)) * a, a, c)
+        total += sum(w) / len(w) * dual(product ** (1 / len(n)) * a, a, c)
     return -total / len(new)
 
 
@@ -120,23 +124,56 @@ def aspo_token(new: float, frozen: float, old: float, a: float, c: float) -> flo
     return min(value, c) * (flipped / value) * a
 
 
-def aspo(new, frozen, old, advantage, max_length, c):
+def aspo(new, frozen, old, weights, advantage, max_length, c):
     total = 0.0
-    for n, f, o, a in zip(new, frozen, old, advantage, strict=True):
-        total += sum(aspo_token(n_t, f_t, o_t, a, c) for n_t, f_t, o_t in zip(n, f, o, strict=True))
+    for n, f, o, w, a in zip(new, frozen, old, weights, advantage, strict=True):
+        for n_t, f_t, o_t, w_t in zip(n, f, o, w, strict=True):
+            total += w_t * aspo_token(n_t, f_t, o_t, a, c)
     return -total / sum(len(n) for n in new)
 
 
-def cispo(new, frozen, old, advantage, max_length, c):
+def cispo(new, frozen, old, weights, advantage, max_length, c):
     total = 0.0
-    for n, f, o, a in zip(new, frozen, old, advantage, strict=True):
-        for n_t, f_t, o_t in zip(n, f, o, strict=True):
-            weight = clip(math.exp(f_t - o_t), 0.0, 5.0)
-            total += (min(weight, c) if c and a < 0 else weight) * a * n_t
+    for n, f, o, w, a in zip(new, frozen, old, weights, advantage, strict=True):
+        for n_t, f_t, o_t, w_t in zip(n, f, o, w, strict=True):
+            bounded = clip(math.exp(f_t - o_t), 0.0, 5.0)
+            total += w_t * (min(bounded, c) if c and a < 0 else bounded) * a * n_t
     return -total / sum(len(n) for n in new)
 
 
 LOSSES = {f.__name__: f for f in (grpo, dr_grpo, dapo, gspo, gmpo, aspo, cispo)}
+
+
+@dataclass
+class Correction:
+    """A correction by its name in the settings, its bounds and its veto; 0 is no veto."""
+
+    name: str
+    low: float
+    high: float
+    veto: float = 0.0
+
+
+def correction_weights(old: list[float], engine: list[float], correction: Correction | None) -> list[float]:
+    """The weights of one response's tokens; None: ones."""
+    if correction is None:
+        return [1.0] * len(old)
+    ratios = [math.exp(o - e) for o, e in zip(old, engine, strict=True)]
+    if any(ratio < correction.veto for ratio in ratios):
+        return [0.0] * len(ratios)
+    product = math.prod(ratios)
+    mean = product ** (1 / len(ratios))
+    low, high = correction.low, correction.high
+    if correction.name == "token_tis":
+        return [clip(ratio, low, high) for ratio in ratios]
+    if correction.name == "sequence_tis":
+        return [clip(product, low, high)] * len(ratios)
+    if correction.name == "token_mask":
+        return [ratio if low <= ratio <= high else 0.0 for ratio in ratios]
+    if correction.name == "sequence_mask":
+        return [product if low <= product <= high else 0.0] * len(ratios)
+    assert correction.name == "geometric_mask"
+    return [1.0 if low <= mean <= high else 0.0] * len(ratios)
 
 
 def first_order_baseline(rewards: list[float], delta: list[float]) -> float:
@@ -151,16 +188,25 @@ def exact_baseline(rewards: list[float], delta: list[float]) -> float:
     return sum(w * r for w, r in zip(weights, rewards, strict=True)) / sum(weights)
 
 
-def loss(preset: str, groups: list[Group], new, baselines, max_length: int, c: float) -> float:
+def loss(
+    preset: str,
+    groups: list[Group],
+    new,
+    baselines,
+    max_length: int,
+    c: float,
+    correction: Correction | None = None,
+) -> float:
     """The step's loss with `new` in place of the rollouts' own new log-probs (which stay the frozen ones)."""
     normalized = preset != "dr_grpo"
     advantage = [a for g, b in zip(groups, baselines, strict=True) for a in advantages(g, normalized, b)]
     rollouts = [rollout for group in groups for rollout in group]
     frozen, old = [r.new for r in rollouts], [r.old for r in rollouts]
-    return LOSSES[preset](new, frozen, old, advantage, max_length, c)
+    weights = [correction_weights(r.old, r.engine, correction) for r in rollouts]
+    return LOSSES[preset](new, frozen, old, weights, advantage, max_length, c)
 
 
-def gradient(preset, groups, baselines, max_length, c, step: float) -> list[float]:
+def gradient(preset, groups, baselines, max_length, c, step: float, correction=None) -> list[float]:
     """Central finite differences of `loss` in every token's log-prob, flat."""
     result = []
     new = [list(rollout.new) for group in groups for rollout in group]
@@ -169,7 +215,7 @@ def gradient(preset, groups, baselines, max_length, c, step: float) -> list[floa
             sides = []
             for shifted in (value + step, value - step):
                 tokens[index] = shifted
-                sides.append(loss(preset, groups, new, baselines, max_length, c))
+                sides.append(loss(preset, groups, new, baselines, max_length, c, correction))
             tokens[index] = value
             result.append((sides[0] - sides[1]) / (2 * step))
     return result

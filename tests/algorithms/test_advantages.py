@@ -42,7 +42,7 @@ def test_advantages_of_ragged_groups(kind: str) -> None:
     advantage_R = group_advantages(REWARDS_R, OFFSETS_B, baseline_R, kind, 0.5)
     expected = []
     for part in slices(OFFSETS_B):
-        group = [reference.Rollout([], [], r) for r in REWARDS_R[part]]
+        group = [reference.Rollout([], [], r, []) for r in REWARDS_R[part]]
         expected += reference.advantages(group, kind == "normalized")
     np.testing.assert_allclose(advantage_R, expected, rtol=1e-13)
     assert advantage_R.dtype == np.float64

@@ -8,12 +8,14 @@ import pytest
 import torch
 from support.token_loss import clip_masks
 
+from megatron_bicc.algorithms.corrections import CorrectionWeights
 from megatron_bicc.algorithms.policy_loss import LossRows, policy_loss
 from megatron_bicc.algorithms.presets import PRESETS, resolve
 from megatron_bicc.algorithms.statistics import (
     RatioTokens,
     StepTokens,
     contrast_statistics,
+    correction_statistics,
     ratio_statistics,
 )
 from megatron_bicc.config import Config
@@ -83,8 +85,8 @@ def test_distances_of_the_policies() -> None:
         assert statistics[f"kl/{key}"] == pytest.approx(sum(k3) / 12)
     weights = np.exp(old - mu)
     assert statistics["kl/old_rollout"] == pytest.approx((weights * np.log(weights) - weights + 1).mean())
-    assert statistics["tis/max"] == pytest.approx(np.exp(old - mu).max())
-    assert statistics["tis/mean"] == pytest.approx(np.exp(old - mu).mean())
+    assert statistics["correction/ratio/max"] == pytest.approx(np.exp(old - mu).max())
+    assert statistics["correction/ratio/mean"] == pytest.approx(np.exp(old - mu).mean())
     delta = [(old - ref)[a:b].mean() for a, b in zip(OFFSETS_R[:-1], OFFSETS_R[1:], strict=True)]
     assert statistics["delta/right"] == pytest.approx((delta[0] + delta[3]) / 2)
     assert statistics["delta/wrong"] == pytest.approx((delta[1] + delta[2] + delta[4]) / 3)
@@ -123,7 +125,38 @@ def test_groups_without_contrast_count_in_the_distances_of_reference_and_engine_
         by_contrast = key.startswith(("ratio/", "clip/", "delta/", "kl/old_new"))
         assert value == pytest.approx((of_contrast if by_contrast else of_all)[key]), key
     nothing = ratio_statistics(replace(tokens, contrast_R=np.zeros(5, dtype=bool)))
-    assert {key.split("/")[0] for key in nothing} == {"kl", "tis"} and "kl/old_new" not in nothing
+    assert {key.split("/")[0] for key in nothing} == {"kl", "correction"} and "kl/old_new" not in nothing
+
+
+def test_weights_of_a_correction_over_all_tokens_and_by_staleness() -> None:
+    rng = np.random.default_rng(2)
+    old_T, engine_T = -rng.random((2, 40))
+    staleness_T = rng.choice([0, 1, 3], 40)
+    weight_T, kind_T = rng.random(40).astype(np.float32), rng.integers(0, 4, 40)
+    weight_T[kind_T > 1] = 0
+    weights = CorrectionWeights(weight_T, kind_T == 1, kind_T == 2, kind_T == 3)
+    expected = {}
+    for name in ("", *(f"/staleness_{n}" for n in (0, 1, 3))):
+        at = [t for t in range(40) if not name or staleness_T[t] == int(name[-1])]
+        weight = [float(weight_T[t]) for t in at]
+        expected |= {
+            f"correction/mean{name}": sum(weight) / len(at),
+            f"correction/max{name}": max(weight),
+            f"correction/ess{name}": sum(weight) ** 2 / sum(w * w for w in weight) / len(at),
+        }
+        for number, kind in enumerate(("truncated", "masked", "vetoed"), 1):
+            expected[f"correction/{kind}{name}"] = sum(kind_T[t] == number for t in at) / len(at)
+        if name:
+            expected[f"tokens{name}"] = len(at)
+            x = [old_T[t] - engine_T[t] for t in at]
+            expected[f"kl/rollout_old{name}"] = sum(math.exp(d) - 1 - d for d in x) / len(at)
+    assert correction_statistics(old_T, engine_T, staleness_T, weights) == pytest.approx(expected)
+    assert min(expected[f"correction/{kind}"] for kind in ("truncated", "masked", "vetoed")) > 0
+    without = correction_statistics(old_T, engine_T, staleness_T, None)
+    of_rollouts = {k for k in expected if k.startswith(("kl/", "tokens/"))}
+    assert without == {key: pytest.approx(expected[key]) for key in of_rollouts}
+    nothing = replace(weights, weight_T=np.zeros(40, np.float32))
+    assert correction_statistics(old_T, engine_T, staleness_T, nothing)["correction/ess"] == 0
 
 
 def test_what_is_not_there_is_left_out() -> None:

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from algorithms import reference
+from algorithms.reference import Correction
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.token_loss import clip_masks
 
 from megatron_bicc.algorithms.advantages import group_advantages, mean_baseline, rcc_baseline, token_weights
+from megatron_bicc.algorithms.corrections import correction_weights
 from megatron_bicc.algorithms.flat_arrays import spread
 from megatron_bicc.algorithms.policy_loss import LossRows, kl_penalty, policy_loss
 from megatron_bicc.algorithms.presets import PRESETS, resolve
@@ -21,6 +23,14 @@ MAX_LENGTH = 9
 NOISE = {"gspo": 1.5e-3, "gmpo": 0.7, "cispo": 1.2, "aspo": 0.9}
 DELTA_SCALE = 0.3
 PRESET_NAMES = list(PRESETS)
+CORRECTED = (
+    Correction("token_tis", 0.7, 1.5, veto=0.3),
+    Correction("sequence_tis", 0.4, 2.0),
+    Correction("token_mask", 0.7, 1.5),
+    Correction("sequence_mask", 0.4, 2.0, veto=0.3),
+    Correction("geometric_mask", 0.7, 1.4),
+)
+"""Of ratios pi_old / mu with a standard deviation of 0.5 in the logarithm of a token's"""
 
 
 def loss_config(algorithm: str, **changes) -> LossConfig:
@@ -45,8 +55,12 @@ class Step:
         self.advantage_R = group_advantages(
             self.rewards_R, self.group_offsets_B, baseline_R, loss.advantage, 0.5
         )
-        self.weight_R = token_weights(self.lengths_R, loss.aggregation, MAX_LENGTH)
         self.new, self.old = [r.new for r in rollouts], [r.old for r in rollouts]
+        offsets_R = np.cumsum([0, *self.lengths_R])
+        engine_T = np.concatenate([r.engine for r in rollouts])
+        self.corrections = correction_weights(np.concatenate(self.old), engine_T, offsets_R, loss)
+        weight_R = token_weights(self.lengths_R, loss.aggregation, MAX_LENGTH)
+        self.weight = np.split(spread(weight_R, offsets_R) * self.corrections.weight_T, offsets_R[1:-1])
 
     def part(self, rollouts: list[int]) -> tuple[float, list[np.ndarray]]:
         """Loss of the micro-batch of these rollouts, and the gradient of each one's log-probs."""
@@ -55,7 +69,7 @@ class Step:
         rows = LossRows(
             old_logp=torch.tensor(sum((self.old[r] for r in rollouts), []), dtype=torch.float64),
             advantage=torch.from_numpy(np.repeat(self.advantage_R[rollouts], lengths)),
-            weight=torch.from_numpy(np.repeat(self.weight_R[rollouts], lengths)),
+            weight=torch.from_numpy(np.concatenate([self.weight[r] for r in rollouts])),
             response=torch.from_numpy(np.repeat(np.arange(len(rollouts)), lengths)),
         )
         loss = policy_loss(logp, None, rows, self.loss).share
@@ -244,20 +258,24 @@ def test_rows_that_take_no_part_in_kl_and_entropy_need_neither() -> None:
     assert policy_loss(logp, None, rows, loss_config("grpo", **changes)).share == without
 
 
+@pytest.mark.parametrize("correction", CORRECTED, ids=lambda correction: correction.name)
 @pytest.mark.parametrize("preset", PRESET_NAMES)
-def test_tis_weighs_each_token_by_the_capped_mismatch(preset: str) -> None:
-    logp, rows = random_rows()
-    shift = torch.linspace(-1.0, 2.0, 7, dtype=torch.float64)
-    old = rows.old_logp.clone().requires_grad_()
-    with_tis = replace(rows, old_logp=old, engine_log_ratio=shift)
-    weights = torch.exp(shift).clamp(max=2.0)
-    loss = policy_loss(logp, None, with_tis, loss_config(preset, tis_cap=2.0)).share
-    reweighted = replace(rows, old_logp=old, weight=rows.weight * weights)
-    by_hand = policy_loss(logp, None, reweighted, loss_config(preset)).share
-    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-12)
-    gradients = (torch.autograd.grad(x, (logp, old), materialize_grads=True) for x in (loss, by_hand))
-    for actual, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-14)
+def test_a_correction_weighs_the_loss_and_its_gradient(preset: str, correction: Correction) -> None:
+    groups = reference.make_groups(3, NOISE.get(preset, 0.5))
+    settings = {f"correction_{name}": getattr(correction, name) for name in ("low", "high", "veto")}
+    loss = loss_config(preset, correction=correction.name, **settings)
+    step, baselines = Step(groups, loss, None), [None] * len(groups)
+    value, gradient = step.whole()
+    expected = reference.loss(preset, groups, step.new, baselines, MAX_LENGTH, loss.dual_clip, correction)
+    differences = reference.gradient(
+        preset, groups, baselines, MAX_LENGTH, loss.dual_clip, step=1e-7, correction=correction
+    )
+    # the weights are float32, and terms cancel in the loss
+    assert value == pytest.approx(expected, rel=1e-6, abs=1e-7)
+    np.testing.assert_allclose(gradient, differences, atol=1e-6 * np.abs(differences).max() + 2e-9)
+    found = step.corrections
+    touched = found.truncated_T if "tis" in correction.name else found.masked_T
+    assert 0.1 < touched.mean() < 0.9 and (found.vetoed_T.any() or not correction.veto)
 
 
 def test_a_micro_batch_without_rows_adds_nothing() -> None:
@@ -274,7 +292,6 @@ def test_a_micro_batch_without_rows_adds_nothing() -> None:
     ("changes", "message"),
     [
         ({"kl_coefficient": 0.1}, "loss.kl_coefficient is set, but LossRows.ref_logp was not given"),
-        ({"tis_cap": 2.0}, "loss.tis_cap is set, but LossRows.engine_log_ratio was not given"),
         ({"entropy_coefficient": 0.1}, "loss.entropy_coefficient is set, but entropy was not given"),
         ({"kl_coefficient": 0.1, "kl_estimator": None}, "loss.kl_estimator is None"),
         ({"clip_low": None}, "loss.clip_low is not set"),

@@ -29,7 +29,8 @@ def test_every_preset_with_and_without_bicc_and_rcc(base: str, bicc: bool, rcc: 
     for field in fields(PRESETS[base]):
         if not (field.name == "dual_clip" and bicc):
             assert found[field.name] == getattr(PRESETS[base], field.name)
-    assert None not in found.values()
+    # only with a correction are there bounds of its ratio
+    assert [name for name in found if found[name] is None] == ["correction_low", "correction_high"]
 
 
 def test_only_dapo_samples_dynamically_and_shapes() -> None:
@@ -138,7 +139,7 @@ def test_the_dual_clip_follows_bicc_however_it_was_enabled() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("clip_low", -0.1), ("clip_high", float("nan")), ("dual_clip", 0.5), ("tis_cap", -1)],
+    [("clip_low", -0.1), ("clip_high", float("nan")), ("dual_clip", 0.5), ("correction_high", 0)],
 )
 def test_a_setting_out_of_range_is_named(setting: str, value: float) -> None:
     with pytest.raises(UserError, match=f"loss.{setting} is "):

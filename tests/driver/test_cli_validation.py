@@ -117,6 +117,16 @@ def test_sound_settings_pass(good: list[str], overrides: list[str]):
             ["loss.baseline is 'mine:baseline' and rcc.enabled is true", "set rcc.enabled=false"],
         ),
         (["loss.kl_coefficient=0.1", "loss.kl_estimator=k1"], ["loss.kl_estimator is k1", "use k2"]),
+        (
+            ["loss.correction=tis"],
+            ["loss.correction is 'tis'", "none, token_tis, sequence_tis, token_mask, sequence_mask or geom"],
+        ),
+        (["loss.correction_high=3"], ["loss.correction_high is 3.0 and loss.correction is none"]),
+        (["loss.correction_low=0.5"], ["loss.correction_low is 0.5 and loss.correction is none"]),
+        (
+            ["loss.correction=token_tis", "loss.correction_low=2.5"],
+            ["loss.correction_low is 2.5; it must not exceed loss.correction_high = 2.0"],
+        ),
         (["loss.clip_low=1.5"], ["loss.clip_low is 1.5", "within 0 and 1"]),
         (
             ["parallel.heartbeat_timeout_s=0.001"],

@@ -26,6 +26,8 @@ SETTINGS = [
     "train.updates_per_step=2",
     "train.steps=3",
     "parallel.tensor=1",
+    "loss.correction=token_tis",
+    "loss.correction_veto=1e-4",
     "evaluation.prompts=1",
     "evaluation.samples=2",
     "checkpoint.every=1",
@@ -113,5 +115,17 @@ def test_what_is_written_is_what_is_documented(whole: tuple[Path, list[dict]]) -
 
 
 def test_every_step_has_every_metric(whole: tuple[Path, list[dict]]) -> None:
-    first, *others = [{k for k in record if "eval" not in k} for record in whole[1][1:]]
+    first, *others = [
+        {key for key in record if "eval" not in key and "/staleness_" not in key} for record in whole[1][1:]
+    ]
     assert all(keys == first for keys in others)
+
+
+def test_staleness_is_that_of_the_carried_groups(whole: tuple[Path, list[dict]]) -> None:
+    for step in whole[1][1:]:
+        found = {key.rpartition("/")[2] for key in step if key.startswith("tokens/staleness_")}
+        stale = found - {"staleness_0"}
+        assert bool(stale) == (step["rollout/carried"] > 0)
+        # engine and policy compute the same, but the steps have moved the policy
+        assert all(step[f"kl/rollout_old/{n}"] > 1e-9 for n in stale)
+        assert step.get("kl/rollout_old/staleness_0", 0.0) < 1e-9

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from megatron_bicc.algorithms.advantages import BASELINES, TokenLogProbs, advantages
+from megatron_bicc.algorithms.corrections import correction_weights
 from megatron_bicc.algorithms.policy_loss import OBJECTIVES
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.cli import parse_config
@@ -69,6 +70,12 @@ def advantages_of_a_group(config: Config, directory: Path) -> Any:
     return np.asarray(found.advantage_R).tolist(), np.asarray(found.baseline_R).tolist()
 
 
+def weights_of_a_response(config: Config, directory: Path) -> Any:
+    log_ratio_T = np.array([-0.4, 0.1, 0.3])
+    weights = correction_weights(log_ratio_T, np.zeros(3), np.array([0, 3]), resolve(config).loss)
+    return weights.weight_T.tolist()
+
+
 def questions(config: Config, directory: Path) -> Any:
     rows = [("1+1=", "2"), ("2+2=", "4"), ("12+34=", "46"), ("3<|end|>+3=", "6")]
     path = directory / "prompts.jsonl"
@@ -104,6 +111,7 @@ SGLANG = [*RUN, "rollout.engine=sglang", f"rollout.sglang.python={sys.executable
 ATTACH = [*RUN, "rollout.engine=sglang", "rollout.launch=attach", "rollout.sglang.servers=http://h:1"]
 RCC = ["algorithm=grpo+rcc"]
 KL = ["algorithm=grpo", "loss.kl_coefficient=0.5", "loss.kl_in=reward"]
+MASK = ["loss.correction=token_mask"]
 SHORT = ["evaluation.prompts=3", "data.max_prompt_tokens=6"]
 DECAY = ["train.steps=4", "optimizer.schedule=linear"]
 Change = tuple[Callable[[Config, Path], Any], list[str], str]
@@ -133,6 +141,10 @@ CHANGES: dict[str, Change] = {
     "loss.kl_coefficient": (advantages_of_a_group, KL, "0.4"),
     "loss.kl_in": (advantages_of_a_group, KL, "loss"),
     "loss.kl_estimator": (advantages_of_a_group, KL, "k3"),
+    "loss.correction": (weights_of_a_response, [], "token_tis"),
+    "loss.correction_low": (weights_of_a_response, MASK, "0.9"),
+    "loss.correction_high": (weights_of_a_response, MASK, "1.2"),
+    "loss.correction_veto": (weights_of_a_response, [], "0.7"),
     "rcc.enabled": (advantages_of_a_group, RCC, "false"),
     "rcc.form": (advantages_of_a_group, RCC, "exact"),
     "rcc.delta": (advantages_of_a_group, RCC, "sequence_sum"),
@@ -228,7 +240,6 @@ TESTS: dict[str, str] = {
     "loss.entropy_coefficient": "algorithms/test_policy_loss.py::test_the_entropy_bonus_lowers_the_loss",
     "loss.load_balancing_coefficient": STEP,
     "loss.z_loss_coefficient": STEP,
-    "loss.tis_cap": "algorithms/test_policy_loss.py::test_tis_weighs_each_token_by_the_capped_mismatch",
     "parallel.heartbeat_timeout_s": "driver/test_two_hosts.py::test_a_cut_cable_is_named_on_both_sides",
     "optimizer.beta1": OPTIMIZER,
     "optimizer.beta2": OPTIMIZER,

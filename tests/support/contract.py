@@ -6,6 +6,7 @@ from functools import cache
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 
@@ -51,13 +52,18 @@ EXPERT_CASES = {
 
 
 class OffPolicyLearner(Learner):
-    """Uses the engine's log-probs as the old policy's: ratios differ from 1, so that clipping acts."""
+    """Uses the engine's log-probs as the old policy's: ratios differ from 1, so that clipping acts.
+
+    The engine's then differ from them by a function of each token, so that a correction acts.
+    """
 
     def _log_probs(
         self, batch: StepBatch, plain: PackedLayout
     ) -> tuple[TokenLogProbs, torch.Tensor, list[torch.Tensor] | None]:
         log_probs, load_XY, recorded = super()._log_probs(batch, plain)
-        return replace(log_probs, old_T=batch.rollout_logp_T), load_XY, recorded
+        old_T = batch.rollout_logp_T
+        rollout_T = old_T + np.float32(0.2) * np.sin(40 * old_T)
+        return replace(log_probs, old_T=old_T, rollout_T=rollout_T), load_XY, recorded
 
 
 class Stepper:
@@ -83,12 +89,20 @@ class Stepper:
         self.policy.set_weights(self.moved)
         (result,) = learner.step([self.groups[i] for i in order], Stopwatch())
         assert result.trained[0].layout == ("bilateral" if config.bicc.enabled else "plain")
+        masked_T = result.corrections.masked_T
+        assert 0 < masked_T.mean() < 1 if "+" in algorithm else not masked_T.any()
         ranks = result.trained[0].plan.ranks
         return Step(result.loss, hf_gradients(self.policy), [len(rank) for rank in ranks], result.experts)
 
     def _configure(self, algorithm: str) -> Config:
         """Returns a configuration; with BICC and RCC, every other term of the loss is on as well."""
-        terms = {"loss__kl_coefficient": 0.1, "loss__entropy_coefficient": 0.01, "loss__tis_cap": 1.1}
+        terms = {
+            "loss__kl_coefficient": 0.1,
+            "loss__entropy_coefficient": 0.01,
+            "loss__correction": "sequence_mask",
+            "loss__correction_low": 0.7,
+            "loss__correction_high": 1.5,
+        }
         config = make_config(self.path, algorithm, **(terms if "+" in algorithm else {}))
         config.train.max_sequence_tokens, config.bicc.context_ratio = 64, 0.25  # contexts are cut
         config.parallel = replace(config.parallel, **self.parallel)

@@ -75,6 +75,25 @@ def token_loss(logp: torch.Tensor, old: torch.Tensor, advantage: float, config: 
     return loss
 
 
+def correction_weights(old: torch.Tensor, engine: torch.Tensor, config: Config) -> torch.Tensor:
+    """Returns the weight of each token of one response, from log-probs given its prompt alone."""
+    loss = config.loss
+    ratio = (old.double() - engine.double()).exp()
+    if loss.correction_veto and ratio.min() < loss.correction_veto:
+        return torch.zeros_like(ratio)
+    if loss.correction == "none":
+        return torch.ones_like(ratio)
+    low, high = loss.correction_low, loss.correction_high
+    if loss.correction.startswith("sequence"):
+        ratio = ratio.prod().expand_as(ratio)
+    elif loss.correction.startswith("geometric"):
+        ratio = ratio.prod().pow(1 / len(ratio)).expand_as(ratio)
+    if loss.correction.endswith("tis"):
+        return ratio.clamp(low, high)
+    inside = (ratio >= low) & (ratio <= high)
+    return inside.double() if loss.correction == "geometric_mask" else ratio * inside
+
+
 def regularisation(
     policy: PreTrainedModel,
     reference: PreTrainedModel,
@@ -180,6 +199,7 @@ def reference_loss(
         std = math.sqrt(sum((r - mean) ** 2 for r in group.rewards) / len(group.rewards))
         for i, response in enumerate(group.responses):
             advantage = (group.rewards[i] - b) / std
+            weights = correction_weights(old_logp[i], group.rollout_logp[i], config)
             for share, prefix, conditioned in (
                 (weight, group.prompt + context_of(group, i), True),
                 (1 - weight, group.prompt, False),
@@ -191,5 +211,6 @@ def reference_loss(
                     with torch.no_grad():
                         denominator = response_logp(old, prefix, response, temperature)
                 logp = response_logp(policy, prefix, response, temperature)
-                total = total + share * token_loss(logp, denominator, advantage, config).mean() / count
+                loss = weights * token_loss(logp, denominator, advantage, config)
+                total = total + share * loss.mean() / count
     return total

@@ -119,6 +119,22 @@ REGULARISED = {
 """Likewise, with KL penalties and entropy bonuses as large as the policy's loss"""
 
 
+BOUNDS = {"loss__correction_low": 0.7, "loss__correction_high": 1.4}
+VETO = {"loss__correction_veto": 0.4}
+CORRECTED = {
+    "grpo_token_tis": ("grpo", BOUNDS | {"loss__correction": "token_tis"}),
+    "bicc_sequence_tis": ("grpo+bicc", BOUNDS | {"loss__correction": "sequence_tis"}),
+    "grpo_token_mask": ("grpo", BOUNDS | VETO | {"loss__correction": "token_mask"}),
+    "bicc_sequence_mask_kl_mixed": (
+        "bicc",
+        BOUNDS | VETO | KL | ENTROPY | {"loss__correction": "sequence_mask", "bicc__weight": 0.5},
+    ),
+    "grpo_geometric_mask": (
+        "grpo",
+        {"loss__correction": "geometric_mask", "loss__correction_low": 0.95, "loss__correction_high": 1.1},
+    ),
+}
+"""Likewise, with every correction; bounds and veto apply to some of the tokens"""
 ROUTERS = {"loss__load_balancing_coefficient": 0.3, "loss__z_loss_coefficient": 0.02}
 ROUTED = {
     "grpo_routers": ("grpo", ROUTERS),

@@ -89,7 +89,7 @@ CASE = CASES["bicc_rcc_mixed_conditioned"]
 EDGES = ("long_response", "long_prefix", "few_rows", "one_token")
 """Steps on four context-parallel ranks that hold EDGE_ROWS rows each"""
 EDGE_ROWS = 24
-EDGE_CASE = ("gspo+bicc", KL | ENTROPY | {"bicc__weight": 0.5, "loss__tis_cap": 1.2})
+EDGE_CASE = ("gspo+bicc", KL | ENTROPY | {"bicc__weight": 0.5, "loss__correction": "sequence_tis"})
 
 
 def layouts(processes: int) -> dict[str, tuple[str, dict]]:
@@ -174,7 +174,7 @@ class Training:
         of each rank's micro-batches the response rows and the chunks of the context ranks. Collective."""
         result = self.learner.step(self.groups, Stopwatch())[-1]
         found = {
-            "metrics": update_metrics(result, self.learner.config),
+            "metrics": update_metrics(result, self.learner.config, 0),
             "log_probs": [torch.from_numpy(x) for x in vars(result.log_probs).values() if x is not None],
             "weights": self.weights(),
             "unequal": unequal_copies(self.policy),

@@ -15,7 +15,9 @@ from megatron_bicc.training.batch import collate
 
 @pytest.fixture(scope="module")
 def groups() -> list[Group]:
-    return to_groups(make_examples(make_model("qwen3_tied"), 0.8))
+    groups = to_groups(make_examples(make_model("qwen3_tied"), 0.8))
+    versions = 5 + np.arange(len(groups[1].samples[1].token_ids)) // 2
+    return [groups[0], changed(groups[1], weight_version=5, versions=versions), *groups[2:]]
 
 
 @pytest.mark.parametrize("chosen", [[], [0], [3, 1], [0, 1, 2, 3]])
@@ -26,7 +28,21 @@ def test_a_selection_is_what_its_groups_collate_to(chosen: list[int], groups: li
         found = getattr(selected.rollouts, name)
         assert (found.dtype, found.tolist()) == (array.dtype, array.tolist()), name
     np.testing.assert_array_equal(selected.rollout_logp_T, expected.rollout_logp_T)
+    np.testing.assert_array_equal(selected.versions_T, expected.versions_T)
     assert selected.num_groups == len(chosen)
+
+
+def test_every_token_has_the_version_of_the_weights_that_sampled_it(groups: list[Group]) -> None:
+    third = replace(groups[2], samples=[replace(s, weight_version=7) for s in groups[2].samples])
+    batch = collate([groups[1], third])
+    expected = []
+    for sample in groups[1].samples + third.samples:
+        own = [sample.weight_version] * len(sample.token_ids)
+        expected += own if sample.versions is None else sample.versions.tolist()
+    assert len(set(expected)) > 3
+    assert (batch.versions_T.dtype, batch.versions_T.tolist()) == (np.int32, expected)
+    with pytest.raises(ValueError, match=r"rollout 1 has \d+ tokens, but 1 weight versions"):
+        collate([changed(groups[1], versions=np.array([5]))])
 
 
 def test_experts_are_selected_with_their_tokens() -> None:

@@ -42,7 +42,7 @@ def test_of_the_groups_with_contrast(
         result, current = second_update(learner, to_groups(examples), tmp_path)
     else:
         (result,), current = learner.step(to_groups(examples), Stopwatch()), old
-    found = update_metrics(result, config)
+    found = update_metrics(result, config, 0)
 
     trained = [(e, i) for e in examples if len(set(e.rewards)) > 1 for i in range(len(e.rewards))]
     right = np.array([e.rewards[i] > 0.5 for e, i in trained])
@@ -59,7 +59,9 @@ def test_of_the_groups_with_contrast(
         "kl/old_ref": k3(plain, ref),
         "kl/rollout_old": k3(engine, plain),
         "kl/old_rollout": float(np.mean(weight * np.log(weight) - weight + 1)),
-        "tis/mean": float(weight.mean()),
+        "kl/rollout_old/staleness_0": k3(engine, plain),
+        "correction/ratio/mean": float(weight.mean()),
+        "tokens/staleness_0": sum(map(len, plain)),
         "train/entropy": float(np.mean(np.concatenate([entropy(old, e, i) for e, i in trained]))),
         "delta/gap": float(delta[right].mean() - delta[~right].mean()),
     }

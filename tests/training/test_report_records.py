@@ -36,7 +36,7 @@ def test_groups_without_contrast_move_no_figure_of_those_with(
     def step(chosen: list[int]) -> tuple[StepResult, dict[str, float], list[dict]]:
         (result,) = learner.step([groups[i] for i in chosen], Stopwatch())
         shown = report_groups(result, WORDS, config)
-        return result, update_metrics(result, config), shown
+        return result, update_metrics(result, config, 0), shown
 
     result, everything, shown = step([0, 1, 2, 3])
     _, of_contrast, expected = step([1, 3])

@@ -19,8 +19,14 @@ from megatron_bicc.training.learner import Learner, StepResult
 from megatron_bicc.training.step_metrics import update_metrics
 from megatron_bicc.weights.hf_weights import load_policy
 
-ALL_TERMS = {"loss__tis_cap": 1.2, "loss__clip_low": 0.001, "loss__clip_high": 0.001, "optimizer__lr": 1e-3}
-"""Besides a case's own: the engine-mismatch weight, and edges that a second update passes"""
+ALL_TERMS = {
+    "loss__correction": "token_tis",
+    "loss__correction_high": 1.2,
+    "loss__clip_low": 0.001,
+    "loss__clip_high": 0.001,
+    "optimizer__lr": 1e-3,
+}
+"""Besides a case's own: a correction, and edges that a second update passes"""
 
 
 def learn(path: Path, case: str, **settings: object) -> tuple[list[StepResult], dict, dict[str, float]]:
@@ -32,7 +38,7 @@ def learn(path: Path, case: str, **settings: object) -> tuple[list[StepResult], 
     groups = to_groups(make_examples(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), 0.8))
     policy = load_policy(config)
     results = Learner(config, policy, TOKENIZER).step(groups[::-1] + groups, Stopwatch())
-    metrics = update_metrics(results[-1], config)
+    metrics = update_metrics(results[-1], config, 0)
     return results, hf_gradients(policy), metrics
 
 
@@ -89,7 +95,7 @@ def copied(model: Path, budget: int) -> tuple[CopiesToMeta, int]:
     with CopiesToMeta() as copies:
         packer = Packer(batch.rollouts)
         packed = [packer.pack(s)[1] for s in packing_settings(config, hf.config, TOKENIZER)]
-        values = StepValues.upload(log_probs, adv, weight_R)
+        values = StepValues.upload(log_probs, logp_T, adv, weight_R)
         for layout in packed:
             for one in layout:
                 TrainBatch.make(one, "bilateral", 1.0, None, values)

@@ -11,6 +11,7 @@ import torch
 from support.hf_reference import reference_loss
 from support.steps import (
     CASES,
+    CORRECTED,
     OUTCOMES,
     REGULARISED,
     ROUTED,
@@ -27,7 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_bicc.metrics import Stopwatch
 from megatron_bicc.model.policy import Policy
-from megatron_bicc.training.learner import Learner
+from megatron_bicc.training.learner import Learner, StepResult
 from megatron_bicc.weights.hf_weights import load_policy
 
 EXPERTS = [
@@ -64,6 +65,17 @@ def test_kl_and_entropy_are_of_every_rollout_given_its_prompt_alone(
 ) -> None:
     """Whatever bicc.weight and the denominator are; a group that is all right takes part."""
     check_step(case, model_dirs["qwen3_tied"], tmp_path, moves, graded=False)
+
+
+@pytest.mark.parametrize("case", CORRECTED)
+def test_a_correction_weighs_the_policy_loss_alone(
+    case: str, model_dirs: dict[str, Path], single_process: None, tmp_path: Path
+) -> None:
+    """By ratios given the prompt alone, also under BICC; KL and entropy have no such weight."""
+    found = check_step(case, model_dirs["qwen3_tied"], tmp_path, moves=False, graded=False).corrections
+    changed_T = found.truncated_T | found.masked_T
+    assert 0 < changed_T.mean() < 1
+    assert found.vetoed_T.any() == ("loss__correction_veto" in CORRECTED[case][1])
 
 
 @pytest.mark.parametrize("case", ["grpo_kl", "bicc_kl_entropy"])
@@ -107,9 +119,9 @@ def check_step(
     moves: bool,
     graded: bool,
     outcomes: Sequence[Sequence[int]] = OUTCOMES,
-) -> None:
+) -> StepResult:
     """`moves`: it is the second update of a batch of rollouts; the first has moved the policy."""
-    algorithm, settings = (CASES | REGULARISED | ROUTED)[case]
+    algorithm, settings = (CASES | REGULARISED | CORRECTED | ROUTED)[case]
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     old = perturb(reference)
     config = make_config(model, algorithm, **settings)
@@ -141,3 +153,4 @@ def check_step(
         difference = (gradients[name] - gradient).norm()
         # both are 0 for an expert that no token reaches
         assert difference <= 1e-5 * size, f"{name}: relative error {difference / size:.1e}"
+    return result
