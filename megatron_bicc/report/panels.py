@@ -11,6 +11,7 @@ from megatron_bicc.report.runs import Run
 SOLID, DASHED, DOTTED, DASH_DOT = range(4)
 HISTOGRAM = "contrast/right_"
 LAYERS = "moe/load/layer_"
+STALENESS = "/staleness_"
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,22 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 ),
             ),
             _quantiles(
-                "Importance weights",
-                "Probability by the trainer over that by the rollout engine, per token, before truncation.",
-                "tis",
+                "Importance ratios",
+                "Probability by the trainer over that by the rollout engine, per token, before a correction.",
+                "correction/ratio",
+            ),
+            Panel(
+                "Corrected tokens",
+                "Share of the tokens whose weight loss.correction bounded or set to 0.",
+                (
+                    Line("correction/truncated", "truncated"),
+                    Line("correction/masked", "masked", DASHED),
+                    Line("correction/vetoed", "vetoed", DOTTED),
+                ),
+                zero=True,
+            ),
+            _one(
+                "Effective sample size", "Of the corrected tokens, as a share.", "correction/ess", zero=True
             ),
         ),
     ),
@@ -202,7 +216,17 @@ def other_panels(runs: Sequence[Run]) -> list[Panel]:
     shown |= {f"time/{stage}_s" for stage in STAGES} | {"step"}
     keys = {key for run in runs for record in run.records for key in record}
     keys -= {f"{key}_stderr" for key in keys}
-    others = [_one(key, "", key) for key in sorted(keys - shown) if not key.startswith((HISTOGRAM, LAYERS))]
-    layers = sorted((key for key in keys if key.startswith(LAYERS)), key=lambda key: (len(key), key))
-    lines = tuple(Line(key, f"layer {key.removeprefix(LAYERS)}") for key in layers)
-    return [*others, Panel(f"{LAYERS}N", "Largest load over the mean.", lines)] if layers else others
+    single = [k for k in keys - shown if not k.startswith((HISTOGRAM, LAYERS)) and STALENESS not in k]
+    others = [_one(key, "", key) for key in sorted(single)]
+    for prefix in sorted({key.partition(STALENESS)[0] + STALENESS for key in keys if STALENESS in key}):
+        others.append(_numbered(prefix, "By versions of the weights since the sampling.", "staleness", keys))
+    if any(key.startswith(LAYERS) for key in keys):
+        others.append(_numbered(LAYERS, "Largest load over the mean.", "layer", keys))
+    return others
+
+
+def _numbered(prefix: str, caption: str, label: str, keys: set[str]) -> Panel:
+    """Returns a panel of the keys that are the prefix and a number, in the numbers' order."""
+    found = sorted((key for key in keys if key.startswith(prefix)), key=lambda key: (len(key), key))
+    lines = tuple(Line(key, f"{label} {key.removeprefix(prefix)}") for key in found)
+    return Panel(f"{prefix}N", caption, lines)

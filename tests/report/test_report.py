@@ -57,6 +57,18 @@ def test_a_metric_that_nobody_planned_for_is_drawn_too(tmp_path: Path):
     assert "Other metrics" in page.text and "0.5 ± 0.125" in page.text
 
 
+def test_metrics_by_staleness_and_by_layer_share_a_chart(tmp_path: Path):
+    writer = MetricsWriter(tmp_path, tensorboard=False, wandb_project="")
+    for step in (1, 2):
+        metrics = {f"correction/mean/staleness_{n}": n / 16 for n in (0, 2, 10)} | {"correction/mean": 0.5}
+        writer.write(step, metrics | {f"moe/load/layer_{n}": 1.0 + n for n in (0, 1)})
+    page = Page(write_report([tmp_path]))
+    assert page.tags.count("figure") == 3
+    assert "correction/mean/staleness_N" in page.text and "moe/load/layer_N" in page.text
+    places = [page.text.index(f"staleness {n}") for n in (0, 2, 10)]
+    assert places == sorted(places) and "layer 1" in page.text
+
+
 def test_alike_rollouts_stand_once_and_groups_know_their_outcome(tmp_path: Path):
     run = make_run(tmp_path / "run", steps=1)
     same = group(2, right=3, wrong=1)
