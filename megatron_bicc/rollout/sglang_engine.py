@@ -2,7 +2,7 @@
 
 import base64
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,6 +48,15 @@ RELEASE_POLL_S = 0.1
 SampleGroup = Callable[[list[Request]], Awaitable[list[Sample]]]
 
 
+@dataclass(frozen=True)
+class Aborted(Sample):
+    """The beginning of a response that a server ended early, as for a weight sync; may have no token."""
+
+
+NOTHING = Aborted(np.empty(0, np.int32), np.empty(0, np.float32), "length", 0)
+"""The beginning of every response"""
+
+
 class SglangEngine:
     """Sends each group as one request to one server of the pool."""
 
@@ -61,6 +70,7 @@ class SglangEngine:
         self.pool = pool
         self._server_bytes = server_bytes
         self._colocate = config.rollout.colocate
+        self._asynchronous = config.rollout.max_staleness > 0
         hf_config = supported_config(config.model.path)
         self._hf_config = hf_config
         self._ends = end_token_ids(hf_config, tokenizer, config.model.path)
@@ -69,13 +79,14 @@ class SglangEngine:
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
         """Returns one sample per request, in their order. Adjacent requests of one prompt are one group.
 
-        Raises RolloutError when no server has answered for rollout.sglang.retry_timeout_s seconds, UserError
-        for a token that is not in the vocabulary.
+        All tokens are of one weight version, also while requests of a stream are in flight. Raises
+        RolloutError when no server has answered for rollout.sglang.retry_timeout_s seconds, UserError for a
+        token that is not in the vocabulary.
         """
         groups = [list(group) for _, group in groupby(requests, key=lambda r: r.token_ids.tobytes())]
         samples: dict[int, list[Sample]] = {}
         with (
-            self.stream(sampling) as stream,
+            self._stream(sampling, strict=True) as stream,
             tqdm(total=len(requests), desc="rollouts", leave=False, disable=device.quiet()) as bar,
         ):
             for i, group in enumerate(groups):
@@ -86,11 +97,19 @@ class SglangEngine:
         return [sample for i in range(len(groups)) for sample in samples[i]]
 
     def stream(self, sampling: Sampling) -> AbstractContextManager[Stream]:
-        """Returns a context with a stream. Unfinished groups are aborted on the servers when it ends."""
+        """Returns a context with a stream. Unfinished groups are aborted on the servers when it ends.
+
+        With rollout.max_staleness it may be open during weight syncs: samples then have Sample.versions.
+        """
+        return self._stream(sampling, strict=not self._asynchronous)
+
+    def _stream(self, sampling: Sampling, strict: bool) -> AbstractContextManager[Stream]:
+        """strict: every token of a group is of the same version."""
         if self._colocate:
             device.free_memory()  # what a weight sync or an export took: servers generate in it
         self.pool.resume()
-        return group_stream(self.pool.portal, partial(self._group, sampling=sampling), self._per_process)
+        sample = partial(self._group, sampling=sampling, strict=strict)
+        return group_stream(self.pool.portal, sample, self._per_process)
 
     @contextmanager
     def memory_released(self) -> Iterator[None]:
@@ -148,7 +167,8 @@ class SglangEngine:
         """Closes the connections and ends the servers that the run started."""
         self.pool.close()
 
-    async def _group(self, group: list[Request], sampling: Sampling) -> list[Sample]:
+    async def _group(self, group: list[Request], sampling: Sampling, strict: bool) -> list[Sample]:
+        """Returns a sample for each request of a group. Responses that were aborted are continued."""
         prompt = group[0].token_ids
         vocab_size = self._hf_config.vocab_size
         if prompt.min() < 0 or prompt.max() >= vocab_size:
@@ -156,19 +176,29 @@ class SglangEngine:
                 f"a prompt has token {prompt.max()}; the policy's vocabulary has {vocab_size} tokens, "
                 "and the rollout server would crash on it"
             )
-        # the version at the time of the request: a weight sync meanwhile makes the answer stale
-        read = partial(
-            read_samples,
-            count=len(group),
-            version=self.pool.version,
-            vocab_size=vocab_size,
-            ends=self._ends,
-            routing=Routing.of(self._hf_config, len(prompt)) if sampling.routing else None,
-        )
-        try:
-            return await self.pool.ask(generate_body(group, sampling, self._ends), read)
-        except RequestFailed as error:
-            raise RolloutError(str(error)) from error
+        routing = Routing.of(self._hf_config, len(prompt)) if sampling.routing else None
+        samples: list[Sample] = [NOTHING] * len(group)
+        while places := [i for i, sample in enumerate(samples) if isinstance(sample, Aborted)]:
+            begun = [samples[i] for i in places]
+            body = generate_body([group[i] for i in places], sampling, self._ends, begun)
+            read = partial(self._read, count=len(places), routing=routing, strict=strict)
+            try:
+                answered = await self.pool.ask(body, read, strict)
+            except RequestFailed as error:
+                raise RolloutError(str(error)) from error
+            for i, more in zip(places, answered, strict=True):
+                samples[i] = joined(samples[i], more, sampling.max_new_tokens)
+        return samples
+
+    def _read(
+        self, answer: Any, versions: Collection[str], count: int, routing: "Routing | None", strict: bool
+    ) -> list[Sample]:
+        """As read_samples. Raises BadAnswer for aborted samples that are not to be continued."""
+        samples = read_samples(answer, count, versions, self._hf_config.vocab_size, self._ends, routing)
+        is_new = self.pool.is_updating or any(len(sample.token_ids) for sample in samples)
+        if any(isinstance(sample, Aborted) for sample in samples) and (strict or not is_new):
+            raise BadAnswer("the server aborted a sample")
+        return samples
 
 
 @contextmanager
@@ -273,14 +303,42 @@ async def _task_group(*, task_status: TaskStatus[TaskGroup]) -> None:
         await anyio.sleep_forever()
 
 
-def generate_body(requests: list[Request], sampling: Sampling, ends: tuple[int, ...]) -> dict[str, Any]:
+def joined(begun: Sample, more: Sample, max_new_tokens: int) -> Sample:
+    """Returns the response of which one answer has the beginning and the next one what follows.
+
+    It is an Aborted if `more` is one and there are fewer tokens than max_new_tokens.
+    """
+    if len(begun.token_ids):
+        more = replace(
+            more,
+            token_ids=np.concatenate([begun.token_ids, more.token_ids]),
+            log_probs=np.concatenate([begun.log_probs, more.log_probs]),
+            **_tags(np.concatenate([begun.token_versions(), more.token_versions()])),
+        )
+    is_full = isinstance(more, Aborted) and len(more.token_ids) == max_new_tokens
+    return Sample(**vars(more)) if is_full else more
+
+
+def _tags(versions: np.ndarray) -> dict[str, Any]:
+    """Returns Sample.weight_version and Sample.versions of tokens of these versions: int32 [T]."""
+    is_mixed = len(versions) and (versions != versions[0]).any()
+    return {
+        "weight_version": int(versions[0]) if len(versions) else 0,
+        "versions": versions if is_mixed else None,
+    }
+
+
+def generate_body(
+    requests: list[Request], sampling: Sampling, ends: tuple[int, ...], begun: list[Sample]
+) -> dict[str, Any]:
     """Returns the JSON of POST /generate for requests of one prompt. ends: ids of the end tokens.
+
+    begun: the beginning of each response, which is sent with the prompt and counts in max_new_tokens.
 
     The whole distribution is sampled: top_p and the like, which a server or a generation_config may set by
     default, are switched off explicitly, since SGLang does not renormalise log-probs for them.
     """
     settings = {
-        "max_new_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "stop_token_ids": list(ends),
         "top_p": 1.0,
@@ -291,9 +349,17 @@ def generate_body(requests: list[Request], sampling: Sampling, ends: tuple[int, 
         "repetition_penalty": 1.0,
         "skip_special_tokens": False,
     }
+    pairs = list(zip(requests, begun, strict=True))
     return {
-        "input_ids": [request.token_ids.tolist() for request in requests],
-        "sampling_params": [settings | {"sampling_seed": request.seed} for request in requests],
+        "input_ids": [[*request.token_ids.tolist(), *sample.token_ids.tolist()] for request, sample in pairs],
+        "sampling_params": [
+            settings
+            | {
+                "sampling_seed": request.seed,
+                "max_new_tokens": sampling.max_new_tokens - len(sample.token_ids),
+            }
+            for request, sample in pairs
+        ],
         "return_logprob": True,
         "logprob_start_len": -1,
         **({"return_routed_experts": True} if sampling.routing else {}),
@@ -341,15 +407,15 @@ class Routing:
 def read_samples(
     answer: Any,
     count: int,
-    version: str,
+    versions: Collection[str],
     vocab_size: int,
     ends: tuple[int, ...],
     routing: Routing | None = None,
 ) -> list[Sample]:
-    """Returns the samples in an answer to the `generate_body` of `count` requests.
+    """Returns the samples in an answer to the `generate_body` of `count` requests; Aborted ones among them.
 
     routing: read it, too; the prompt's is that of the first sample, since a group shares the prompt's rows.
-    Raises StaleWeights if any token of a sample was generated by another weight version than `version`, and
+    Raises StaleWeights if any token of a sample was generated by weights other than of `versions`, and
     BadAnswer if the answer is incomplete, a token is not in the policy's vocabulary, or a sample stopped at
     a token that is not one of `ends`.
     """
@@ -357,7 +423,7 @@ def read_samples(
         raise BadAnswer(f"{count} samples were requested; the answer is {str(answer)[:100]}")
     try:
         samples = [
-            _sample(item["output_ids"], item["meta_info"], version, vocab_size, ends) for item in answer
+            _sample(item["output_ids"], item["meta_info"], versions, vocab_size, ends) for item in answer
         ]
         if routing is None:
             return samples
@@ -372,15 +438,14 @@ def read_samples(
 
 
 def _sample(
-    output_ids: Any, meta: dict[str, Any], version: str, vocab_size: int, ends: tuple[int, ...]
+    output_ids: Any, meta: dict[str, Any], versions: Collection[str], vocab_size: int, ends: tuple[int, ...]
 ) -> Sample:
     reason = meta["finish_reason"]["type"]
-    if reason not in ("stop", "length"):
+    if reason not in ("stop", "length", "abort"):
         raise BadAnswer(f"a sample ended by {meta['finish_reason']}")
-    versions = {str(span["version"]) for span in meta.get("weight_versions") or ()}
-    versions.add(str(meta["weight_version"]))
-    if versions != {version}:
-        raise StaleWeights(f"a sample of weight version {', '.join(sorted(versions))}, not {version}")
+    if reason == "abort" and output_ids == []:  # before its first token
+        return NOTHING
+    _check_versions(meta, versions)
     _check_tokens(output_ids, vocab_size)
     ended = output_ids[-1] in ends
     if reason == "stop" and not ended:
@@ -392,10 +457,40 @@ def _sample(
     if [entry[1] for entry in meta["output_token_logprobs"]] != output_ids:
         raise BadAnswer("the log-probs are not those of the tokens")
     _check_log_probs(log_probs)
-    number = int(version) if version.isdigit() else 0
-    # by the last token, as in the local engine: an end token may be the max_new_tokens-th
-    reason = "stop" if ended else "length"
-    return Sample(np.array(output_ids, np.int32), np.array(log_probs, np.float32), reason, number)
+    kind = Aborted if reason == "abort" and not ended else Sample
+    return kind(
+        np.array(output_ids, np.int32),
+        np.array(log_probs, np.float32),
+        # by the last token, as in the local engine: an end token may be the max_new_tokens-th
+        "stop" if ended else "length",
+        **_tags(_token_versions(meta, len(output_ids))),
+    )
+
+
+def _check_versions(meta: dict[str, Any], versions: Collection[str]) -> None:
+    found = {str(span["version"]) for span in meta.get("weight_versions") or ()}
+    found.add(str(meta["weight_version"]))
+    if not found <= set(versions):
+        accepted = " or ".join(versions)
+        raise StaleWeights(f"a sample of weight version {', '.join(sorted(found))}, not {accepted}")
+    if len(versions) > 1 and not meta.get("weight_versions"):
+        raise BadAnswer(
+            "a sample without weight_versions, which rollout.max_staleness needs: use SGLang 0.5.23"
+        )
+
+
+def _token_versions(meta: dict[str, Any], tokens: int) -> np.ndarray:
+    """Returns the version that sampled each token: int32 [T]; 0 for weights that the run has not sent."""
+    spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": tokens}]
+    found: list[int] = []
+    for span in spans:
+        version = str(span["version"])
+        if span["start"] != len(found):
+            break
+        found += [int(version) if version.isdigit() else 0] * (span["end"] - span["start"])
+    if len(found) != tokens:
+        raise BadAnswer(f"the weight versions of {tokens} tokens are {str(spans)[:100]}")
+    return np.array(found, np.int32)
 
 
 def _routed(sample: Sample, routing: Routing, text: str, keep_prompt: bool) -> Sample:

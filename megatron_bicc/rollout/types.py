@@ -58,6 +58,12 @@ class Sample:
     versions: np.ndarray | None = None
     """int32 [T]: version of the weights that sampled each token; None: all are weight_version"""
 
+    def token_versions(self) -> np.ndarray:
+        """Returns `versions`, also where it is None."""
+        if self.versions is None:
+            return np.full(len(self.token_ids), self.weight_version, np.int32)
+        return self.versions
+
 
 @dataclass(frozen=True)
 class Group:

@@ -8,7 +8,7 @@ import ipaddress
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from megatron_bicc import device
 from megatron_bicc.collective import gathered, raised_on_all_ranks
-from megatron_bicc.config import Config, RolloutConfig, SglangConfig
+from megatron_bicc.config import Config, PauseMode, RolloutConfig, SglangConfig
 from megatron_bicc.errors import UserError
 from megatron_bicc.metrics import waiting_for
 from megatron_bicc.sglang.client import (
@@ -32,7 +32,7 @@ from megatron_bicc.sglang.client import (
     ServerUnavailable,
 )
 from megatron_bicc.sglang.process import ROUTING_ARGUMENT, SpawnedServer
-from megatron_bicc.sglang.settings import context_length, server_urls
+from megatron_bicc.sglang.settings import context_length, pause_mode, server_urls
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class RequestWithdrawn(Exception):
 
 
 class StaleWeights(Exception):
-    """A server sampled with weights other than the current ones. One line: their version."""
+    """A server sampled with weights other than the accepted ones. One line: their version."""
 
 
 class BadAnswer(Exception):
@@ -260,17 +260,21 @@ class ServerPool:
         settings: SglangConfig,
         first: int = 0,
         spawned: list[SpawnedServer] | None = None,
+        pause_mode: PauseMode = "abort",
     ) -> None:
         """urls: all servers. own: those whose weights and memory this process manages.
 
         first: index of the server preferred among equally busy ones; processes should differ in it.
-        spawned: server processes to end on `close`.
+        spawned: server processes to end on `close`. pause_mode: what a weight sync makes of running requests.
         """
         key = os.environ.get(settings.api_key_variable) if settings.api_key_variable else None
         clients = [ServerClient(url, key) for url in urls]
         self.own = [client for client in clients if client.url in own]
-        self.version = INITIAL
-        """Version of the weights that a server must have to be used"""
+        self.pause_mode = pause_mode
+        self._versions = [INITIAL]
+        """Every version so far, in order; the last may be on its way to the servers"""
+        self._held = 0
+        """Index of `version` in them"""
         self._resent = 0
         self._stale = 0
         self._without_weights: set[ServerClient] = set()
@@ -303,6 +307,16 @@ class ServerPool:
         for server in self._spawned:
             server.ready()
 
+    @property
+    def version(self) -> str:
+        """Version of the weights that a server must have to be used."""
+        return self._versions[self._held]
+
+    @property
+    def is_updating(self) -> bool:
+        """Whether servers may have a newer version than `version`, or be about to get it."""
+        return self._held < len(self._versions) - 1
+
     def pause(self) -> None:
         """Waits for running health checks and stops them, so that they do not disturb a weight sync."""
         if not self._paused:
@@ -315,20 +329,35 @@ class ServerPool:
             self.portal.call(self._release_gates)
         self._paused = False
 
+    def expect(self, version: str) -> None:
+        """Announces a version before it is sent: servers generate with it before `hold` is called."""
+        if version != self._versions[-1]:
+            self._versions.append(version)
+
     def hold(self, version: str, failed: dict[str, str]) -> None:
-        """Sets the weight version that all servers have except the failed ones, given as reasons by URL."""
-        self.version = version
+        """Sets the weight version that all servers have except the failed ones, given as reasons by URL.
+
+        What the failed ones are generating is asked of others.
+        """
+        self.expect(version)
+        self._held = len(self._versions) - 1
         for server in self.servers:
             reason = failed.get(server.client.url, "")
             if reason and server.client in self.own:  # logged once, by the process that sent the weights
                 logger.warning("rollout server marked unhealthy: %s", reason)
             server.reason = reason
+            if reason:
+                self.portal.call(server.withdraw, reason)
 
-    async def ask(self, body: dict[str, Any], read: Callable[[Any], Result]) -> Result:
+    async def ask(
+        self, body: dict[str, Any], read: Callable[[Any, Collection[str]], Result], strict: bool = True
+    ) -> Result:
         """Sends a request to the least busy server, on failure to others. Returns `read` of the answer.
 
-        read: raises StaleWeights or BadAnswer for an unusable answer. Raises RequestFailed when all attempts
-        of retry_timeout_s seconds have failed, or when a healthy server refuses the request.
+        read: gets the answer and the weight versions that its tokens may have; raises StaleWeights or
+        BadAnswer for an unusable answer. strict: only the version at the time of the request; else also those
+        that came until the answer. Raises RequestFailed when all attempts of retry_timeout_s seconds have
+        failed, or when a healthy server refuses the request.
         """
         attempts = Attempts(self._settings.retry_timeout_s)
         while True:
@@ -337,8 +366,12 @@ class ServerPool:
             if server is None:
                 attempts.failed(f"no rollout server can be used: {self.reasons()}")
                 continue
+            held = self._held
+            if self.pause_mode == "in_place":  # caches are not flushed: none of other weights may be used
+                body = body | {"extra_key": self.version}
             try:
-                return read(await server.generate(body, self._settings.request_timeout_s))
+                answer = await server.generate(body, self._settings.request_timeout_s)
+                return read(answer, self._versions[held : held + 1] if strict else self._versions[held:])
             except ServerRefusal as refusal:
                 raise RequestFailed(str(refusal)) from refusal
             except (ServerUnavailable, RequestWithdrawn, StaleWeights, BadAnswer) as error:
@@ -478,7 +511,8 @@ def start_servers(config: Config, hf_config: PretrainedConfig) -> ServerPool:
     if rollout.launch == "spawn" and device.local_rank() == 0:
         spawned = [SpawnedServer(config, index) for index in range(rollout.sglang.servers_per_node)]
     urls, own = _urls(rollout, spawned)
-    pool = ServerPool(urls, own, rollout.sglang, dist.get_rank() % len(urls), spawned)
+    first = dist.get_rank() % len(urls)
+    pool = ServerPool(urls, own, rollout.sglang, first, spawned, pause_mode(rollout))
     try:
         with raised_on_all_ranks(UserError):
             pool.start(hf_config, rollout.colocate, config.model.routing_replay == "engine")

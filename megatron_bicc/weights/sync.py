@@ -151,6 +151,8 @@ class ServerWeightSync:
         """As WeightSync.sync. A server that fails is not used until the health check has restored it."""
         self._policy.check_weights()
         self.pool.pause()  # a health check must not restore a server while its weights change
+        self.pool.expect(str(version))
+        dist.barrier()  # every process does so before a server is paused, and answers with this version
         stream = Measured(hf_tensors(self._policy.modules, self._policy.hf_config))
         with device.megatron():
             failed = self.push(iter(stream), version)
@@ -236,7 +238,7 @@ class ServerWeightSync:
             return {}, []
         try:
             with waiting_for(f"the weights of version {version} to reach {len(receivers)} servers"):
-                each(run, receivers, lambda receiver: receiver.begin(explicit))
+                each(run, receivers, lambda receiver: self._begin(receiver, explicit))
                 self._stream(receivers, cut, version)
                 probes = each(run, receivers, lambda receiver: self._complete(receiver, version))
         except BaseException:
@@ -245,6 +247,12 @@ class ServerWeightSync:
         failed = [receiver for receiver in receivers if receiver.error]
         abandon(run, failed)
         return {receiver.client.url: str(receiver.error) for receiver in failed}, probes
+
+    async def _begin(self, receiver: Receiver, explicit: bool) -> None:
+        """Pauses a server. Raises ServerError."""
+        found = str((await receiver.client.model_info())["weight_version"])
+        # what a server with other weights than the last sync's generates and caches is of no use
+        await receiver.begin(explicit, self.pool.pause_mode if found == self.pool.version else "abort")
 
     def _stream(self, receivers: list[Receiver], cut: Iterator[Bucket], version: int) -> None:
         settings, hf_config = self._config.weight_sync, self._policy.hf_config

@@ -29,6 +29,7 @@ from torch.distributed.distributed_c10d import _new_process_group_helper, _world
 from transformers import PretrainedConfig
 
 from megatron_bicc import device
+from megatron_bicc.config import PauseMode
 from megatron_bicc.errors import UserError
 from megatron_bicc.files import remove_at_end
 from megatron_bicc.sglang.client import ServerClient, ServerError, ServerRefusal, ServerUnavailable
@@ -175,6 +176,7 @@ class Receiver:
         """Its HTTP paths"""
         self.error: ServerError | None = None
         """Why it takes no further part in the sync"""
+        self.pause_mode: PauseMode = "abort"
         self._updating = False
 
     @property
@@ -187,15 +189,17 @@ class Receiver:
         """Type of the server's weights; bfloat16, the coarsest, if it is not stated."""
         return getattr(torch, self.info["dtype"], torch.bfloat16)
 
-    async def begin(self, explicit: bool) -> None:
-        """Pauses the server and aborts its running requests: no sequence may mix two versions.
+    async def begin(self, explicit: bool, pause_mode: PauseMode = "abort") -> None:
+        """Pauses the server.
 
         explicit: wrap the transport's updates in /begin_weight_update and /end_weight_update, which servers
-        before 0.5.21 do not have. Raises ServerError.
+        before 0.5.21 do not have. pause_mode: what becomes of running requests (docs/rollout.md). Raises
+        ServerError.
         """
         self.info = await self.client.server_info()
         self.paths = await self.client.paths()
-        await self.client.pause("abort")
+        self.pause_mode = pause_mode
+        await self.client.pause(pause_mode)
         await self._set_version(INCOMPLETE)
         if explicit and "/begin_weight_update" in self.paths:
             self._updating = True
@@ -206,11 +210,12 @@ class Receiver:
                 await self.post("/begin_weight_update", {"selector": "all"})
 
     async def end(self) -> None:
-        """Ends the update and drops the prefix cache of the old weights. Raises ServerError."""
+        """Ends the update and drops the prefix cache of the old weights, if it can be. Raises ServerError."""
         if self._updating:
             await self.post("/end_weight_update", {})
             self._updating = False
-        await self.client.flush_cache()
+        if self.pause_mode != "in_place":  # there requests use it: `ServerPool.ask` keeps it from others
+            await self.client.flush_cache()
 
     async def resume(self, version: int) -> None:
         """Sets the weight version and resumes generation. Raises ServerError."""

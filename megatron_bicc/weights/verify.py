@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -70,6 +71,8 @@ async def probe(receiver: Receiver, temperature: float, vocabulary: int, unequal
     prompt = np.arange(1, 1 + PROMPT_TOKENS, dtype=np.int32) % vocabulary
     sampling = {"max_new_tokens": SAMPLED_TOKENS, "temperature": temperature, "ignore_eos": True}
     body = {"input_ids": [prompt.tolist()] * SAMPLES, "sampling_params": sampling, "return_logprob": True}
+    if receiver.pause_mode == "in_place":  # its cache still has prefixes of the old weights
+        body["extra_key"] = uuid4().hex
     responses, log_probs = [], []
     for answer in await receiver.post("/generate", body):
         rows = answer["meta_info"]["output_token_logprobs"]

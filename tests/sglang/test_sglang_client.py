@@ -26,7 +26,7 @@ from transformers import PretrainedConfig
 
 from megatron_bicc.config import Config, ModelConfig, RolloutConfig, SglangConfig
 from megatron_bicc.errors import UserError
-from megatron_bicc.rollout.sglang_engine import Routing, SglangEngine, generate_body, read_samples
+from megatron_bicc.rollout.sglang_engine import NOTHING, Routing, SglangEngine, generate_body, read_samples
 from megatron_bicc.rollout.types import Request, Sampling
 from megatron_bicc.sglang.client import ServerClient, ServerError, ServerRefusal, ServerUnavailable
 from megatron_bicc.sglang.guard import finish, start
@@ -218,7 +218,7 @@ def with_log_prob(value: Any) -> list[dict[str, Any]]:
 
 
 def test_a_good_answer() -> None:
-    (sample,) = read_samples(answer(), 1, "3", 10, ENDS)
+    (sample,) = read_samples(answer(), 1, ["3"], 10, ENDS)
     np.testing.assert_array_equal(sample.token_ids, [7, 1])
     np.testing.assert_array_equal(sample.log_probs, np.float32([-0.5, -1.5]))
     assert (sample.token_ids.dtype, sample.log_probs.dtype) == (np.int32, np.float32)
@@ -232,13 +232,13 @@ def test_a_good_answer() -> None:
 def test_what_ends_with_an_end_token_is_not_truncated(last: int, reason: str, expected: str) -> None:
     (item,) = with_tokens(7, last)
     item["meta_info"]["finish_reason"] = {"type": reason}
-    assert read_samples([item], 1, "3", 10, ENDS)[0].finish_reason == expected
+    assert read_samples([item], 1, ["3"], 10, ENDS)[0].finish_reason == expected
 
 
 @pytest.mark.parametrize("value", [0, -0.0, 2e-7, -1, -3.4e38])
 def test_log_probs_that_can_be(value: float) -> None:
     """A sure token's comes as 0 or, by rounding, as a little more."""
-    assert read_samples(with_log_prob(value), 1, "3", 10, ENDS)[0].log_probs[1] == np.float32(value)
+    assert read_samples(with_log_prob(value), 1, ["3"], 10, ENDS)[0].log_probs[1] == np.float32(value)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_log_probs_that_can_be(value: float) -> None:
     [
         (answer(weight_version="2"), StaleWeights, "of weight version 2, 3, not 3"),
         (answer(weight_versions=[{"version": "2"}, {"version": "3"}]), StaleWeights, "2, 3, not 3"),
-        (answer(finish_reason={"type": "abort"}), BadAnswer, "abort"),
+        (answer(finish_reason={"type": "error"}), BadAnswer, "ended by {'type': 'error'}"),
         (answer(output_token_logprobs=[[-0.5, 7, None]]), BadAnswer, "log-probs"),
         (answer(output_token_logprobs=[[-0.5, 8, None], [-1, 1, None]]), BadAnswer, "log-probs"),
         (answer(output_token_logprobs=[[float("nan"), 7, 0], [-1, 1, 0]]), BadAnswer, "nan for a log-prob"),
@@ -278,7 +278,7 @@ def test_log_probs_that_can_be(value: float) -> None:
 )
 def test_spoiled_answers(spoiled: Any, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        read_samples(spoiled, 1, "3", 10, ENDS)
+        read_samples(spoiled, 1, ["3"], 10, ENDS)
 
 
 ROUTING = Routing(prompt_tokens=3, layers=2, experts=300, per_token=2)
@@ -291,13 +291,13 @@ def with_routing(experts: np.ndarray) -> list[dict[str, Any]]:
 
 
 def test_routing_is_read_and_the_prompts_is_the_first_samples() -> None:
-    first, second = read_samples(with_routing(EXPERTS) * 2, 2, "3", 10, ENDS, ROUTING)
+    first, second = read_samples(with_routing(EXPERTS) * 2, 2, ["3"], 10, ENDS, ROUTING)
     np.testing.assert_array_equal(first.prompt_experts, EXPERTS[:2])
     for sample in (first, second):
         np.testing.assert_array_equal(sample.experts, EXPERTS[2:])
         assert sample.experts.dtype == np.int16
     assert second.prompt_experts is None
-    few = read_samples(with_routing(EXPERTS % 16), 1, "3", 10, ENDS, replace(ROUTING, experts=255))
+    few = read_samples(with_routing(EXPERTS % 16), 1, ["3"], 10, ENDS, replace(ROUTING, experts=255))
     assert few[0].experts.dtype == np.uint8
 
 
@@ -316,17 +316,17 @@ def test_routing_is_read_and_the_prompts_is_the_first_samples() -> None:
 def test_spoiled_routing(spoiled: Any, message: str) -> None:
     """The last is what a server without a record of a token answers."""
     with pytest.raises(BadAnswer, match=message):
-        read_samples(spoiled, 1, "3", 10, ENDS, ROUTING)
+        read_samples(spoiled, 1, ["3"], 10, ENDS, ROUTING)
 
 
 def test_a_token_beyond_the_vocabulary_is_refused() -> None:
     with pytest.raises(BadAnswer, match="token 7 was sampled, but the policy has 7 tokens"):
-        read_samples(answer(), 1, "3", 7, ENDS)
+        read_samples(answer(), 1, ["3"], 7, ENDS)
 
 
 def test_nothing_is_cut_off_the_distribution() -> None:
     request = Request(np.array([5], dtype=np.int32), seed=11)
-    body = generate_body([request, request], Sampling(0.7, 9), ends=(1, 5))
+    body = generate_body([request, request], Sampling(0.7, 9), (1, 5), [NOTHING] * 2)
     (settings, _) = body["sampling_params"]
     assert (settings["temperature"], settings["top_p"], settings["top_k"], settings["min_p"]) == (
         0.7,
@@ -337,7 +337,8 @@ def test_nothing_is_cut_off_the_distribution() -> None:
     assert settings["sampling_seed"] == 11 and settings["max_new_tokens"] == 9
     assert settings["stop_token_ids"] == [1, 5]
     assert "return_routed_experts" not in body
-    assert generate_body([request], Sampling(0.7, 9, routing=True), (1,))["return_routed_experts"] is True
+    routed = generate_body([request], Sampling(0.7, 9, routing=True), (1,), [NOTHING])
+    assert routed["return_routed_experts"] is True
 
 
 @pytest.mark.parametrize(
@@ -510,7 +511,7 @@ def test_an_answer_has_the_request_timeout(seconds: float) -> None:
             closing(ServerPool([url], [], settings)) as pool,
             pytest.raises(RequestFailed, match=f"/generate: no answer within {seconds} s"),
         ):
-            pool.portal.call(pool.ask, {"input_ids": [[1]]}, lambda answer: answer)
+            pool.portal.call(pool.ask, {"input_ids": [[1]]}, lambda answer, versions: answer)
 
 
 @pytest.mark.parametrize(("allowed", "processes", "most"), [(6, 1, 6), (2, 1, 2), (6, 3, 2), (1, 3, 1)])
@@ -522,12 +523,12 @@ def test_no_more_samples_are_in_flight_than_max_concurrency(
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     in_flight = []
 
-    async def ask(body: dict[str, Any], read: Any) -> Any:
+    async def ask(body: dict[str, Any], read: Any, strict: bool) -> Any:
         in_flight.append(in_flight[-1] + 1 if in_flight else 1)
         await anyio.sleep(0.02)
         in_flight.append(in_flight[-1] - 1)
         cut = {"finish_reason": {"type": "length"}, "weight_version": "default", "weight_versions": []}
-        return read(answer(**cut))
+        return read(answer(**cut), ["default"])
 
     monkeypatch.setattr(pool, "ask", ask)
     policy = str(Path(__file__).parents[2] / "examples/tiny_policy")

@@ -17,7 +17,7 @@ from support.weight_sync import TOKENS, hf_log_probs, make_sync, served
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_bicc.config import SglangConfig
-from megatron_bicc.rollout.sglang_engine import Routing, generate_body, read_samples
+from megatron_bicc.rollout.sglang_engine import NOTHING, Routing, generate_body, read_samples
 from megatron_bicc.rollout.types import Request, Sample, Sampling
 from megatron_bicc.sglang.client import ServerClient
 from megatron_bicc.sglang.pool import ServerPool
@@ -96,10 +96,10 @@ def test_two_steps_of_training(
 
 def asked(server: SglangServer, requests: list[Request], model: PreTrainedModel) -> list[Sample]:
     """A group's samples with routing, of the weights after two steps."""
-    body = generate_body(requests, Sampling(1.0, 12, routing=True), (1,))
+    body = generate_body(requests, Sampling(1.0, 12, routing=True), (1,), [NOTHING] * len(requests))
     answer = anyio.run(ServerClient(server.url).generate, body)
     routing = Routing.of(model.config, len(requests[0].token_ids))
-    return read_samples(answer, len(requests), "2", model.config.vocab_size, (1,), routing)
+    return read_samples(answer, len(requests), ["2"], model.config.vocab_size, (1,), routing)
 
 
 def chosen(model: PreTrainedModel, tokens: list[int]) -> np.ndarray:
