@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from megatron_bicc.config import PauseMode
 from megatron_bicc.rollout.sglang_engine import make_sglang_engine
-from megatron_bicc.rollout.types import Request, Sample, Sampling, Stream
+from megatron_bicc.rollout.types import Request, Sample, Sampling
 from megatron_bicc.sglang.client import ServerClient
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.weights.hf_weights import load_policy
@@ -72,7 +72,7 @@ def log_probs(
 ) -> np.ndarray:
     """Each token's log-prob under the weights of its version, by Hugging Face: float32 [T].
 
-    keeps_cache: those of the new version read the keys and values that the old weights computed, of all tokens
+    keeps_cache: those of the new version read keys and values that the old weights computed, of all tokens
     but the last one before the change, which had not been read.
     """
     row = torch.tensor([*prompt, *sample.token_ids])[None]

@@ -289,7 +289,8 @@ def stuck() -> Iterator[str]:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             if self.path == "/update_weight_version":
                 over.wait(30)
-            text = json.dumps({"tp_size": 1, "dtype": "float32", "paths": {}}).encode()
+            known = {"tp_size": 1, "dtype": "float32", "paths": {}, "model_path": "", "weight_version": "0"}
+            text = json.dumps(known | {"architectures": None}).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))
@@ -423,3 +424,69 @@ def test_a_request_of_a_sync_has_its_timeout(stuck: str, tmp_path: Path, seconds
         assert message in failed[stuck]
         with pytest.raises(ServerUnavailable, match=message):
             pool.portal.call(sync.restore, *pool.own)
+
+
+class Noted:
+    """Test double of a server's client: what it is told, in order."""
+
+    def __init__(self, version: str) -> None:
+        self.url, self.version = "http://127.0.0.1:9", version
+        self.told: list[str] = []
+
+    async def model_info(self) -> dict:
+        return {"weight_version": self.version}
+
+    async def server_info(self) -> dict:
+        return {}
+
+    async def paths(self) -> set[str]:
+        return set()
+
+    async def pause(self, mode: str) -> None:
+        self.told.append(mode)
+
+    async def flush_cache(self) -> None:
+        self.told.append("flush")
+
+    async def post(self, path: str, body: dict, timeout_s: float) -> None:
+        self.told.append(body["new_version"])
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract", "abort"])
+@pytest.mark.parametrize("version", ["4", "3", "incomplete", "default"])
+@pytest.mark.usefixtures("single_process")
+def test_a_server_keeps_the_requests_of_the_last_weights(mode: str, version: str, tmp_path: Path) -> None:
+    """What one with other weights is generating is of no use, and what it has cached."""
+    config = tiny_config(tmp_path, method="disk")
+    with closing(ServerPool(["http://127.0.0.1:9"], [], config.rollout.sglang, pause_mode=mode)) as pool:
+        pool.hold("4", {})
+        pool.expect("5")
+        sync = ServerWeightSync(config, tiny_policy(config), pool, no_log_probs)
+        receiver = Receiver(Noted(version), 1.0)
+        asyncio.run(sync._begin(receiver, explicit=False))
+        asyncio.run(receiver.end())
+    kept = mode if version == "4" else "abort"
+    assert receiver.client.told == [kept, "incomplete"] + ([] if kept == "in_place" else ["flush"])
+
+
+@pytest.mark.usefixtures("single_process")
+def test_every_process_knows_the_version_before_servers_generate_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none looks at a server that another process has paused."""
+    config = tiny_config(tmp_path, method="disk")
+    seen: list[tuple[str, bool, bool]] = []
+    with closing(ServerPool(["http://127.0.0.1:9"], [], config.rollout.sglang)) as pool:
+        policy = SimpleNamespace(**vars(tiny_policy(config)), modules=[], check_weights=lambda: None)
+        sync = ServerWeightSync(config, policy, pool, no_log_probs)
+
+        def note(what: str) -> dict:
+            seen.append((what, pool._paused, pool.is_updating))
+            return {}
+
+        monkeypatch.setattr("torch.distributed.barrier", lambda: note("barrier"))
+        monkeypatch.setattr(sync, "push", lambda stream, version: note("push"))
+        sync.pool.resume()
+        sync.sync(1)
+        assert seen == [("barrier", True, True), ("push", True, True)]
+        assert (pool._paused, pool.is_updating, pool.version) == (False, False, "1")
