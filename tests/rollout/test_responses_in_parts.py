@@ -1,6 +1,7 @@
 """Tests responses that span weight syncs, with scripted servers: what is joined, what is refused."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -295,30 +296,31 @@ def test_a_server_that_fails_a_sync_loses_its_requests() -> None:
     assert sample.token_ids.tolist() == GOOD["output_ids"]
 
 
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
 def test_one_group_is_aborted_on_its_server() -> None:
     never = Event()
 
-    def slow(body: dict[str, Any]) -> list[Item]:
+    def by_prompt(body: dict[str, Any]) -> list[Item]:
+        if body["input_ids"][0][0] == 5:
+            return [item("stop", ("4", [11, END]))] * 2
         never.wait(30)
         return []
-
-    def prompt_of(body: dict[str, Any]) -> int:
-        return body["input_ids"][0][0]
-
-    def by_prompt(body: dict[str, Any]) -> list[Item]:
-        return slow(body) if prompt_of(body) == 7 else [item("stop", ("4", [11, END]))] * 2
 
     server = Scripted(by_prompt, by_prompt)
     with engine_of(server) as one, one.stream(SAMPLING) as stream:
         stream.submit(3, group(2))
-        while not server.asked:
-            assert stream.next(0.01) is None
+        until(lambda: bool(server.asked))
         stream.abort(3)
         stream.submit(4, group(2, prompt=(5,)))
         key, _ = stream.next(20)
         assert key == 4 and stream.outstanding() == 0
-        while len(server.aborted) < 2:
-            assert stream.next(0.01) is None
+        until(lambda: len(server.aborted) == 2)
         never.set()
     assert server.aborted == server.asked[0]["rid"] and len(set(server.aborted)) == 2
 

@@ -97,9 +97,11 @@ def wait_for_tokens(url: str, count: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("mode", ["in_place", "retract", "abort"])
+@pytest.mark.parametrize(
+    ("mode", "method"), [("in_place", "distributed"), ("retract", "tensor"), ("abort", "disk")]
+)
 def test_a_response_goes_on_with_new_weights(
-    mode: PauseMode, server: SglangServer, learner: Learner, tmp_path: Path
+    mode: PauseMode, method: str, server: SglangServer, learner: Learner, tmp_path: Path
 ) -> None:
     """The sync's own probe and an evaluation see the new weights only, while older requests are in flight."""
     config = copy.deepcopy(learner.config)
@@ -107,6 +109,7 @@ def test_a_response_goes_on_with_new_weights(
     config.rollout.engine, config.rollout.launch = "sglang", "attach"
     config.rollout.sglang.servers = server.url
     config.rollout.max_staleness, config.rollout.pause = 2, mode
+    config.weight_sync.method = method
     server.wait()
     engine = make_sglang_engine(config, AutoTokenizer.from_pretrained(MODEL))
     sync = make_sync(config, learner, engine.pool)
