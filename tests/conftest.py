@@ -28,6 +28,7 @@ LONGEST_FILES = (
     "test_transformer_engine",
     "test_twins",
     "test_sglang_families",
+    "test_requests_in_flight",
     "test_shares",
     "test_run",
     "test_report_in_browser",
