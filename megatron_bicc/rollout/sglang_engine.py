@@ -463,7 +463,7 @@ def _sample(
         np.array(log_probs, np.float32),
         # by the last token, as in the local engine: an end token may be the max_new_tokens-th
         "stop" if ended else "length",
-        **_tags(_token_versions(meta, len(output_ids))),
+        **_tags(_token_versions(meta, versions, len(output_ids))),
     )
 
 
@@ -473,24 +473,27 @@ def _check_versions(meta: dict[str, Any], versions: Collection[str]) -> None:
     if not found <= set(versions):
         accepted = " or ".join(versions)
         raise StaleWeights(f"a sample of weight version {', '.join(sorted(found))}, not {accepted}")
-    if len(versions) > 1 and not meta.get("weight_versions"):
-        raise BadAnswer(
-            "a sample without weight_versions, which rollout.max_staleness needs: use SGLang 0.5.23"
-        )
 
 
-def _token_versions(meta: dict[str, Any], tokens: int) -> np.ndarray:
-    """Returns the version that sampled each token: int32 [T]; 0 for weights that the run has not sent."""
-    spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": tokens}]
+def _token_versions(meta: dict[str, Any], versions: Collection[str], tokens: int) -> np.ndarray:
+    """Returns which of `versions` sampled each token: int32 [T]; 0 for weights that the run has not sent."""
+    if len(versions) == 1:
+        return np.full(tokens, _number(*versions), np.int32)
+    spans = meta.get("weight_versions") or ()
     found: list[int] = []
     for span in spans:
-        version = str(span["version"])
-        if span["start"] != len(found):
-            break
-        found += [int(version) if version.isdigit() else 0] * (span["end"] - span["start"])
+        if span["start"] == len(found) < span["end"] <= tokens:
+            found += [_number(str(span["version"]))] * (span["end"] - span["start"])
     if len(found) != tokens:
-        raise BadAnswer(f"the weight versions of {tokens} tokens are {str(spans)[:100]}")
+        raise BadAnswer(
+            f"{tokens} tokens whose weight_versions are {str(spans)[:100]}; rollout.max_staleness needs "
+            "those of every token, as SGLang 0.5.23 returns them"
+        )
     return np.array(found, np.int32)
+
+
+def _number(version: str) -> int:
+    return int(version) if version.isdigit() else 0
 
 
 def _routed(sample: Sample, routing: Routing, text: str, keep_prompt: bool) -> Sample:

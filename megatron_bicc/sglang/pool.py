@@ -367,7 +367,7 @@ class ServerPool:
                 attempts.failed(f"no rollout server can be used: {self.reasons()}")
                 continue
             held = self._held
-            if self.pause_mode == "in_place":  # caches are not flushed: none of other weights may be used
+            if self.pause_mode == "in_place":  # the server's cache has prefixes of older weights, too
                 body = body | {"extra_key": self.version}
             try:
                 answer = await server.generate(body, self._settings.request_timeout_s)
