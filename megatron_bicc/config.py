@@ -336,7 +336,7 @@ class SglangConfig:
     """SGLang servers of rollout.engine=sglang (docs/rollout.md)."""
 
     servers: str = ""
-    """attach: the servers' URLs, http://host:port each, separated by commas."""
+    """attach: URLs of servers or of SGLang's routers, http://host:port each, separated by commas."""
     servers_per_node: int = setting(1, at_least=1)
     """spawn: servers per node, started by its first process."""
     host: str = "127.0.0.1"

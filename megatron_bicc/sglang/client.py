@@ -99,14 +99,6 @@ class ServerClient:
         """Returns the server's HTTP paths; they differ between SGLang versions."""
         return set((await self._described("/openapi.json", {"paths": dict}))["paths"])
 
-    async def is_healthy(self, timeout_s: float) -> bool:
-        """Returns whether /health succeeds within timeout_s seconds."""
-        try:
-            await self.get("/health", timeout_s)
-        except ServerError:
-            return False
-        return True
-
     async def flush_cache(self) -> None:
         """Drops cached prefixes. The server refuses while requests are running."""
         await self.post("/flush_cache", {})

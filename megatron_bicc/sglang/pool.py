@@ -1,6 +1,7 @@
 """The rollout servers of a run: started or attached, checked, and shared by all requests.
 
-Requests go to the least busy healthy server, and to another one when it fails.
+Requests go to the least busy healthy server, and to another one when it fails. An SGLang router is a server
+for requests; its workers are servers for all else, and for the requests that it cannot take.
 """
 
 import asyncio
@@ -8,8 +9,9 @@ import ipaddress
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -26,12 +28,14 @@ from megatron_bicc.metrics import waiting_for
 from megatron_bicc.sglang.client import (
     CACHE,
     WEIGHTS,
+    ConnectionBroken,
     ServerClient,
     ServerError,
     ServerRefusal,
     ServerUnavailable,
 )
 from megatron_bicc.sglang.process import ROUTING_ARGUMENT, SpawnedServer
+from megatron_bicc.sglang.router import PATH, listed_workers, routed
 from megatron_bicc.sglang.settings import context_length, pause_mode, server_urls
 
 logger = logging.getLogger(__name__)
@@ -42,7 +46,9 @@ POLL_S = 0.2
 """Seconds between two attempts to reach a server that starts, or that is about to be idle"""
 IDLE_TIMEOUT_S = 60.0
 """Seconds in which a server must be idle after all of its requests were aborted"""
-
+READY_S = 30.0
+"""Timeout of one request that asks whether a server is ready"""
+Result = TypeVar("Result")
 
 LENGTHS = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length", "max_position_embeddings")
 """Keys of config.json that may hold the longest context, in the order in which SGLang looks for them"""
@@ -65,14 +71,41 @@ async def wait_until_ready(
     check_starting: called before each attempt; raises if the server has ended. Raises UserError, one line,
     for a server that is not ready within timeout_s seconds or refuses the requests.
     """
+
+    async def ready() -> None:
+        check_starting()
+        await client.resume()  # a trainer killed during a weight sync left the server paused
+        await client.get("/health", READY_S)
+
+    await _succeeds(ready, client, timeout_s)
+
+
+async def find_workers(client: ServerClient, timeout_s: float) -> list[str] | None:
+    """Waits until a server answers, and if it is a router, until it has a worker that it calls healthy.
+
+    Returns the URLs of the router's workers; None for a server that is not a router. Raises UserError, one
+    line, for one that does not within timeout_s seconds or refuses the request.
+    """
+
+    async def found() -> list[str] | None:
+        workers = await listed_workers(client, READY_S)
+        healthy = [worker.url for worker in workers or () if worker.healthy]
+        if workers is not None and not healthy:
+            raise ServerUnavailable(client.url, PATH, "the router has no healthy worker")
+        return healthy or None
+
+    return await _succeeds(found, client, timeout_s)
+
+
+async def _succeeds(
+    attempt: Callable[[], Awaitable[Result]], client: ServerClient, timeout_s: float
+) -> Result:
+    """Returns the result of the first attempt that raises no ServerError; raises UserError as its callers."""
     end = time.monotonic() + timeout_s
     with waiting_for(f"rollout server {client.url}, at most {timeout_s:g} s"):
         while True:
-            check_starting()
             try:
-                await client.resume()  # a trainer killed during a weight sync left the server paused
-                await client.get("/health", 30.0)
-                return
+                return await attempt()
             except ServerRefusal as refusal:
                 raise UserError(str(refusal)) from refusal
             except ServerError as error:
@@ -173,7 +206,6 @@ ABORT_S = 5.0
 """Timeout for aborting the requests of an answer that is no longer needed"""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 """Pauses between attempts at one request: the first, doubled each time, up to the longest"""
-Result = TypeVar("Result")
 
 
 class RequestFailed(Exception):
@@ -195,8 +227,10 @@ class BadAnswer(Exception):
 class Server:
     """One server, with this process's state of it."""
 
-    def __init__(self, client: ServerClient) -> None:
+    def __init__(self, client: ServerClient, router: "Router | None" = None) -> None:
+        """router: whose worker it is."""
         self.client = client
+        self.router = router
         self.outstanding = 0
         """Samples that the server is generating for this process"""
         self.reason = ""
@@ -213,11 +247,12 @@ class Server:
         samples = len(body["input_ids"])
         self.outstanding += samples
         # new ids for each attempt: a server rejects the id of a request that is still running
-        rids = [uuid4().hex for _ in range(samples)]
+        rid = uuid4().hex
+        rids = [f"{rid}_{i}" for i in range(samples)]
         try:
             with anyio.CancelScope() as scope:
                 self._running.add(scope)
-                return await self.client.generate(body | {"rid": rids}, timeout_s)
+                return await self.client.generate(self._named(body, rid, rids), timeout_s)
             # reached only if `withdraw` cancelled the scope, which swallows the cancellation
             raise RequestWithdrawn(self.reason)
         except anyio.get_cancelled_exc_class():
@@ -226,6 +261,21 @@ class Server:
         finally:
             self._running.discard(scope)
             self.outstanding -= samples
+
+    def takes(self, body: dict[str, Any]) -> bool:
+        """Returns whether a request is to be sent here, not through a router."""
+        return self.router is None or bool(self.router.reason) or not self.router.takes(body)
+
+    def load(self) -> float:
+        """Returns the samples of this process that each server behind this one is generating."""
+        return self.outstanding
+
+    def is_asked(self) -> bool:
+        """Returns whether requests of this process may be running here, or would be but for `reason`."""
+        return bool(self.outstanding or self.reason or (self.router and self.router.is_asked()))
+
+    def _named(self, body: dict[str, Any], rid: str, rids: list[str]) -> dict[str, Any]:
+        return body | {"rid": rids}
 
     async def _abort(self, rids: list[str]) -> None:
         # a server that does not answer notices that the connection is closed
@@ -245,6 +295,49 @@ class Server:
         for scope in self._running:
             scope.cancel()
 
+    def judge(self, reason: str) -> None:
+        """Sends the server no new requests if there is a reason for it, else uses it."""
+        if reason:
+            self.avoid(reason)
+        elif self.reason:
+            logger.warning("rollout server healthy again: %s", self.client.url)
+            self.reason = ""
+
+
+class Router(Server):
+    """An SGLang router. It balances a group as one request; its workers are servers of the pool, too."""
+
+    def __init__(self, client: ServerClient) -> None:
+        super().__init__(client)
+        self.workers: list[Server] = []
+        self.asked: set[str] = set()
+        """URLs of the workers that the router sends requests to: it calls the others unhealthy"""
+        self.needs_seeds = False
+        """Whether a worker samples by the seeds of its requests, which the router does not pass on"""
+
+    def takes(self, body: dict[str, Any]) -> bool:
+        """As Server.takes: False for a request that the router would refuse, or not pass on whole."""
+        return not self.needs_seeds and routed(body) is not None
+
+    def unusable(self) -> str:
+        """Returns the reason why one of the workers that the router asks cannot be used; empty if all can."""
+        reasons = [each.reason for each in self.workers if each.reason and each.client.url in self.asked]
+        if not self.asked:
+            reasons = ["it has no healthy worker"]
+        return f"router {self.client.url}: {reasons[0]}" if reasons else ""
+
+    def load(self) -> float:
+        """As Server.load."""
+        return self.outstanding / max(1, len(self.workers))
+
+    def _named(self, body: dict[str, Any], rid: str, rids: list[str]) -> dict[str, Any]:
+        return routed(body) | {"rid": rid}  # the worker makes the same `rids` of it
+
+    async def _abort(self, rids: list[str]) -> None:
+        # the router has not said which worker has the request; the others ignore its ids
+        with anyio.CancelScope(shield=True):
+            await asyncio.gather(*(worker._abort(rids) for worker in self.workers))
+
 
 class ServerPool:
     """The servers that this process sends requests to, and the event loop of their clients.
@@ -260,16 +353,33 @@ class ServerPool:
         settings: SglangConfig,
         first: int = 0,
         spawned: list[SpawnedServer] | None = None,
+        routers: Mapping[str, list[str]] | None = None,
         pause_mode: PauseMode = "abort",
     ) -> None:
-        """urls: all servers. own: those whose weights and memory this process manages.
+        """urls: all servers and routers. own: those whose weights and memory this process manages; a router's
+        are those of its workers.
 
         first: index of the server preferred among equally busy ones; processes should differ in it.
-        spawned: server processes to end on `close`. pause_mode: what a weight sync makes of running requests.
+        spawned: server processes to end on `close`. routers: those of `urls`, with the URLs of their workers.
+        pause_mode: what a weight sync makes of running requests.
         """
-        key = os.environ.get(settings.api_key_variable) if settings.api_key_variable else None
-        clients = [ServerClient(url, key) for url in urls]
-        self.own = [client for client in clients if client.url in own]
+        routers = routers or {}
+        self._settings = settings
+        self._clients: list[ServerClient] = []
+        self.servers: list[Server] = []
+        for url in urls[first:] + urls[:first]:
+            self.servers.append((Router if url in routers else Server)(self._client(url)))
+        for router in self._routers():
+            for url in routers[router.client.url]:
+                router.workers.append(Server(self._client(url), router))
+                router.asked.add(url)
+            self.servers += router.workers
+        self._own_urls = own
+        self.own = [
+            server.client
+            for server in self.servers
+            if self._is_own(server) and not isinstance(server, Router)
+        ]
         self.pause_mode = pause_mode
         self._versions = [INITIAL]
         """Every version so far, in order; the last may be on its way to the servers"""
@@ -283,11 +393,9 @@ class ServerPool:
         self.on_stale: Callable[[ServerClient], Awaitable[str]] = self._no_weights
         """Called by the health check for one of `own` that lacks the current weights: sends them, or returns
         the reason why the server cannot be used. Set by the weight sync."""
-        self._settings = settings
         self._spawned = spawned or []
         self._loop = start_blocking_portal()
         self.portal = self._loop.__enter__()
-        self.servers = [Server(client) for client in clients[first:] + clients[:first]]
         self._paused = True
         self._checks = self.portal.start_task_soon(self._check_health)
 
@@ -295,15 +403,22 @@ class ServerPool:
         """Waits until this process's own servers are ready and checks that they serve this model.
 
         colocate: they must be able to release their memory. routing: they must return their routing. Raises
-        UserError, one line, for a server that does not start, serves another model or cannot do that.
+        UserError, one line, for a server that does not start, serves another model or cannot do that, and on
+        any process for a router's worker that it does not reach.
         """
+        self._check = partial(_check_server, hf_config=hf_config, colocate=colocate, routing=routing)
+        for router in self._routers():
+            for worker in router.workers:
+                self.portal.call(_reach, worker)
+            if self.own and (routing or router.needs_seeds):
+                logger.warning(
+                    "router %s passes on neither seeds, which --enable-deterministic-inference needs, nor "
+                    "routing: all requests go to its workers directly",
+                    router.client.url,
+                )
         for client in self.own:
             self.portal.call(wait_until_ready, client, self._settings.start_timeout_s, self._check_spawned)
-            self.portal.call(check_model, client, hf_config)
-            if colocate:
-                self.portal.call(check_memory_saver, client)
-            if routing:
-                self.portal.call(check_routing, client)
+            self.portal.call(self._check, client)
         for server in self._spawned:
             server.ready()
 
@@ -348,6 +463,10 @@ class ServerPool:
             server.reason = reason
             if reason:
                 self.portal.call(server.withdraw, reason)
+        for router in self._routers():
+            router.reason = router.unusable()
+            if router.reason:
+                self.portal.call(router.withdraw, router.reason)
 
     async def ask(
         self, body: dict[str, Any], read: Callable[[Any, Collection[str]], Result], strict: bool = True
@@ -362,7 +481,8 @@ class ServerPool:
         attempts = Attempts(self._settings.retry_timeout_s)
         while True:
             await attempts.begin()
-            server = min((s for s in self.servers if not s.reason), key=lambda s: s.outstanding, default=None)
+            usable = [server for server in self.servers if not server.reason and server.takes(body)]
+            server = min(usable, key=lambda server: server.load(), default=None)
             if server is None:
                 attempts.failed(f"no rollout server can be used: {self.reasons()}")
                 continue
@@ -424,8 +544,8 @@ class ServerPool:
     def close(self) -> None:
         """Closes the connections and ends the servers that this process started."""
         self._checks.cancel()
-        for server in self.servers:
-            self.portal.call(server.client.aclose)
+        for client in self._clients:
+            self.portal.call(client.aclose)
         self._loop.__exit__(None, None, None)
         for server in self._spawned:
             server.stop()
@@ -458,32 +578,56 @@ class ServerPool:
     async def _no_weights(self, client: ServerClient) -> str:
         return f"{client.url}: its weights are not of version {self.version}"
 
+    def _client(self, url: str) -> ServerClient:
+        client = ServerClient(url, _api_key(self._settings))
+        self._clients.append(client)
+        return client
+
+    def _is_own(self, server: Server) -> bool:
+        return (server.router or server).client.url in self._own_urls
+
+    def _routers(self) -> list[Router]:
+        return [server for server in self.servers if isinstance(server, Router)]
+
     async def _acquire_gates(self) -> None:
+        for router in self._routers():
+            await router.gate.acquire()
+            with suppress(ServerError):  # the next health check finds it, too
+                await self._list_workers(router)  # a late worker gets the weights of this sync
         for server in self.servers:
-            await server.gate.acquire()
+            if not isinstance(server, Router):
+                await server.gate.acquire()
 
     def _release_gates(self) -> None:
         for server in self.servers:
             server.gate.release()
 
     async def _check_health(self) -> None:
-        async with anyio.create_task_group() as checks:
+        async with anyio.create_task_group() as self._looking:
             for server in self.servers:
-                checks.start_soon(self._check_server, server)
+                self._looking.start_soon(self._look_often, server)
 
-    async def _check_server(self, server: Server) -> None:
-        while True:
+    async def _look_often(self, server: Server) -> None:
+        while server in self.servers:
             async with server.gate:
                 # an own server is checked even when idle: other processes may wait for its weights
-                if server.outstanding or server.reason or server.client in self.own:
-                    await self._look(server)
+                if server.is_asked() or self._is_own(server):
+                    await (self._look_at_router if isinstance(server, Router) else self._look)(server)
             await anyio.sleep(CHECK_EVERY_S)
 
     async def _look(self, server: Server) -> None:
         """Cancels the requests of a server that hangs; uses one again that is healthy and up to date."""
         client, seconds = server.client, self._settings.health_timeout_s
-        if (server.outstanding or server.reason) and not await client.is_healthy(seconds):
-            return server.withdraw(f"{client.url}: /health did not succeed within {seconds:g} s")
+        if server.is_asked():
+            try:
+                await client.get("/health", seconds)
+            except ServerError as error:
+                reason = f"{client.url}: /health did not succeed within {seconds:g} s"
+                hangs = not isinstance(error, ConnectionBroken)
+                # a router answers for a worker whose connections break, but waits for one that hangs
+                if hangs and server.router and client.url in server.router.asked:
+                    server.router.withdraw(reason)
+                return server.withdraw(reason)
         try:
             found = str((await client.model_info())["weight_version"])
             reason = ""
@@ -492,11 +636,68 @@ class ServerPool:
                 reason = await restore(client)
         except ServerError as error:
             reason = str(error)
-        if reason:
-            server.avoid(reason)
-        elif server.reason:
-            logger.warning("rollout server healthy again: %s", client.url)
-            server.reason = ""
+        server.judge(reason)
+
+    async def _look_at_router(self, router: Router) -> None:
+        """Uses a router as long as all workers that it asks are healthy and up to date."""
+        try:
+            await self._list_workers(router)
+        except ServerError as error:
+            return router.withdraw(str(error))
+        router.judge(router.unusable())
+
+    async def _list_workers(self, router: Router) -> None:
+        """Adds and removes the workers that have joined and left a router. Raises ServerError."""
+        listed = await listed_workers(router.client, self._settings.health_timeout_s) or []
+        for worker in router.workers.copy():
+            if worker.client.url not in (each.url for each in listed):
+                logger.info("%s has left the router %s", worker.client.url, router.client.url)
+                router.workers.remove(worker)
+                self.servers.remove(worker)
+                self.own = [client for client in self.own if client is not worker.client]
+        router.asked = {each.url for each in listed if each.healthy}
+        for url in sorted(router.asked - {worker.client.url for worker in router.workers}):
+            await self._add_worker(router, url)
+
+    async def _add_worker(self, router: Router, url: str) -> None:
+        """Adds a worker that has joined a router; the health check decides when it is used."""
+        worker = Server(self._client(url), router)
+        worker.reason = f"{url} has joined the router {router.client.url}"
+        logger.info(worker.reason)
+        try:
+            await _reach(worker)
+            if self._is_own(worker):
+                await self._check(worker.client)
+                self.own.append(worker.client)
+        except UserError as error:
+            worker.reason = str(error)
+        worker.gate.release()
+        router.workers.append(worker)
+        self.servers.append(worker)
+        self._looking.start_soon(self._look_often, worker)
+
+
+async def _check_server(
+    client: ServerClient, hf_config: PretrainedConfig, colocate: bool, routing: bool
+) -> None:
+    """Raises UserError, one line, for a server that cannot serve this run."""
+    await check_model(client, hf_config)
+    if colocate:
+        await check_memory_saver(client)
+    if routing:
+        await check_routing(client)
+
+
+async def _reach(worker: Server) -> None:
+    """Raises UserError, one line, for a worker of a router that this process does not reach."""
+    try:
+        info = await worker.client.server_info()
+    except ServerError as error:
+        raise UserError(
+            f"router {worker.router.client.url} has the worker {worker.client.url}, which the trainer must "
+            f"reach, too, to send it weights: {error}"
+        ) from error
+    worker.router.needs_seeds |= bool(info.get("enable_deterministic_inference"))
 
 
 def start_servers(config: Config, hf_config: PretrainedConfig) -> ServerPool:
@@ -511,8 +712,9 @@ def start_servers(config: Config, hf_config: PretrainedConfig) -> ServerPool:
     if rollout.launch == "spawn" and device.local_rank() == 0:
         spawned = [SpawnedServer(config, index) for index in range(rollout.sglang.servers_per_node)]
     urls, own = _urls(rollout, spawned)
+    routers = _attached_routers(rollout.sglang) if rollout.launch == "attach" else {}
     first = dist.get_rank() % len(urls)
-    pool = ServerPool(urls, own, rollout.sglang, first, spawned, pause_mode(rollout))
+    pool = ServerPool(urls, own, rollout.sglang, first, spawned, routers, pause_mode(rollout))
     try:
         with raised_on_all_ranks(UserError):
             pool.start(hf_config, rollout.colocate, config.model.routing_replay == "engine")
@@ -532,6 +734,41 @@ def _urls(rollout: RolloutConfig, spawned: list[SpawnedServer]) -> tuple[list[st
     on_loopback = ipaddress.ip_address(rollout.sglang.host).is_loopback
     reachable = (urls for node, urls in nodes if not on_loopback or node == device.node_rank())
     return [url for urls in reachable for url in urls], own
+
+
+def _attached_routers(settings: SglangConfig) -> dict[str, list[str]]:
+    """Returns the routers of rollout.sglang.servers, with the URLs of their workers. Collective.
+
+    Raises UserError, one line and on every process, for a URL that does not answer, and for a server that
+    is named twice.
+    """
+    routers: dict[str, list[str]] = {}
+    with raised_on_all_ranks(UserError):
+        if dist.get_rank() == 0:
+            routers = anyio.run(_routers, settings)
+    return gathered(routers)[0]
+
+
+async def _routers(settings: SglangConfig) -> dict[str, list[str]]:
+    clients = [ServerClient(url, _api_key(settings)) for url in server_urls(settings.servers)]
+    found = await asyncio.gather(*(find_workers(client, settings.start_timeout_s) for client in clients))
+    named = {client.url: "by itself" for client in clients}
+    for client, workers in zip(clients, found, strict=True):
+        await client.aclose()
+        for url in workers or ():
+            if url in named:
+                raise UserError(
+                    f"rollout.sglang.servers has {url} twice, {named[url]} and as a worker of the router "
+                    f"{client.url}; name it once"
+                )
+            named[url] = f"as a worker of the router {client.url}"
+        if workers:
+            logger.info("router %s with %d workers: %s", client.url, len(workers), ", ".join(workers))
+    return {client.url: workers for client, workers in zip(clients, found, strict=True) if workers}
+
+
+def _api_key(settings: SglangConfig) -> str | None:
+    return os.environ.get(settings.api_key_variable) if settings.api_key_variable else None
 
 
 class Attempts:

@@ -8,9 +8,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ import psutil
 import pytest
 import torch
 from support.faulty_proxy import Fault, FaultyProxy
+from support.sglang_server import PYTHON
 from support.steps import make_config
 from support.weight_sync import make_sync
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
@@ -37,7 +40,7 @@ from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.sampling import Collector
 from megatron_bicc.rollout.sglang_engine import SglangEngine, make_sglang_engine
 from megatron_bicc.rollout.types import Request, RolloutError, Sample, Sampling
-from megatron_bicc.sglang.client import ServerClient, ServerRefusal
+from megatron_bicc.sglang.client import ServerClient, ServerError, ServerRefusal
 from megatron_bicc.sglang.pool import check_model
 from megatron_bicc.training.learner import Learner
 from megatron_bicc.weights.hf_weights import hf_tensors, load_policy
@@ -169,6 +172,14 @@ def is_idle(url: str) -> bool:
     try:
         anyio.run(ServerClient(url).flush_cache)
     except ServerRefusal:
+        return False
+    return True
+
+
+def is_healthy(url: str) -> bool:
+    try:
+        anyio.run(ServerClient(url).get, "/health", 5.0)
+    except ServerError:
         return False
     return True
 
@@ -327,6 +338,73 @@ def test_stale_weights(servers: Servers, learner: Learner, tmp_path: Path) -> No
     assert_samples_are_the_policys(asked, samples, learner, sampling)
 
 
+ROUTER = """
+import sys
+from sglang_router.router import Router
+from sglang_router.router_args import RouterArgs
+port, *urls = sys.argv[1:]
+args = RouterArgs(host="127.0.0.1", port=int(port), prometheus_port=0, worker_urls=urls, log_level="warn")
+Router.from_args(args).start()
+"""
+"""What sglang_router.launch_router does, without importing for seconds what its other modes need"""
+
+
+@contextmanager
+def routed(urls: list[str]) -> Iterator[tuple[str, subprocess.Popen]]:
+    """Yields the URL and the process of SGLang's own router of these servers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    process = subprocess.Popen([str(PYTHON), "-c", ROUTER, port, *urls])
+    yield f"http://127.0.0.1:{port}", process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.skipif(
+    not list(PYTHON.parents[1].glob("lib/python3*/site-packages/sglang_router")),
+    reason="sglang-router is not in .venv-sglang: make sglang",
+)
+def test_a_router(
+    servers: Servers, learner: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples come through it, from a server that joins late, too; without it, from its workers."""
+    first, late = servers.urls
+    asked, sampling, through = requests(8, 4), Sampling(0.7, 24), Counter()
+    generate = ServerClient.generate
+
+    def counted(client: ServerClient, body: dict[str, Any], timeout_s: float | None = None) -> Any:
+        through[client.url] += "rid" in body
+        return generate(client, body, timeout_s)
+
+    def sampled() -> set[str]:
+        """Returns the URLs that were asked for samples, which are the policy's."""
+        through.clear()
+        assert_samples_are_the_policys(asked, engine.generate(asked, sampling), learner, sampling)
+        return set(through)
+
+    monkeypatch.setattr(ServerClient, "generate", counted)
+    with routed([first]) as (router, process), attached([router], learner, tmp_path) as (engine, sync):
+        assert sampled() == {router}
+        anyio.run(ServerClient(late).post, "/update_weight_version", {"new_version": "2"})
+        anyio.run(ServerClient(router).post, "/workers", {"url": late})
+        until(lambda: len(engine.pool.own) == 2, 30)
+        sync.sync(3)
+        assert weight_version(late) == "3"
+        assert sampled() == {router}
+
+        with engine.stream(LONG) as stream:
+            for i in range(8):
+                stream.submit(i, asked[4 * i : 4 * i + 4])
+            until(lambda: not all(is_idle(url) for url in servers.urls), 30)
+            assert stream.outstanding() > 0, "every group has finished: nothing is left to abort"
+        for url in servers.urls:
+            until(lambda url=url: is_idle(url), 30)
+
+        process.kill()
+        assert sampled() >= {first, late}
+
+
 def test_a_killed_server(servers: Servers, learner: Learner, tmp_path: Path) -> None:
     """Its requests go elsewhere; it comes back, is given the weights, and serves while the other hangs."""
     killed, other = servers.urls
@@ -338,7 +416,7 @@ def test_a_killed_server(servers: Servers, learner: Learner, tmp_path: Path) -> 
         assert engine.counts()["rollout/resent"] > 0
         assert_samples_are_the_policys(asked, samples, learner, LONG)
 
-        until(lambda: anyio.run(ServerClient(killed).is_healthy, 5.0) and weight_version(killed) == "3")
+        until(lambda: is_healthy(killed) and weight_version(killed) == "3")
         assert servers.processes(killed)[0].pid != victim.pid
 
         hanging = servers.processes(other)
