@@ -361,8 +361,8 @@ def warn_of_model(config: Config, hf_config: PretrainedConfig) -> None:
         logger.warning(warning)
     if device.is_first() and config.rollout.max_staleness and config.loss.correction == "none":
         logger.warning(
-            "rollout.max_staleness is %d and loss.correction is none: rollouts of older weights are trained as "
-            "if the policy had sampled them; loss.correction=token_tis weighs them (docs/algorithms.md)",
+            "rollout.max_staleness is %d and loss.correction is none: rollouts of older weights are trained "
+            "as if the policy had sampled them; loss.correction=token_tis weighs them (docs/algorithms.md)",
             config.rollout.max_staleness,
         )
     experts = family_of(hf_config).experts

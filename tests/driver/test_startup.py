@@ -396,6 +396,17 @@ def test_contexts_longer_than_the_model(settings: Config, caplog: pytest.LogCapt
     assert "has 1024 positions" in caplog.messages[0]
 
 
+def test_probably_unintended_settings_are_named(settings: Config, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "megatron_bicc")
+    settings.loss.objective, settings.parallel.context = "mine.py:f", 1
+    setup_run.warn_of_model(settings, supported_config(TINY))
+    assert not caplog.messages
+    settings.parallel.context, settings.rollout.max_staleness = 2, 1
+    setup_run.warn_of_model(settings, supported_config(TINY))
+    assert "the function gets a part of a response's rows" in caplog.messages[0]
+    assert "loss.correction is none" in caplog.messages[1]
+
+
 def test_an_evaluation_goes_by_the_longest_prompt(settings: Config) -> None:
     settings.data.max_prompt_tokens, settings.rollout.max_new_tokens = 4096, 1018
     evaluate.read_inputs(settings, [settings.data.train])
