@@ -403,8 +403,8 @@ def test_probably_unintended_settings_are_named(settings: Config, caplog: pytest
     assert not caplog.messages
     settings.parallel.context, settings.rollout.max_staleness = 2, 1
     setup_run.warn_of_model(settings, supported_config(TINY))
-    assert "the function gets a part of a response's rows" in caplog.messages[0]
-    assert "loss.correction is none" in caplog.messages[1]
+    assert "loss.correction is none" in caplog.messages[0]
+    assert "the function gets a part of a response's rows" in caplog.messages[1]
 
 
 def test_an_evaluation_goes_by_the_longest_prompt(settings: Config) -> None:
