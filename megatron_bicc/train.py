@@ -215,7 +215,7 @@ class Trainer:
 
         Raises EngineMismatch before the first of them if engine and policy compute different models.
         """
-        # groups carried over from an earlier step were sampled with other weights: their log-probs may differ
+        # groups of an earlier step were sampled with other weights, at least in part: log-probs may differ
         check = None if rollouts.carried else partial(self.mismatch.step, self.step)
         return self.learner.step(rollouts.groups, clock, check)
 
@@ -242,7 +242,8 @@ class Trainer:
         return Progress(self.step, collector, schedule, asdict(self.config), self.inputs.contents)
 
     def close(self) -> None:
-        """Closes the rollout engine. Does not wait for a checkpoint that is being written."""
+        """Ends rollouts and closes their engine. Does not wait for a checkpoint that is being written."""
+        self.collector.close()
         self.weight_sync.close()
         self.engine.close()
 

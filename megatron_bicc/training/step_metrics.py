@@ -134,7 +134,24 @@ def rollout_metrics(collected: Collected, config: Config) -> dict[str, float]:
         "rollout/carried": collected.carried,
         "rollout/leftover": collected.leftover,
         "rollout/aborted": collected.aborted,
+        **(_queue_metrics(collected, config) if collected.queue else {}),
     } | contrast_statistics(correct_R, np.cumsum([0, *(len(group.samples) for group in groups)]))
+
+
+def _queue_metrics(collected: Collected, config: Config) -> dict[str, float]:
+    """Returns the metrics of an asynchronous run's step."""
+    queue, trained = collected.queue, [sample for group in collected.groups for sample in group.samples]
+    ages = np.bincount(queue.staleness, minlength=config.rollout.max_staleness + 1)
+    mixed = [s.versions is not None and len(set(s.versions.tolist())) > 1 for s in trained]
+    return {
+        "rollout/staleness_mean": float(np.mean(queue.staleness)),
+        "rollout/staleness_max": max(queue.staleness),
+        **{f"rollout/staleness_{age}": share for age, share in enumerate((ages / ages.sum()).tolist())},
+        "rollout/mixed_versions": float(np.mean(mixed)),
+        "rollout/in_flight": queue.in_flight,
+        "rollout/dropped_stale": queue.dropped_stale,
+        "rollout/dropped_no_contrast": queue.dropped_no_contrast,
+    }
 
 
 def gpu_metrics(
