@@ -97,11 +97,11 @@ class AsyncCollector(Collector):
         self._exchange()
         taken = self._take(self._usable()[:wanted])
         without_contrast = self._take([n for n, each in self.pending.items() if each.usable is False])
+        aborted = 0 if steps_left else len(self._abort(self._in_flight()))
         # at once: their slots serve groups that can still be trained
         dropped += self._drop_older_than(step - bound)
-        aborted = 0 if steps_left else len(self._abort(self._in_flight()))
-        self._submit(min(bound, steps_left), version)
         self._carried = set(self._usable())
+        self._submit(min(bound, steps_left), version)
         self._seen, self._found = self._seen // 2, self._found // 2
         staleness = [version - each.version for each in taken]
         groups = [each.group for each in taken]
@@ -222,10 +222,11 @@ class AsyncCollector(Collector):
         rollout, usable = self.config.rollout, len(self._usable())
         needed = steps * rollout.prompts_per_step - usable
         # as in a search for `needed` more groups, with the share of usable ones in recent steps
-        wanted = likely_prompts(self._found + needed, self._seen, self._found)
+        count = likely_prompts(self._found + needed, self._seen, self._found) - len(self._in_flight())
         if rollout.dynamic_sampling:
-            wanted = min(wanted, steps * rollout.max_prompts_per_step)
-        count = max(0, wanted - len(self._in_flight()))
+            sampled = self.pending.keys() - self._carried
+            count = min(count, steps * rollout.max_prompts_per_step - len(sampled))
+        count = max(0, count)
         for number, prompt in enumerate(self._draw(count), self.sampler.drawn):
             self._ask(number - count, prompt, version)
 
