@@ -64,6 +64,25 @@ def test_a_step_waits_no_longer_than_it_must(single_process: None) -> None:
     assert 1.0 <= engine.now < 1.1
 
 
+def test_what_has_finished_in_training_goes_before_what_was_left(single_process: None) -> None:
+    (slow,) = drawn(1)
+    engine, collector = Scripted(mixed, lambda p: 0.5 if p == slow else 0.01), make()
+    assert step(engine, collector).leftover > WANTED
+    engine.now += 1.0
+    assert indices(step(engine, collector, 2).groups)[0] == slow
+
+
+def test_a_step_looks_seldom_where_it_waits_long(single_process: None) -> None:
+    """By how long it waits for the next group before it tells the other processes."""
+    engine, collector, waits = Scripted(mixed, lambda p: 30.0), make(), []
+    look = engine.next
+    engine.next = lambda seconds: waits.append(seconds) or look(seconds)
+    step(engine, collector)
+    before = np.cumsum(waits) - waits
+    assert all(wait <= 0.01 + 0.06 * waited for wait, waited in zip(waits, before, strict=True))
+    assert max(waits) == 1.0 and len(waits) < 200
+
+
 def test_what_is_past_the_bound_is_dropped_and_its_slot_used(single_process: None) -> None:
     slow = drawn(2)
     engine, collector = Scripted(mixed, lambda p: 1000.0 if p in slow else 0.1), make(bound=1)
@@ -109,12 +128,20 @@ def test_the_cap(single_process: None) -> None:
     assert len(engine.asked) <= 3 * 20
 
 
-def test_what_an_earlier_step_left_does_not_count_towards_the_cap(single_process: None) -> None:
-    """As many groups as the cap are finished, most of them by the step before."""
-    engine, collector = Scripted(mixed, lambda p: 0.01), make(dynamic=True, max_prompts_per_step=WANTED)
-    for number in (1, 2):
-        assert len(step(engine, collector, number).groups) == WANTED
-    assert collector.pending.keys() & numbers(step(engine, collector, 3)) == set()
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_an_earlier_step_left_does_not_count_towards_the_cap(
+    single_process: None, resumed: bool
+) -> None:
+    bad = drawn(4, after=WANTED + 4)
+    engine = Scripted(lambda p: 0 if p in bad else 2, lambda p: 0.01)
+    settings = {"bound": 1, "dynamic": True, "max_prompts_per_step": WANTED}
+    collector = make(**settings)
+    assert step(engine, collector).leftover == 4
+    if resumed:
+        state, collector = collector.state_dict(), make(**settings)
+        collector.load_state_dict(state)
+        engine.running.clear()
+    assert step(engine, collector, 2).queue.dropped_no_contrast == 2
 
 
 def test_the_cap_of_the_last_step(single_process: None) -> None:
