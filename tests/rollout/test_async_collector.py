@@ -132,8 +132,8 @@ def test_the_cap(single_process: None) -> None:
 def test_what_an_earlier_step_left_does_not_count_towards_the_cap(
     single_process: None, resumed: bool
 ) -> None:
-    bad = drawn(4, after=WANTED + 4)
-    engine = Scripted(lambda p: 0 if p in bad else 2, lambda p: 0.01)
+    bad, late = drawn(4, after=WANTED + 4), drawn(20, after=2 * WANTED + 3)
+    engine = Scripted(lambda p: 0 if p in bad else 2, lambda p: 1.0 if p in late else 0.01)
     settings = {"bound": 1, "dynamic": True, "max_prompts_per_step": WANTED}
     collector = make(**settings)
     assert step(engine, collector).leftover == 4
