@@ -174,7 +174,7 @@ def chats() -> list[list[int]]:
 
 @dataclass
 class Ahead:
-    """A run whose server generates while it trains, killed in step 3 and resumed after step 2."""
+    """A run whose server generates while it trains, killed and resumed after step 2."""
 
     out: Path
     state: dict
@@ -185,9 +185,9 @@ class Ahead:
 
 @pytest.fixture(scope="module")
 def ahead(runs: Runs) -> Ahead:
-    """Nothing is replayed."""
+    """Nothing is replayed. A request of step 2 is held back, so that it is in flight in the checkpoint."""
     proxy = RecordingProxy(runs.server.url, replay=False)
-    runs.kill("ahead", proxy, ("/generate", "2", HELDOUT + 2), "rollout.max_staleness=1")
+    runs.kill("ahead", proxy, ("/generate", "1", PROMPTS), "rollout.max_staleness=1")
     killed, out = proxy.drain(), runs.directory / "ahead"
     saved = progress(out / "checkpoints/step_00000002")["sampler"]
     ended = runs.end("ahead", proxy.url, "rollout.max_staleness=1", RESUME)
@@ -275,7 +275,7 @@ def test_no_prompt_of_a_server_ahead_of_training_is_lost(ahead: Ahead) -> None:
 def test_what_was_in_flight_is_asked_for_again(ahead: Ahead) -> None:
     """With the same seeds, of the checkpoint's weights."""
     in_flight, finished = ahead.state["in_flight"], ahead.state["finished"]
-    assert len(in_flight) + len(finished) == PROMPTS
+    assert in_flight and len(in_flight) + len(finished) == PROMPTS
     before, again = ([(a.prompts, a.sampling) for a in asked] for asked in (ahead.killed, ahead.resumed))
     assert set(again[: len(in_flight)]) <= set(before)
     weights = {asked.weights for asked in ahead.killed if asked.version == "2"}
