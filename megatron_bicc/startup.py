@@ -39,6 +39,7 @@ from megatron_bicc.model.megatron_settings import check_megatron_settings, row_a
 from megatron_bicc.model.optimizer import optimizer_config
 from megatron_bicc.model.policy import ddp_config, start_model_parallel
 from megatron_bicc.rewards.registry import Verifier, check_reward, check_truths, get_verifier
+from megatron_bicc.rollout.async_collector import make_collector
 from megatron_bicc.rollout.sampling import Collector
 from megatron_bicc.rollout.sglang_engine import check_model_files
 from megatron_bicc.sglang.pool import server_positions
@@ -186,7 +187,7 @@ def read_prompts(
     contents = digests_of_files(config) | {TRAIN_IDS: digest(prompts)}
     contents |= {HELD_OUT_IDS: digest(heldout)} if heldout else {}
     sampler = PromptSampler(len(prompts), config.rollout.prompts_per_step, config.seed)
-    collector = Collector(config, prompts, sampler)
+    collector = make_collector(config, prompts, sampler)
     if found:
         check_resume(found.progress, config, contents, is_first)
         collector.load_state_dict(found.progress.sampler)

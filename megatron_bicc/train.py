@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -42,9 +41,10 @@ from megatron_bicc.rollout.engines import make_engine
 from megatron_bicc.rollout.sampling import Collected
 from megatron_bicc.rollout.types import Engine, RolloutError, Sampling, unscored
 from megatron_bicc.startup import Inputs, join_processes, read_inputs, warn_of_model
-from megatron_bicc.training.learner import Learner, StepResult
+from megatron_bicc.training.learner import Learner, StepResult, Update
 from megatron_bicc.training.step_metrics import (
     MismatchCheck,
+    current_log_probs,
     gpu_metrics,
     mean_metrics,
     report_groups,
@@ -215,8 +215,10 @@ class Trainer:
 
         Raises EngineMismatch before the first of them if engine and policy compute different models.
         """
-        # groups carried over from an earlier step were sampled with other weights: their log-probs may differ
-        check = None if rollouts.carried else partial(self.mismatch.step, self.step)
+
+        def check(updates: list[Update]) -> None:
+            self.mismatch.step(self.step, current_log_probs(updates, self.step - 1))
+
         return self.learner.step(rollouts.groups, clock, check)
 
     def sync(self) -> int:
@@ -242,7 +244,8 @@ class Trainer:
         return Progress(self.step, collector, schedule, asdict(self.config), self.inputs.contents)
 
     def close(self) -> None:
-        """Closes the rollout engine. Does not wait for a checkpoint that is being written."""
+        """Ends rollouts and closes their engine. Does not wait for a checkpoint that is being written."""
+        self.collector.close()
         self.weight_sync.close()
         self.engine.close()
 

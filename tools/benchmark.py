@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Runs a benchmark of megatron_bicc: one sub-command for each module of tools/benchmarks.
 
-A module has `add_arguments` and `run`, which prints tables and returns the figures that --json writes.
+A module has `add_arguments` and `run`, which prints tables and returns the figures that --json writes. A
+trailing underscore keeps its name from being a keyword, as in async_.
 """
 
 import argparse
@@ -22,10 +23,11 @@ def main() -> None:
     commands = parser.add_subparsers(dest="benchmark", required=True)
     modules = {}
     for path in sorted((TOOLS / "benchmarks").glob("[!_]*.py")):
-        modules[path.stem] = importlib.import_module(f"benchmarks.{path.stem}")
-        command = commands.add_parser(path.stem, help=modules[path.stem].__doc__.splitlines()[0])
+        name = path.stem.rstrip("_")
+        modules[name] = importlib.import_module(f"benchmarks.{path.stem}")
+        command = commands.add_parser(name, help=modules[name].__doc__.splitlines()[0])
         command.add_argument("--json", type=Path, help="write the figures to this file")
-        modules[path.stem].add_arguments(command)
+        modules[name].add_arguments(command)
     arguments = parser.parse_args()
     figures = modules[arguments.benchmark].run(arguments)
     if arguments.json:

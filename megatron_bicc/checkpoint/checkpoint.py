@@ -71,7 +71,7 @@ class Progress:
     step: int
     """Finished steps"""
     sampler: dict[str, Any]
-    """State of rollout.sampling.Collector: the position in the data, and groups left over"""
+    """State of rollout.sampling.Collector: the position in the data, groups left over, prompts in flight"""
     scheduler: dict[str, Any]
     """State of the learning-rate schedule"""
     config: dict[str, Any]

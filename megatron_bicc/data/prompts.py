@@ -159,17 +159,18 @@ class PromptSampler:
             )
         self._num_prompts = num_prompts
         self._seed = seed
-        self._drawn = 0
+        self.drawn = 0
+        """Number of prompts drawn so far"""
 
     def draw(self, count: int) -> list[int]:
         """Returns the indices of the next `count` prompts and advances."""
         indices = self.peek(count)
-        self._drawn += count
+        self.drawn += count
         return indices
 
     def peek(self, count: int) -> list[int]:
         """Returns the indices of the next `count` prompts without advancing."""
-        draws = range(self._drawn, self._drawn + count)
+        draws = range(self.drawn, self.drawn + count)
         epochs = {n // self._num_prompts for n in draws}
         orders = {epoch: self._order(epoch) for epoch in epochs}
         return [int(orders[n // self._num_prompts][n % self._num_prompts]) for n in draws]
@@ -180,7 +181,7 @@ class PromptSampler:
 
     def state_dict(self) -> dict[str, int]:
         """Returns the state for load_state_dict, JSON values."""
-        return {"drawn": self._drawn, "num_prompts": self._num_prompts, "seed": self._seed}
+        return {"drawn": self.drawn, "num_prompts": self._num_prompts, "seed": self._seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Resumes after the last draw of a state; raises UserError if it is of other data or another seed."""
@@ -190,4 +191,4 @@ class PromptSampler:
                     f"the checkpoint's prompt order has {name}={state[name]}, this run {now}; "
                     "resume with the same data.train and seed"
                 )
-        self._drawn = state["drawn"]
+        self.drawn = state["drawn"]

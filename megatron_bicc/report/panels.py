@@ -3,6 +3,7 @@
 Metrics that no panel names are drawn under "Other metrics", so none is left out.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from megatron_bicc.report.runs import Run
 SOLID, DASHED, DOTTED, DASH_DOT = range(4)
 HISTOGRAM = "contrast/right_"
 LAYERS = "moe/load/layer_"
-STALENESS = "/staleness_"
+STALENESS = re.compile(r"(.*/staleness_)\d+")
 
 
 @dataclass(frozen=True)
@@ -216,17 +217,20 @@ def other_panels(runs: Sequence[Run]) -> list[Panel]:
     shown |= {f"time/{stage}_s" for stage in STAGES} | {"step"}
     keys = {key for run in runs for record in run.records for key in record}
     keys -= {f"{key}_stderr" for key in keys}
-    single = [k for k in keys - shown if not k.startswith((HISTOGRAM, LAYERS)) and STALENESS not in k]
-    others = [_one(key, "", key) for key in sorted(single)]
-    for prefix in sorted({key.partition(STALENESS)[0] + STALENESS for key in keys if STALENESS in key}):
-        others.append(_numbered(prefix, "By versions of the weights since the sampling.", "staleness", keys))
-    if any(key.startswith(LAYERS) for key in keys):
-        others.append(_numbered(LAYERS, "Largest load over the mean.", "layer", keys))
+    by_staleness = {key: match[1] for key in keys if (match := STALENESS.fullmatch(key))}
+    single = keys - shown - by_staleness.keys()
+    others = [_one(key, "", key) for key in sorted(single) if not key.startswith((HISTOGRAM, LAYERS))]
+    for prefix in sorted(set(by_staleness.values())):
+        members = [key for key, its in by_staleness.items() if its == prefix]
+        caption = "By versions of the weights since the sampling."
+        others.append(_numbered(prefix, caption, "staleness", members))
+    if layers := [key for key in keys if key.startswith(LAYERS)]:
+        others.append(_numbered(LAYERS, "Largest load over the mean.", "layer", layers))
     return others
 
 
-def _numbered(prefix: str, caption: str, label: str, keys: set[str]) -> Panel:
-    """Returns a panel of the keys that are the prefix and a number, in the numbers' order."""
-    found = sorted((key for key in keys if key.startswith(prefix)), key=lambda key: (len(key), key))
+def _numbered(prefix: str, caption: str, label: str, keys: list[str]) -> Panel:
+    """Returns a panel of keys that are the prefix and a number, in the numbers' order."""
+    found = sorted(keys, key=lambda key: (len(key), key))
     lines = tuple(Line(key, f"{label} {key.removeprefix(prefix)}") for key in found)
     return Panel(f"{prefix}N", caption, lines)

@@ -4,6 +4,7 @@ Also diagnoses runs in which every reward is 0.
 """
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,8 +143,8 @@ def _check(sample: Sample, reward: float, where: str) -> None:
         raise RolloutError(f"{where}: the verifier's reward is {reward}; it must be finite")
 
 
-def exchange(own: dict[int, Group], prompts: list[Prompt]) -> dict[int, Group]:
-    """Returns the groups of all processes by the index of their prompt in `prompts`. Collective.
+def exchange(own: dict[int, Group], prompts: Sequence[Prompt] | Mapping[int, Prompt]) -> dict[int, Group]:
+    """Returns the groups of all processes by the index, or key, of their prompt in `prompts`. Collective.
 
     Prompts are not sent, as every process has them all.
     """

@@ -25,19 +25,36 @@ class NoContrastError(UserError):
 
 
 @dataclass(frozen=True)
+class Queue:
+    """What a step of an asynchronous run took, and what it left (rollout/async_collector.py)."""
+
+    staleness: list[int]
+    """Of each trained group: weight versions between its submission and the step"""
+    in_flight: int
+    """Number of groups in flight while the step trains"""
+    dropped_stale: int
+    """Number of groups dropped as past rollout.max_staleness, finished or in flight"""
+    dropped_no_contrast: int
+    """Number of groups dropped by dynamic sampling"""
+
+
+@dataclass(frozen=True)
 class Collected:
     """The rollouts of a step."""
 
     groups: list[Group]
     """The groups to train on: rollout.prompts_per_step of them"""
     sampled: list[Group]
-    """All groups sampled in this step, trained on or not"""
+    """All groups sampled in this step, trained on or not. Of an asynchronous run: those that the step trains
+    or drops after they have finished"""
     carried: int
-    """Number of `groups` that an earlier step sampled"""
+    """Number of `groups` that an earlier step sampled, or asked for"""
     leftover: int
     """Number of groups with contrast that were not needed: kept for the next step or dropped"""
     aborted: int
-    """Number of groups aborted before they finished"""
+    """Number of groups aborted before they finished; of an asynchronous run: because it ends"""
+    queue: Queue | None = None
+    """Of an asynchronous run"""
 
 
 class Collector:
@@ -119,39 +136,51 @@ class Collector:
     def state_dict(self) -> dict[str, Any]:
         """Returns the state for a checkpoint, as JSON values."""
         rows = {prompt.index: i for i, prompt in enumerate(self.prompts)}
-        leftover = [_to_json(group, rows[group.prompt.index]) for group in self.leftover]
+        leftover = [group_to_json(group, rows[group.prompt.index]) for group in self.leftover]
         return self.sampler.state_dict() | {"leftover": leftover}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a state. Raises UserError if it is of other data or another seed."""
+        """Restores a state. Raises UserError if it is of other data, another seed or an asynchronous run."""
         self.sampler.load_state_dict(state)
-        self.leftover = [_from_json(group, self.prompts) for group in state["leftover"]]
+        if "leftover" not in state:
+            raise UserError(
+                "rollout.max_staleness is 0; the checkpoint is of a run with more, which checkpoint.force "
+                "cannot change: set it back, or start from an export"
+            )
+        self.leftover = [group_from_json(group, self.prompts) for group in state["leftover"]]
+
+    def close(self) -> None:
+        """Does nothing: no group is in flight between two steps."""
 
 
-def _to_json(group: Group, prompt: int) -> dict[str, Any]:
+def group_to_json(group: Group, prompt: int) -> dict[str, Any]:
+    """Returns a group as JSON values. prompt: index of its prompt in the list of all."""
     samples = [
         {
-            "token_ids": s.token_ids.tolist(),
-            "log_probs": s.log_probs.tolist(),
+            "token_ids": _array_to_json(s.token_ids),
+            "log_probs": _array_to_json(s.log_probs),
             "finish_reason": s.finish_reason,
             "weight_version": s.weight_version,
             "experts": _array_to_json(s.experts),
             "prompt_experts": _array_to_json(s.prompt_experts),
+            "versions": _array_to_json(s.versions),
         }
         for s in group.samples
     ]
     return {"prompt": prompt, "samples": samples, "texts": group.texts, "rewards": group.rewards.tolist()}
 
 
-def _from_json(state: dict[str, Any], prompts: list[Prompt]) -> Group:
+def group_from_json(state: dict[str, Any], prompts: list[Prompt]) -> Group:
+    """Returns the group of a `group_to_json`."""
     samples = [
         Sample(
-            np.array(s["token_ids"], np.int32),
-            np.array(s["log_probs"], np.float32),
+            _array_from_json(s["token_ids"], np.int32),
+            _array_from_json(s["log_probs"], np.float32),
             s["finish_reason"],
             s["weight_version"],
             _array_from_json(s.get("experts")),
             _array_from_json(s.get("prompt_experts")),
+            _array_from_json(s.get("versions")),
         )
         for s in state["samples"]
     ]
@@ -160,15 +189,18 @@ def _from_json(state: dict[str, Any], prompts: list[Prompt]) -> Group:
 
 
 def _array_to_json(array: np.ndarray | None) -> dict[str, Any] | None:
-    """Returns an array as type, shape and base64: hundreds of numbers a token would be long as text."""
+    """Returns an array as type, shape and base64: numbers as text are longer, and slow to write."""
     if array is None:
         return None
     data = base64.b64encode(array.tobytes()).decode()
     return {"dtype": str(array.dtype), "shape": array.shape, "data": data}
 
 
-def _array_from_json(state: dict[str, Any] | None) -> np.ndarray | None:
+def _array_from_json(state: dict[str, Any] | list | None, listed: type = np.float32) -> np.ndarray | None:
+    """Returns the array of an `_array_to_json`. listed: type of a list, which older checkpoints have."""
     if state is None:
         return None
+    if isinstance(state, list):
+        return np.array(state, listed)
     flat = np.frombuffer(base64.b64decode(state["data"]), state["dtype"])
-    return flat.reshape(state["shape"])
+    return flat.reshape(state["shape"]).copy()  # a view of bytes could not be written to

@@ -146,15 +146,15 @@ class Learner:
         self,
         groups: list[Group],
         clock: Stopwatch,
-        check: Callable[[list[TokenLogProbs]], None] | None = None,
+        check: Callable[[list[Update]], None] | None = None,
     ) -> list[StepResult]:
         """Learns from a batch of rollouts: train.updates_per_step optimizer steps, each on a share of groups.
 
         The policy at the start is the old policy of all of them. A share without a group of mixed outcomes is
         skipped, unless KL or entropy is in the loss. Returns one result per optimizer step taken. Collective.
 
-        check: called with the log-probs of every optimizer step before the first one; if it raises, the
-        weights are unchanged. Raises NotFiniteError, before the policy changes, for a number that is not
+        check: called with all optimizer steps before the first one is taken; if it raises, the weights are
+        unchanged. Raises NotFiniteError, before the policy changes, for a number that is not
         finite.
         """
         everything = collate(groups)  # B groups, R rollouts, T response tokens
@@ -221,7 +221,7 @@ class Learner:
                 )
             )
         if updates and check is not None:
-            check([update.log_probs for update in updates])
+            check(updates)
         with clock("train"):
             return [self._update(update) for update in updates]
 

@@ -33,7 +33,7 @@ from megatron_bicc.model.flops import Sizes, flops_of, peak_flops
 from megatron_bicc.packing.types import MicroBatchLayout, StepPlan, packed_sides
 from megatron_bicc.rollout.sampling import Collected
 from megatron_bicc.rollout.types import Group
-from megatron_bicc.training.learner import StepResult
+from megatron_bicc.training.learner import StepResult, Update
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +88,10 @@ class MismatchCheck:
     def step(self, step: int, log_probs: list[TokenLogProbs]) -> None:
         """Checks a step before its first update; the same on every process.
 
-        log_probs: of rollouts that the engine sampled with the policy's current weights, one entry per
-        optimizer step. Logs a one-line warning on the first process when kl/rollout_old exceeds the bound and
-        did not at the previous step. Raises EngineMismatch at the first step checked, if rounding cannot be
-        the cause.
+        log_probs: of rollouts that the engine sampled with the policy's current weights, in any number of
+        parts; nothing is checked without them. Logs a one-line warning on the first process when
+        kl/rollout_old exceeds the bound and did not at the previous step. Raises EngineMismatch at the first
+        step checked, if rounding cannot be the cause.
         """
         if not log_probs:
             return
@@ -115,6 +115,23 @@ class MismatchCheck:
             logger.warning("%s (docs/scaling.md)", line)
 
 
+def current_log_probs(updates: list[Update], version: int) -> list[TokenLogProbs]:
+    """Returns the log-probs of the responses that were sampled as a whole by weights of this version.
+
+    version: the newest. A response of several versions is left out with all of its tokens: after a sync by
+    rollout.pause=in_place they depend on keys and values of the older weights.
+    """
+    found = []
+    for update in updates:
+        offsets_R, log_probs = update.batch.rollouts.offsets_R, update.log_probs
+        # versions never fall within a response
+        at_T = spread(update.batch.versions_T[offsets_R[:-1]] == version, offsets_R)
+        if at_T.any():
+            old_T, rollout_T, entropy_T = log_probs.old_T, log_probs.rollout_T, log_probs.entropy_T
+            found.append(TokenLogProbs(old_T[at_T], None, rollout_T[at_T], entropy_T[at_T]))
+    return found
+
+
 def rollout_metrics(collected: Collected, config: Config) -> dict[str, float]:
     """Returns rewards, lengths and contrast of all rollouts that a step sampled, trained on or not."""
     groups = collected.sampled
@@ -134,7 +151,24 @@ def rollout_metrics(collected: Collected, config: Config) -> dict[str, float]:
         "rollout/carried": collected.carried,
         "rollout/leftover": collected.leftover,
         "rollout/aborted": collected.aborted,
+        **(_queue_metrics(collected, config) if collected.queue else {}),
     } | contrast_statistics(correct_R, np.cumsum([0, *(len(group.samples) for group in groups)]))
+
+
+def _queue_metrics(collected: Collected, config: Config) -> dict[str, float]:
+    """Returns the metrics of an asynchronous run's step."""
+    queue, trained = collected.queue, [sample for group in collected.groups for sample in group.samples]
+    ages = np.bincount(queue.staleness, minlength=config.rollout.max_staleness + 1)
+    mixed = [s.versions is not None and len(set(s.versions.tolist())) > 1 for s in trained]
+    return {
+        "rollout/staleness_mean": float(np.mean(queue.staleness)),
+        "rollout/staleness_max": max(queue.staleness),
+        **{f"rollout/staleness_{age}": share for age, share in enumerate((ages / ages.sum()).tolist())},
+        "rollout/mixed_versions": float(np.mean(mixed)),
+        "rollout/in_flight": queue.in_flight,
+        "rollout/dropped_stale": queue.dropped_stale,
+        "rollout/dropped_no_contrast": queue.dropped_no_contrast,
+    }
 
 
 def gpu_metrics(

@@ -61,9 +61,11 @@ def test_metrics_by_staleness_and_by_layer_share_a_chart(tmp_path: Path):
     writer = MetricsWriter(tmp_path, tensorboard=False, wandb_project="")
     for step in (1, 2):
         metrics = {f"correction/mean/staleness_{n}": n / 16 for n in (0, 2, 10)} | {"correction/mean": 0.5}
+        metrics |= {"rollout/staleness_mean": 0.75, "rollout/staleness_1": 0.75}
         writer.write(step, metrics | {f"moe/load/layer_{n}": 1.0 + n for n in (0, 1)})
     page = Page(write_report([tmp_path]))
-    assert page.tags.count("figure") == 3
+    # one of them for the mean, which is no share
+    assert page.tags.count("figure") == 5
     assert "correction/mean/staleness_N" in page.text and "moe/load/layer_N" in page.text
     places = [page.text.index(f"staleness {n}") for n in (0, 2, 10)]
     assert places == sorted(places) and "layer 1" in page.text

@@ -1,4 +1,4 @@
-"""Tests whole runs on real SGLang servers: killed and resumed, a server lost, exported into a server.
+"""Tests whole runs on real SGLang servers: killed and resumed, ahead of training, a server lost, exported.
 
 A server on a CPU ignores the seed of a request, so a proxy (support/recording_proxy.py) answers repeated
 requests as the server did the first time. With that a resumed run must equal one that was never stopped.
@@ -173,6 +173,29 @@ def chats() -> list[list[int]]:
 
 
 @dataclass
+class Ahead:
+    """A run whose server generates while it trains, killed and resumed after step 2."""
+
+    out: Path
+    state: dict
+    """Of the collector in the checkpoint that it was resumed from"""
+    killed: list[Asked]
+    resumed: list[Asked]
+
+
+@pytest.fixture(scope="module")
+def ahead(runs: Runs) -> Ahead:
+    """Nothing is replayed. A request of step 2 is held back, so that it is in flight in the checkpoint."""
+    proxy = RecordingProxy(runs.server.url, replay=False)
+    runs.kill("ahead", proxy, ("/generate", "1", PROMPTS), "rollout.max_staleness=1")
+    killed, out = proxy.drain(), runs.directory / "ahead"
+    saved = progress(out / "checkpoints/step_00000002")["sampler"]
+    ended = runs.end("ahead", proxy.url, "rollout.max_staleness=1", RESUME)
+    assert ended["status"] == 0, ended["err"]
+    return Ahead(out, saved, killed, proxy.drain())
+
+
+@dataclass
 class Robbed:
     """A run whose server went for good."""
 
@@ -185,7 +208,7 @@ class Robbed:
 
 
 @pytest.fixture(scope="module")
-def robbed(runs: Runs, replayed: list, exported: SglangServer, answers: list) -> Robbed:
+def robbed(runs: Runs, ahead: Ahead, exported: SglangServer, answers: list) -> Robbed:
     """Nothing is replayed. Killed among the rollouts of step 3 and resumed; its server is killed among those
     of step 4; resumed with the other server."""
     proxy = RecordingProxy(runs.server.url, replay=False)
@@ -237,6 +260,26 @@ def test_samples_carry_the_version_of_the_weights(whole: Whole) -> None:
         assert {sample["meta_info"]["weight_version"] for sample in samples} == {asked.version}
     weights = {asked.version: asked.weights for asked in whole.asked}
     assert len(set(weights.values())) == len(weights) == STEPS + 1
+
+
+def test_no_prompt_of_a_server_ahead_of_training_is_lost(ahead: Ahead) -> None:
+    *_, last = steps = metrics(ahead.out)[1:]
+    assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
+    state = progress(ahead.out / f"checkpoints/step_{STEPS:08d}")["sampler"]
+    dropped = sum(step["rollout/dropped_stale"] + step["rollout/aborted"] for step in steps)
+    assert STEPS * PROMPTS + dropped + last["rollout/leftover"] == state["drawn"]
+    assert max(step["rollout/staleness_max"] for step in steps) == 1
+    assert steps[0]["kl/rollout_old"] < 1e-9 and steps[0]["rollout/staleness_max"] == 0
+
+
+def test_what_was_in_flight_is_asked_for_again(ahead: Ahead) -> None:
+    """With the same seeds, of the checkpoint's weights."""
+    in_flight, finished = ahead.state["in_flight"], ahead.state["finished"]
+    assert in_flight and len(in_flight) + len(finished) == PROMPTS
+    before, again = ([(a.prompts, a.sampling) for a in asked] for asked in (ahead.killed, ahead.resumed))
+    assert set(again[: len(in_flight)]) <= set(before)
+    weights = {asked.weights for asked in ahead.killed if asked.version == "2"}
+    assert ahead.resumed[0].version == "2" and {ahead.resumed[0].weights} == weights
 
 
 def test_all_servers_gone(runs: Runs, robbed: Robbed, single_process: None) -> None:

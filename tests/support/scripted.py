@@ -9,6 +9,7 @@ from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
 from megatron_bicc.data.prompts import Prompt, PromptSampler
 from megatron_bicc.rewards.registry import Completion
+from megatron_bicc.rollout.async_collector import make_collector as of_config
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.sampling import Collected, Collector
 from megatron_bicc.rollout.types import Group, Request, RolloutError, Sample, Sampling, StreamingEngine
@@ -19,7 +20,7 @@ END = 9
 
 
 class Scripted:
-    """Test double of an engine and its stream: groups finish in the order of their times, one per `next`.
+    """Test double of an engine and its stream, by a clock that only `next` and the test move.
 
     rights: prompt -> number of right samples. seconds: prompt -> duration.
     """
@@ -51,14 +52,20 @@ class Scripted:
         self.asked.append(prompt)
         self.most = max(self.most, len(self.running))
 
-    def next(self, seconds: float | None) -> tuple[int, list[Sample]]:
+    def next(self, seconds: float | None) -> tuple[int, list[Sample]] | None:
         key = min(self.running, key=lambda k: (self.running[k][0], k))
-        self.now, prompt = self.running.pop(key)
+        ends, prompt = self.running[key]
+        if seconds is not None and ends > self.now + seconds:
+            self.now += seconds
+            return None
+        del self.running[key]
+        self.now = max(self.now, ends)
         if prompt == self.fails_at:
             raise RolloutError("no answer after 3 s")
         rights = self.rights(prompt)
         tokens = [np.array([1 if i < rights else 0, END], np.int32) for i in range(GROUP_SIZE)]
-        return key, [Sample(one, np.zeros(2, np.float32), "stop", 0) for one in tokens]
+        # the log-probs tell a group from another one of the same prompt
+        return key, [Sample(one, np.full(2, -key, np.float32), "stop", 0) for one in tokens]
 
     def abort(self, key: int) -> None:
         del self.running[key]
@@ -84,12 +91,13 @@ def step(engine: Scripted, collector: Collector, number: int = 1) -> Collected:
     return collector.step(number, GroupSampler(engine, score, Words(), Sampling(1.0, 8), GROUP_SIZE))
 
 
-def make_collector(**rollout: object) -> Collector:
+def make_collector(steps: int = 100, **rollout: object) -> Collector:
     config = Config(algorithm="dapo")
+    config.train.steps = steps
     config.rollout.prompts_per_step, config.rollout.group_size = WANTED, GROUP_SIZE
     for name, value in rollout.items():
         setattr(config.rollout, name, value)
-    return Collector(resolve(config), PROMPTS, PromptSampler(len(PROMPTS), WANTED, seed=1))
+    return of_config(resolve(config), PROMPTS, PromptSampler(len(PROMPTS), WANTED, seed=1))
 
 
 def some(prompt: int) -> int:

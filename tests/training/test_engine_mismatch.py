@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from megatron_bicc.rollout.types import Group, Request, Sampling
 from megatron_bicc.startup import Inputs
 from megatron_bicc.train import Trainer
 from megatron_bicc.training.learner import Learner
-from megatron_bicc.training.step_metrics import EngineMismatch, MismatchCheck
+from megatron_bicc.training.step_metrics import EngineMismatch, MismatchCheck, current_log_probs
 from megatron_bicc.weights.hf_weights import load_policy
 from megatron_bicc.weights.sync import EngineWeightSync
 
@@ -122,16 +123,27 @@ def test_a_cache_that_drops_tokens(
     inputs = Inputs(config, TOKENIZER, odd, [], [], {}, collector, None)
     sync = EngineWeightSync(policy, engine)
 
-    def step(carried: int = 0) -> None:
+    def step(number: int = 1) -> None:
         trainer = Trainer(inputs, policy, learner, engine, sync)
+        trainer.step = number
         groups = sampled(engine, temperature)
-        trainer.learn(Collected(groups, groups, carried, leftover=0, aborted=0), Stopwatch())
+        trainer.learn(Collected(groups, groups, carried=0, leftover=0, aborted=0), Stopwatch())
 
     step()
     assert not caplog.messages
     engine.model.config.sliding_window = 8
-    step(carried=1)  # sampled with earlier weights: they may differ
+    step(2)  # sampled with the weights of version 0, not 1: they may differ
     before = policy.scheduler.num_steps
     with pytest.raises(EngineMismatch, match="they compute different models"):
         step()
     assert policy.scheduler.num_steps == before
+
+
+def test_only_whole_responses_of_the_newest_version_are_compared() -> None:
+    old_T = np.arange(6, dtype=np.float32)
+    rollouts = SimpleNamespace(offsets_R=np.array([0, 2, 4, 6]))
+    batch = SimpleNamespace(rollouts=rollouts, versions_T=np.array([3, 3, 2, 3, 2, 2], np.int32))
+    update = SimpleNamespace(batch=batch, log_probs=TokenLogProbs(old_T, None, old_T + 1, old_T))
+    (found,) = current_log_probs([update], 3)
+    assert (found.old_T.tolist(), found.rollout_T.tolist()) == ([0, 1], [1, 2])
+    assert current_log_probs([update], 4) == []
