@@ -404,8 +404,9 @@ class RolloutConfig:
 class WeightSyncConfig:
     """Transfer of the policy's weights to the rollout servers after every step."""
 
-    method: Literal["tensor", "disk", "distributed"] = "tensor"
-    """Memory shared with servers of the same host; files that the servers read; or a broadcast to them."""
+    method: Literal["auto", "tensor", "disk", "distributed"] = "auto"
+    """tensor: memory shared with servers of the same host; distributed: a broadcast; disk: files that the
+    servers read; auto: tensor for servers on the sender's host, distributed for the others."""
     bucket_mb: float = setting(512.0, at_least=1, reason="each bucket is one request to every server")
     """Size of a bucket of weights in MiB; a larger tensor gets its own bucket."""
     path: str = ""

@@ -138,7 +138,12 @@ def hf_tensors(chunks: list[PolicyModel], hf_config: PretrainedConfig) -> Iterat
             rule, shape, dtype = table[i]
             here = owner in (None, ep_group.rank())
             mine = here and stage == pp_group.rank()
-            part = own[i].data.contiguous() if mine else torch.empty(shape, dtype=dtype, device=own[0].device)
+            if not mine:
+                part = torch.empty(shape, dtype=dtype, device=own[0].device)
+            elif owner is None:
+                part = own[i].data.contiguous()  # gathered into a copy
+            else:
+                part = own[i].data.clone()  # the receiver of the stream may keep it
             if here:
                 dist.broadcast(part, group=pp_group, group_src=stage)
             if owner is None:
@@ -196,6 +201,11 @@ def _to_hf(
 ) -> Iterator[tuple[str, Tensor]]:
     whole = join(rule.kind, parts, hf_config)
     return zip(rule.hf_names(first_expert), from_whole(rule.kind, whole, hf_config), strict=True)
+
+
+def step_export(output_dir: str, step: int) -> Path:
+    """Returns the directory of the export of a run after a step."""
+    return Path(output_dir) / "exports" / f"step_{step:08d}"
 
 
 def save_hf(
