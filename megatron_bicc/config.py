@@ -415,6 +415,8 @@ class WeightSyncConfig:
     """Write the weights to files at every sync, too, for a server that restarts before the next one."""
     timeout_s: float = setting(600.0, above=0)
     """Timeout in seconds of one request of a sync."""
+    delta: bool = False
+    """Send files of the elements that changed, of bf16 weights, to servers started by the run."""
 
 
 @dataclass
@@ -683,6 +685,11 @@ def check(config: Config, world_size: int) -> None:
         raise UserError(
             "weight_sync.method is 'distributed' and rollout.colocate is true; a broadcast has one process "
             "on a GPU, and there the policy and a server share it: set weight_sync.method=tensor"
+        )
+    if config.weight_sync.delta and config.model.dtype != "bfloat16":
+        raise UserError(
+            "weight_sync.delta is true and model.dtype is 'float32', whose weights change in nearly every "
+            "element at every step; set weight_sync.delta=false"
         )
     if config.model.routing_replay == "engine" and config.rollout.engine == "local":
         raise UserError(

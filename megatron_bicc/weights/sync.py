@@ -9,6 +9,8 @@ while the one before is sent and loaded.
 import concurrent.futures
 import contextlib
 import logging
+import os
+import socket
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,11 +30,14 @@ from megatron_bicc.metrics import waiting_for
 from megatron_bicc.model.policy import Policy
 from megatron_bicc.sglang.client import ServerClient, ServerError
 from megatron_bicc.sglang.pool import ServerPool
+from megatron_bicc.sglang.process import CHANGES_LOADER
+from megatron_bicc.weights.handles import SHARED_MEMORY
 from megatron_bicc.weights.hf_weights import hf_tensors, step_export
 from megatron_bicc.weights.transport import (
     BACKENDS,
     TRANSPORTS,
     Bucket,
+    ChangesTransport,
     Receiver,
     Transport,
     WeightFiles,
@@ -144,6 +149,12 @@ class ServerWeightSync:
         self.expected = expected_shapes(config.model.path, policy.hf_config)
         self.transports = {method: make(pool.portal.call) for method, make in TRANSPORTS.items()}
         """By method. Each server has one of them"""
+        self.changes: ChangesTransport | None = None
+        if settings.delta and pool.own:
+            directory = root.parent if settings.method == "disk" else SHARED_MEMORY
+            self.changes = ChangesTransport(
+                pool.portal.call, directory / f"bicc_changes_{socket.gethostname()}_{os.getpid()}"
+            )
         self.pool = pool
         self.version = -1
         """Version of the latest `push`"""
@@ -228,7 +239,7 @@ class ServerWeightSync:
     def close(self) -> None:
         """Leaves the servers' process group and removes the files."""
         self.pool.pause()  # no health check may read the files any more
-        for transport in self.transports.values():
+        for transport in (*self.transports.values(), *([self.changes] if self.changes else [])):
             transport.close()
         self.files.remove()
         with contextlib.suppress(OSError):  # other processes may have files in it
@@ -272,10 +283,15 @@ class ServerWeightSync:
 
     def _groups(self, receivers: list[Receiver]) -> list[tuple[Transport, list[Receiver]]]:
         """Returns each transport that live receivers use, with them."""
-        by_method: dict[str, list[Receiver]] = {}
+        found: dict[Transport, list[Receiver]] = {}
         for receiver in live(receivers):
-            by_method.setdefault(self.methods[receiver.client.url], []).append(receiver)
-        return [(self.transports[method], group) for method, group in by_method.items()]
+            found.setdefault(self._transport(receiver), []).append(receiver)
+        return list(found.items())
+
+    def _transport(self, receiver: Receiver) -> Transport:
+        url = receiver.client.url
+        takes_changes = self.changes and url in self.changes.takers
+        return self.changes if takes_changes else self.transports[self.methods[url]]
 
     async def _restore_or_reason(self, client: ServerClient) -> str:
         try:
@@ -292,6 +308,8 @@ class ServerWeightSync:
             return {}, []
         try:
             with waiting_for(f"the weights of version {version} to reach {len(receivers)} servers"):
+                if self.changes:
+                    self.changes.begin()
                 each(run, receivers, self._begin)
                 self._stream(receivers, cut, version)
                 probes = each(run, receivers, lambda receiver: self._complete(receiver, version))
@@ -305,15 +323,28 @@ class ServerWeightSync:
     async def _begin(self, receiver: Receiver) -> None:
         """Pauses a server. Raises ServerError."""
         found = str((await receiver.client.model_info())["weight_version"])
+        if await self._takes_changes(receiver, found):
+            self.changes.takers.add(receiver.client.url)
         # what a server with other weights than the last sync's generates and caches is of no use
         mode = self.pool.pause_mode if found == self.pool.version else "abort"
-        await receiver.begin(self.transports[self.methods[receiver.client.url]].explicit, mode)
+        await receiver.begin(self._transport(receiver).explicit, mode)
+
+    async def _takes_changes(self, receiver: Receiver, found: str) -> bool:
+        """Returns whether a server, whose weight version is `found`, can apply changes of the last sync's."""
+        client = receiver.client
+        if self.changes is None or self.methods[client.url] == "distributed":
+            return False
+        loaders = (await client.server_info()).get("custom_weight_loader") or []
+        return CHANGES_LOADER in loaders and found == str(self.changes.version)
 
     def _stream(self, receivers: list[Receiver], cut: Iterator[Bucket], version: int) -> None:
         """Sends the buckets: one is on its way while the next one is gathered."""
         settings = self._config.weight_sync
         self._checksums = self._new_checksums(receivers)
-        writes_files = settings.keep_files or settings.method == "disk"
+        used = {transport for transport, _ in self._groups(receivers)}
+        writes_files = settings.keep_files or self.transports["disk"] in used
+        if self.changes:
+            self.changes.version = None
         self.files.remove()
         if writes_files:
             self.files.start()
@@ -326,6 +357,8 @@ class ServerWeightSync:
             if sending:
                 sending.result()
         self.version = version
+        if self.changes:
+            self.changes.version = version
         directory = self.files.finish(version) if writes_files else None
         for transport, group in self._groups(receivers):
             transport.finish(group, directory)
@@ -351,7 +384,10 @@ class ServerWeightSync:
     ) -> None:
         """Sends a bucket by all transports at once, and frees it. Its checksums are computed meanwhile."""
         groups = self._groups(receivers)
-        for transport, _ in groups:
+        staging = {transport for transport, _ in groups}
+        if self.changes:
+            staging.add(self.changes)
+        for transport in staging:
             transport.stage(bucket)
         if not any(transport.needs_device for transport, _ in groups):
             bucket.keep_host()
@@ -374,6 +410,9 @@ class ServerWeightSync:
         await receiver.end()
         unequal = await self._compare_checksums(receiver)
         await receiver.resume(version)
+        return await self._probe(receiver, unequal)
+
+    async def _probe(self, receiver: Receiver, unequal: set[str]) -> Probe:
         temperature, vocabulary = self._config.rollout.temperature, self._policy.hf_config.vocab_size
         return await probe(receiver, temperature, vocabulary, unequal)
 

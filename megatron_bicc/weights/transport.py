@@ -11,6 +11,7 @@ cuts the stream into buckets and sends each bucket by the transport of each serv
 import asyncio
 import base64
 import contextlib
+import pickle
 import shutil
 import socket
 import subprocess
@@ -33,6 +34,8 @@ from megatron_bicc.config import PauseMode
 from megatron_bicc.errors import UserError
 from megatron_bicc.files import remove_at_end
 from megatron_bicc.sglang.client import ServerClient, ServerError, ServerRefusal, ServerUnavailable
+from megatron_bicc.sglang.process import CHANGES_LOADER
+from megatron_bicc.weights.changes import LastWeights, write_changes
 from megatron_bicc.weights.handles import FlatBucket, SharedMemory, flatten
 from megatron_bicc.weights.hf_files import SafetensorsDirectory, copy_side_files, write_file, write_index
 
@@ -358,6 +361,71 @@ def tensor_request(payloads: list[bytes]) -> dict[str, Any]:
         "load_format": "flattened_bucket",
         "flush_cache": False,
     }
+
+
+class ChangesTransport:
+    """Writes the elements of each bucket that changed to a file that the servers read.
+
+    They must see it under the same path, must have been started with CHANGES_LOADER, and must have the
+    version that was sent last.
+    """
+
+    explicit, needs_device = True, False
+
+    def __init__(self, run: PortalCall, root: Path) -> None:
+        """root: directory of the file, removed when this process ends."""
+        self.version: int | None = None
+        """Version of the weights that were staged last; None while they are of two"""
+        self.takers: set[str] = set()
+        """URLs of the servers that get only what changed, in this sync"""
+        self.nbytes = 0
+        """Bytes of the files of this sync"""
+        self._run = run
+        self._root = root
+        self._last = LastWeights()
+        self._remover: subprocess.Popen | None = None
+
+    def stage(self, bucket: Bucket) -> None:
+        """Finds the changes, also for the next sync's, and writes them if a server takes them.
+
+        Raises WeightSyncError if the file cannot be written.
+        """
+        changes = self._last.changes(bucket.host)
+        if not self.takers:
+            return
+        with _writing():
+            if self._remover is None:
+                self._root.mkdir(parents=True, exist_ok=True)
+                self._remover = remove_at_end(self._root)
+            self.nbytes += write_changes(self._file, changes)
+
+    def send(self, receivers: list[Receiver], bucket: Bucket) -> None:
+        """Makes every live server apply the file."""
+        payload = base64.b64encode(pickle.dumps([(str(self._file.absolute()), torch.empty(0))])).decode()
+
+        async def post(receiver: Receiver) -> None:
+            body = {"serialized_named_tensors": [payload] * receiver.tensor_parallel, "flush_cache": False}
+            await receiver.post(TensorTransport.path, body | {"load_format": CHANGES_LOADER})
+
+        each(self._run, receivers, post)
+
+    def finish(self, receivers: list[Receiver], directory: Path | None) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Removes the file."""
+        if self._remover:
+            self._remover.communicate()
+            self._remover = None
+
+    def begin(self) -> None:
+        """Starts a sync, in which no server takes changes yet."""
+        self.takers.clear()
+        self.nbytes = 0
+
+    @property
+    def _file(self) -> Path:
+        return self._root / "changes.safetensors"
 
 
 class DiskTransport:
