@@ -224,6 +224,7 @@ TESTS: dict[str, str] = {
     "weight_sync.method": SYNC,
     "weight_sync.bucket_mb": SYNC,
     "weight_sync.path": SYNC,
+    "weight_sync.delta": "weights/test_weight_sync_layouts.py::test_servers_of_two_sizes",
     "weight_sync.timeout_s": "weights/test_weight_sync_scripted.py::test_a_request_of_a_sync_has_its_timeout",
     "weight_sync.keep_files": "weights/test_weight_sync_servers.py::test_a_restarted_server_needs_the_files",
     "reward.verifier": "driver/test_bad_input.py::test_setting",

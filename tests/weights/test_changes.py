@@ -1,12 +1,15 @@
 """Tests the file of changed weights: what is in it, and what a server makes of it."""
 
+import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from megatron_bicc.config import Config
 from megatron_bicc.sglang.in_server.bicc_weights import apply_changes
+from megatron_bicc.sglang.process import _command, _environment
 from megatron_bicc.weights.changes import LastWeights, write_changes
 
 
@@ -63,6 +66,15 @@ def test_a_server_has_the_weights_after_any_changes(tmp_path: Path) -> None:
         if step == 3:
             assert found == {"norm"}
     assert torch.Tensor.copy_ is torch.Tensor.__dict__.get("copy_", torch._C.TensorBase.copy_)
+
+
+def test_a_server_of_the_run_finds_the_loader() -> None:
+    config = Config()
+    for config.weight_sync.delta in (False, True):
+        path = _environment(config, 0).get("PYTHONPATH", "").split(os.pathsep)
+        assert (Path(path[0], "bicc_weights.py").exists() and path[0] != "") == config.weight_sync.delta
+        arguments = _command(config, "http://127.0.0.1:1", seed=1)
+        assert ("bicc_weights.apply_changes" in arguments) == config.weight_sync.delta
 
 
 def test_later_weights_do_not_reach_back() -> None:

@@ -47,7 +47,9 @@ def path(model_dirs: dict[str, Path]) -> Path:
 def servers(path: Path) -> Iterator[list[SglangServer]]:
     """TP=2 and TP=1; they start while the trainers do."""
     both = [
-        SglangServer(path, path.parent / f"server{size}.log", tensor_parallel=size, routing=size == 2)
+        SglangServer(
+            path, path.parent / f"server{size}.log", tensor_parallel=size, routing=size == 2, changes=True
+        )
         for size in (2, 1)
     ]
     for server in both:
@@ -88,7 +90,7 @@ def test_layouts_and_a_trainer_killed_in_mid_sync(
     assert np.abs(log_probs - hf_log_probs(model, TOKENS)).max() < 1e-4
 
 
-def test_servers_of_different_tensor_parallel_sizes(
+def test_servers_of_two_sizes(
     servers: list[SglangServer], model: PreTrainedModel, path: Path, single_process: None, tmp_path: Path
 ) -> None:
     """In one sync; each rank of each server has the right parameters."""
@@ -108,6 +110,25 @@ def test_servers_of_different_tensor_parallel_sizes(
             assert found == str(version)
             assert np.abs(log_probs - hf_log_probs(model, TOKENS)).max() < 1e-4
         sync.close()
+
+    config.weight_sync.method, config.weight_sync.delta = "auto", True
+    sync = make_sync(config, learner, pool)
+    whole = sync.sync(40)
+    assert not sync.changes.takers
+    for method, version in (("tensor", 41), ("disk", 42)):
+        for module in learner.policy.modules:
+            for parameter in module.parameters():
+                parameter.data.view(-1)[version % 9 :: 50] += 0.02
+        sync._confirmed.clear()  # compares all parameters
+        sync.methods = dict.fromkeys(urls, method)
+        assert sync.sync(version) == whole and not pool.reasons()
+        assert sync._confirmed == {(2, torch.float32), (1, torch.float32)}
+        assert sync.changes.takers == set(urls)
+        assert 0 < sync.changes.nbytes < whole / 8
+    pool.portal.call(pool.own[0].post, "/update_weight_version", {"new_version": "41"})
+    assert sync.sync(43) == whole and not pool.reasons()
+    assert sync.changes.takers == {urls[1]}
+    sync.close()
     pool.close()
 
 
