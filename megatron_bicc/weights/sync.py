@@ -176,7 +176,7 @@ class ServerWeightSync:
         self.pool.pause()  # a health check must not restore a server while its weights change
         self.pool.expect(str(version))
         dist.barrier()  # every process does so before a server is paused, and answers with this version
-        stream = Measured(hf_tensors(self._policy.modules, self._policy.hf_config))
+        stream = Measured(hf_tensors(self._policy.modules, self._policy.hf_config, views=True))
         with device.megatron():
             failed = self.push(iter(stream), version)
         self.pool.hold(str(version), failed)
@@ -192,7 +192,9 @@ class ServerWeightSync:
         """
         capacity = int(self._config.weight_sync.bucket_mb * 2**20)
         stream = checked(tensors, self.expected)
-        cut = in_step(buckets(stream, capacity, holds=bool(self.pool.own)))
+        # parameters do not change before all buckets have been sent
+        parameters = {p.untyped_storage().data_ptr() for m in self._policy.modules for p in m.parameters()}
+        cut = in_step(buckets(stream, capacity, bool(self.pool.own), parameters))
         with raised_on_all_ranks(WeightSyncError):
             try:
                 failed, probes = self._deliver(cut, version)

@@ -16,7 +16,7 @@ import shutil
 import socket
 import subprocess
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -134,11 +134,17 @@ def checked(
         raise WeightSyncError(f"weight sync: missing tensors: {', '.join(sorted(missing))}")
 
 
-def buckets(tensors: Iterable[tuple[str, Tensor]], capacity: int, holds: bool = True) -> Iterator[Bucket]:
+def buckets(
+    tensors: Iterable[tuple[str, Tensor]],
+    capacity: int,
+    holds: bool = True,
+    lasting: Container[int] = frozenset(),
+) -> Iterator[Bucket]:
     """Yields the stream in order, in buckets of at most `capacity` bytes; a larger tensor is its own bucket.
 
     The caller clears a bucket that has been sent. holds: False for empty buckets, which end at the same
-    tensors, on a process that sends nothing.
+    tensors, on a process that sends nothing. lasting: pointers of storages that outlive the buckets, whose
+    views are not copied.
     """
     held: list[tuple[str, Tensor]] = []
     size = 0
@@ -147,7 +153,7 @@ def buckets(tensors: Iterable[tuple[str, Tensor]], capacity: int, holds: bool = 
             yield Bucket(held)
             held, size = [], 0
         if holds:
-            held.append((name, _own_storage(tensor)))
+            held.append((name, _own_storage(tensor, lasting)))
         size += tensor.nbytes
     if size:
         yield Bucket(held)
@@ -165,10 +171,11 @@ def in_step(cut: Iterable[Bucket]) -> Iterator[Bucket]:
         dist.barrier()
 
 
-def _own_storage(tensor: Tensor) -> Tensor:
-    """Copies a view, which would keep the larger tensor in memory."""
-    owns_all = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if owns_all else tensor.clone(memory_format=torch.contiguous_format)
+def _own_storage(tensor: Tensor, lasting: Container[int]) -> Tensor:
+    """Copies a view that would keep a larger tensor in memory, or that is not contiguous."""
+    storage = tensor.untyped_storage()
+    stays = storage.nbytes() == tensor.nbytes or storage.data_ptr() in lasting
+    return tensor if stays and tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
 
 
 # ---- The servers

@@ -64,12 +64,17 @@ def test_buckets_hold_the_stream_in_order_and_no_more_than_their_size() -> None:
 
 
 def test_a_bucket_keeps_no_storage_but_its_own() -> None:
+    """Views of storages that stay anyway are not copied."""
     whole = torch.arange(1000)
     (bucket,) = buckets([("row", whole[:10]), ("column", whole.view(10, 100)[:, 3])], 10**6)
     assert [t.untyped_storage().nbytes() for _, t in bucket.tensors] == [80, 80]
     assert bucket.tensors[1][1].tolist() == list(range(3, 1000, 100))
     bucket.clear()
     assert not bucket.tensors
+    lasting = {whole.untyped_storage().data_ptr()}
+    (bucket,) = buckets([("row", whole[:10]), ("column", whole.view(10, 100)[:, 3])], 10**6, lasting=lasting)
+    assert bucket.tensors[0][1].data_ptr() == whole.data_ptr()
+    assert bucket.tensors[1][1].is_contiguous() and bucket.tensors[1][1].data_ptr() != whole[3:].data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -331,7 +336,7 @@ def tiny_config(directory: Path, **weight_sync: object) -> Config:
 
 
 def tiny_policy(config: Config) -> SimpleNamespace:
-    return SimpleNamespace(hf_config=AutoConfig.from_pretrained(config.model.path))
+    return SimpleNamespace(hf_config=AutoConfig.from_pretrained(config.model.path), modules=[])
 
 
 @pytest.mark.usefixtures("single_process")

@@ -71,7 +71,7 @@ def sync_to(urls: list[str], directory: Path, **weight_sync: object) -> Iterator
     """Yields the tiny policy's weight sync. The policy's log-probs are those of SAMPLE."""
     settings = WeightSyncConfig(**weight_sync)
     config = Config(output_dir=str(directory), model=ModelConfig(str(MODEL)), weight_sync=settings)
-    policy = SimpleNamespace(hf_config=AutoConfig.from_pretrained(MODEL))
+    policy = SimpleNamespace(hf_config=AutoConfig.from_pretrained(MODEL), modules=[])
 
     def log_probs(groups: list[TokenGroup]) -> np.ndarray:
         return np.full(sum(len(ids) for group in groups for ids in group.responses), -1, np.float32)
@@ -234,7 +234,7 @@ class Joining:
 @pytest.mark.parametrize("fault", ["never answers", "is killed"])
 def test_a_server_that_dies_while_joining_is_left_out(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other has waited for it in the same group: it gets the weights in another one. Without a bound of
-    its own, joining would take the timeout of the requests."""
+    its own, joining would take the timeout of the requests; that is the bound of the broadcast, though."""
     assert transport.JOIN_S + transport.CONNECT_S + transport.ABANDON_S <= 30
     for name in ("JOIN_S", "CONNECT_S", "ABANDON_S"):
         monkeypatch.setattr(transport, name, 2.0)
@@ -248,9 +248,15 @@ def test_a_server_that_dies_while_joining_is_left_out(fault: str, monkeypatch: p
             raise ConnectionError
         over.wait(60)
 
-    sent = [("a", torch.rand(3)), ("b", torch.rand(2, 2).bfloat16())]
+    def slow(path: str, body: dict[str, Any]) -> dict[str, Any] | None:
+        if path == "/update_weights_from_distributed":
+            time.sleep(transport.JOIN_S + 1)
+        return good.answer(path, body)
+
+    # more than a connection buffers, so that the broadcast waits for the server
+    sent = [("a", torch.rand(3)), ("b", torch.rand(2, 2).bfloat16()), ("c", torch.rand(2**24))]
     with (
-        serving(good.answer) as url,
+        serving(slow) as url,
         serving(dying) as lost,
         closing(ServerPool([], [], Config().rollout.sglang)) as pool,
     ):
@@ -266,7 +272,7 @@ def test_a_server_that_dies_while_joining_is_left_out(fault: str, monkeypatch: p
     assert receivers[0].error is None and isinstance(receivers[1].error, ServerUnavailable)
     assert good.worlds == [3, 2]
     assert asked == ["/init_weights_update_group"]
-    assert good.received.keys() == {"a", "b"}
+    assert good.received.keys() == {"a", "b", "c"}
     assert all(torch.equal(good.received[name], tensor) for name, tensor in sent)
 
 

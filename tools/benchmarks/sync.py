@@ -222,7 +222,7 @@ def _config(directory: Path, a: argparse.Namespace) -> Config:
 
 def _stream(learner: Learner) -> Iterator[tuple[str, torch.Tensor]]:
     with device.megatron():
-        yield from hf_tensors(learner.policy.modules, learner.policy.hf_config)
+        yield from hf_tensors(learner.policy.modules, learner.policy.hf_config, views=True)
 
 
 @contextmanager
