@@ -67,10 +67,13 @@ def serving(answer: Answer) -> Iterator[str]:
 
 
 @contextmanager
-def sync_to(urls: list[str], directory: Path, **weight_sync: object) -> Iterator[ServerWeightSync]:
+def sync_to(
+    urls: list[str], directory: Path, colocate: bool = False, **weight_sync: object
+) -> Iterator[ServerWeightSync]:
     """Yields the tiny policy's weight sync. The policy's log-probs are those of SAMPLE."""
     settings = WeightSyncConfig(**weight_sync)
     config = Config(output_dir=str(directory), model=ModelConfig(str(MODEL)), weight_sync=settings)
+    config.rollout.colocate = colocate
     policy = SimpleNamespace(hf_config=AutoConfig.from_pretrained(MODEL), modules=[])
 
     def log_probs(groups: list[TokenGroup]) -> np.ndarray:
@@ -189,6 +192,11 @@ def test_a_server_of_another_host_cannot_read_this_ones_memory(host: str, tmp_pa
     with (
         pytest.raises(UserError, match=f"method is tensor, but rollout server {url} is on another.*=auto"),
         sync_to([url], tmp_path, method="tensor"),
+    ):
+        pass
+    with (
+        pytest.raises(UserError, match=f"rollout.colocate is true, but rollout server {url} is on another"),
+        sync_to([url], tmp_path, colocate=True),
     ):
         pass
 
