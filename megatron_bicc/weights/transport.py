@@ -51,7 +51,10 @@ ABANDON_S = 10.0
 JOIN_S = 15.0
 """Seconds in which all servers must have joined a process group, before those that wait for others give up"""
 CONNECT_S = 5.0
-"""Seconds in which the other servers connect to the rendezvous store, when one has failed to join"""
+"""Seconds in which the other servers connect to the rendezvous store, when one has failed to join.
+
+A server that finds the store closed before it has connected would try again for half an hour.
+"""
 Result = TypeVar("Result")
 
 
@@ -576,7 +579,7 @@ class BroadcastGroup:
         self._process_group: dist.ProcessGroup | None = None
 
     def join(self) -> list[ServerError | None]:
-        """Creates the group with all servers, or gives up after JOIN_S. Returns each server's failure.
+        """Creates the group with all servers. Returns each server's failure.
 
         A server that can't join is an error of that server; those that waited for it have a ServerRefusal.
         """
@@ -586,7 +589,7 @@ class BroadcastGroup:
             unreachable = ServerUnavailable(self.urls[-1], "", f"no connection: {error}")
             return [*[None] * (len(self.urls) - 1), unreachable]
         self._store = _store(address, self._world_size())
-        posts = []
+        posts, most_s = [], JOIN_S + CONNECT_S + ABANDON_S
         for i, client in enumerate(self.clients):
             body = {
                 "master_address": address,
@@ -596,8 +599,8 @@ class BroadcastGroup:
                 "group_name": self.name,
                 "backend": self.backend,
             }
-            posts.append(client.post("/init_weights_update_group", body, JOIN_S + ABANDON_S))
-        return self._run(self._together, partial(self._make, address, self._store.port), posts, JOIN_S)
+            posts.append(client.post("/init_weights_update_group", body, most_s))
+        return self._run(self._together, partial(self._make, address, self._store.port), posts, CONNECT_S)
 
     def broadcast(self, receivers: list[Receiver], bucket: Bucket) -> list[ServerError | None]:
         """Sends every tensor to all servers. Returns each server's failure."""
@@ -617,23 +620,18 @@ class BroadcastGroup:
         self._drop()
 
     async def _together(
-        self, work: Callable[[], None], posts: list[Awaitable[Any]], within_s: float | None = None
+        self, work: Callable[[], None], posts: list[Awaitable[Any]], grace_s: float = 0
     ) -> list[ServerError | None]:
         """Runs `work` in a thread, concurrently with the requests that need it. Returns each one's failure.
 
         Each side waits for the other, so a failure on one must end the other: aborting the group ends `work`,
-        dropping its connections ends the requests. That is also done when `within_s` seconds have passed.
-        within_s: of joining; None for a broadcast.
+        dropping its connections ends the requests. grace_s: seconds between a failure and that.
         """
         thread = asyncio.ensure_future(asyncio.to_thread(work))
         requests = [asyncio.ensure_future(post) for post in posts]
-        done, waiting = await asyncio.wait(
-            [thread, *requests], timeout=within_s, return_when=asyncio.FIRST_EXCEPTION
-        )
-        if waiting or any(task.exception() for task in done):
-            if within_s and any(task.exception() for task in done):
-                # a server that finds the store closed before it has connected tries again for half an hour
-                await asyncio.wait([thread, *requests], timeout=CONNECT_S)
+        done, _ = await asyncio.wait([thread, *requests], return_when=asyncio.FIRST_EXCEPTION)
+        if any(task.exception() for task in done):
+            await asyncio.wait([thread, *requests], timeout=grace_s)
             self._abort()
             await asyncio.wait([thread])  # the group must not be destroyed while the thread is still in it
             self._drop()
