@@ -126,7 +126,7 @@ CHECKER = "/weights_checker"
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\.(\w+)\.weight")
 
 
-SHARES = 4
+SHARES = 8
 """Syncs after which every parameter has been compared"""
 
 

@@ -39,7 +39,8 @@ def test_bytes_rates_and_peak_memory(tmp_path: Path) -> None:
         found = figures[method]
         assert found["gb_per_s"] == pytest.approx(figures["bytes"] / found["seconds"] / 1e9)
         assert 0 < found["transport"] + found["checksums"] + found["probe"] < found["seconds"]
-        assert bucket < found["peak_bytes"] < 2 * bucket + SLACK < figures["bytes"] / 2, method
+        # one process: its buckets are views of the parameters
+        assert 0 < found["peak_bytes"] < 2 * bucket + SLACK < figures["bytes"] / 2, method
         assert f"{method:12} seconds" in done.stdout
     copies = (figures["tensor"]["transport"] - load) / plain["memory"]
     assert figures["ratios"]["tensor: memory copies beside the load"] == pytest.approx(copies)
