@@ -140,10 +140,10 @@ class ServerWeightSync:
         Collective.
         """
         settings = config.weight_sync
-        self.methods = {client.url: _method(settings.method, client.url) for client in pool.own}
+        self.methods: dict[str, str] = {}
         """Of this process's servers, by URL"""
         with raised_on_all_ranks(UserError):
-            self._check_servers(config)
+            self._choose_methods(config, pool)
         root = Path(settings.path or Path(config.output_dir) / "rollout_weights")
         self.files = WeightFiles(root / f"rank_{dist.get_rank()}", Path(config.model.path))
         self.expected = expected_shapes(config.model.path, policy.hf_config)
@@ -258,8 +258,11 @@ class ServerWeightSync:
                 return exported
         return None
 
-    def _check_servers(self, config: Config) -> None:
-        for url, method in self.methods.items():
+    def _choose_methods(self, config: Config, pool: ServerPool) -> None:
+        """Chooses the methods of servers without one, and logs them. Raises UserError."""
+        unknown = [client.url for client in pool.own if client.url not in self.methods]
+        chosen = {url: _method(config.weight_sync.method, url) for url in unknown}
+        for url, method in chosen.items():
             if method == "tensor" and not on_this_host(url):
                 raise UserError(
                     f"weight_sync.method is tensor, but rollout server {url} is on another host and cannot "
@@ -270,18 +273,19 @@ class ServerWeightSync:
                     f"rollout.colocate is true, but rollout server {url} is on another host than the process "
                     "that sends it weights; start it on that host, or set rollout.colocate=false"
                 )
-        used = set(self.methods.values())
+        used = set(chosen.values())
         uses_nccl = "distributed" in used and BACKENDS[device.device().type] == "nccl"
         if uses_nccl and config.rollout.launch == "spawn":
             check_nccl(config.rollout.sglang.python)
         by_method = {
-            method: ", ".join(url for url, chosen in self.methods.items() if chosen == method)
+            method: ", ".join(url for url, found in chosen.items() if found == method)
             for method in sorted(used)
         }
         if used:
             log.info(
                 "weight sync: %s", "; ".join(f"{method} to {urls}" for method, urls in by_method.items())
             )
+        self.methods |= chosen
 
     def _groups(self, receivers: list[Receiver]) -> list[tuple[Transport, list[Receiver]]]:
         """Returns each transport that live receivers use, with them."""
@@ -308,6 +312,10 @@ class ServerWeightSync:
         receivers = [Receiver(client, self._config.weight_sync.timeout_s) for client in self.pool.own]
         if not receivers:
             return {}, []
+        try:
+            self._choose_methods(self._config, self.pool)  # of workers that have joined a router
+        except UserError as error:
+            raise WeightSyncError(str(error)) from error
         try:
             with waiting_for(f"the weights of version {version} to reach {len(receivers)} servers"):
                 if self.changes:

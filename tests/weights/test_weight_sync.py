@@ -461,7 +461,7 @@ def test_every_process_knows_the_version_before_servers_generate_with_it(
     config = tiny_config(tmp_path, method="disk")
     seen: list[tuple[str, bool, bool]] = []
     with closing(ServerPool(["http://127.0.0.1:9"], [], config.rollout.sglang)) as pool:
-        policy = SimpleNamespace(**vars(tiny_policy(config)), modules=[], check_weights=lambda: None)
+        policy = SimpleNamespace(**vars(tiny_policy(config)), check_weights=lambda: None)
         sync = ServerWeightSync(config, policy, pool, no_log_probs)
 
         def note(what: str) -> dict:

@@ -31,7 +31,8 @@ from megatron_bicc.weights.verify import TokenGroup
 MODEL = Path(__file__).parents[2] / "examples/tiny_policy"
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("single_process")]
 Answer = Callable[[str, dict[str, Any]], dict[str, Any] | None]
-INFO = {"tp_size": 1, "dtype": "float32", "paths": {}}
+INFO = {"tp_size": 1, "dtype": "float32", "paths": {}, "model_path": "", "architectures": None}
+INFO["weight_version"] = "0"
 SAMPLE = {"meta_info": {"output_token_logprobs": [[-1.0, 3, None]] * 2}}
 
 
@@ -181,6 +182,24 @@ def test_auto_is_memory_on_this_host_and_a_broadcast_elsewhere(
     assert joined.received.keys() == names
     (line,) = [line for line in caplog.messages if line.startswith("weight sync: ")]
     assert line == f"weight sync: distributed to {other}; tensor to {url}"
+
+
+def test_a_worker_that_joins_a_router_gets_its_own_method(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its method is chosen at the first sync that it takes part in."""
+    loaded: list[str] = []
+
+    def answer(path: str, body: dict[str, Any]) -> Any:
+        if path == "/update_weights_from_tensor":
+            loaded.append(path)
+        return [SAMPLE, SAMPLE] if path == "/generate" else None
+
+    with serving(answer) as url, sync_to([], tmp_path) as sync, caplog.at_level(logging.INFO):
+        sync.pool.own = [ServerClient(url)]
+        assert sync.push(iter(zeros(sync)), 1) == {}
+        sync.pool.portal.call(sync.pool.own[0].aclose)
+    assert loaded and f"weight sync: tensor to {url}" in caplog.messages
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
