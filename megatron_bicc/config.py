@@ -404,8 +404,9 @@ class RolloutConfig:
 class WeightSyncConfig:
     """Transfer of the policy's weights to the rollout servers after every step."""
 
-    method: Literal["tensor", "disk", "distributed"] = "tensor"
-    """Memory shared with servers of the same host; files that the servers read; or a broadcast to them."""
+    method: Literal["auto", "tensor", "disk", "distributed"] = "auto"
+    """tensor: memory shared with servers of the same host; distributed: a broadcast; disk: files that the
+    servers read; auto: tensor for servers on the sender's host, distributed for the others."""
     bucket_mb: float = setting(512.0, at_least=1, reason="each bucket is one request to every server")
     """Size of a bucket of weights in MiB; a larger tensor gets its own bucket."""
     path: str = ""
@@ -414,6 +415,8 @@ class WeightSyncConfig:
     """Write the weights to files at every sync, too, for a server that restarts before the next one."""
     timeout_s: float = setting(600.0, above=0)
     """Timeout in seconds of one request of a sync."""
+    delta: bool = False
+    """Send files of the elements that changed, of bf16 weights, to servers started by the run."""
 
 
 @dataclass
@@ -682,6 +685,11 @@ def check(config: Config, world_size: int) -> None:
         raise UserError(
             "weight_sync.method is 'distributed' and rollout.colocate is true; a broadcast has one process "
             "on a GPU, and there the policy and a server share it: set weight_sync.method=tensor"
+        )
+    if config.weight_sync.delta and config.model.dtype != "bfloat16":
+        raise UserError(
+            "weight_sync.delta is true and model.dtype is 'float32', whose weights change in nearly every "
+            "element at every step; set weight_sync.delta=false"
         )
     if config.model.routing_replay == "engine" and config.rollout.engine == "local":
         raise UserError(

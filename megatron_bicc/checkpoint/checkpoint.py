@@ -46,7 +46,7 @@ from megatron_bicc.config import Config
 from megatron_bicc.errors import NotFiniteError, UserError, first_line
 from megatron_bicc.metrics import waiting_for
 from megatron_bicc.model.policy import Policy
-from megatron_bicc.weights.hf_weights import save_hf
+from megatron_bicc.weights.hf_weights import save_hf, step_export
 
 PROGRESS, LATEST, PARTIAL = "progress.json", "latest", ".partial"
 _SHARDING = {
@@ -369,8 +369,9 @@ def export_step(policy: Policy, config: Config, step: int) -> None:
 
     Raises CheckpointError if it cannot be written.
     """
-    root = Path(config.output_dir) / "exports"
-    export(policy, config, root / f"step_{step:08d}")
+    target = step_export(config.output_dir, step)
+    root = target.parent
+    export(policy, config, target)
     if dist.get_rank() == 0:
         whole = sorted(p for p in root.iterdir() if re.fullmatch(r"step_\d{8}", p.name))
         for old in whole[: -config.export.keep]:

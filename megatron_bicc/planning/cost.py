@@ -170,7 +170,7 @@ class Memory:
     shared_keys: int
     """Keys and values of one layer that context ranks gather, and their gradients, while it is computed"""
     sync_bucket: int
-    """A bucket of whole tensors that is sent to the rollout servers"""
+    """Buckets of whole tensors: one is sent to the rollout servers, the next one is gathered"""
     reserve: int
 
     @property
@@ -236,10 +236,10 @@ def _shared_keys(sizes: Sizes, config: Config, rows: int) -> int:
 
 
 def _sync_bucket(sizes: Sizes, config: Config) -> int:
-    """Returns bytes of a bucket, or of the largest whole tensor and the parts that it is gathered from."""
+    """Returns bytes of two buckets, each at least the largest whole tensor, and the parts of one tensor."""
     element = element_bytes(config)
     largest = element * sizes.hidden * max(sizes.vocabulary, 2 * sizes.ffn)
-    return int(max(config.weight_sync.bucket_mb * 2**20, largest)) + largest
+    return 2 * int(max(config.weight_sync.bucket_mb * 2**20, largest)) + largest
 
 
 @dataclass(frozen=True)
@@ -427,7 +427,7 @@ def _context(sizes: Sizes, config: Config, work: Work, again: int) -> int:
 
 
 def sync_seconds(traffic: Traffic, sizes: Sizes, config: Config, cluster: Cluster, world_size: int) -> float:
-    """Returns seconds of a weight sync by weight_sync.method.
+    """Returns seconds of a weight sync by weight_sync.method; auto is a broadcast to attached servers.
 
     Every rank first gets each whole tensor: from the tensor-parallel ranks, of experts from the
     expert-parallel ranks, and from the pipeline stage that holds it.
@@ -442,4 +442,5 @@ def sync_seconds(traffic: Traffic, sizes: Sizes, config: Config, cluster: Cluste
         "disk": cluster.files,
         "distributed": cluster.sync_link,
     }
+    send["auto"] = send["tensor" if config.rollout.launch == "spawn" else "distributed"]
     return gather + whole / send[config.weight_sync.method]

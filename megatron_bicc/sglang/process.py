@@ -24,6 +24,9 @@ COLOCATED_FRACTION = 0.8
 What remains holds its CUDA graphs and activations (SGLang's own reserve is 10 GiB of an 80 GB GPU, about as
 much as a fifth of what the policy leaves there) and, while it does not generate, a weight sync's buckets.
 """
+IN_SERVER = Path(__file__).with_name("in_server")
+"""Modules that servers import"""
+CHANGES_LOADER = "bicc_weights.apply_changes"
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 EVERY_NODE = "0.0.0.0"
 """Value of rollout.sglang.host for the node's own address; the server does not bind to all interfaces"""
@@ -75,6 +78,8 @@ def _command(config: Config, url: str, seed: int) -> list[str]:
     given += ["--random-seed", str(seed), "--log-level-http", "warning"]
     if config.model.routing_replay == "engine":
         given.append(ROUTING_ARGUMENT)
+    if config.weight_sync.delta:
+        given += ["--custom-weight-loader", CHANGES_LOADER]
     if config.rollout.colocate and device.has_cuda():
         given += ["--enable-memory-saver", "--mem-fraction-static", str(COLOCATED_FRACTION)]
     if not device.has_cuda():
@@ -96,6 +101,8 @@ def _environment(config: Config, index: int) -> dict[str, str]:
         if name in env:
             kept = [part for part in env.pop(name).split(",") if "expandable_segments" not in part]
             env |= {name: ",".join(kept)} if kept else {}
+    if config.weight_sync.delta:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(IN_SERVER), env.get("PYTHONPATH")]))
     if not device.has_cuda():
         env |= CPU_ENVIRONMENT
     if config.rollout.sglang.gpus:

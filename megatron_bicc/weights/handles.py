@@ -78,6 +78,13 @@ class FlatBucket:
     table: list[SimpleNamespace]
     """Of each tensor: name, shape, dtype, start_idx, end_idx and numel, the last three in bytes"""
 
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """Returns the tensors as views of the buffer."""
+        return [
+            (entry.name, self.buffer[entry.start_idx : entry.end_idx].view(entry.dtype).view(entry.shape))
+            for entry in self.table
+        ]
+
     def payload(self, readers: int = 1) -> bytes:
         """Returns a pickle for that many readers. With more of them torch would remove the memory's file."""
         stream = io.BytesIO()

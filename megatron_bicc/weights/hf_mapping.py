@@ -166,6 +166,8 @@ def join(kind: Kind, parts: list[Tensor], hf_config: PretrainedConfig) -> Tensor
     """Joins the parts of all ranks, in rank order, to the whole form; the inverse of `cut`."""
     if kind == "replicated":
         return parts[0]
+    if len(parts) == 1:  # a view: one copy less
+        return _unflatten(kind, parts[0], hf_config)
     return torch.cat([_unflatten(kind, part, hf_config) for part in parts], dim=CUT_DIMENSION[kind])
 
 

@@ -121,11 +121,14 @@ def _load_tied_output(
 
 
 @torch.no_grad()
-def hf_tensors(chunks: list[PolicyModel], hf_config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
+def hf_tensors(
+    chunks: list[PolicyModel], hf_config: PretrainedConfig, views: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """Yields every Hugging Face tensor of the policy, whole, on every rank, one at a time. Collective.
 
-    The experts of a layer are yielded in order of their index, not of the rank that holds them. All ranks of
-    the tensor-, expert- and pipeline-parallel groups must exhaust the iterator together.
+    views: a tensor that is whole on this rank may be a view of the policy's parameter, not a copy. The
+    experts of a layer are yielded in order of their index, not of the rank that holds them. All ranks of the
+    tensor-, expert- and pipeline-parallel groups must exhaust the iterator together.
     """
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     tp_group = parallel_state.get_tensor_model_parallel_group()
@@ -138,7 +141,13 @@ def hf_tensors(chunks: list[PolicyModel], hf_config: PretrainedConfig) -> Iterat
             rule, shape, dtype = table[i]
             here = owner in (None, ep_group.rank())
             mine = here and stage == pp_group.rank()
-            part = own[i].data.contiguous() if mine else torch.empty(shape, dtype=dtype, device=own[0].device)
+            whole_here = owner is not None or tp_group.size() == 1
+            if not mine:
+                part = torch.empty(shape, dtype=dtype, device=own[0].device)
+            elif whole_here and not views:
+                part = own[i].data.clone()
+            else:
+                part = own[i].data.contiguous()
             if here:
                 dist.broadcast(part, group=pp_group, group_src=stage)
             if owner is None:
@@ -186,6 +195,8 @@ def _in_order(table: Table, expert_parallel: int) -> Iterator[tuple[int | None, 
 
 
 def _gather(part: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    if group.size() == 1:
+        return [part]
     parts = [torch.empty_like(part) for _ in range(group.size())]
     dist.all_gather(parts, part, group=group)
     return parts
@@ -196,6 +207,11 @@ def _to_hf(
 ) -> Iterator[tuple[str, Tensor]]:
     whole = join(rule.kind, parts, hf_config)
     return zip(rule.hf_names(first_expert), from_whole(rule.kind, whole, hf_config), strict=True)
+
+
+def step_export(output_dir: str, step: int) -> Path:
+    """Returns the directory of the export of a run after a step."""
+    return Path(output_dir) / "exports" / f"step_{step:08d}"
 
 
 def save_hf(

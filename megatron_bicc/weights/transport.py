@@ -1,7 +1,7 @@
 """Sends weights to SGLang servers: buckets of whole tensors, the receiving servers, and three transports.
 
 A sync streams whole tensors under their Hugging Face names, checks them against the model's names and shapes,
-cuts the stream into buckets and sends each bucket by a transport:
+cuts the stream into buckets and sends each bucket by the transport of each server:
 
     tensor       in memory of this host that the servers read
     disk         as files of a Hugging Face directory that the server loads at the end
@@ -11,11 +11,12 @@ cuts the stream into buckets and sends each bucket by a transport:
 import asyncio
 import base64
 import contextlib
+import pickle
 import shutil
 import socket
 import subprocess
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _new_process_group_helper, _world
+from torch.distributed.distributed_c10d import _new_process_group_helper, _set_pg_timeout, _world
 from transformers import PretrainedConfig
 
 from megatron_bicc import device
@@ -33,6 +34,8 @@ from megatron_bicc.config import PauseMode
 from megatron_bicc.errors import UserError
 from megatron_bicc.files import remove_at_end
 from megatron_bicc.sglang.client import ServerClient, ServerError, ServerRefusal, ServerUnavailable
+from megatron_bicc.sglang.process import CHANGES_LOADER
+from megatron_bicc.weights.changes import LastWeights, write_changes
 from megatron_bicc.weights.handles import FlatBucket, SharedMemory, flatten
 from megatron_bicc.weights.hf_files import SafetensorsDirectory, copy_side_files, write_file, write_index
 
@@ -45,6 +48,13 @@ INCOMPLETE = "incomplete"
 """Weight version of a server while its weights may be of more than one version"""
 ABANDON_S = 10.0
 """Timeout of the requests that clean up after a failed server"""
+JOIN_S = 15.0
+"""Seconds in which all servers must have joined a process group, before those that wait for others give up"""
+CONNECT_S = 5.0
+"""Seconds in which the other servers connect to the rendezvous store, when one has failed to join.
+
+A server that finds the store closed before it has connected would try again for half an hour.
+"""
 Result = TypeVar("Result")
 
 
@@ -67,10 +77,20 @@ class Bucket:
 
     @property
     def host(self) -> list[tuple[str, Tensor]]:
-        """The tensors in host memory: one device-to-host copy, shared by files and checksums."""
+        """The tensors in host memory: one device-to-host copy, shared by servers, files and checksums."""
         if self._host is None:
             self._host = [(name, tensor.cpu()) for name, tensor in self.tensors]
         return self._host
+
+    def share(self, memory: SharedMemory) -> FlatBucket:
+        """Makes shared memory the bucket's host memory. Raises MemoryError if /dev/shm has no room."""
+        flat = flatten(self._host or self.tensors, memory)
+        self._host = flat.tensors()
+        return flat
+
+    def keep_host(self) -> None:
+        """Frees the tensors on the policy's device; those in host memory take their place."""
+        self.tensors = self.host
 
     def clear(self) -> None:
         """Frees the tensors even while the bucket is still referenced."""
@@ -117,43 +137,48 @@ def checked(
         raise WeightSyncError(f"weight sync: missing tensors: {', '.join(sorted(missing))}")
 
 
-def buckets(tensors: Iterable[tuple[str, Tensor]], capacity: int, holds: bool = True) -> Iterator[Bucket]:
+def buckets(
+    tensors: Iterable[tuple[str, Tensor]],
+    capacity: int,
+    holds: bool = True,
+    lasting: Container[int] = frozenset(),
+) -> Iterator[Bucket]:
     """Yields the stream in order, in buckets of at most `capacity` bytes; a larger tensor is its own bucket.
 
-    A bucket is cleared when the next one is requested, so at most one bucket and the tensor that did not fit
-    into it are in memory. holds: False for empty buckets, which end at the same tensors, on a process that
-    sends nothing.
+    The caller clears a bucket that has been sent. holds: False for empty buckets, which end at the same
+    tensors, on a process that sends nothing. lasting: pointers of storages that outlive the buckets, whose
+    views are not copied.
     """
     held: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in tensors:
         if size and size + tensor.nbytes > capacity:
-            bucket = Bucket(held)
-            yield bucket
-            bucket.clear()
+            yield Bucket(held)
             held, size = [], 0
         if holds:
-            held.append((name, _own_storage(tensor)))
+            held.append((name, _own_storage(tensor, lasting)))
         size += tensor.nbytes
     if size:
         yield Bucket(held)
 
 
 def in_step(cut: Iterable[Bucket]) -> Iterator[Bucket]:
-    """Yields the buckets; no process makes the next one before all have finished this one. Collective.
+    """Yields the buckets; no process makes the next one before all have taken this one. Collective.
 
-    Without this, the processes that send nothing would queue the broadcasts of the whole model on their GPUs,
-    and NCCL would abort them if the sender needs longer than the process group's timeout for all of them.
+    A sender takes a bucket when its servers have the one before, so a process that sends nothing is at most
+    two buckets ahead of them. Without this, such processes would queue the broadcasts of the whole model on
+    their GPUs, and NCCL would abort them if the sender needs longer than the process group's timeout.
     """
     for bucket in cut:
         yield bucket
         dist.barrier()
 
 
-def _own_storage(tensor: Tensor) -> Tensor:
-    """Copies a view, which would keep the larger tensor in memory."""
-    owns_all = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if owns_all else tensor.clone(memory_format=torch.contiguous_format)
+def _own_storage(tensor: Tensor, lasting: Container[int]) -> Tensor:
+    """Copies a view that would keep a larger tensor in memory, or that is not contiguous."""
+    storage = tensor.untyped_storage()
+    stays = storage.nbytes() == tensor.nbytes or storage.data_ptr() in lasting
+    return tensor if stays and tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
 
 
 # ---- The servers
@@ -284,6 +309,11 @@ class Transport(Protocol):
 
     explicit: bool
     """True if the servers must be sent /begin_weight_update and /end_weight_update around the buckets"""
+    needs_device: bool
+    """True if `send` reads the bucket's tensors on the policy's device, not those in host memory"""
+
+    def stage(self, bucket: Bucket) -> None:
+        """Puts the bucket where servers read it, before `send`, which may run beside other transports'."""
 
     def send(self, receivers: list[Receiver], bucket: Bucket) -> None:
         """Sends the bucket to every live server."""
@@ -298,30 +328,33 @@ class Transport(Protocol):
 class TensorTransport:
     """Copies each bucket into memory that the servers of this host read; a request carries only handles."""
 
-    explicit = True
+    explicit, needs_device = True, False
     path = "/update_weights_from_tensor"
 
     def __init__(self, run: PortalCall) -> None:
         self._run = run
         self._memory = SharedMemory()
+        self._flat: FlatBucket | None = None
 
-    def send(self, receivers: list[Receiver], bucket: Bucket) -> None:
-        """Makes every live server read the bucket. Raises WeightSyncError if /dev/shm has no room for it."""
-        if not live(receivers):
-            return
+    def stage(self, bucket: Bucket) -> None:
+        """Copies the bucket into the memory. Raises WeightSyncError if /dev/shm has no room for it."""
         try:
-            flat = flatten(bucket.tensors, self._memory)
+            self._flat = bucket.share(self._memory)
         except MemoryError as error:
             raise WeightSyncError(
                 f"weight sync: {error}; give it more (docker run --shm-size), or lower weight_sync.bucket_mb"
             ) from error
-        each(self._run, receivers, partial(self._post, flat=flat))
+
+    def send(self, receivers: list[Receiver], bucket: Bucket) -> None:
+        """Makes every live server read the bucket that was staged."""
+        each(self._run, receivers, partial(self._post, flat=self._flat))
 
     def finish(self, receivers: list[Receiver], directory: Path | None) -> None:
         """Does nothing."""
 
     def close(self) -> None:
         """Removes the shared memory."""
+        self._flat = None
         self._memory.close()
 
     async def _post(self, receiver: Receiver, flat: FlatBucket) -> None:
@@ -340,13 +373,81 @@ def tensor_request(payloads: list[bytes]) -> dict[str, Any]:
     }
 
 
+class ChangesTransport:
+    """Writes the elements of each bucket that changed to a file that the servers read.
+
+    They must see it under the same path, must have been started with CHANGES_LOADER, and must have the
+    version that was sent last.
+    """
+
+    explicit, needs_device = True, False
+
+    def __init__(self, run: PortalCall, root: Path) -> None:
+        """root: directory of the file, removed when this process ends."""
+        self.version: int | None = None
+        """Version of the weights that were staged last; None while they are of two"""
+        self.takers: set[str] = set()
+        """URLs of the servers that get only what changed, in this sync"""
+        self.nbytes = 0
+        """Bytes of the files of this sync"""
+        self._run = run
+        self._root = root
+        self._last = LastWeights()
+        self._remover: subprocess.Popen | None = None
+
+    def stage(self, bucket: Bucket) -> None:
+        """Finds the changes, also for the next sync's, and writes them if a server takes them.
+
+        Raises WeightSyncError if the file cannot be written.
+        """
+        changes = self._last.changes(bucket.host)
+        if not self.takers:
+            return
+        with _writing():
+            if self._remover is None:
+                self._root.mkdir(parents=True, exist_ok=True)
+                self._remover = remove_at_end(self._root)
+            self.nbytes += write_changes(self._file, changes)
+
+    def send(self, receivers: list[Receiver], bucket: Bucket) -> None:
+        """Makes every live server apply the file."""
+        payload = base64.b64encode(pickle.dumps([(str(self._file.absolute()), torch.empty(0))])).decode()
+
+        async def post(receiver: Receiver) -> None:
+            body = {"serialized_named_tensors": [payload] * receiver.tensor_parallel, "flush_cache": False}
+            await receiver.post(TensorTransport.path, body | {"load_format": CHANGES_LOADER})
+
+        each(self._run, receivers, post)
+
+    def finish(self, receivers: list[Receiver], directory: Path | None) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Removes the file."""
+        if self._remover:
+            self._remover.communicate()
+            self._remover = None
+
+    def begin(self) -> None:
+        """Starts a sync, in which no server takes changes yet."""
+        self.takers.clear()
+        self.nbytes = 0
+
+    @property
+    def _file(self) -> Path:
+        return self._root / "changes.safetensors"
+
+
 class DiskTransport:
     """Makes servers load the files of the sync; they must see the directory under the same path."""
 
-    explicit = False
+    explicit, needs_device = False, False
 
     def __init__(self, run: PortalCall) -> None:
         self._run = run
+
+    def stage(self, bucket: Bucket) -> None:
+        """Does nothing."""
 
     def send(self, receivers: list[Receiver], bucket: Bucket) -> None:
         """Does nothing: the sync writes the bucket's file."""
@@ -359,18 +460,15 @@ class DiskTransport:
         """Does nothing."""
 
 
-def check_same_host(url: str) -> None:
-    """Raises UserError if a server is not on this host, so that it cannot read this host's memory."""
+def on_this_host(url: str) -> bool:
+    """Returns whether a server is on this host, so that it can read this host's memory."""
     host = urlsplit(url).hostname
     with contextlib.suppress(OSError):  # an unknown name, or no address of this host
         for family, kind, _, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
             with socket.socket(family, kind) as probe:
                 probe.bind(address)
-                return
-    raise UserError(
-        f"weight_sync.method is tensor, but rollout server {url} is on another host and cannot read this "
-        "host's memory; set weight_sync.method=distributed"
-    )
+                return True
+    return False
 
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
@@ -408,11 +506,14 @@ class DistributedTransport:
     The group is kept between syncs and recreated when a server is lost.
     """
 
-    explicit = True
+    explicit, needs_device = True, True
 
     def __init__(self, run: PortalCall) -> None:
         self._run = run
         self._group: BroadcastGroup | None = None
+
+    def stage(self, bucket: Bucket) -> None:
+        """Does nothing."""
 
     def send(self, receivers: list[Receiver], bucket: Bucket) -> None:
         """Broadcasts every tensor of the bucket.
@@ -421,7 +522,7 @@ class DistributedTransport:
         bucket is therefore sent once more, in a new group of the remaining servers.
         """
         if not self._try(receivers, bucket):
-            self.close()
+            self._leave(receivers)
             self._try(receivers, bucket, last=True)
 
     def finish(self, receivers: list[Receiver], directory: Path | None) -> None:
@@ -429,8 +530,12 @@ class DistributedTransport:
 
     def close(self) -> None:
         """Leaves the group, and makes the servers leave it."""
+        self._leave([])
+
+    def _leave(self, receivers: list[Receiver]) -> None:
+        """Leaves the group, with all of its servers but those of the receivers that have failed."""
         if self._group:
-            self._group.leave()
+            self._group.leave({receiver.client.url for receiver in receivers if receiver.error})
             self._group = None
 
     def _try(self, receivers: list[Receiver], bucket: Bucket, last: bool = False) -> bool:
@@ -439,7 +544,7 @@ class DistributedTransport:
         if not now:
             return True
         if self._group is None or self._group.urls != [receiver.client.url for receiver in now]:
-            self.close()
+            self._leave(receivers)
             self._group = BroadcastGroup(now, self._run)
             if _take_out(now, self._group.join(), last):
                 return False
@@ -464,33 +569,38 @@ class BroadcastGroup:
         self.clients = [receiver.client for receiver in receivers]
         self.urls = [client.url for client in self.clients]
         self.sizes = [receiver.tensor_parallel for receiver in receivers]
-        self.timeout = timedelta(seconds=receivers[0].timeout_s)
+        self.timeout_s = receivers[0].timeout_s
         # a new name: a server may still be in the group of a trainer that was killed
         self.name = f"weights_{uuid.uuid4().hex}"
         self.backend = BACKENDS[device.device().type]
         self._run = run
+        self._store: dist.Store | None = None
+        """The rendezvous store, which listens in this process. Servers that wait in it fail when it closes"""
         self._process_group: dist.ProcessGroup | None = None
 
     def join(self) -> list[ServerError | None]:
-        """Creates the group with all servers. Returns each server's failure."""
+        """Creates the group with all servers. Returns each server's failure.
+
+        A server that can't join is an error of that server; those that waited for it have a ServerRefusal.
+        """
         try:
             address = _address_for(self.urls[-1])
         except OSError as error:
             unreachable = ServerUnavailable(self.urls[-1], "", f"no connection: {error}")
             return [*[None] * (len(self.urls) - 1), unreachable]
-        store = _store(address, self._world_size(), self.timeout)
-        posts = []
+        self._store = _store(address, self._world_size())
+        posts, most_s = [], JOIN_S + CONNECT_S + ABANDON_S
         for i, client in enumerate(self.clients):
             body = {
                 "master_address": address,
-                "master_port": store.port,
+                "master_port": self._store.port,
                 "rank_offset": 1 + sum(self.sizes[:i]),
                 "world_size": self._world_size(),
                 "group_name": self.name,
                 "backend": self.backend,
             }
-            posts.append(client.post("/init_weights_update_group", body, self.timeout.total_seconds()))
-        return self._run(self._together, lambda: self._make(store), posts)
+            posts.append(client.post("/init_weights_update_group", body, most_s))
+        return self._run(self._together, partial(self._make, address, self._store.port), posts, CONNECT_S)
 
     def broadcast(self, receivers: list[Receiver], bucket: Bucket) -> list[ServerError | None]:
         """Sends every tensor to all servers. Returns each server's failure."""
@@ -504,23 +614,24 @@ class BroadcastGroup:
         posts = [receiver.post("/update_weights_from_distributed", body) for receiver in receivers]
         return self._run(self._together, lambda: self._send(bucket), posts)
 
-    def leave(self) -> None:
-        """Destroys the group here and on the servers that still answer."""
-        self._run(self._leave_servers)
+    def leave(self, without: set[str]) -> None:
+        """Destroys the group here and on the servers, except those with these URLs."""
+        self._run(self._leave_servers, [client for client in self.clients if client.url not in without])
         self._drop()
 
     async def _together(
-        self, work: Callable[[], None], posts: list[Awaitable[Any]]
+        self, work: Callable[[], None], posts: list[Awaitable[Any]], grace_s: float = 0
     ) -> list[ServerError | None]:
         """Runs `work` in a thread, concurrently with the requests that need it. Returns each one's failure.
 
         Each side waits for the other, so a failure on one must end the other: aborting the group ends `work`,
-        dropping its connections ends the requests.
+        dropping its connections ends the requests. grace_s: seconds between a failure and that.
         """
         thread = asyncio.ensure_future(asyncio.to_thread(work))
         requests = [asyncio.ensure_future(post) for post in posts]
         done, _ = await asyncio.wait([thread, *requests], return_when=asyncio.FIRST_EXCEPTION)
         if any(task.exception() for task in done):
+            await asyncio.wait([thread, *requests], timeout=grace_s)
             self._abort()
             await asyncio.wait([thread])  # the group must not be destroyed while the thread is still in it
             self._drop()
@@ -538,15 +649,17 @@ class BroadcastGroup:
             raise RuntimeError("the broadcast failed, but no server reports an error") from thread.exception()
         return errors
 
-    async def _leave_servers(self) -> None:
-        for client in self.clients:
-            with contextlib.suppress(ServerError):
-                await client.post("/destroy_weights_update_group", {"group_name": self.name}, ABANDON_S)
+    async def _leave_servers(self, clients: list[ServerClient]) -> None:
+        path, body = "/destroy_weights_update_group", {"group_name": self.name}
+        await _outcomes([client.post(path, body, ABANDON_S) for client in clients])
 
     def _world_size(self) -> int:
         return 1 + sum(self.sizes)
 
-    def _make(self, store: dist.Store) -> None:
+    def _make(self, address: str, port: int) -> None:
+        timeout = timedelta(seconds=JOIN_S)
+        # another connection than the listener's own: it fails when that closes
+        store = dist.TCPStore(address, port, self._world_size(), timeout=timeout, wait_for_workers=False)
         # the servers call the same private function: both sides must derive the same keys in the store
         group, _ = _new_process_group_helper(
             self._world_size(),
@@ -555,8 +668,9 @@ class BroadcastGroup:
             dist.Backend(self.backend),
             dist.PrefixStore(self.name, store),
             group_name=self.name,
-            timeout=self.timeout,
+            timeout=timeout,
         )
+        _set_pg_timeout(timedelta(seconds=self.timeout_s), group)
         _world.pg_group_ranks[group] = {rank: rank for rank in range(self._world_size())}
         self._process_group = group
 
@@ -573,11 +687,13 @@ class BroadcastGroup:
 
     def _abort(self) -> None:
         """Aborts pending NCCL work; gloo has no abort: it fails when the other side closes, or times out."""
+        self._store = None
         if self._process_group:
             self._process_group.abort()
 
     def _drop(self) -> None:
         """Closes the connections, so that servers waiting in the group fail."""
+        self._store = None
         if self._process_group:
             dist.destroy_process_group(self._process_group)
             self._process_group = None
@@ -590,7 +706,7 @@ def _address_for(url: str) -> str:
         return connection.getsockname()[0]
 
 
-def _store(address: str, world_size: int, timeout: timedelta) -> dist.TCPStore:
+def _store(address: str, world_size: int) -> dist.TCPStore:
     """Returns the rendezvous store of the group; it listens at that address only, on a free port."""
     listener = socket.create_server(
         (address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -601,7 +717,7 @@ def _store(address: str, world_size: int, timeout: timedelta) -> dist.TCPStore:
         port,
         world_size,
         is_master=True,
-        timeout=timeout,
+        timeout=timedelta(seconds=JOIN_S),
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )

@@ -11,12 +11,14 @@ computes the same from the policy's tensors. The server's parameters differ from
     padded      with zeros: the vocabulary to a multiple of 64; heads, so that all ranks get as many;
                 the inner dimension of an MLP or an expert, to a multiple of 32 on each rank
 
-That holds on CPUs without quantization and with tensor parallelism only (`comparable`).
+That holds on CPUs without quantization and with tensor parallelism only (`comparable`). Hashing takes longer
+than copying, so a sync may hash a share of the parameters (`share_of`), on both sides.
 """
 
 import hashlib
+import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -124,14 +126,50 @@ CHECKER = "/weights_checker"
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\.(\w+)\.weight")
 
 
+SHARES = 8
+"""Syncs after which every parameter has been compared"""
+
+
+@dataclass(frozen=True)
+class Share:
+    """The server's parameters that a sync compares."""
+
+    names: frozenset[str]
+    others: frozenset[str]
+
+
+def share_of(shapes: Mapping[str, tuple[int, ...]], turn: int) -> Share:
+    """Returns about 1/SHARES of the server's elements; SHARES turns in a row have all of them.
+
+    shapes: of the Hugging Face tensors, by name.
+    """
+    sizes: dict[str, int] = {}
+    for name, shape in shapes.items():
+        sizes[server_name(name)] = sizes.get(server_name(name), 0) + math.prod(shape)
+    shares: list[list[str]] = [[] for _ in range(SHARES)]
+    totals = [0] * SHARES
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        smallest = totals.index(min(totals))
+        shares[smallest].append(name)
+        totals[smallest] += sizes[name]
+    names = frozenset(shares[turn % SHARES])
+    return Share(names, frozenset(sizes) - names)
+
+
 class Checksums:
     """Checksums of every parameter on each tensor-parallel rank of a server; computed tensor by tensor.
 
     The parts of a fused parameter must be added in the order listed above, experts by number.
     """
 
-    def __init__(self, hf_config: PretrainedConfig, tensor_parallel: int, dtype: torch.dtype) -> None:
-        """tensor_parallel, dtype: the server's."""
+    def __init__(
+        self,
+        hf_config: PretrainedConfig,
+        tensor_parallel: int,
+        dtype: torch.dtype,
+        share: Share | None = None,
+    ) -> None:
+        """tensor_parallel, dtype: the server's. share: parameters to hash; None: all."""
         heads, kv_heads = hf_config.num_attention_heads, hf_config.num_key_value_heads
         channels = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
         group = heads // kv_heads * channels
@@ -140,14 +178,17 @@ class Checksums:
         self._unit = inner | {"q_proj": group, "o_proj": group, "k_proj": channels, "v_proj": channels}
         self._size = tensor_parallel
         self._dtype = dtype
+        self.share = share
         self._hashes: list[dict[str, hashlib._Hash]] = [{} for _ in range(tensor_parallel)]
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Adds a whole Hugging Face tensor in host memory."""
+        key = server_name(name)
+        if self.share and key not in self.share.names:
+            return
         tensor = tensor.to(self._dtype)
         for rank, hashes in enumerate(self._hashes):
             part = self._part(name, tensor, rank).contiguous()
-            key = server_name(name)
             hashes.setdefault(key, hashlib.sha256()).update(part.view(torch.uint8).numpy().data)
 
     def of_rank(self, rank: int) -> dict[str, str]:
@@ -192,7 +233,10 @@ def comparable(receiver: Receiver) -> bool:
 
 async def unequal_parameters(receiver: Receiver, checksums: Checksums) -> set[str]:
     """Returns the server's parameters whose checksums differ from these. Raises ServerError."""
-    served = await served_checksums(receiver)
+    share = checksums.share
+    served = await served_checksums(receiver, sorted(share.others) if share else [])
+    if share:  # also of a server that does not know how to leave some out
+        served = [{name: theirs[name] for name in theirs.keys() & share.names} for theirs in served]
     return {name for rank, theirs in enumerate(served) for name in unequal(checksums.of_rank(rank), theirs)}
 
 
@@ -207,9 +251,13 @@ async def changed_by_files(receiver: Receiver, directory: Path) -> set[str]:
     return {name for rank in range(len(after)) for name in unequal(before[rank], after[rank])}
 
 
-async def served_checksums(receiver: Receiver) -> list[dict[str, str]]:
-    """Returns the checksums by parameter on each of the server's ranks. Raises ServerError."""
-    return [rank["checksums"] for rank in (await receiver.post(CHECKER, {"action": "checksum"}))["ranks"]]
+async def served_checksums(receiver: Receiver, without: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Returns the checksums by parameter on each of the server's ranks. Raises ServerError.
+
+    without: parameters that need none.
+    """
+    body = {"action": "checksum", "skip_tensor_list": list(without)}
+    return [rank["checksums"] for rank in (await receiver.post(CHECKER, body))["ranks"]]
 
 
 def unequal(ours: dict[str, str], theirs: dict[str, str]) -> set[str]:

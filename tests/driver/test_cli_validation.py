@@ -151,6 +151,10 @@ def test_sound_settings_pass(good: list[str], overrides: list[str]):
             ["weight_sync.method is 'distributed' and rollout.colocate is true", "weight_sync.method=tensor"],
         ),
         (
+            ["weight_sync.delta=true", "model.dtype=float32"],
+            ["weight_sync.delta is true and model.dtype is 'float32'", "set weight_sync.delta=false"],
+        ),
+        (
             ["model.routing_replay=engine"],
             ["model.routing_replay is engine and rollout.engine is local", "set rollout.engine=sglang"],
         ),

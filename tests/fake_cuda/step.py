@@ -289,7 +289,7 @@ def take(case: Case, models: Path, directory: Path) -> dict[str, Any]:
 
 def sizes_of_buckets(policy: Policy, config: Config) -> list[list[str]]:
     """Returns the devices and types of each bucket's tensors, on the device and on the host."""
-    stream = hf_tensors(policy.modules, policy.hf_config)
+    stream = hf_tensors(policy.modules, policy.hf_config, views=True)
     if config.parallel.pipeline == 1:  # else the names of the other stage are not known
         stream = checked(stream, expected_shapes(config.model.path, policy.hf_config))
     kinds = lambda tensors: {f"{x.device.type} {x.dtype}" for _, x in tensors}  # noqa: E731

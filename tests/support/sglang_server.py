@@ -11,6 +11,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+from megatron_bicc.sglang.process import CHANGES_LOADER, IN_SERVER
+
 PYTHON = Path(__file__).parents[2] / ".venv-sglang/bin/python"
 FORKED = Path(__file__).with_name("forked_sglang")
 # The share of memory is a bound, not what is taken; a small one fails when others take memory meanwhile.
@@ -38,6 +40,7 @@ class Forks:
 
     def __init__(self) -> None:
         env = os.environ | {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"} | quick_start()
+        env["PYTHONPATH"] += f"{os.pathsep}{IN_SERVER}"
         # where setup.sh has missed a module, compiling it at every start takes longer than the tests
         env.pop("PYTHONDONTWRITEBYTECODE", None)
         self._process = subprocess.Popen(
@@ -83,9 +86,10 @@ class SglangServer:
         tensor_parallel: int = 1,
         tokenizer: bool = False,
         routing: bool = False,
+        changes: bool = False,
     ) -> None:
         """tokenizer: whether it reads the model's, to be asked in text, too. routing: whether it returns its
-        routing."""
+        routing. changes: whether it can apply changes of weights."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -95,6 +99,7 @@ class SglangServer:
         self._arguments = [*ARGUMENTS.split(), *model_arguments, "--tp-size", str(tensor_parallel)]
         self._arguments += [] if tokenizer else ["--skip-tokenizer-init"]
         self._arguments += ["--enable-return-routed-experts"] if routing else []
+        self._arguments += ["--custom-weight-loader", CHANGES_LOADER] if changes else []
         # without it SGLang wants a NUMA node for each rank
         cores = "|".join(map(str, range(tensor_parallel)))
         self._env = {"SGLANG_CPU_OMP_THREADS_BIND": cores} if tensor_parallel > 1 else {}

@@ -134,7 +134,7 @@ def test_the_papers_settings(
     placed = (config.rollout.colocate, config.rollout.launch, config.weight_sync.method)
     # beside the policy's state a GPU of 80 GB has no room for an eighth of the largest policy's weights
     elsewhere = script == "run_bicc_qwen3_235b_a22b.sh"
-    assert placed == ((False, "attach", "distributed") if elsewhere else (True, "spawn", "tensor"))
+    assert placed == ((False, "attach", "distributed") if elsewhere else (True, "spawn", "auto"))
 
 
 def test_the_environment_is_checked_first(doubles: Path) -> None:

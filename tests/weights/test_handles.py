@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,7 +142,7 @@ def test_a_bucket_that_shared_memory_has_no_room_for_is_refused() -> None:
     transport = TensorTransport(lambda *_: pytest.fail("something is sent"))
     bucket = Bucket([("w", torch.empty(2**42, dtype=torch.uint8, device="meta"))])
     with closing(transport), pytest.raises(WeightSyncError) as refusal:
-        transport.send([SimpleNamespace(error=None)], bucket)
+        transport.stage(bucket)
     message = str(refusal.value)
     assert message.startswith("weight sync: 4194304 MiB needed in /dev/shm, ")
     assert message.endswith(" MiB free; give it more (docker run --shm-size), or lower weight_sync.bucket_mb")

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from support.models import make_model
 from transformers import AutoModelForCausalLM
 
+from megatron_bicc import device
 from megatron_bicc.config import Config
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.policy import Policy
 from megatron_bicc.weights.hf_files import write_model
-from megatron_bicc.weights.hf_weights import load_policy, save_hf
+from megatron_bicc.weights.hf_weights import hf_tensors, load_policy, save_hf
 
 
 @pytest.fixture
@@ -46,6 +47,23 @@ def test_files_hold_what_transformers_loads(policy: Policy, largest_file: int, t
     ours, theirs = (AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (target, source))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_tensors_are_copies_unless_views_will_do(tmp_path: Path, single_process: None) -> None:
+    """An engine may keep what it gets; what is sent at once need not be copied."""
+    make_model("qwen3_moe").save_pretrained(tmp_path / "hf")
+    config = Config()
+    config.model.path, config.model.dtype = str(tmp_path / "hf"), "float32"
+    policy = load_policy(config)
+    own = {p.untyped_storage().data_ptr() for module in policy.modules for p in module.parameters()}
+    with device.megatron():
+        copies, views = (dict(hf_tensors(policy.modules, policy.hf_config, views=v)) for v in (False, True))
+    assert copies.keys() == views.keys()
+    for name, copy in copies.items():
+        assert copy.untyped_storage().data_ptr() not in own
+        assert torch.equal(copy, views[name])
+    made = {name for name, view in views.items() if view.untyped_storage().data_ptr() not in own}
+    assert {name.split(".")[-2] for name in made} == {"q_proj", "k_proj", "v_proj"}
 
 
 def test_one_tensor_in_memory(tmp_path: Path) -> None:

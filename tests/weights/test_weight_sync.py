@@ -2,16 +2,13 @@
 
 import asyncio
 import hashlib
-import json
 import math
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Event, Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from megatron_bicc.config import Config, ModelConfig, WeightSyncConfig
 from megatron_bicc.errors import UserError
-from megatron_bicc.sglang.client import ServerClient, ServerRefusal, ServerUnavailable
+from megatron_bicc.sglang.client import ServerClient, ServerRefusal
 from megatron_bicc.sglang.pool import ServerPool
+from megatron_bicc.weights.handles import SharedMemory
 from megatron_bicc.weights.sync import ServerWeightSync
 from megatron_bicc.weights.transport import (
     BroadcastGroup,
@@ -34,7 +32,16 @@ from megatron_bicc.weights.transport import (
     checked,
     expected_shapes,
 )
-from megatron_bicc.weights.verify import Checksums, Probe, TokenGroup, disagreeing, unequal
+from megatron_bicc.weights.verify import (
+    SHARES,
+    Checksums,
+    Probe,
+    TokenGroup,
+    disagreeing,
+    server_name,
+    share_of,
+    unequal,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 EXPECTED = {"a.weight": (2, 3), "b.weight": (4,), "b.bias": (4,)}
@@ -57,16 +64,17 @@ def test_buckets_hold_the_stream_in_order_and_no_more_than_their_size() -> None:
 
 
 def test_a_bucket_keeps_no_storage_but_its_own() -> None:
-    """Also, it is emptied when the next one is made."""
+    """Views of storages that stay anyway are not copied."""
     whole = torch.arange(1000)
     (bucket,) = buckets([("row", whole[:10]), ("column", whole.view(10, 100)[:, 3])], 10**6)
     assert [t.untyped_storage().nbytes() for _, t in bucket.tensors] == [80, 80]
     assert bucket.tensors[1][1].tolist() == list(range(3, 1000, 100))
-    cut = buckets(stream(), 1)
-    first = next(cut)
-    assert first.tensors
-    next(cut)
-    assert not first.tensors
+    bucket.clear()
+    assert not bucket.tensors
+    lasting = {whole.untyped_storage().data_ptr()}
+    (bucket,) = buckets([("row", whole[:10]), ("column", whole.view(10, 100)[:, 3])], 10**6, lasting=lasting)
+    assert bucket.tensors[0][1].data_ptr() == whole.data_ptr()
+    assert bucket.tensors[1][1].is_contiguous() and bucket.tensors[1][1].data_ptr() != whole[3:].data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -109,7 +117,7 @@ def test_expected_shapes_are_the_parameters(model_dirs: dict[str, Path]) -> None
 def test_a_bucket_is_copied_to_the_host_once(
     model_dirs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For its file and its checksums together."""
+    """For its file and its checksums together; a server's memory takes the place of that copy."""
     source = model_dirs["qwen3_tied"]
     (bucket,) = buckets(load_file(source / "model.safetensors").items(), 10**9)
     copies: list[int] = []
@@ -125,6 +133,20 @@ def test_a_bucket_is_copied_to_the_host_once(
         checksums.add(name, tensor)
     assert len(copies) == len(bucket.tensors)
     files.remove()
+
+    copies.clear()
+    (shared,) = buckets(load_file(source / "model.safetensors").items(), 10**9)
+    with closing(SharedMemory()) as memory:
+        flat = shared.share(memory)
+        assert [name for name, _ in shared.host] == [name for name, _ in bucket.tensors]
+        for (_, ours), (_, theirs) in zip(shared.host, bucket.tensors, strict=True):
+            assert torch.equal(ours, theirs)
+            assert ours.untyped_storage().data_ptr() == flat.buffer.untyped_storage().data_ptr()
+        shared.keep_host()
+        assert shared.tensors == shared.host
+        assert not copies
+        del flat, ours
+        shared.clear()
 
 
 def test_files_are_a_hugging_face_directory(model_dirs: dict[str, Path], tmp_path: Path) -> None:
@@ -239,6 +261,28 @@ def in_stream_order(name: str) -> tuple[str, int, int]:
     return module, int(expert or 0), parts.index(kind) if kind in parts else 9
 
 
+def test_shares_of_the_checksums_have_every_parameter_once(model_dirs: dict[str, Path]) -> None:
+    """In equal parts, of which a sync hashes no more than its own."""
+    path = model_dirs["qwen3_moe"]
+    tensors = load_file(path / "model.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shares = [share_of(shapes, turn) for turn in range(SHARES)]
+    names = sorted({server_name(name) for name in tensors})
+    assert sorted(name for share in shares for name in share.names) == names
+    assert share_of(shapes, SHARES) == shares[0]
+    whole, sizes = sum(map(math.prod, shapes.values())), []
+    for share in shares:
+        assert sorted(share.names | share.others) == names
+        sizes.append(sum(math.prod(shapes[name]) for name in shapes if server_name(name) in share.names))
+        checksums = Checksums(AutoConfig.from_pretrained(path), 1, torch.float32, share)
+        for name in sorted(tensors, key=in_stream_order):
+            checksums.add(name, tensors[name])
+        assert checksums.of_rank(0).keys() == share.names
+    assert sum(sizes) == whole
+    largest = max(math.prod(shapes[name]) * 4 for name in shapes if "experts" in name)
+    assert max(sizes) < whole / SHARES + largest
+
+
 def test_parameters_that_only_one_side_has_are_unequal() -> None:
     assert unequal({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "9", "d": "4"}) == {"b", "c", "d"}
 
@@ -279,38 +323,6 @@ def test_probes_agree_or_are_named(ours: str, theirs: str, differences: np.ndarr
     assert [one.url for one in found] == ([] if agree else ["1"])
 
 
-@pytest.fixture
-def stuck() -> Iterator[str]:
-    """The URL of a server that answers everything but the requests of a sync's `Receiver.post`."""
-    over = Event()
-
-    class Stuck(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if self.path == "/update_weight_version":
-                over.wait(30)
-            known = {"tp_size": 1, "dtype": "float32", "paths": {}, "model_path": "", "weight_version": "0"}
-            text = json.dumps(known | {"architectures": None}).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
-
-        do_GET = do_POST
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Stuck)
-    server.daemon_threads = True
-    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    over.set()
-    server.shutdown()
-    server.server_close()
-
-
 def no_log_probs(_: list) -> np.ndarray:
     """For syncs without a server that could be asked."""
     return pytest.fail("no server has the weights")
@@ -324,7 +336,7 @@ def tiny_config(directory: Path, **weight_sync: object) -> Config:
 
 
 def tiny_policy(config: Config) -> SimpleNamespace:
-    return SimpleNamespace(hf_config=AutoConfig.from_pretrained(config.model.path))
+    return SimpleNamespace(hf_config=AutoConfig.from_pretrained(config.model.path), modules=[])
 
 
 @pytest.mark.usefixtures("single_process")
@@ -351,21 +363,6 @@ def test_a_process_that_sends_nothing_stays_in_step(tmp_path: Path, monkeypatch:
         ends.append(min(count + 1, len(tensors)))
     assert at_barriers == ends and len(ends) == 3
     assert not [tensor for bucket in buckets(tensors, 2**20, holds=False) for tensor in bucket.tensors]
-
-
-@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
-@pytest.mark.usefixtures("single_process")
-def test_a_server_of_another_host_cannot_read_this_ones_memory(host: str, tmp_path: Path) -> None:
-    url = f"http://{host}:30000"
-    for method in ("tensor", "distributed"):
-        config = tiny_config(tmp_path, method=method)
-        with closing(ServerPool([url], [url], config.rollout.sglang)) as pool:
-            if method == "distributed":
-                ServerWeightSync(config, tiny_policy(config), pool, no_log_probs)
-                continue
-            message = f"method is tensor, but rollout server {url} is on another host.*method=distributed"
-            with pytest.raises(UserError, match=message):
-                ServerWeightSync(config, tiny_policy(config), pool, no_log_probs)
 
 
 @pytest.fixture
@@ -412,20 +409,6 @@ def test_an_error_of_a_group_names_the_trainers_nccl() -> None:
     assert "invalid usage (the trainer's NCCL is 2.29.7; the server's must be the same)" in str(error)
 
 
-@pytest.mark.parametrize("seconds", [0.1, 0.3])
-@pytest.mark.usefixtures("single_process")
-def test_a_request_of_a_sync_has_its_timeout(stuck: str, tmp_path: Path, seconds: float) -> None:
-    """In a sync, and when a restarted server is given the weights that were kept."""
-    config = tiny_config(tmp_path, timeout_s=seconds, keep_files=True)
-    message = f"{stuck}/update_weight_version: no answer within {seconds} s"
-    with closing(ServerPool([stuck], [stuck], config.rollout.sglang)) as pool:
-        sync = ServerWeightSync(config, tiny_policy(config), pool, no_log_probs)
-        failed = sync.push(((name, torch.zeros(shape)) for name, shape in sync.expected.items()), 1)
-        assert message in failed[stuck]
-        with pytest.raises(ServerUnavailable, match=message):
-            pool.portal.call(sync.restore, *pool.own)
-
-
 class Noted:
     """Test double of a server's client: what it is told, in order."""
 
@@ -463,7 +446,8 @@ def test_a_server_keeps_the_requests_of_the_last_weights(mode: str, version: str
         pool.expect("5")
         sync = ServerWeightSync(config, tiny_policy(config), pool, no_log_probs)
         receiver = Receiver(Noted(version), 1.0)
-        asyncio.run(sync._begin(receiver, explicit=False))
+        sync.methods[receiver.client.url] = "disk"
+        asyncio.run(sync._begin(receiver))
         asyncio.run(receiver.end())
     kept = mode if version == "4" else "abort"
     assert receiver.client.told == [kept, "incomplete"] + ([] if kept == "in_place" else ["flush"])
@@ -477,7 +461,7 @@ def test_every_process_knows_the_version_before_servers_generate_with_it(
     config = tiny_config(tmp_path, method="disk")
     seen: list[tuple[str, bool, bool]] = []
     with closing(ServerPool(["http://127.0.0.1:9"], [], config.rollout.sglang)) as pool:
-        policy = SimpleNamespace(**vars(tiny_policy(config)), modules=[], check_weights=lambda: None)
+        policy = SimpleNamespace(**vars(tiny_policy(config)), check_weights=lambda: None)
         sync = ServerWeightSync(config, policy, pool, no_log_probs)
 
         def note(what: str) -> dict:

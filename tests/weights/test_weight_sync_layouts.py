@@ -44,12 +44,25 @@ def path(model_dirs: dict[str, Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(path: Path) -> Iterator[SglangServer]:
-    """TP=2; it starts while the trainers do."""
-    server = SglangServer(path, path.parent / "server.log", tensor_parallel=2, routing=True)
-    server.start()
-    yield server
-    server.kill()
+def servers(path: Path) -> Iterator[list[SglangServer]]:
+    """TP=2 and TP=1; they start while the trainers do."""
+    both = [
+        SglangServer(
+            path, path.parent / f"server{size}.log", tensor_parallel=size, routing=size == 2, changes=True
+        )
+        for size in (2, 1)
+    ]
+    for server in both:
+        server.start()
+    yield both
+    for server in both:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def server(servers: list[SglangServer]) -> SglangServer:
+    """TP=2."""
+    return servers[0]
 
 
 def test_layouts_and_a_trainer_killed_in_mid_sync(
@@ -75,6 +88,48 @@ def test_layouts_and_a_trainer_killed_in_mid_sync(
     pool.close()
     assert version == "20"
     assert np.abs(log_probs - hf_log_probs(model, TOKENS)).max() < 1e-4
+
+
+def test_servers_of_two_sizes(
+    servers: list[SglangServer], model: PreTrainedModel, path: Path, single_process: None, tmp_path: Path
+) -> None:
+    """In one sync; each rank of each server has the right parameters."""
+    for server in servers:
+        server.wait()
+    config = make_config(path, "grpo")
+    config.output_dir = str(tmp_path)
+    learner = Learner(config, load_policy(config), TOKENIZER)
+    urls = [server.url for server in servers]
+    pool = ServerPool(urls, urls, SglangConfig())
+    for version, config.weight_sync.method in ((30, "auto"), (31, "distributed")):
+        sync = make_sync(config, learner, pool)
+        assert sync.sync(version) > 0 and not pool.reasons()
+        assert sync._confirmed == {(2, torch.float32), (1, torch.float32)}
+        for client in pool.own:
+            log_probs, found = served(pool.portal, client, TOKENS)
+            assert found == str(version)
+            assert np.abs(log_probs - hf_log_probs(model, TOKENS)).max() < 1e-4
+        sync.close()
+
+    config.weight_sync.method, config.weight_sync.delta = "auto", True
+    sync = make_sync(config, learner, pool)
+    whole = sync.sync(40)
+    assert not sync.changes.takers
+    for method, version in (("tensor", 41), ("disk", 42)):
+        for module in learner.policy.modules:
+            for parameter in module.parameters():
+                parameter.data.view(-1)[version % 9 :: 50] += 0.02
+        sync._confirmed.clear()  # compares all parameters
+        sync.methods = dict.fromkeys(urls, method)
+        assert sync.sync(version) == whole and not pool.reasons()
+        assert sync._confirmed == {(2, torch.float32), (1, torch.float32)}
+        assert sync.changes.takers == set(urls)
+        assert 0 < sync.changes.nbytes < whole / 8
+    pool.portal.call(pool.own[0].post, "/update_weight_version", {"new_version": "41"})
+    assert sync.sync(43) == whole and not pool.reasons()
+    assert sync.changes.takers == {urls[1]}
+    sync.close()
+    pool.close()
 
 
 def test_two_steps_of_training(

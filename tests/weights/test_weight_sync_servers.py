@@ -29,6 +29,7 @@ from megatron_bicc.training.learner import Learner
 from megatron_bicc.weights.hf_weights import load_policy
 from megatron_bicc.weights.sync import ServerWeightSync
 from megatron_bicc.weights.transport import WeightSyncError, live
+from megatron_bicc.weights.verify import SHARES, server_name
 
 pytestmark = [
     pytest.mark.timeout(900),  # a busy machine needs minutes to start a server
@@ -90,6 +91,7 @@ def push(
 ) -> dict[str, str]:
     """Syncs to these servers; the reasons of those that failed."""
     sync.pool.own = clients
+    sync.methods |= {client.url: sync._config.weight_sync.method for client in clients}
     return sync.push(tensors, version)
 
 
@@ -196,6 +198,35 @@ def test_a_wrong_parameter_is_named(
         push(one, clients[:1], stream(learner), 2)
 
 
+def test_every_parameter_is_compared_in_turn(
+    sync: Callable[..., ServerWeightSync],
+    learner: Learner,
+    clients: list[ServerClient],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without files a sync compares a share of the parameters, on both sides; the first one compares all."""
+    monkeypatch.setattr(learner.config.weight_sync, "keep_files", False)
+    monkeypatch.setattr("megatron_bicc.weights.sync.disagreeing", lambda *_: [])  # nobody asks the log-probs
+    one = sync("tensor")
+    for version in range(1, 2 + SHARES):
+        assert push(one, clients[:1], stream(learner), version) == {}
+        (checksums,) = one._checksums.values()
+        assert len(checksums.of_rank(0)) == len(checksums.share.names if checksums.share else names(one))
+    one.__class__ = Tampering
+    found = []
+    for version in range(SHARES):
+        try:
+            assert push(one, clients[:1], stream(learner), version) == {}
+        except WeightSyncError as error:
+            found.append(str(error))
+    assert len(found) == 1 and found[0].endswith(f"has other weights than the policy: {NORM}")
+
+
+def names(sync: ServerWeightSync) -> set[str]:
+    """The server's parameters."""
+    return {server_name(name) for name in sync.expected}
+
+
 def test_an_unknown_name_is_refused_though_the_server_would_take_it(
     sync: Callable[..., ServerWeightSync],
     learner: Learner,
@@ -274,7 +305,7 @@ def test_servers_get_the_policys_weights(
     portal: BlockingPortal,
 ) -> None:
     """Twice each: the second time over what the first left, such as the process group. In memory there are
-    never more tensors than a bucket's, the one after it and the one that is made."""
+    never more tensors than two buckets', the one after them and the one that is made."""
     one = sync(method)
     sizes = [tensor.nbytes for _, tensor in stream(learner)]
     for version in (7, 8):
@@ -282,7 +313,7 @@ def test_servers_get_the_policys_weights(
         held = [0, 0]
         assert push(one, both, counted(learner, held), version) == {}
         assert one._confirmed == {(1, torch.float32)}
-        assert held[1] <= BUCKET_MB * 2**20 + 2 * max(sizes) < sum(sizes) / 3
+        assert held[1] <= 2 * BUCKET_MB * 2**20 + 2 * max(sizes) < sum(sizes) / 2
         for client in both:
             assert agrees(portal, client, learner, model)
             assert served(portal, client, TOKENS)[1] == str(version)
@@ -308,11 +339,11 @@ def test_late_servers_get_the_newest_weights(
     assert agrees(portal, both[1], learner, model)
     assert served(portal, both[1], TOKENS)[1] == "11"
 
-    group = {"group_name": lasting.transport._group.name}
+    group = {"group_name": lasting.transports["distributed"]._group.name}
     portal.call(both[1].post, "/destroy_weights_update_group", group)
     move(learner, 13)
     assert push(lasting, both, stream(learner), 13) == {}
-    assert lasting.transport._group.name != group["group_name"]
+    assert lasting.transports["distributed"]._group.name != group["group_name"]
     assert all(agrees(portal, client, learner, model) for client in both)
 
 

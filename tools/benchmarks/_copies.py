@@ -1,10 +1,11 @@
-"""Plain copies of bytes, each on the path of one method of the weight sync.
+"""Plain copies of bytes, on the paths of the weight sync.
 
-This module imports little, because a child process that receives the broadcast imports it.
+This module imports little, because a child process that receives the bytes imports it.
 """
 
 import multiprocessing
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -53,5 +54,36 @@ def _receive(port: int, nbytes: int) -> None:
         group.broadcast(flat, 0).wait()
 
 
-PLAIN = {"disk": _file_copy, "tensor": _memory_copy, "distributed": _broadcast}
-"""By weight_sync.method: (number of bytes, directory) -> a function that copies that many bytes"""
+@contextmanager
+def _loopback(nbytes: int, directory: Path) -> Iterator[Callable[[], Any]]:
+    """Sends over TCP to a child process on this host, which answers with one byte."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    receiver = multiprocessing.get_context("spawn").Process(
+        target=_take, args=(listener.getsockname()[1], nbytes)
+    )
+    receiver.start()
+    connection, _ = listener.accept()
+    data = memoryview(bytearray(nbytes))
+
+    def copy() -> None:
+        connection.sendall(data)
+        connection.recv(1)
+
+    yield copy
+    connection.close()
+    receiver.join()
+
+
+def _take(port: int, nbytes: int) -> None:
+    data = memoryview(bytearray(nbytes))
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        done = 0
+        while received := connection.recv_into(data[done:]):
+            done = (done + received) % nbytes
+            if not done:
+                connection.sendall(b"d")
+
+
+PLAIN = {"memory": _memory_copy, "loopback": _loopback, "broadcast": _broadcast, "file": _file_copy}
+"""Name: (number of bytes, directory) -> a function that copies that many bytes: in memory, over TCP to
+another process, by gloo to another process, from file to file"""

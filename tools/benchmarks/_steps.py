@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_bicc import device
 from megatron_bicc.algorithms.presets import resolve
@@ -52,6 +52,24 @@ def random_model(hidden: int, layers: int, vocab_size: int) -> Qwen3ForCausalLM:
             num_attention_heads=hidden // 64,
             num_key_value_heads=max(1, hidden // 128),
             head_dim=64,
+        )
+    )
+
+
+def smollm2() -> LlamaForCausalLM:
+    """Returns a model of the shape of SmolLM2-135M, with random weights."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            head_dim=64,
+            max_position_embeddings=8192,
+            tie_word_embeddings=True,
         )
     )
 
