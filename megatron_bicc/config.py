@@ -13,7 +13,6 @@ import functools
 import inspect
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
@@ -41,7 +40,6 @@ CorrectionName: TypeAlias = Literal[
 ]
 OverlongAction: TypeAlias = Literal["error", "drop"]
 ControlTokens: TypeAlias = Literal["refuse", "text", "keep"]
-OnError: TypeAlias = Literal["fail", "drop", "zero"]
 PauseMode: TypeAlias = Literal["in_place", "retract", "abort"]
 
 RENAMED = MappingProxyType(
@@ -49,7 +47,6 @@ RENAMED = MappingProxyType(
         "monitoring.compare": "monitoring.compare_run",
         "parallel.silence_seconds": "parallel.heartbeat_timeout_s",
         "reward.overlong_share": "reward.overlong_buffer",
-        "reward.verifier": "reward.function",
         "rollout.sglang.retry_s": "rollout.sglang.retry_timeout_s",
     }
 )
@@ -68,8 +65,6 @@ class Rule:
     """0 is accepted whatever the range, and turns the feature off."""
     named: tuple[str, ...] = ()
     """Built-in names of a text setting that otherwise takes an import path; "" means empty."""
-    weighted: bool = False
-    """A text setting also takes a weighted sum of names (`weighted_terms`)."""
     form: Callable[[str], bool] | None = None
     """Additional check of a text; `form_in_words` describes it."""
     form_in_words: str = ""
@@ -128,77 +123,19 @@ def _is_date(text: str) -> bool:
         return False
 
 
-def _is_pattern(text: str) -> bool:
-    try:
-        re.compile(text)
-    except re.error:
-        return False
-    return True
-
-
-def weighted_terms(text: str) -> list[tuple[float, str]]:
-    """Returns (weight, name) of the terms of a sum such as math + 0.2 * format - 0.1 * my.py:style.
-
-    A term without a weight has 1, and a text that is no such sum is one name. Signs stand between spaces.
-    """
-    parts = ["+", *re.split(r"\s+([+-])\s+", text.strip())]
-    terms = []
-    for sign, term in zip(parts[::2], parts[1::2], strict=True):
-        weight, _, name = term.rpartition("*")
-        try:
-            terms.append((float(f"{sign}1") * float(weight or 1), name.strip()))
-        except ValueError:
-            return [(1.0, text)]
-    return terms
-
-
 @dataclass
 class RewardConfig:
     """Scoring of a finished response."""
 
-    function: str = setting(
-        "math",
-        named=("math", "exact", "multiple_choice", "code", "format", "length", "remote"),
-        weighted=True,
-        changes_experiment=True,
-        decides_score=True,
-    )
-    """Function that scores responses, or a sum such as math + 0.2 * format (docs/rewards.md)."""
-    answer: AnswerStyle = setting("auto", changes_experiment=True, decides_score=True)
+    verifier: str = setting("math", named=("math",), decides_score=True)
+    """Function that scores responses; math compares final answers (docs/rewards.md)."""
+    answer: AnswerStyle = setting("auto", decides_score=True)
     r"""Format of a final answer: \boxed{X}, Answer: X, #### X, last number; auto: one of the first three."""
-    threshold: float = setting(0.5, changes_experiment=True, decides_score=True)
+    threshold: float = setting(0.5, decides_score=True)
     """A rollout is correct if its reward is greater than this."""
-    format: str = setting(
-        "<think>.+</think>.+",
-        form=_is_pattern,
-        form_in_words="a regular expression",
-        changes_experiment=True,
-        decides_score=True,
-    )
-    """Regular expression of reward.function=format, which the whole response must match."""
-    target_tokens: int = setting(1024, at_least=1, changes_experiment=True, decides_score=True)
-    """Length in tokens at which reward.function=length gives 0."""
-    url: str = ""
-    """Address that reward.function=remote posts responses to."""
-    retries: int = setting(3, at_least=0)
-    """Times that a request to reward.url is repeated after a failure that may pass."""
-    batch_size: int = setting(32, at_least=1)
-    """Most responses in a request to reward.url."""
-    concurrency: int = setting(16, at_least=1)
-    """Requests to reward.url, or calls of your coroutine function, at a time; per rank."""
-    workers: int = setting(0, at_least=0)
-    """Worker processes of a rank for your function, math and code; 0: only one each for math and code."""
-    timeout_s: float = setting(60.0, above=0)
-    """Wall time of a call by a worker, of a coroutine function, of a request, of a program's tests."""
-    cpu_s: float = setting(10.0, above=0)
-    """Processor time of a call by a worker, and of a test of a program."""
-    memory_gb: float = setting(4.0, above=0)
-    """Address space of a worker that calls your function, and of a program."""
-    on_error: OnError = setting("fail", changes_experiment=True, decides_score=True)
-    """A response that cannot be scored ends the run, is not trained on, or has the reward 0; all counted."""
-    overlong_penalty: float | None = setting(None, at_least=0, changes_experiment=True)
+    overlong_penalty: float | None = setting(None, at_least=0)
     """Penalty subtracted from the reward of a response of max_new_tokens tokens; 0 is off; null: preset."""
-    overlong_buffer: float = setting(0.2, above=0, at_most=1, changes_experiment=True)
+    overlong_buffer: float = setting(0.2, above=0, at_most=1)
     """Last fraction of rollout.max_new_tokens, over which that penalty grows linearly from 0."""
 
 
@@ -572,7 +509,7 @@ class Config:
     data: DataConfig = section(DataConfig, changes_experiment=True)
     rollout: RolloutConfig = section(RolloutConfig)
     weight_sync: WeightSyncConfig = section(WeightSyncConfig)
-    reward: RewardConfig = section(RewardConfig)
+    reward: RewardConfig = section(RewardConfig, changes_experiment=True)
     bicc: BiccConfig = section(BiccConfig, changes_experiment=True)
     rcc: RccConfig = section(RccConfig, changes_experiment=True)
     loss: LossConfig = section(LossConfig, changes_experiment=True)
@@ -658,8 +595,7 @@ class Setting:
         if "\0" in text:
             raise UserError(f"{self.name} is {text!r}; it must not contain a NUL character")
         if self.rule.named:
-            names = [name for _, name in weighted_terms(text)] if self.rule.weighted else [text]
-            accepted = all(name in self.rule.named or is_import_path(name) for name in names)
+            accepted = text in self.rule.named or is_import_path(text)
         elif not self._free_types:
             accepted = text in self.choices
         else:

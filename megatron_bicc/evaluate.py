@@ -37,8 +37,7 @@ from megatron_bicc.evaluation.benchmarks import (
     write_results,
 )
 from megatron_bicc.metrics import phase, waiting_for
-from megatron_bicc.rewards.registry import check_reward, get_scorer
-from megatron_bicc.rewards.scorer import Scorer
+from megatron_bicc.rewards.registry import Verifier, check_reward, get_verifier
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.engines import make_engine
 from megatron_bicc.rollout.types import RolloutError, Sampling
@@ -80,7 +79,7 @@ class EvaluationInputs:
 
     config: Config
     tokenizer: PreTrainedTokenizerBase
-    scorer: Scorer
+    verifier: Verifier
     benchmarks: dict[str, Benchmark]
     """By name (evaluation.benchmarks.names_of)"""
 
@@ -137,7 +136,7 @@ def read_inputs(config: Config, paths: list[str]) -> EvaluationInputs:
             sizes.append(f"{len(benchmarks[name].prompts)} prompts")
     _check_lengths(config, hf_config, benchmarks)
     warn_of_index(config.model.path)
-    return EvaluationInputs(config, tokenizer, get_scorer(config.reward), benchmarks)
+    return EvaluationInputs(config, tokenizer, get_verifier(config.reward), benchmarks)
 
 
 def _kept_date(config: Config, named: dict[str, str]) -> str:
@@ -172,9 +171,9 @@ def evaluate_benchmarks(inputs: EvaluationInputs) -> dict[str, Evaluation]:
     disable_progress_bar()  # the evaluation has its own
     with phase(f"rollout engine {config.rollout.engine}"):
         engine = make_engine(config, inputs.tokenizer)
-    with closing(engine), closing(inputs.scorer):
+    with closing(engine):
         sampling = Sampling(config.evaluation.temperature, config.rollout.max_new_tokens)
-        sampler = GroupSampler(engine, inputs.scorer, inputs.tokenizer, sampling, config.evaluation.samples)
+        sampler = GroupSampler(engine, inputs.verifier, inputs.tokenizer, sampling, config.evaluation.samples)
         question = partial(ask, sampler=sampler, seed=config.seed)
         at_once = max(1, config.rollout.batch_size * dist.get_world_size() // config.evaluation.samples)
         answers = {

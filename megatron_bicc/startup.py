@@ -38,8 +38,7 @@ from megatron_bicc.model.families import family_of, positions, supported_config
 from megatron_bicc.model.megatron_settings import check_megatron_settings, row_alignment
 from megatron_bicc.model.optimizer import optimizer_config
 from megatron_bicc.model.policy import ddp_config, start_model_parallel
-from megatron_bicc.rewards.registry import check_reward, check_truths, get_scorer
-from megatron_bicc.rewards.scorer import Scorer
+from megatron_bicc.rewards.registry import Verifier, check_reward, check_truths, get_verifier
 from megatron_bicc.rollout.async_collector import make_collector
 from megatron_bicc.rollout.sampling import Collector
 from megatron_bicc.rollout.sglang_engine import check_model_files
@@ -147,7 +146,7 @@ class Inputs:
     config: Config
     """Resolved: presets filled in, and data.date if the chat template needs it"""
     tokenizer: PreTrainedTokenizerBase
-    scorer: Scorer
+    verifier: Verifier
     prompts: list[Prompt]
     heldout: list[Prompt]
     contents: dict[str, str]
@@ -180,7 +179,7 @@ def read_prompts(
     is_first = device.is_first()
     found = resume_point(config, is_first)
     config = with_date(config, tokenizer, found.date if found else "")
-    scorer = get_scorer(config.reward)
+    verifier = get_verifier(config.reward)
     with phase("prompts") as sizes:
         prompts = _prompts(config, config.data.train, tokenizer, config.data.instruction, config.data.filter)
         heldout = heldout_prompts(config, config.evaluation.data, tokenizer) if config.evaluation.data else []
@@ -192,7 +191,7 @@ def read_prompts(
     if found:
         check_resume(found.progress, config, contents, is_first)
         collector.load_state_dict(found.progress.sampler)
-    return Inputs(config, tokenizer, scorer, prompts, heldout, contents, collector, found, tensors)
+    return Inputs(config, tokenizer, verifier, prompts, heldout, contents, collector, found, tensors)
 
 
 def check_settings(config: Config) -> Config:
@@ -211,6 +210,7 @@ def check_settings(config: Config) -> Config:
         ("rollout.engine", config.rollout.engine),
         ("loss.objective", config.loss.objective),
         ("loss.baseline", config.loss.baseline),
+        ("reward.verifier", config.reward.verifier),
         ("data.filter", config.data.filter),
     ):
         if plugins.is_import_path(path):

@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
@@ -208,10 +208,7 @@ class Trainer:
         """Samples and scores the step's groups."""
         c = self.config.rollout
         routing = self.config.model.routing_replay == "engine"
-        sampler = self._sampler(c.temperature, c.group_size, routing)
-        # an evaluation counts samples per prompt: what cannot be scored stays in its groups
-        dropping = replace(sampler, drop_failed=self.config.reward.on_error == "drop")
-        return self.collector.step(self.step, dropping)
+        return self.collector.step(self.step, self._sampler(c.temperature, c.group_size, routing))
 
     def learn(self, rollouts: Collected, clock: Stopwatch) -> list[StepResult]:
         """Takes the step's optimizer steps, each on a share of groups; a share without a loss is skipped.
@@ -247,15 +244,14 @@ class Trainer:
         return Progress(self.step, collector, schedule, asdict(self.config), self.inputs.contents)
 
     def close(self) -> None:
-        """Ends rollouts; closes engine and reward function. Does not wait for an unfinished checkpoint."""
+        """Ends rollouts and closes their engine. Does not wait for a checkpoint that is being written."""
         self.collector.close()
         self.weight_sync.close()
         self.engine.close()
-        self.inputs.scorer.close()
 
     def _sampler(self, temperature: float, group_size: int, routing: bool = False) -> GroupSampler:
         sampling = Sampling(temperature, self.config.rollout.max_new_tokens, routing)
-        return GroupSampler(self.engine, self.inputs.scorer, self.inputs.tokenizer, sampling, group_size)
+        return GroupSampler(self.engine, self.inputs.verifier, self.inputs.tokenizer, sampling, group_size)
 
     def _is_due(self, every: int) -> bool:
         """Returns whether an action of every `every` steps (0: never), and of the last step, is due now."""

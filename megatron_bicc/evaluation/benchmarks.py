@@ -36,8 +36,6 @@ class Answers:
     truncated: list[bool]
     """True if the sample was cut off at rollout.max_new_tokens"""
     texts: list[str]
-    failed: int = 0
-    """Samples that could not be scored and count as wrong (reward.on_error)"""
 
 
 def answers_of(group: Group) -> Answers:
@@ -48,7 +46,6 @@ def answers_of(group: Group) -> Answers:
         [len(sample.token_ids) for sample in group.samples],
         [sample.finish_reason == "length" for sample in group.samples],
         group.texts,
-        group.failed,
     )
 
 
@@ -132,8 +129,6 @@ class Evaluation:
     """Share of the samples cut off at rollout.max_new_tokens"""
     length: float
     """Mean length of a sample in tokens"""
-    failed: int = 0
-    """Samples that could not be scored and count as wrong"""
 
 
 def pass_at_k(num_samples: int, correct_B: np.ndarray, k: int) -> np.ndarray:
@@ -166,7 +161,6 @@ def summarize(answers: list[Answers], threshold: float) -> Evaluation:
         pass_at={k: _estimate(pass_at_k(samples, correct_B, k)) for k in ks},
         truncated=float(np.mean([one.truncated for one in answers])),
         length=float(np.mean([one.lengths for one in answers])),
-        failed=sum(one.failed for one in answers),
     )
 
 
@@ -182,7 +176,6 @@ def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
         "eval/pass_at_1_stderr": evaluation.avg.standard_error,
         "eval/truncated": evaluation.truncated,
         "eval/length_mean": evaluation.length,
-        **({"eval/failed": float(evaluation.failed)} if evaluation.failed else {}),
     } | {f"eval/pass_at_{k}": estimate.value for k, estimate in evaluation.pass_at.items()}
 
 
@@ -223,8 +216,7 @@ def _plain(evaluation: Evaluation) -> dict[str, Any]:
         for name, estimate in estimates.items()
     }
     counts = {"prompts": evaluation.prompts, "samples": evaluation.samples}
-    rest = {"truncated": evaluation.truncated, "length": evaluation.length, "failed": evaluation.failed}
-    return counts | plain | rest
+    return counts | plain | {"truncated": evaluation.truncated, "length": evaluation.length}
 
 
 def run_benchmark(

@@ -30,10 +30,6 @@ DIGITS = 400
 """Digits to which values are compared; math-verify compares 15, and calls 10^-20 and 10^-21 equal"""
 
 
-LARGEST_POWER = 12
-"""Of a sum that is multiplied out to compare polynomials"""
-
-
 def equal(a: str, b: str) -> bool:
     """Returns whether two answers, normalized by rewards.normalize, are mathematically equal."""
     from math_verify import verify
@@ -42,11 +38,8 @@ def equal(a: str, b: str) -> bool:
     x, y = _parsed(a), _parsed(b)
     if _is_rounding(a, y) or _is_rounding(b, x):
         return True
-    # both much faster than math-verify, which first tries every simplification
-    if _differ(x, y):
+    if _differ(x, y):  # much faster than math-verify, which first tries every simplification
         return False
-    if _identical(x, y):
-        return True
     # math-verify is not symmetric in its arguments, but the verdict must be
     sets = {"allow_set_relation_comp": True, "timeout_seconds": None}
     return verify(y, x, **sets) or verify(x, y, **sets)
@@ -130,22 +123,6 @@ def _differ(x: list[Any], y: list[Any]) -> bool:
         return False
     scale = max(abs(p), abs(q))
     return bool(abs(p - q) > scale * Rational(1, 10 ** (DIGITS - 10)))
-
-
-def _identical(x: list[Any], y: list[Any]) -> bool:
-    """Returns whether two expressions are the same polynomial; False decides nothing."""
-    from sympy import Expr, Pow, expand
-
-    if not x or not y or not isinstance(x[0], Expr) or not isinstance(y[0], Expr):
-        return False
-    if x[0] == y[0]:
-        return True
-    names = x[0].free_symbols | y[0].free_symbols
-    if not names or not x[0].is_polynomial(*names) or not y[0].is_polynomial(*names):
-        return False
-    # a power is expanded term by term: (x + y)^1000 stays what it is
-    powers = [p.exp for side in (x[0], y[0]) for p in side.atoms(Pow) if p.exp.is_Integer and p.base.is_Add]
-    return max(powers, default=0) <= LARGEST_POWER and expand(x[0] - y[0]) == 0
 
 
 def _evaluated(expression: Any, at: dict[Any, Any]) -> Any | None:

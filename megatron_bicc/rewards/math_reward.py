@@ -4,7 +4,6 @@ rewards.verdict compares the answer with the ground truth: plain numbers in this
 worker process of rewards.worker.
 """
 
-import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,15 +15,10 @@ from megatron_bicc.config import AnswerStyle
 from megatron_bicc.data.rows import has_box, last_boxed
 from megatron_bicc.rewards import verdict
 from megatron_bicc.rewards.verdict import Reading
-from megatron_bicc.rewards.worker import MATH, Limits, WorkerKilled, Workers
+from megatron_bicc.rewards.worker import WORKER, OutOfTimeError
 
 Style = AnswerStyle
-_log = logging.getLogger(__name__)
 
-CPU_SECONDS = 2.0
-"""Processor time of one comparison. A limit on wall time would score right answers 0 on a busy machine."""
-WORKERS = Workers(MATH, Limits(CPU_SECONDS))
-"""The worker process that compares answers of this process's rollouts, unless reward.workers is above 1"""
 _ANSWER_LINE = re.compile(r"\banswer\b[*_]*[ \t]*[:：][*_]*[ \t]*([^\n]+)", re.IGNORECASE)
 _LAST_LINE = re.compile(r"[^\n]*\banswer\b[*_]*[ \t]*[:：][*_]*[ \t]*([^\n]+)", re.IGNORECASE)
 _HASH = re.compile(r"####[ \t]*([^\n#]+)")
@@ -117,19 +111,12 @@ MAX_QUICK_CHARACTERS = 64
 def score(texts: list[str], truths: list[str], style: Style = "auto") -> np.ndarray:
     """Returns float32 [R]: 1 if the final answer of a text, read in that style, equals its truth, else 0.
 
-    A response scores 0 if it has no answer, or one that does not parse or takes more than CPU_SECONDS of
-    processor time to evaluate (9^9^9^9). Thread-safe.
+    A response scores 0 if it has no answer, or one that does not parse or takes more than
+    rewards.worker.CPU_SECONDS of processor time to evaluate (9^9^9^9). Thread-safe.
     """
-    rights = [right(t, truth, style, WORKERS) for t, truth in zip(texts, truths, strict=True)]
-    return np.array([each is True for each in rights], dtype=np.float32)
-
-
-def right(text: str, truth: str, style: Style, workers: Workers) -> bool | None:
-    """Returns whether the final answer of a text equals the truth; None if that takes too long to say."""
-    answer = final_answer(text, style)
-    if not answer or len(answer) > MAX_ANSWER_CHARACTERS:
-        return False
-    return _same(answer, truth.strip(), workers)
+    return np.array(
+        [_reward(t, truth, style) for t, truth in zip(texts, truths, strict=True)], dtype=np.float32
+    )
 
 
 def response(truth: str, style: Style = "auto") -> str:
@@ -145,26 +132,25 @@ def reading(truth: str) -> Reading | None:
     if len(truth) <= MAX_QUICK_CHARACTERS and verdict.is_number(truth):
         return "number"
     try:
-        return WORKERS.ask("reading", truth)
-    except WorkerKilled:
+        return WORKER.ask("reading", truth)
+    except OutOfTimeError:
         return None
 
 
+def _reward(text: str, truth: str, style: Style) -> float:
+    answer = final_answer(text, style)
+    if not answer or len(answer) > MAX_ANSWER_CHARACTERS:
+        return 0.0
+    return float(_same(answer, truth.strip()))
+
+
 @lru_cache(maxsize=65536)
-def _same(answer: str, truth: str, workers: Workers) -> bool | None:
+def _same(answer: str, truth: str) -> bool:
     if max(len(answer), len(truth)) <= MAX_QUICK_CHARACTERS:
         known = verdict.quick(answer, truth)
         if known is not None:
             return known
     try:
-        return workers.ask("same", answer, truth)
-    except WorkerKilled as why:
-        if workers.killed == 1:
-            _log.warning(
-                "comparing an answer with its ground truth failed, and it scores 0: %s: %.60s against %.60s "
-                "(further ones are counted in reward/too_slow)",
-                why,
-                answer,
-                truth,
-            )
-        return None
+        return WORKER.ask("same", answer, truth)
+    except OutOfTimeError:
+        return False

@@ -22,19 +22,17 @@ from megatron_bicc.collective import gathered, raised_on_all_ranks
 from megatron_bicc.config import Config
 from megatron_bicc.data.prompts import Prompt, PromptSampler
 from megatron_bicc.errors import UserError
-from megatron_bicc.rollout.collect import GroupSampler, ScoredStream, exchange
+from megatron_bicc.rollout.collect import GroupSampler, exchange
 from megatron_bicc.rollout.sampling import (
     Collected,
     Collector,
     NoContrastError,
     Queue,
-    comparable,
     group_from_json,
     group_to_json,
-    is_comparable,
 )
 from megatron_bicc.rollout.streaming_sampler import likely_prompts
-from megatron_bicc.rollout.types import Group, RolloutError
+from megatron_bicc.rollout.types import Group, RolloutError, Stream
 
 FIRST_POLL_S, LONGEST_POLL_S, GROWTH = 0.005, 1.0, 1.05
 """Longest waits between two gathers: the first of a step, and the longest; each is GROWTH times the one
@@ -80,14 +78,14 @@ class AsyncCollector(Collector):
         self._seen, self._found = 0, 0
         """Groups that have finished and those of them that are usable, recent steps counting most"""
         self._stack = ExitStack()
-        self._stream: ScoredStream | None = None
+        self._stream: Stream | None = None
         self._sampler: GroupSampler | None = None
 
     def step(self, step: int, sampler: GroupSampler) -> Collected:
         """Returns the groups of step `step`, the oldest first. Collective.
 
         Returns with prompts in flight. Raises NoContrastError at rollout.max_prompts_per_step; RolloutError
-        or UserError on every process if the engine or the reward function of one does.
+        or UserError on every process if the engine or the verifier of one does.
         """
         wanted, bound = self.config.rollout.prompts_per_step, self.config.rollout.max_staleness
         version, steps_left = step - 1, self.config.train.steps - step
@@ -172,7 +170,7 @@ class AsyncCollector(Collector):
         """Opens the stream at the run's first step, and submits what was in flight at its resume point."""
         if self._stream:
             return
-        self._stream = self._stack.enter_context(self._sampler.stream())
+        self._stream = self._stack.enter_context(self._sampler.engine.stream(self._sampler.sampling))
         for number in sorted(self._in_flight()):
             self._ask(number, self.pending.pop(number).prompt, version)
 
@@ -205,12 +203,10 @@ class AsyncCollector(Collector):
         """Scores the groups that this process's engine has finished; returns by number which are usable."""
         found: dict[int, bool] = {}
         while self._stream.outstanding() and (finished := self._stream.next(seconds)):
-            number, group = finished
+            number, samples = finished
+            (group,) = self._sampler.scored([self.pending[number].prompt], samples)
             self._own[number] = group
-            if self.config.rollout.dynamic_sampling:
-                found[number] = bool(self._has_contrast(group))
-            else:
-                found[number] = is_comparable(group)
+            found[number] = not self.config.rollout.dynamic_sampling or bool(self._has_contrast(group))
             seconds = 0.0
         return found
 
@@ -240,8 +236,7 @@ class AsyncCollector(Collector):
         process = min(range(dist.get_world_size()), key=lambda rank: load[rank])
         self.pending[number] = Pending(prompt, version, process)
         if process == dist.get_rank():
-            requests = self._sampler.requests(prompt, (self.config.seed, number))
-            self._stream.submit(number, prompt, requests)
+            self._stream.submit(number, self._sampler.requests(prompt, (self.config.seed, number)))
 
     def _in_flight(self) -> list[int]:
         return [number for number, each in self.pending.items() if each.usable is None]
@@ -271,9 +266,6 @@ class AsyncCollector(Collector):
         """Raises NoContrastError if the step has sampled all prompts that it may and needs more groups."""
         finished = [number for number, each in self.pending.items() if each.usable is not None]
         sampled = [number for number in finished if number not in self._carried]
-        if not self.config.rollout.dynamic_sampling and len(sampled) >= wanted and not self._usable():
-            self._exchange()
-            comparable([self.pending[number].group for number in sampled])
         if self.config.rollout.dynamic_sampling and len(sampled) >= self.config.rollout.max_prompts_per_step:
             self._exchange()
             found, groups = len(self._usable()), [self.pending[number].group for number in sampled]

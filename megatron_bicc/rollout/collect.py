@@ -4,37 +4,19 @@ Also diagnoses runs in which every reward is 0.
 """
 
 import hashlib
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch.distributed as dist
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from megatron_bicc import device
 from megatron_bicc.collective import gathered, raised_on_all_ranks
 from megatron_bicc.data.prompts import Prompt
 from megatron_bicc.errors import UserError
 from megatron_bicc.rewards.math_reward import STYLES, Style, final_answer
-from megatron_bicc.rewards.scorer import Scorer
-from megatron_bicc.rewards.types import Completion, Scores
-from megatron_bicc.rollout.types import (
-    Engine,
-    Group,
-    Request,
-    RolloutError,
-    Sample,
-    Sampling,
-    Stream,
-    StreamingEngine,
-)
-
-LOOK_S = 0.02
-"""Seconds between two looks at scores while the engine generates"""
+from megatron_bicc.rewards.registry import Completion, Verifier
+from megatron_bicc.rollout.types import Engine, Group, Request, RolloutError, Sample, Sampling
 
 
 def sample_seed(*parts: int | str) -> int:
@@ -48,52 +30,25 @@ class GroupSampler:
     """Samples groups with an engine and scores them."""
 
     engine: Engine
-    scorer: Scorer
+    verifier: Verifier
     tokenizer: PreTrainedTokenizerBase
     sampling: Sampling
     group_size: int
     """Samples per prompt"""
-    drop_failed: bool = False
-    """Leave responses that could not be scored out of their group; else they stay, with a reward of 0"""
 
     def collect(self, prompts: list[Prompt], seed: tuple[int | str, ...]) -> list[Group]:
         """Returns a group for every prompt, in their order, the same on every process. Collective.
 
-        A sample depends on the weights, its prompt, its index in the group and `seed`. An engine that streams
-        generates other groups while one is scored. Raises RolloutError or UserError on every process if the
-        engine or the reward function of one does.
+        A sample depends on the weights, its prompt, its index in the group and `seed`. Raises RolloutError or
+        UserError on every process if the engine or the verifier of one does.
         """
         rank, world = dist.get_rank(), dist.get_world_size()
-        mine = dict(list(enumerate(prompts))[rank::world])
+        mine = prompts[rank::world]
+        requests = [request for prompt in mine for request in self.requests(prompt, seed)]
         with raised_on_all_ranks(RolloutError, UserError):
-            if isinstance(self.engine, StreamingEngine):
-                groups = self._streamed(mine, seed)
-            else:
-                requests = [request for prompt in mine.values() for request in self.requests(prompt, seed)]
-                samples = self.engine.generate(requests, self.sampling) if requests else []
-                groups = dict(zip(mine, self.scored(list(mine.values()), samples), strict=True))
-        shares = exchange(groups, prompts)
+            groups = self.scored(mine, self.engine.generate(requests, self.sampling) if requests else [])
+        shares = exchange(dict(zip(range(rank, len(prompts), world), groups, strict=True)), prompts)
         return [shares[place] for place in range(len(prompts))]
-
-    def _streamed(self, prompts: dict[int, Prompt], seed: tuple[int | str, ...]) -> dict[int, Group]:
-        groups: dict[int, Group] = {}
-        total = len(prompts) * self.group_size
-        with (
-            self.stream() as stream,
-            tqdm(total=total, desc="rollouts", leave=False, disable=device.quiet()) as bar,
-        ):
-            for place, prompt in prompts.items():
-                stream.submit(place, prompt, self.requests(prompt, seed))
-            while stream.outstanding():
-                place, groups[place] = stream.next(None)
-                bar.update(self.group_size)
-        return groups
-
-    @contextmanager
-    def stream(self) -> "Iterator[ScoredStream]":
-        """Yields a stream of scored groups, of an engine that streams; unfinished ones are aborted."""
-        with self.engine.stream(self.sampling) as stream:
-            yield ScoredStream(self, stream)
 
     def requests(self, prompt: Prompt, seed: tuple[int | str, ...]) -> list[Request]:
         """Returns the engine's requests for one group."""
@@ -104,16 +59,9 @@ class GroupSampler:
     def scored(self, prompts: list[Prompt], samples: list[Sample]) -> list[Group]:
         """Scores samples, given group by group, and returns the prompts' groups.
 
-        Raises as `submit` and the futures that it returns.
-        """
-        return [future.result() for future in self.submit(prompts, samples)]
-
-    def submit(self, prompts: list[Prompt], samples: list[Sample]) -> "list[Future[Group]]":
-        """Starts to score samples, given group by group; returns the prompts' groups to be.
-
-        Raises RolloutError for a log-prob that is not finite, even in a group without contrast: the policy is
-        broken. Raises UserError for an engine that breaks its protocol; a future does for a response that
-        cannot be scored, with reward.on_error=fail.
+        Raises RolloutError for a log-prob or reward that is not finite, even in a group without contrast: the
+        policy or the verifier is broken. Raises UserError for an engine that breaks its protocol, and for a
+        user's reward function that does.
         """
         if not prompts:  # transformers would decode an empty list as one sample without tokens
             return []
@@ -123,117 +71,20 @@ class GroupSampler:
                 of_prompt = len(prompts[place // self.group_size].token_ids) - 1
                 _check_routing(sample, place, None if place % self.group_size else of_prompt)
         texts = self.tokenizer.batch_decode([_without_end(s) for s in samples], skip_special_tokens=True)
-        futures = []
+        groups = []
         for i, prompt in enumerate(prompts):
             own = slice(i * self.group_size, (i + 1) * self.group_size)
-            for j, sample in enumerate(samples[own]):
-                _check(sample, f"sample {j} of the prompt of row {prompt.index + 1}")
-            futures.append(self._group(prompt, samples[own], texts[own]))
-        return futures
+            group = Group(prompt, samples[own], texts[own], self._rewards(prompt, texts[own]))
+            for j, sample in enumerate(group.samples):
+                _check(sample, group.rewards[j], f"sample {j} of the prompt of row {prompt.index + 1}")
+            groups.append(group)
+        return groups
 
-    def _group(self, prompt: Prompt, samples: list[Sample], texts: list[str]) -> "Future[Group]":
+    def _rewards(self, prompt: Prompt, texts: list[str]) -> np.ndarray:
+        """Returns the rewards of a group's responses: float32 [R]. Raises UserError for a user's function."""
         about = (prompt.ground_truth, prompt.data_source, prompt.extra, prompt.index + 1)
-        scores = self.scorer.submit(
-            [
-                Completion(
-                    prompt.messages,
-                    prompt.begun_answer + text,
-                    *about,
-                    sample.token_ids,
-                    sample.finish_reason,
-                )
-                for sample, text in zip(samples, texts, strict=True)
-            ]
-        )
-        group: Future[Group] = Future()
-
-        def finish(scores: "Future[Scores]") -> None:
-            try:
-                made = _scored_group(prompt, samples, texts, scores.result())
-                group.set_result(without_failed(made, scores.result().failed) if self.drop_failed else made)
-            except BaseException as error:  # raised where the group is taken
-                group.set_exception(error)
-
-        scores.add_done_callback(finish)
-        return group
-
-
-def _scored_group(prompt: Prompt, samples: list[Sample], texts: list[str], scores: Scores) -> Group:
-    return Group(
-        prompt,
-        samples,
-        texts,
-        scores.rewards,
-        scores.metrics if any(scores.metrics) else [],
-        scores.feedback if any(scores.feedback) else [],
-        int(scores.failed.sum()),
-    )
-
-
-def without_failed(group: Group, failed: np.ndarray) -> Group:
-    """Returns a group without the responses that could not be scored; keeps their number. failed: bool [R]"""
-    if not failed.any():
-        return group
-    kept = np.flatnonzero(~failed)
-    samples = [group.samples[i] for i in kept]
-    if samples and samples[0].prompt_experts is None:  # the first one has those of the group
-        samples[0] = replace(samples[0], prompt_experts=group.samples[0].prompt_experts)
-    return replace(
-        group,
-        samples=samples,
-        texts=[group.texts[i] for i in kept],
-        rewards=group.rewards[kept],
-        metrics=[group.metrics[i] for i in kept] if group.metrics else [],
-        feedback=[group.feedback[i] for i in kept] if group.feedback else [],
-    )
-
-
-class ScoredStream:
-    """A stream whose groups are scored while the engine generates others; as rollout.types.Stream."""
-
-    def __init__(self, sampler: GroupSampler, stream: Stream) -> None:
-        self._sampler, self._stream = sampler, stream
-        self._prompts: dict[int, Prompt] = {}
-        """Of the groups that the engine generates"""
-        self._scoring: dict[int, Future[Group]] = {}
-
-    def submit(self, key: int, prompt: Prompt, requests: list[Request]) -> None:
-        """Submits the requests of one prompt; `next` returns their group under this key. Does not block."""
-        self._prompts[key] = prompt
-        self._stream.submit(key, requests)
-
-    def next(self, seconds: float | None) -> tuple[int, Group] | None:
-        """Returns key and group that have been scored, or None if none is within `seconds`.
-
-        seconds: None waits without limit. Raises RolloutError or UserError for a group that failed.
-        """
-        left, end = seconds, None if seconds is None else time.monotonic() + seconds
-        while True:
-            done = next((key for key, group in self._scoring.items() if group.done()), None)
-            if done is not None:
-                return done, self._scoring.pop(done).result()
-            if not self._stream.outstanding():
-                if not wait(self._scoring.values(), left, FIRST_COMPLETED).done:
-                    return None
-                continue
-            # while groups are scored, both are looked at in turn
-            look = min(LOOK_S, LOOK_S if left is None else left) if self._scoring else left
-            if finished := self._stream.next(look):
-                key, samples = finished
-                (self._scoring[key],) = self._sampler.submit([self._prompts.pop(key)], samples)
-            elif look == left:
-                return None
-            left = None if end is None else max(0.0, end - time.monotonic())
-
-    def abort(self, key: int) -> None:
-        """Drops a submitted group: `next` never returns it. Does not block."""
-        if self._scoring.pop(key, None) is None:
-            del self._prompts[key]
-            self._stream.abort(key)
-
-    def outstanding(self) -> int:
-        """Returns the number of submitted groups that `next` has not returned and that were not aborted."""
-        return self._stream.outstanding() + len(self._scoring)
+        begun = prompt.begun_answer
+        return self.verifier([Completion(prompt.messages, begun + text, *about) for text in texts])
 
 
 def _without_end(sample: Sample) -> np.ndarray:
@@ -281,13 +132,15 @@ def _check_routing(sample: Sample, place: int, of_prompt: int | None) -> None:
         )
 
 
-def _check(sample: Sample, where: str) -> None:
+def _check(sample: Sample, reward: float, where: str) -> None:
     bad = np.flatnonzero(~np.isfinite(sample.log_probs))
     if len(bad):
         raise RolloutError(
             f"{where}: the engine's log-prob of token {bad[0]} is {sample.log_probs[bad[0]]}: its weights "
             "are not finite, or the model's numbers overflow in their type"
         )
+    if not np.isfinite(reward):
+        raise RolloutError(f"{where}: the verifier's reward is {reward}; it must be finite")
 
 
 def exchange(own: dict[int, Group], prompts: Sequence[Prompt] | Mapping[int, Prompt]) -> dict[int, Group]:
@@ -295,11 +148,9 @@ def exchange(own: dict[int, Group], prompts: Sequence[Prompt] | Mapping[int, Pro
 
     Prompts are not sent, as every process has them all.
     """
-    sent = {place: replace(group, prompt=None) for place, group in own.items()}
+    sent = {place: (group.samples, group.texts, group.rewards) for place, group in own.items()}
     return {
-        place: replace(group, prompt=prompts[place])
-        for share in gathered(sent)
-        for place, group in share.items()
+        place: Group(prompts[place], *parts) for share in gathered(sent) for place, parts in share.items()
     }
 
 
@@ -344,7 +195,7 @@ def _has_reward(groups: list[Group]) -> bool:
 def why_all_zero(groups: list[Group], style: Style | None) -> str | None:
     """Returns the likely reason in one line; None if any reward is not 0 or there are no groups.
 
-    style: format of final answers that the reward function reads; None if it reads none.
+    style: format of final answers that the verifier reads; None for a user's function.
     """
     if not groups or _has_reward(groups):
         return None
@@ -354,7 +205,7 @@ def why_all_zero(groups: list[Group], style: Style | None) -> str | None:
         return (
             f"all {len(texts)} rewards are 0: {cut / len(texts):.0%} of the responses were cut off at "
             f"rollout.max_new_tokens; one ends in {texts[0][-60:]!r}; check the function that "
-            "reward.function names"
+            "reward.verifier names"
         )
     unread = [text for text in texts if not final_answer(text, style)]
     return (

@@ -57,22 +57,6 @@ class Collected:
     """Of an asynchronous run"""
 
 
-def is_comparable(group: Group) -> bool:
-    """Returns whether two responses could be scored: one alone has no baseline (reward.on_error=drop)."""
-    return len(group.samples) > 1
-
-
-def comparable(groups: list[Group]) -> list[Group]:
-    """Returns the groups that can be trained. Raises UserError if there is none."""
-    found = [group for group in groups if is_comparable(group)]
-    if not found:
-        raise UserError(
-            f"reward.on_error is drop; {sum(group.failed for group in groups)} responses of {len(groups)} "
-            "prompts could not be scored, and no group has two left: the first traceback is in the log"
-        )
-    return found
-
-
 class Collector:
     """Draws prompts and collects their groups. State: position in the data, and the groups left over."""
 
@@ -86,7 +70,7 @@ class Collector:
         wanted, carried = self.config.rollout.prompts_per_step, self.leftover
         if not self.config.rollout.dynamic_sampling:
             sampled = sampler.collect(self._draw(wanted), (self.config.seed, step))
-            return Collected(comparable(sampled), sampled, carried=0, leftover=0, aborted=0)
+            return Collected(sampled, sampled, carried=0, leftover=0, aborted=0)
         streams = isinstance(sampler.engine, StreamingEngine)
         find = self._while_others_run if streams else self._in_rounds
         sampled, aborted = find(step, wanted - len(carried), sampler)
@@ -183,15 +167,7 @@ def group_to_json(group: Group, prompt: int) -> dict[str, Any]:
         }
         for s in group.samples
     ]
-    return {
-        "prompt": prompt,
-        "samples": samples,
-        "texts": group.texts,
-        "rewards": group.rewards.tolist(),
-        "metrics": group.metrics,
-        "feedback": group.feedback,
-        "failed": group.failed,
-    }
+    return {"prompt": prompt, "samples": samples, "texts": group.texts, "rewards": group.rewards.tolist()}
 
 
 def group_from_json(state: dict[str, Any], prompts: list[Prompt]) -> Group:
@@ -209,9 +185,7 @@ def group_from_json(state: dict[str, Any], prompts: list[Prompt]) -> Group:
         for s in state["samples"]
     ]
     rewards = np.array(state["rewards"], np.float32)
-    # a checkpoint of an earlier version of this package has no more
-    rest = {name: state[name] for name in ("metrics", "feedback", "failed") if name in state}
-    return Group(prompts[state["prompt"]], samples, state["texts"], rewards, **rest)
+    return Group(prompts[state["prompt"]], samples, state["texts"], rewards)
 
 
 def _array_to_json(array: np.ndarray | None) -> dict[str, Any] | None:

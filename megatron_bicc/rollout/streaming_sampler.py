@@ -17,8 +17,8 @@ from megatron_bicc import device
 from megatron_bicc.collective import gathered, raised_on_all_ranks
 from megatron_bicc.data.prompts import Prompt
 from megatron_bicc.errors import UserError
-from megatron_bicc.rollout.collect import GroupSampler, ScoredStream, exchange
-from megatron_bicc.rollout.types import Group, RolloutError
+from megatron_bicc.rollout.collect import GroupSampler, exchange
+from megatron_bicc.rollout.types import Group, RolloutError, Stream
 
 LOOK_S = 0.5
 """Seconds that a process waits for a group before it checks whether enough were found"""
@@ -66,12 +66,12 @@ def search(plan: Search, sampler: GroupSampler, has_contrast: Callable[[Group], 
     """Submits prompts until enough groups have contrast or all prompts were submitted. Collective.
 
     The number of submitted prompts depends on timing; a group's seeds depend only on its prompt and index.
-    Raises RolloutError or UserError on every process if the engine or the reward function of one does.
+    Raises RolloutError or UserError on every process if the engine or the verifier of one does.
     """
     counts = SearchCounts(plan)
     with raised_on_all_ranks(RolloutError, UserError):
         try:
-            with sampler.stream() as stream:
+            with sampler.engine.stream(sampler.sampling) as stream:
                 own = _own_groups(plan, counts, stream, sampler, has_contrast)
         except (RolloutError, UserError):
             # the other processes must leave their loops: raised_on_all_ranks waits for them
@@ -84,7 +84,7 @@ def search(plan: Search, sampler: GroupSampler, has_contrast: Callable[[Group], 
 def _own_groups(
     plan: Search,
     counts: "SearchCounts",
-    stream: ScoredStream,
+    stream: Stream,
     sampler: GroupSampler,
     has_contrast: Callable[[Group], bool],
 ) -> dict[int, Group]:
@@ -92,8 +92,7 @@ def _own_groups(
 
     def submit(places: range) -> None:
         for place in places:
-            prompt = plan.prompts[place]
-            stream.submit(place, prompt, sampler.requests(prompt, (*plan.seed, place)))
+            stream.submit(place, sampler.requests(plan.prompts[place], (*plan.seed, place)))
 
     groups: dict[int, Group] = {}
     with tqdm(total=plan.wanted, desc="groups with contrast", leave=False, disable=device.quiet()) as bar:
@@ -101,7 +100,8 @@ def _own_groups(
         while stream.outstanding() and not counts.may_stop():
             finished = stream.next(LOOK_S)
             if finished:
-                place, groups[place] = finished
+                place, samples = finished
+                (groups[place],) = sampler.scored([plan.prompts[place]], samples)
                 submit(counts.finished(has_contrast(groups[place])))
             bar.update(counts.found() - bar.n)
     return groups

@@ -5,7 +5,7 @@ Shape suffixes: P prompt tokens, T response tokens; R rollouts of a group.
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -75,12 +75,6 @@ class Group:
     """The decoded responses without end token and special tokens, as they were scored"""
     rewards: np.ndarray
     """float32 [R]"""
-    metrics: list[dict[str, float]] = field(default_factory=list)
-    """What the reward function measured, by name, for each response; empty: nothing"""
-    feedback: list[str] = field(default_factory=list)
-    """What the reward function said of each response, for credit assignment; empty: nothing of any"""
-    failed: int = 0
-    """Responses that could not be scored: their reward is 0, or they are left out (reward.on_error)"""
 
 
 def unscored(groups: Iterable[TokenGroup]) -> list[Group]:

@@ -158,8 +158,7 @@ class Learner:
         finite.
         """
         everything = collate(groups)  # B groups, R rollouts, T response tokens
-        # rounded up: fewer groups than rollout.prompts_per_step must not make more updates
-        size = max(1, -(-len(groups) // self.config.train.updates_per_step))
+        size = max(1, len(groups) // self.config.train.updates_per_step)
         updates: list[Update] = []
         # Prepare all updates before the first is taken: their old policy is the one before this step.
         for first in range(0, len(groups), size):

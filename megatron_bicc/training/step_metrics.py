@@ -134,7 +134,7 @@ def current_log_probs(updates: list[Update], version: int) -> list[TokenLogProbs
 
 def rollout_metrics(collected: Collected, config: Config) -> dict[str, float]:
     """Returns rewards, lengths and contrast of all rollouts that a step sampled, trained on or not."""
-    groups = [group for group in collected.sampled if group.samples]
+    groups = collected.sampled
     rewards_R = np.concatenate([group.rewards for group in groups])
     samples = [sample for group in groups for sample in group.samples]
     lengths_R = np.array([len(sample.token_ids) for sample in samples])
@@ -147,12 +147,11 @@ def rollout_metrics(collected: Collected, config: Config) -> dict[str, float]:
         "rollout/length_mean": float(lengths_R.mean()),
         "rollout/length_max": float(lengths_R.max()),
         "rollout/truncated": float(np.mean([sample.finish_reason == "length" for sample in samples])),
-        "rollout/prompts": len(collected.sampled),
+        "rollout/prompts": len(groups),
         "rollout/carried": collected.carried,
         "rollout/leftover": collected.leftover,
         "rollout/aborted": collected.aborted,
         **(_queue_metrics(collected, config) if collected.queue else {}),
-        **_measured(collected.sampled, config),
     } | contrast_statistics(correct_R, np.cumsum([0, *(len(group.samples) for group in groups)]))
 
 
@@ -170,18 +169,6 @@ def _queue_metrics(collected: Collected, config: Config) -> dict[str, float]:
         "rollout/dropped_stale": queue.dropped_stale,
         "rollout/dropped_no_contrast": queue.dropped_no_contrast,
     }
-
-
-def _measured(groups: list[Group], config: Config) -> dict[str, float]:
-    """Returns the means of what reward functions measured, and how many responses they could not score."""
-    measured: dict[str, list[float]] = {}
-    for response in (each for group in groups for each in group.metrics):
-        for name, value in response.items():
-            measured.setdefault(f"reward/{name}", []).append(value)
-    found = {name: float(np.mean(values)) for name, values in measured.items()}
-    if config.reward.on_error != "fail":
-        found["reward/failed"] = float(sum(group.failed for group in groups))
-    return found
 
 
 def gpu_metrics(

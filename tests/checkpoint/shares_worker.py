@@ -66,7 +66,7 @@ def data_of(group: Group) -> list:
 def collected(inputs: Inputs) -> list[list]:
     """Groups of as many prompts as each of COUNTS says."""
     engine = make_engine(inputs.config, inputs.tokenizer)
-    sampler = GroupSampler(engine, inputs.scorer, inputs.tokenizer, Sampling(1.0, 16), GROUP_SIZE)
+    sampler = GroupSampler(engine, inputs.verifier, inputs.tokenizer, Sampling(1.0, 16), GROUP_SIZE)
     return [[data_of(g) for g in sampler.collect(inputs.prompts[:n], (n,))] for n in COUNTS]
 
 

@@ -5,14 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.rewards import scorer_of
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from megatron_bicc.data.encoding import PromptEncoder
 from megatron_bicc.data.prompts import Prompt
 from megatron_bicc.errors import UserError
-from megatron_bicc.rewards.types import Completion
+from megatron_bicc.rewards.registry import Completion
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.types import Sample, Sampling
 
@@ -144,10 +143,10 @@ def test_a_begun_answer_is_scored_with_its_response():
     sample = Sample(np.asarray([*answer, tokenizer.eos_token_id]), np.zeros(len(answer) + 1), "stop", 0)
     seen: list[str] = []
 
-    def see(completions: list[Completion]) -> np.ndarray:
+    def verifier(completions: list[Completion]) -> np.ndarray:
         seen.extend(completion.response for completion in completions)
         return np.zeros(len(completions), np.float32)
 
-    groups = GroupSampler(None, scorer_of(see), tokenizer, Sampling(1.0, 3), 1).scored(prompts, [sample] * 2)
+    groups = GroupSampler(None, verifier, tokenizer, Sampling(1.0, 3), 1).scored(prompts, [sample] * 2)
     assert seen == ["\\boxed{34}", "34}"]
     assert [group.texts for group in groups] == [["34}"]] * 2

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.rewards import scorer_of
 from transformers import AutoTokenizer
 
 from megatron_bicc.config import Config
@@ -15,7 +14,7 @@ from megatron_bicc.data.encoding import end_token_ids
 from megatron_bicc.data.prompts import Prompt
 from megatron_bicc.errors import UserError
 from megatron_bicc.model.families import supported_config
-from megatron_bicc.rewards.types import Completion
+from megatron_bicc.rewards.registry import Completion
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.types import Sample, Sampling
 from megatron_bicc.startup import read_tokenizer
@@ -102,12 +101,12 @@ def test_an_end_that_is_no_special_token_is_not_scored() -> None:
     tokenizer, seen = read_tokenizer(str(TINY)), []
     tokens = np.array(tokenizer.encode("1+1=2.", add_special_tokens=False), np.int32)
 
-    def see(completions: list[Completion]) -> np.ndarray:
+    def verifier(completions: list[Completion]) -> np.ndarray:
         seen.extend(completion.response for completion in completions)
         return np.zeros(len(completions), np.float32)
 
     log_probs = np.zeros(len(tokens), np.float32)
     samples = [Sample(tokens, log_probs, "stop", 0), Sample(tokens, log_probs, "length", 0)]
-    sampler = GroupSampler(None, scorer_of(see), tokenizer, Sampling(1.0, 9), group_size=2)
+    sampler = GroupSampler(None, verifier, tokenizer, Sampling(1.0, 9), group_size=2)
     (group,) = sampler.scored([Prompt(0, [], np.array([1], np.int32), "2", "", {})], samples)
     assert seen == group.texts == ["1+1=2", "1+1=2."]

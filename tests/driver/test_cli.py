@@ -133,7 +133,7 @@ def test_mistakes_on_the_command_line(capsys, argv: list[str], parts: list[str])
         ("rollout:\n  engine: sglan\n", ["line 2", "rollout.engine is 'sglan'", "did you mean sglang?"]),
         ("data:\n  filter: mine\n", ["line 2", "data.filter is 'mine'", "empty or an import path"]),
         ("loss:\n  baseline: men\n", ["line 2", "loss.baseline is 'men'", "did you mean mean?"]),
-        ("reward:\n\n  function: mth\n", ["line 3", "reward.function is 'mth'", "did you mean math?"]),
+        ("reward:\n\n  verifier: mth\n", ["line 3", "reward.verifier is 'mth'", "did you mean math?"]),
         ("algorithm: gpro\n", ["line 1", "algorithm is 'gpro'", "did you mean grpo?"]),
         ("train:\n  steps: 0\n", ["line 2", "train.steps is 0", "at least 1"]),
         ("rollout: 5\n", ["line 1", "rollout is a section"]),

@@ -26,7 +26,7 @@ from megatron_bicc.errors import UserError
 from megatron_bicc.model.optimizer import make_scheduler
 from megatron_bicc.model.policy import ddp_config
 from megatron_bicc.planning.synthetic import UnknownTokenizer, draw_rollouts
-from megatron_bicc.rewards.built_ins import BUILT_INS
+from megatron_bicc.rewards.registry import BUILT_INS
 from megatron_bicc.rollout.engines import ENGINES
 from megatron_bicc.sglang.settings import pause_mode
 from megatron_bicc.startup import heldout_prompts, read_tokenizer, validate
@@ -227,18 +227,7 @@ TESTS: dict[str, str] = {
     "weight_sync.delta": "weights/test_weight_sync_layouts.py::test_servers_of_two_sizes",
     "weight_sync.timeout_s": "weights/test_weight_sync_scripted.py::test_a_request_of_a_sync_has_its_timeout",
     "weight_sync.keep_files": "weights/test_weight_sync_servers.py::test_a_restarted_server_needs_the_files",
-    "reward.function": "driver/test_bad_input.py::test_setting",
-    "reward.format": "rewards/test_built_ins.py::test_format_and_length",
-    "reward.target_tokens": "rewards/test_built_ins.py::test_format_and_length",
-    "reward.url": "rewards/test_remote.py::test_a_server_that_is_slow_and_flaky",
-    "reward.retries": "rewards/test_remote.py::test_a_server_that_is_slow_and_flaky",
-    "reward.batch_size": "rewards/test_remote.py::test_batches_and_requests_at_a_time",
-    "reward.concurrency": "rewards/test_remote.py::test_batches_and_requests_at_a_time",
-    "reward.workers": "rewards/test_workers.py::test_limits_and_crashes_cost_one_response",
-    "reward.timeout_s": "rewards/test_workers.py::test_limits_and_crashes_cost_one_response",
-    "reward.cpu_s": "rewards/test_workers.py::test_limits_and_crashes_cost_one_response",
-    "reward.memory_gb": "rewards/test_workers.py::test_limits_and_crashes_cost_one_response",
-    "reward.on_error": "rewards/test_on_error.py::test_what_becomes_of_a_response_that_cannot_be_scored",
+    "reward.verifier": "driver/test_bad_input.py::test_setting",
     "reward.answer": "driver/test_bad_input.py::test_what_is_said_of_truths_and_styles",
     "reward.overlong_penalty": "algorithms/test_overlong_penalty.py::test_is_the_papers",
     "reward.overlong_buffer": "algorithms/test_overlong_penalty.py::test_is_the_papers",
@@ -339,7 +328,7 @@ def outside(setting: Setting) -> list[Any]:
         found += ["a\0b"]
     free = {int, int | None, float, float | None, str, str | None, bool, bool | None}
     if rule.named or rule.form or setting.type not in free:
-        found += ["(neither"]
+        found += ["neither"]
     return found
 
 
@@ -374,7 +363,7 @@ def test_a_default_and_the_edges_of_a_range_are_accepted(name: str):
 
 
 TABLES = {
-    "reward.function": BUILT_INS,
+    "reward.verifier": BUILT_INS,
     "rollout.engine": ENGINES,
     "loss.objective": OBJECTIVES,
     "loss.baseline": BASELINES,

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.models import MODELS
-from support.rewards import scorer_of
 from support.two_steps import SETTINGS, assert_engine_followed, odd, save_prompts, train_two_steps
 
 from megatron_bicc.cli import parse_config
@@ -32,5 +31,5 @@ def test_two_steps_and_an_evaluation(
 
     where = (f"model.path={tmp_path}/run/hf", f"output_dir={tmp_path}/evaluation", "evaluation.samples=2")
     inputs = read_inputs(parse_config([*SETTINGS, *where]), [str(heldout)])
-    found = evaluate_benchmarks(replace(inputs, scorer=scorer_of(odd)))["heldout"]
+    found = evaluate_benchmarks(replace(inputs, verifier=odd))["heldout"]
     assert found.avg.value == pytest.approx(records[-1]["eval/pass_at_1"])

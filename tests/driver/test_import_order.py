@@ -37,7 +37,7 @@ LATE = {
     ("metrics.py", "finish", "report"): "it loads a drawing library, and steps must not wait for that",
     ("device.py", "megatron", "device_cpu"): "it loads megatron-core, which an evaluation does not need",
     ("cli.py", "_field_value", "model"): "it loads torch and megatron-core, which --help does not need",
-    ("rewards/worker.py", "_operations", "rewards"): "until it serves, it imports the standard library only",
+    ("rewards/worker.py", "_serve", "rewards"): "until it serves, it imports the standard library only",
 }
 """The only imports of the package inside functions of ORDER, by file, function and what is imported: why"""
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}

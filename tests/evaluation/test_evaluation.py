@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.scripted import SCORER, Words
+from support.scripted import Words, score
 
 from megatron_bicc.config import Config, EvaluationConfig
 from megatron_bicc.data.prompts import Prompt
@@ -251,10 +251,10 @@ def test_answers_are_sampled_at_the_temperature_of_evaluations(
     engine = Recording()
     trainer = Trainer.__new__(Trainer)
     trainer.config, trainer.engine = config, engine
-    trainer.inputs = SimpleNamespace(heldout=PROMPTS, scorer=SCORER, tokenizer=Words())
+    trainer.inputs = SimpleNamespace(heldout=PROMPTS, verifier=score, tokenizer=Words())
     trainer.evaluate()
     assert engine.temperatures == [temperature] * 2 * len(PROMPTS)
     monkeypatch.setattr("megatron_bicc.evaluate.make_engine", lambda *_: engine)
     benchmarks = {"b": Benchmark(__file__, PROMPTS)}
-    evaluate_benchmarks(EvaluationInputs(config, Words(), SCORER, benchmarks))
+    evaluate_benchmarks(EvaluationInputs(config, Words(), score, benchmarks))
     assert engine.temperatures == [temperature] * 4 * len(PROMPTS)

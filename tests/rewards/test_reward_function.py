@@ -1,13 +1,11 @@
-"""Tests reward.function by import path: the function's arguments, and errors for its mistakes."""
+"""Tests reward.verifier by import path: the function's arguments, and errors for its mistakes."""
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.rewards import scorer_of
 from support.scripted import Words
 
 from megatron_bicc import plugins
@@ -17,20 +15,19 @@ from megatron_bicc.config import RewardConfig
 from megatron_bicc.data.prompts import Prompt
 from megatron_bicc.errors import UserError
 from megatron_bicc.rewards.registry import (
+    Completion,
     answer_style,
     check_reward,
     check_truths,
-    get_scorer,
+    get_verifier,
 )
-from megatron_bicc.rewards.types import Completion
 from megatron_bicc.rollout.collect import GroupSampler, why_all_zero
-from megatron_bicc.rollout.sampling import group_from_json, group_to_json
-from megatron_bicc.rollout.types import Group, Sample, Sampling
+from megatron_bicc.rollout.types import Sample, Sampling
 from megatron_bicc.startup import read_inputs
 
 REWARDS = """
 import asyncio
-from megatron_bicc.rewards.types import Completion
+from megatron_bicc.rewards.registry import Completion
 
 def length_penalty(completions: list[Completion]) -> list[float]:
     calls.append(completions)
@@ -52,25 +49,6 @@ class Judge:
 judge = Judge()
 calls = []
 
-def each(completion):
-    return {"reward": completion.response == completion.ground_truth, "tokens": len(completion.token_ids),
-            "feedback": f"{completion.finish_reason} {completion.token_ids.tolist()}"}
-
-def rank(completion, group):
-    # the share of the group that is longer
-    return sum(len(other.response) > len(completion.response) for other in group) / len(group)
-
-class Named:
-    async def __call__(self, completion):
-        return float(completion.row)
-
-named = Named()
-def unnamed(samples): return [0.0] * len(samples)
-def named_mean(completion): return {"reward": 0.0, "mean": 1.0}
-def without_reward(completion): return {"score": 1.0}
-def nested(completion): return {"reward": 1.0, "parts": [1, 2]}
-def forgot_async(completions): return awaited(completions)
-
 def raises(completions): return [each.extra["maxcharacters"] for each in completions]
 def exits(completions): raise SystemExit(0)
 def too_few(completions): return [1.0]
@@ -80,7 +58,7 @@ def not_a_number(completions): return [0.0, float("nan")]
 def too_large(completions): return [0.0, 1e300]
 def one_number(completions): return 1.0
 """
-PAGES = [(Path(__file__).parents[2] / f"docs/{page}.md").read_text() for page in ("extending", "rewards")]
+PAGE = (Path(__file__).parents[2] / "docs/extending.md").read_text()
 MESSAGES = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1?"}]
 PROMPT = Prompt(6, MESSAGES, np.array([1], np.int32), "1", "sums", {"max_characters": 4})
 
@@ -93,33 +71,27 @@ def file(tmp_path: Path) -> Path:
 
 
 def documented(name: str, folder: Path) -> Path:
-    """The example of the documentation whose first line is a comment with this name, as a file."""
-    wanted = rf"```python\n(# {re.escape(name)}\n.*?)```"
-    (code,) = [code for page in PAGES for code in re.findall(wanted, page, re.DOTALL)]
+    """The example of docs/extending.md whose first line is a comment with this name, as a file."""
+    (code,) = re.findall(rf"```python\n(# {re.escape(name)}\n.*?)```", PAGE, re.DOTALL)
     (folder / name).write_text(code)
     return folder / name
 
 
-def group_of(name: str, prompt: Prompt = PROMPT) -> Group:
+def rewards_of(name: str, prompt: Prompt = PROMPT) -> list[float]:
     """Through the rollouts' own way: the responses "1" and "11" to a prompt."""
     tokens = [np.array([1], np.int32), np.array([11], np.int32)]
     samples = [Sample(one, np.zeros(1, np.float32), "length", 0) for one in tokens]
     sampler = GroupSampler(
-        None, get_scorer(RewardConfig(function=name)), Words(), Sampling(1.0, 1), group_size=2
+        None, get_verifier(RewardConfig(verifier=name)), Words(), Sampling(1.0, 1), group_size=2
     )
     (group,) = sampler.scored([prompt], samples)
-    sampler.scorer.close()
     assert group.rewards.dtype == np.float32
-    return group
-
-
-def rewards_of(name: str, prompt: Prompt = PROMPT) -> list[float]:
-    return group_of(name, prompt).rewards.tolist()
+    return group.rewards.tolist()
 
 
 def test_a_function_sees_prompt_truth_and_columns(file: Path) -> None:
     assert rewards_of(f"{file}:length_penalty") == [0.75, -0.5]
-    (seen,) = plugins.load("reward.function", f"{file}:length_penalty").__globals__["calls"]
+    (seen,) = get_verifier(RewardConfig(verifier=f"{file}:length_penalty"))._function.__globals__["calls"]
     expected = {"messages": MESSAGES, "ground_truth": "1", "data_source": "sums", "row": 7}
     assert all(vars(each).items() >= expected.items() for each in seen)
     assert seen[0].extra == {"max_characters": 4} and seen[0].prompt == "Add.\n1+1?"
@@ -127,26 +99,10 @@ def test_a_function_sees_prompt_truth_and_columns(file: Path) -> None:
 
 
 def test_the_example_of_the_documentation(tmp_path: Path) -> None:
-    scorer = get_scorer(RewardConfig(function=f"{documented('my_rewards.py', tmp_path)}:concise"))
+    verifier = get_verifier(RewardConfig(verifier=f"{documented('my_rewards.py', tmp_path)}:concise"))
     texts = ["\\boxed{2}", "\\boxed{2}" + " " * 3, "\\boxed{2}" * 3, "\\boxed{3}"]
-    found = scorer.score([Completion(MESSAGES, text, "2", extra={"max_characters": 10}) for text in texts])
-    assert found.rewards.tolist() == pytest.approx([1.0, 0.8, 0.6, 0.0])
-
-
-def test_the_documented_majority(tmp_path: Path) -> None:
-    scorer = get_scorer(RewardConfig(function=f"{documented('my_rewards.py', tmp_path)}:majority"))
-    texts = ["so\n4", "5", "as 4\n4 ", "4"]
-    reasons = ("stop", "stop", "length", "stop")
-    tokens = np.zeros(3, np.int32)
-    found = scorer.score(
-        [
-            Completion(MESSAGES, text, "", token_ids=tokens, finish_reason=reason)
-            for text, reason in zip(texts, reasons, strict=True)
-        ]
-    )
-    assert found.rewards.tolist() == [1, 0, 0, 1]
-    assert found.metrics[1] == {"votes": 0.25, "tokens": 3.0}
-    assert found.feedback == ["", "25% of the responses agree with this answer", "", ""]
+    found = verifier([Completion(MESSAGES, text, "2", extra={"max_characters": 10}) for text in texts])
+    assert found.tolist() == pytest.approx([1.0, 0.8, 0.6, 0.0])
 
 
 def test_the_documented_filter(tmp_path: Path) -> None:
@@ -162,17 +118,8 @@ def test_a_begun_answer_stands_before_the_response(file: Path) -> None:
     assert rewards_of(f"{file}:awaited", begun) == [1.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    ("name", "rewards"),
-    [
-        ("awaited", [1.0, 0.0]),
-        ("judge", [1.0, 1.0]),
-        ("named", [7.0, 7.0]),
-        ("each", [1.0, 0.0]),
-        ("rank", [0.5, 0.0]),
-    ],
-)
-def test_one_response_all_of_them_or_one_of_its_group(file: Path, name: str, rewards: list[float]) -> None:
+@pytest.mark.parametrize(("name", "rewards"), [("awaited", [1.0, 0.0]), ("judge", [1.0, 1.0])])
+def test_coroutines_and_objects(file: Path, name: str, rewards: list[float]) -> None:
     assert rewards_of(f"{file}:{name}") == rewards
 
 
@@ -181,25 +128,21 @@ def test_one_response_all_of_them_or_one_of_its_group(file: Path, name: str, rew
     [
         ("raises", "the function raised KeyError: 'maxcharacters'", KeyError),
         ("exits", "the function raised SystemExit: 0", SystemExit),
-        ("too_few", "returned 1 scores for 2 responses; return one per response", None),
-        ("none", "returned 'None', a NoneType; return a list", None),
-        ("words", "response 0 .*: returned 'good', a str; return a number", None),
-        ("not_a_number", "response 1 .*: the reward is nan; return a finite one", None),
-        ("too_large", "response 1 .*: the reward is inf; return a finite one", None),
-        ("one_number", "returned '1.0', a float; return a list", None),
-        ("named_mean", "returned a metric 'mean'; choose another name", None),
-        ("without_reward", "returned a dict with score; it needs 'reward'", None),
-        ("nested", r"returned '\[1, 2\]', a list as 'parts'; return a number", None),
-        ("forgot_async", "returned an awaitable; declare it `async def`", None),
+        ("too_few", "returned 1 rewards for 2 responses; return one per response", None),
+        ("none", "returned 'None', a NoneType; return a list", TypeError),
+        ("words", r"returned \"\['good', 'bad'\]\", a list; return a list with one number", ValueError),
+        ("not_a_number", "the reward of response 1 is nan; it must be finite", None),
+        ("too_large", "the reward of response 1 is inf; it must be finite", None),
+        ("one_number", "returned '1.0', a float", TypeError),
     ],
 )
-def test_a_mistake_names_function_and_prompt(
+def test_a_mistake_names_verifier_and_prompt(
     file: Path, name: str, complaint: str, cause: type | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(UserError, match=complaint) as caught:
         rewards_of(f"{file}:{name}")
     message = str(caught.value)
-    assert re.match(rf"reward.function={file}:{name}, response [01] to the prompt of row 7: ", message)
+    assert message.startswith(f"reward.verifier={file}:{name}, responses to the prompt of row 7: ")
     assert "\n" not in message
     found = caught.value.__cause__
     assert found is None if cause is None else isinstance(found, cause)
@@ -207,56 +150,28 @@ def test_a_mistake_names_function_and_prompt(
         assert "Traceback" in caplog.text and f'{file}", line' in caplog.text
 
 
-def test_metrics_and_feedback_stay_with_the_group(file: Path) -> None:
-    group = group_of(f"{file}:each")
-    assert group.metrics == [{"tokens": 1.0}, {"tokens": 1.0}]
-    assert group.feedback == ["length [1]", "length [11]"]
-    assert group_of(f"{file}:rank").metrics == group_of(f"{file}:rank").feedback == []
-
-
-def test_a_checkpoint_keeps_them(file: Path) -> None:
-    group = group_of(f"{file}:each")
-    found = group_from_json(json.loads(json.dumps(group_to_json(replace(group, failed=1), 0))), [PROMPT])
-    assert (found.metrics, found.feedback, found.failed) == (group.metrics, group.feedback, 1)
-
-
-def test_a_weighted_sum(file: Path) -> None:
-    """Each part is a metric; so is what they measured. A number of spaces, and signs."""
-    group = group_of(f"math + 2*{file}:each  -  0.5 * {file}:rank")
-    assert group.rewards.tolist() == [2.0 - 0.25, 0.0]
-    assert group.metrics[0] == {"math": 0.0, "too_slow": 0.0, "each": 1.0, "tokens": 1.0, "rank": 0.5}
-    with pytest.raises(UserError, match="names math twice: add up the weights"):
-        check_reward(RewardConfig(function="math + 2 * math"))
-
-
-def test_other_parameters_are_refused_at_start_up(file: Path) -> None:
-    with pytest.raises(UserError, match=r"its parameters are \(samples\), which must be \(completion\), "):
-        check_reward(RewardConfig(function=f"{file}:unnamed"))
-
-
 def test_a_function_is_not_checked_as_if_it_read_answers(file: Path) -> None:
     """It may need columns or give rewards below any threshold; no style says how it reads answers."""
-    reward = RewardConfig(function=f"{file}:raises", threshold=-1.0)
+    reward = RewardConfig(verifier=f"{file}:raises", threshold=-1.0)
     check_reward(reward)
     with pytest.raises(UserError, match="has no function or class 'judges'; it has: "):
-        check_reward(RewardConfig(function=f"{file}:judges"))
+        check_reward(RewardConfig(verifier=f"{file}:judges"))
     check_truths(reward, "a.jsonl", [Prompt(0, MESSAGES, np.array([1], np.int32), "nan", "", {})])
     assert answer_style(reward) is None and answer_style(RewardConfig()) == "auto"
 
 
 def test_rewards_that_are_all_zero_are_not_explained_by_a_style(file: Path) -> None:
     sample = Sample(np.array([1], np.int32), np.zeros(1, np.float32), "length", 0)
-    scorer = scorer_of(lambda completions: [0.0] * len(completions))
-    sampler = GroupSampler(None, scorer, Words(), Sampling(1.0, 1), 1)
+    sampler = GroupSampler(None, lambda found: np.zeros(len(found), np.float32), Words(), Sampling(1.0, 1), 1)
     why = why_all_zero(sampler.scored([PROMPT], [sample]), style=None)
     assert "reward.answer" not in str(why) and "100% of the responses were cut off" in str(why)
-    assert "check the function that reward.function names" in str(why)
+    assert "check the function that reward.verifier names" in str(why)
 
 
 def test_the_built_in_scores_completions() -> None:
     found = [Completion(MESSAGES, "\\boxed{2}", "2"), Completion(MESSAGES, "\\boxed{3}", "2")]
-    assert get_scorer(RewardConfig()).score(found).rewards.tolist() == [1.0, 0.0]
-    assert get_scorer(RewardConfig(answer="hash")).score(found).rewards.tolist() == [0.0, 0.0]
+    assert get_verifier(RewardConfig())(found).tolist() == [1.0, 0.0]
+    assert get_verifier(RewardConfig(answer="hash"))(found).tolist() == [0.0, 0.0]
 
 
 def test_start_up_takes_both_seams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +183,7 @@ def test_start_up_takes_both_seams(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     settings = [
         *("--config", "examples/configs/tiny.yaml", "parallel.tensor=1", "rollout.prompts_per_step=2"),
         *(f"data.train={data}", f"evaluation.data={data}", f"output_dir={tmp_path}/run"),
-        f"reward.function={documented('my_rewards.py', tmp_path)}:concise",
+        f"reward.verifier={documented('my_rewards.py', tmp_path)}:concise",
     ]
     everything = read_inputs(parse_config(settings))
     keep = f"data.filter={documented('my_filters.py', tmp_path)}:learnable"
@@ -277,4 +192,4 @@ def test_start_up_takes_both_seams(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [prompt.index for prompt in inputs.heldout] == [0, 1, 2, 3, 4]
     assert inputs.contents[TRAIN_IDS] != everything.contents[TRAIN_IDS]
     found = [Completion(MESSAGES, "\\boxed{2}", "2", extra={"max_characters": 9})]
-    assert inputs.scorer.score(found).rewards.tolist() == [1.0]
+    assert inputs.verifier(found).tolist() == [1.0]

@@ -9,26 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.rewards import scorer_of
-from support.scripted import (
-    GROUP_SIZE,
-    PROMPTS,
-    WANTED,
-    Scripted,
-    Words,
-    drawn,
-    indices,
-    make_collector,
-    some,
-    step,
-)
+from support.scripted import GROUP_SIZE, PROMPTS, WANTED, Scripted, drawn, indices, make_collector, some, step
 
 from megatron_bicc.errors import UserError
-from megatron_bicc.rewards.types import Completion
 from megatron_bicc.rollout.async_collector import AsyncCollector
-from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.sampling import Collected, Collector, NoContrastError
-from megatron_bicc.rollout.types import Request, RolloutError, Sampling
+from megatron_bicc.rollout.types import Request, RolloutError
 
 BOUND = 2
 
@@ -319,23 +305,3 @@ def test_every_prompt_is_trained_once_dropped_or_in_flight(
             run.start()
     assert len(run.ledger.trained) == steps * WANTED
     assert not run.engine.running
-
-
-def drops(engine: Scripted, collector: AsyncCollector, fails: Callable[[int], bool]) -> Collected:
-    """A step in which the responses to some prompts cannot be scored (reward.on_error=drop)."""
-
-    def reward(completions: list[Completion]) -> list[float]:
-        return [float("nan") if fails(each.row - 1) else 1.0 for each in completions]
-
-    scorer = scorer_of(reward, "drop")
-    return collector.step(1, GroupSampler(engine, scorer, Words(), Sampling(1.0, 8), GROUP_SIZE, True))
-
-
-def test_prompts_whose_responses_cannot_be_scored_are_replaced(single_process: None) -> None:
-    engine, collector = Scripted(mixed), make()
-    found = drops(engine, collector, lambda prompt: prompt % 3 == 0)
-    assert len(found.groups) == WANTED and all(prompt % 3 for prompt in indices(found.groups))
-    failed = [group for group in found.sampled if group.failed]
-    assert len(failed) == found.queue.dropped_no_contrast > 0
-    with pytest.raises(UserError, match="reward.on_error is drop; .* no group has two left"):
-        drops(Scripted(mixed), make(), lambda prompt: True)

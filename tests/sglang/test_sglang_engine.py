@@ -26,7 +26,6 @@ import psutil
 import pytest
 import torch
 from support.faulty_proxy import Fault, FaultyProxy
-from support.rewards import scorer_of
 from support.sglang_server import PYTHON
 from support.steps import make_config
 from support.weight_sync import make_sync
@@ -36,7 +35,7 @@ from megatron_bicc import device
 from megatron_bicc.config import Config
 from megatron_bicc.data.prompts import Prompt, PromptSampler
 from megatron_bicc.errors import UserError
-from megatron_bicc.rewards.types import Completion
+from megatron_bicc.rewards.registry import Completion
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.sampling import Collector
 from megatron_bicc.rollout.sglang_engine import SglangEngine, make_sglang_engine
@@ -231,7 +230,7 @@ def test_what_is_not_wanted_any_more_is_aborted(servers: Servers, learner: Learn
 
 
 def every_fourth_length(completions: list[Completion]) -> np.ndarray:
-    """A reward function that finds some groups all wrong."""
+    """A verifier that finds some groups all wrong."""
     return np.array([len(each.response) % 4 == 0 for each in completions], np.float32)
 
 
@@ -242,7 +241,7 @@ def test_dynamic_sampling(servers: Servers, learner: Learner, tmp_path: Path) ->
     collector = Collector(config, prompts, PromptSampler(len(prompts), 6, seed=1))
     sampling, tokenizer = Sampling(0.8, 24), AutoTokenizer.from_pretrained(MODEL)
     with attached(servers.urls, learner, tmp_path) as (engine, _):
-        sampler = GroupSampler(engine, scorer_of(every_fourth_length), tokenizer, sampling, group_size=4)
+        sampler = GroupSampler(engine, every_fourth_length, tokenizer, sampling, group_size=4)
         found = [collector.step(step, sampler) for step in range(1, 6)]
     for step in found:
         assert len(step.groups) == 6

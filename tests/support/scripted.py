@@ -8,12 +8,11 @@ import numpy as np
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import Config
 from megatron_bicc.data.prompts import Prompt, PromptSampler
-from megatron_bicc.rewards.types import Completion
+from megatron_bicc.rewards.registry import Completion
 from megatron_bicc.rollout.async_collector import make_collector as of_config
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.sampling import Collected, Collector
 from megatron_bicc.rollout.types import Group, Request, RolloutError, Sample, Sampling, StreamingEngine
-from support.rewards import scorer_of
 
 PROMPTS = [Prompt(i, [], np.array([i + 2], np.int32), "1", "", {}) for i in range(60)]
 WANTED, GROUP_SIZE = 6, 4
@@ -87,12 +86,9 @@ def score(completions: list[Completion]) -> np.ndarray:
     return np.array([each.response == each.ground_truth for each in completions], np.float32)
 
 
-SCORER = scorer_of(score)
-
-
 def step(engine: Scripted, collector: Collector, number: int = 1) -> Collected:
     assert isinstance(engine, StreamingEngine)
-    return collector.step(number, GroupSampler(engine, SCORER, Words(), Sampling(1.0, 8), GROUP_SIZE))
+    return collector.step(number, GroupSampler(engine, score, Words(), Sampling(1.0, 8), GROUP_SIZE))
 
 
 def make_collector(steps: int = 100, **rollout: object) -> Collector:

@@ -23,17 +23,7 @@ ARGUMENTS = (
     "--host 127.0.0.1"
 )
 
-SERVED = (
-    "gemma3_causal",
-    "llama",
-    "qwen2",
-    "qwen2_classification",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "registry",
-    "utils",
-)
+SERVED = ("gemma3_causal", "llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "registry", "utils")
 """Modules of sglang.srt.models that the tests' models need"""
 
 
@@ -97,10 +87,9 @@ class SglangServer:
         tokenizer: bool = False,
         routing: bool = False,
         changes: bool = False,
-        scores: bool = False,
     ) -> None:
         """tokenizer: whether it reads the model's, to be asked in text, too. routing: whether it returns its
-        routing. changes: whether it can apply changes of weights. scores: whether it is a reward model."""
+        routing. changes: whether it can apply changes of weights."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -111,7 +100,6 @@ class SglangServer:
         self._arguments += [] if tokenizer else ["--skip-tokenizer-init"]
         self._arguments += ["--enable-return-routed-experts"] if routing else []
         self._arguments += ["--custom-weight-loader", CHANGES_LOADER] if changes else []
-        self._arguments += ["--is-embedding"] if scores else []
         # without it SGLang wants a NUMA node for each rank
         cores = "|".join(map(str, range(tensor_parallel)))
         self._env = {"SGLANG_CPU_OMP_THREADS_BIND": cores} if tensor_parallel > 1 else {}

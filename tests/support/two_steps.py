@@ -12,12 +12,11 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from megatron_bicc.cli import parse_config
-from megatron_bicc.rewards.types import Completion
+from megatron_bicc.rewards.registry import Completion
 from megatron_bicc.startup import read_inputs
 from megatron_bicc.train import build_trainer
 from support.finished_runs import metrics
 from support.models import VOCAB
-from support.rewards import scorer_of
 
 SETTINGS = (
     "algorithm=grpo+bicc+rcc",
@@ -68,7 +67,7 @@ def train_two_steps(model: Path, root: Path, *settings: str) -> list[dict]:
     save_tokenizer(root / "model")
     prompts = save_prompts(root / "train.jsonl")
     where = [f"model.path={root}/model", f"output_dir={root}/run", f"data.train={prompts}"]
-    inputs = replace(read_inputs(parse_config([*SETTINGS, *where, *settings])), scorer=scorer_of(odd))
+    inputs = replace(read_inputs(parse_config([*SETTINGS, *where, *settings])), verifier=odd)
     with closing(build_trainer(inputs)) as trainer:
         trainer.run()
     return metrics(root / "run")

@@ -22,7 +22,7 @@ from megatron_bicc.algorithms.policy_loss import LossRows, policy_loss
 from megatron_bicc.algorithms.presets import resolve
 from megatron_bicc.config import BiccConfig, Config, DeltaKind, RccForm, RewardConfig
 from megatron_bicc.data.prompts import load_prompts
-from megatron_bicc.rewards.registry import get_scorer
+from megatron_bicc.rewards.registry import get_verifier
 from megatron_bicc.rollout.collect import GroupSampler
 from megatron_bicc.rollout.local import LocalEngine
 from megatron_bicc.rollout.types import Group, Sampling
@@ -58,7 +58,9 @@ def draw_groups(policy: Path, data: Path, seed: int) -> tuple[list[Texts], Heade
     tokenizer = AutoTokenizer.from_pretrained(policy)
     prompts = load_prompts(data, tokenizer, MAX_PROMPT)[:PROMPTS]
     engine = LocalEngine(str(policy), tokenizer, torch.float32, device.device(), batch_size=256)
-    sampler = GroupSampler(engine, get_scorer(RewardConfig()), tokenizer, Sampling(1.0, MAX_NEW), GROUP_SIZE)
+    sampler = GroupSampler(
+        engine, get_verifier(RewardConfig()), tokenizer, Sampling(1.0, MAX_NEW), GROUP_SIZE
+    )
     drawn = sampler.collect(prompts, (seed, "probe"))
     return [texts for group in drawn if (texts := _texts(group)) is not None], _headers(tokenizer)
 
