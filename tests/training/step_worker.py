@@ -67,10 +67,16 @@ DENSE = {
         "pp2_cp2": PP2 | CP2,
         "vpp2_cp2": VPP2 | CP2,
     },
+    8: {"cp4_dp2": CP4, "tp2_sp_cp4": SP2 | CP4, "pp2_cp4": PP2 | CP4, "vpp2_cp4": VPP2 | CP4},
 }
 MODELS = {"dense": "qwen3_tied", "windows": "gemma3", "moe": "qwen3_moe", "replay": "qwen3_moe"}
 SECTIONS = ("tensor", "sequence", "pipeline", "virtual_pipeline", "expert", "context")
-WITH_CONTEXT = {1: (), 2: ("ep2_cp2",), 4: ("ep4_cp2", "tp2_sp_ep2_cp2", "pp2_ep2_cp2")}
+WITH_CONTEXT = {
+    1: (),
+    2: ("ep2_cp2",),
+    4: ("ep4_cp2", "tp2_sp_ep2_cp2", "pp2_ep2_cp2", "ep2_cp4"),
+    8: ("tp2_sp_ep2_cp4",),
+}
 """Layouts with experts and context parallel, by the number of processes"""
 RESHARDED = ("tp2_sp", "ep2", "tp2_sp_pp2_ep2", "ep2_cp2")
 """Layouts with experts between which and one process a checkpoint is handed"""
@@ -80,6 +86,7 @@ REPLAYED = {
     1: {},
     2: {"tp2_sp": FULL, "ep2_cp2": {}, "pp2": {"model.recompute": "selective"} | MOE, "pp2_vpp2": FULL},
     4: {"moe": {}, "tp2_sp_ep2_cp2": FULL, "tp2_sp_pp2_vpp2_ep2": FULL},
+    8: {},
 }
 """Layouts with experts that are taken with routing replay, too, and what they recompute"""
 WINDOWS = {"tp2_sp": "none", "pp2": "full", "tp2_sp_vpp2": "selective"}
@@ -112,7 +119,7 @@ def layouts(processes: int) -> dict[str, tuple[str, dict]]:
 
 def expert_layouts(processes: int) -> dict[str, dict]:
     """Every layout of the model with experts that a run's start-up accepts, by name; of those with context
-    parallel WITH_CONTEXT."""
+    parallel, and of those of eight processes, WITH_CONTEXT."""
     hf_config = make_model(MODELS["moe"], layers=4).config
     hf_config.architectures = ["Qwen3MoeForCausalLM"]  # as in its directory's config.json
     found = {}
@@ -127,7 +134,7 @@ def expert_layouts(processes: int) -> dict[str, dict]:
         tensor, _, pipeline, chunks, expert, context = sizes
         parts = {"tp{}_sp": tensor, "pp{}": pipeline, "vpp{}": chunks, "ep{}": expert, "cp{}": context}
         name = "_".join(part.format(size) for part, size in parts.items() if size > 1)
-        if parallel.context == 1 or name in WITH_CONTEXT[processes]:
+        if (parallel.context == 1 and processes < 8) or name in WITH_CONTEXT[processes]:
             found[name or "moe"] = settings
     return found
 
@@ -288,7 +295,7 @@ def main(inputs: Path, out: str) -> None:
             start_model_parallel(configure(inputs / model, settings))
             groups_of = parallel
         found[name] = run_steps(inputs, name, model, settings)
-        if settings.get("parallel.context") == len(EDGES) and model == "dense":
+        if settings.get("parallel.context") == dist.get_world_size() == len(EDGES) and model == "dense":
             found |= {edge: [Training(inputs, model, settings, edge).step()] for edge in EDGES}
     if dist.get_rank() == 0:
         torch.save(found, out)

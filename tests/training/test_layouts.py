@@ -1,4 +1,7 @@
-"""Tests the same steps under every layout of up to four processes: loss, gradient norm, updated weights."""
+"""Tests the same steps under every layout of up to four processes, and of eight with four context ranks.
+
+Compared are loss, gradients, their norm and the updated weights.
+"""
 
 import re
 from pathlib import Path
@@ -24,7 +27,7 @@ from transformers import PreTrainedModel
 
 # the first test starts every process; a busy machine needs minutes for that
 pytestmark = pytest.mark.timeout(900)
-ALL = [(processes, name) for processes in (1, 2, 4) for name in layouts(processes)]
+ALL = [(processes, name) for processes in (1, 2, 4, 8) for name in layouts(processes)]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,7 @@ def one_process(inputs: Path, single_process: None) -> dict[str, list[dict]]:
 def found(inputs: Path, one_process: dict) -> dict[tuple[int, str], list[dict]]:
     """The steps of every layout; starting a process costs more than its steps, so each number starts once."""
     here = {(1, name): run_steps(inputs, name, *layout) for name, layout in layouts(1).items()}
-    return here | {(n, name): steps for n in (2, 4) for name, steps in launch(inputs, n).items()}
+    return here | {(n, name): steps for n in (2, 4, 8) for name, steps in launch(inputs, n).items()}
 
 
 def launch(inputs: Path, processes: int) -> dict[str, dict]:
