@@ -356,24 +356,26 @@ def engine_positions(config: Config, hf_config: PretrainedConfig) -> int:
 
 def warn_of_model(config: Config, hf_config: PretrainedConfig) -> None:
     """Warns, on rank 0, of settings that are valid but probably unintended. `config` is resolved."""
+    if not device.is_first():
+        return
     warn_of_index(config.model.path)
     warning = kl_warning(config.loss)
-    if warning and device.is_first():
+    if warning:
         logger.warning(warning)
-    if device.is_first() and config.rollout.max_staleness and config.loss.correction == "none":
+    if config.rollout.max_staleness and config.loss.correction == "none":
         logger.warning(
             "rollout.max_staleness is %d and loss.correction is none: rollouts of older weights are trained "
             "as if the policy had sampled them; loss.correction=token_tis weighs them (docs/algorithms.md)",
             config.rollout.max_staleness,
         )
     experts = family_of(hf_config).experts
-    if device.is_first() and device.has_cuda() and experts and backend() != "Transformer Engine":
+    if device.has_cuda() and experts and backend() != "Transformer Engine":
         logger.warning(
             "%s has experts, and Transformer Engine is not installed: each expert is computed by kernels of "
             "its own, and launching them takes longer than their work (docs/policy.md)",
             config.model.path,
         )
-    if device.is_first() and config.parallel.context > 1 and plugins.is_import_path(config.loss.objective):
+    if config.parallel.context > 1 and plugins.is_import_path(config.loss.objective):
         logger.warning(
             "loss.objective is %r and parallel.context is %d: the function gets a part of a response's rows, "
             "so it must average over a response by policy_loss.response_mean only (docs/extending.md)",
@@ -381,7 +383,7 @@ def warn_of_model(config: Config, hf_config: PretrainedConfig) -> None:
             config.parallel.context,
         )
     longest, most = config.train.max_sequence_tokens, positions(hf_config)
-    if device.is_first() and config.bicc.enabled and longest > most:
+    if config.bicc.enabled and longest > most:
         logger.warning(
             "train.max_sequence_tokens is %d; %s has %d positions: longer contexts would train positions "
             "that it has never seen",

@@ -107,10 +107,10 @@ def _versions(samples: list[Sample]) -> np.ndarray:
     """Returns the version of the weights that sampled each token: int32 [T]."""
     found = []
     for i, sample in enumerate(samples):
-        length, versions = len(sample.token_ids), sample.versions
-        if versions is not None and len(versions) != length:
+        length, versions = len(sample.token_ids), sample.token_versions()
+        if len(versions) != length:
             raise ValueError(f"rollout {i} has {length} tokens, but {len(versions)} weight versions")
-        found.append(np.full(length, sample.weight_version) if versions is None else versions)
+        found.append(versions)
     return _concatenate(found, np.int32)
 
 

@@ -1,4 +1,4 @@
-"""Sends weights to SGLang servers: buckets of whole tensors, the receiving servers, and three transports.
+"""Sends weights to SGLang servers: buckets of whole tensors, the receiving servers, and the transports.
 
 A sync streams whole tensors under their Hugging Face names, checks them against the model's names and shapes,
 cuts the stream into buckets and sends each bucket by the transport of each server:
@@ -6,6 +6,7 @@ cuts the stream into buckets and sends each bucket by the transport of each serv
     tensor       in memory of this host that the servers read
     disk         as files of a Hugging Face directory that the server loads at the end
     distributed  by a broadcast from this process to every rank of its servers, over gloo or NCCL
+    changes      as a file of the elements that changed since the last sync (weight_sync.delta)
 """
 
 import asyncio

@@ -214,16 +214,21 @@ def test_every_end_token_ends_a_sample(servers: Servers, learner: Learner, tmp_p
     assert any(sample.token_ids[-1] in others for sample in samples)
 
 
+def assert_ends_in_flight(engine: SglangEngine, asked: list[Request], urls: list[str]) -> None:
+    """Eight groups of four are aborted on the servers when their stream ends."""
+    with engine.stream(LONG) as stream:
+        for i in range(8):
+            stream.submit(i, asked[4 * i : 4 * i + 4])
+        until(lambda: not all(is_idle(url) for url in urls), 30)
+        assert stream.outstanding() > 0, "every group has finished: nothing is left to abort"
+    for url in urls:
+        until(lambda url=url: is_idle(url), 30)
+
+
 def test_what_is_not_wanted_any_more_is_aborted(servers: Servers, learner: Learner, tmp_path: Path) -> None:
     asked = requests(8, 4)
     with attached(servers.urls, learner, tmp_path) as (engine, _):
-        with engine.stream(LONG) as stream:
-            for i in range(8):
-                stream.submit(i, asked[4 * i : 4 * i + 4])
-            until(lambda: not all(is_idle(url) for url in servers.urls), 30)
-            assert stream.outstanding() > 0, "every group has finished: nothing is left to abort"
-        for url in servers.urls:
-            until(lambda url=url: is_idle(url), 30)
+        assert_ends_in_flight(engine, asked, servers.urls)
         assert engine.counts() == {"rollout/resent": 0, "rollout/stale": 0}
         samples = engine.generate(asked, Sampling(1.0, 8))
     assert_samples_are_the_policys(asked, samples, learner, Sampling(1.0, 8))
@@ -393,13 +398,7 @@ def test_a_router(
         assert weight_version(late) == "3"
         assert sampled() == {router}
 
-        with engine.stream(LONG) as stream:
-            for i in range(8):
-                stream.submit(i, asked[4 * i : 4 * i + 4])
-            until(lambda: not all(is_idle(url) for url in servers.urls), 30)
-            assert stream.outstanding() > 0, "every group has finished: nothing is left to abort"
-        for url in servers.urls:
-            until(lambda url=url: is_idle(url), 30)
+        assert_ends_in_flight(engine, asked, servers.urls)
 
         process.kill()
         assert sampled() >= {first, late}

@@ -122,7 +122,7 @@ def simulate(bound: int, training_s: float, a: argparse.Namespace) -> dict[str, 
         "tokens_per_s": sum(lengths) / engine.servers.now,
         "policy_idle": 1 - training_s / seconds,
         "server_idle": 1 - engine.servers.busy / (a.slots * engine.servers.now),
-        "ages": (np.bincount(ages or [0]) / max(1, len(ages))).tolist() if ages else [1.0],
+        "ages": (np.bincount(ages) / len(ages)).tolist() if ages else [1.0],
         "dropped": dropped / collector.sampler.drawn,
         "length": float(np.mean(lengths)),
     }
