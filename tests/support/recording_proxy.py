@@ -41,7 +41,8 @@ class RecordingProxy(Proxy):
 
     def trap(self, path: str, version: str, nth: int, act: Callable[[], object]) -> None:
         """Calls `act` once, just before it forwards the nth request from now to this path at this weight
-        version."""
+        version. A request with weights is not forwarded then: the memory that it names ends with a trainer
+        that `act` kills, and SGLang ends if it cannot open it."""
         self._trap, self._left = (path, version, act), nth
 
     def drain(self) -> list[Asked]:
@@ -58,8 +59,7 @@ class RecordingProxy(Proxy):
             return None
         self.requests[path] += 1
         if path != "/generate":
-            await self._spring(path)
-            return None
+            return b"" if await self._spring(path) else None
         key = self._key(json.loads(body))
         self.asked.append(key)
         await self._spring(path)
@@ -76,12 +76,14 @@ class RecordingProxy(Proxy):
         )
         return Asked(prompts, sampling, self._version, self._weights)
 
-    async def _spring(self, path: str) -> None:
+    async def _spring(self, path: str) -> bool:
+        """Returns whether this request was the trap's."""
         if self._trap is None or self._trap[:2] != (path, self._version):
-            return
+            return False
         self._left -= 1
         if self._left == 0:
             await asyncio.to_thread(self._trap[2])
+        return self._left == 0
 
     async def _replayed(self, key: Asked, request: bytes) -> bytes:
         if key not in self.said:

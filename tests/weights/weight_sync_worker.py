@@ -8,10 +8,9 @@ OUT/finished then holds the names of the layouts whose sync was verified.
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -88,16 +87,20 @@ def check(name: str, number: int, arguments: list[str], pool: ServerPool) -> Non
 
 
 def die(arguments: list[str], pool: ServerPool) -> None:
-    """kill -9 of the first process in the middle of a sync."""
+    """kill -9 of the first process in the middle of a sync, once the server has loaded the first bucket.
+
+    While it opens the memory of one, it would end with this process (docs/weight_sync.md).
+    """
     learner = start({"pipeline": 2}, "tensor", arguments)
+    sync = make_sync(learner.config, learner, pool)
+    send = sync._send
 
-    def dying() -> Iterator[tuple[str, torch.Tensor]]:
-        for i, item in enumerate(stream(learner)):
-            if i == 8 and pool.own:
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield item
+    def die_after(*sent: Any) -> None:
+        send(*sent)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    make_sync(learner.config, learner, pool).push(dying(), 5)
+    sync._send = die_after
+    sync.push(stream(learner), 5)
 
 
 def main(arguments: list[str]) -> None:
